@@ -1,0 +1,1 @@
+"""headstart: every serious way to initialise LoRA, behind one verb."""

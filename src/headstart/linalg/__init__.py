@@ -1,0 +1,1 @@
+"""Linear algebra on tensors alone: no model, no configuration, no files."""

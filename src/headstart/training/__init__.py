@@ -1,0 +1,1 @@
+"""Models by name, data, built-in problems, and training runs."""
