@@ -1,1 +1,68 @@
-"""headstart: every serious way to initialise LoRA, behind one verb."""
+"""headstart: every serious way to initialise LoRA, behind one verb, for any Hugging Face model.
+
+>>> import headstart as hs
+>>> report = hs.initialize_(peft_model, hs.PiSSA())
+>>> hs.save_lora(peft_model, "adapter/")
+"""
+
+from headstart._version import __version__
+from headstart.errors import (
+    CheckpointError,
+    DataError,
+    HeadstartError,
+    LayerError,
+    MethodError,
+    ModelError,
+)
+from headstart.initialize import initialize_
+from headstart.layers import peft_loading
+from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
+from headstart.layers.export import save_lora
+from headstart.methods import Factors, LayerInputs, Method, Needs, get_method, method_names, register
+from headstart.methods.gradient import LoRAGA, LoRAOne
+from headstart.methods.inilora import IniLoRA
+from headstart.methods.inilora_random import IniLoRAAlpha, IniLoRABeta
+from headstart.methods.nonzero import InitAB, InitABPlus
+from headstart.methods.spectral import MiLoRA, OLoRA, PiSSA
+from headstart.methods.zero import Gaussian, InitA, InitB, LoRA, Orthogonal
+from headstart.report import LayerReport, Report
+
+peft_loading.register()
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "Factors",
+    "Gaussian",
+    "HeadstartError",
+    "IniLoRA",
+    "IniLoRAAlpha",
+    "IniLoRABeta",
+    "InitA",
+    "InitAB",
+    "InitABPlus",
+    "InitB",
+    "LayerError",
+    "LayerInputs",
+    "LayerReport",
+    "LoRA",
+    "LoRAGA",
+    "LoRAOne",
+    "Method",
+    "MethodError",
+    "MiLoRA",
+    "ModelError",
+    "Needs",
+    "OLoRA",
+    "Orthogonal",
+    "PiSSA",
+    "Report",
+    "__version__",
+    "get_method",
+    "initialize_",
+    "load_checkpoint",
+    "method_names",
+    "register",
+    "save_checkpoint",
+    "save_lora",
+]

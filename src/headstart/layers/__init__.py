@@ -1,0 +1,1 @@
+"""How factors live inside a PEFT model: anchored and residual layers, saving, loading, export."""

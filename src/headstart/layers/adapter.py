@@ -1,0 +1,163 @@
+"""An adapter as tensors by layer: the common ground of exporting from a model and from a folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from headstart.errors import CheckpointError
+from headstart.layers.anchored import ANCHOR_NAMES
+from headstart.linalg.product import product_norm, truncate_product
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterLayer:
+    """One layer's tensors: A (r, d_in), B (d_out, r), the anchors where there are any, and s."""
+
+    A: Tensor
+    B: Tensor
+    A0: Tensor | None
+    B0: Tensor | None
+    scaling: float
+    kind: str = "lora"
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """Return (A_out, B_out) of the plain LoRA that does the same on the untouched base model.
+
+        That is (A, B) itself, or of an anchored or residual layer A_out = [A; A - A0] and B_out = [B - B0, B0].
+        """
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat((self.A, self.A - self.A0)), torch.cat((self.B - self.B0, self.B0), dim=1)
+
+
+def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, AdapterLayer], dict[str, Tensor]]:
+    """Sort a PEFT adapter's tensors into layers, and the rest (heads that are trained beside it).
+
+    Raises:
+        CheckpointError: a layer lacks one of its tensors, or their shapes don't fit together.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    roles = {"lora_A.weight": "A", "lora_B.weight": "B"}
+    for kind, (name_A, name_B) in ANCHOR_NAMES.items():
+        roles |= {name_A: f"{kind} A0", name_B: f"{kind} B0"}
+    for key, tensor in tensors.items():
+        role = next((role for ending, role in roles.items() if key.endswith(f".{ending}")), None)
+        if role is None:
+            rest[key] = tensor
+            continue
+        ending = next(ending for ending, known in roles.items() if known == role)
+        parts.setdefault(key.removesuffix(f".{ending}").removeprefix(_PREFIX), {})[role] = tensor
+    return {name: _layer(name, found, config) for name, found in parts.items()}, rest
+
+
+def _layer(name: str, found: dict[str, Tensor], config: LoraConfig) -> AdapterLayer:
+    kind = next((kind for kind in ANCHOR_NAMES if any(role.startswith(kind) for role in found)), "lora")
+    roles = ["A", "B"] if kind == "lora" else ["A", "B", f"{kind} A0", f"{kind} B0"]
+    missing = [role for role in roles if role not in found]
+    if missing:
+        raise CheckpointError(f"the adapter's layer {name!r} lacks {', '.join(missing)}: the file is not complete.")
+    A, B = found["A"], found["B"]
+    A0, B0 = (found[role] for role in roles[2:]) if kind != "lora" else (None, None)
+    shapes_fit = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
+    if not shapes_fit or (A0 is not None and (A0.shape != A.shape or (B0 is not None and B0.shape != B.shape))):
+        raise CheckpointError(f"the adapter's layer {name!r} has tensors whose shapes don't fit together.")
+    rank = A.shape[0]
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    scaling = alpha / rank**0.5 if config.use_rslora else alpha / rank
+    return AdapterLayer(A, B, A0, B0, float(scaling), kind)
+
+
+@dataclass(frozen=True)
+class PlainAdapter:
+    """A plain LoRA: tensors with PEFT's names, a config that fits them, and what truncation lost.
+
+    ``relative_error`` is over all layers: the Frobenius norm of what is missing over that of the whole update.
+    """
+
+    tensors: dict[str, Tensor]
+    config: LoraConfig
+    relative_error: float
+
+
+def make_plain(
+    layers: Mapping[str, AdapterLayer], rest: Mapping[str, Tensor], config: LoraConfig, rank: int | None
+) -> PlainAdapter:
+    """Turn layers into a plain LoRA for the untouched base model.
+
+    Args:
+        layers, rest: from :func:`split`.
+        config: of the adapter; the returned one is a copy with rank, alpha and patterns that fit.
+        rank: truncate every layer's update to at most this rank, by SVD of the product; None keeps it whole.
+
+    Raises:
+        CheckpointError: ``rank`` is not positive.
+    """
+    if rank is not None and rank < 1:
+        raise CheckpointError(f"rank={rank} must be at least 1.")
+    tensors: dict[str, Tensor] = dict(rest)
+    ranks: dict[str, int] = {}
+    lost = whole = 0.0
+    for name, layer in layers.items():
+        A, B = layer.plain()
+        if rank is not None and rank < A.shape[0]:
+            norm = layer.scaling * product_norm(B, A)
+            B, A, error = truncate_product(B, A, rank)
+            lost, whole = lost + (error * norm) ** 2, whole + norm**2
+        elif rank is not None:
+            whole += (layer.scaling * product_norm(B, A)) ** 2
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B
+        ranks[name] = A.shape[0]
+    plain = _fitting_config(config, layers, ranks)
+    return PlainAdapter(tensors, plain, (lost / whole) ** 0.5 if whole else 0.0)
+
+
+def _fitting_config(config: LoraConfig, layers: Mapping[str, AdapterLayer], ranks: dict[str, int]) -> LoraConfig:
+    """Return a config that gives every layer its rank and the scaling that it had."""
+    alphas = {
+        name: _tidy(layer.scaling * (ranks[name] ** 0.5 if config.use_rslora else ranks[name]))
+        for name, layer in layers.items()
+    }
+    fields = {"init_lora_weights": True, "inference_mode": True}
+    factors = {ranks[name] / layer.A.shape[0] for name, layer in layers.items()}
+    if len(factors) == 1:
+        # All layers grew alike (by 1 or by 2), so the user's own patterns stay readable: scale their values.
+        factor = factors.pop()
+        grow = factor**0.5 if config.use_rslora else factor
+        return replace(
+            config,
+            r=int(config.r * factor),
+            lora_alpha=_tidy(config.lora_alpha * grow),
+            rank_pattern={key: int(value * factor) for key, value in config.rank_pattern.items()},
+            alpha_pattern={key: _tidy(value * grow) for key, value in config.alpha_pattern.items()},
+            **fields,
+        )
+    r, alpha = _most_common(ranks), _most_common(alphas)
+    return replace(
+        config,
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern={name: value for name, value in ranks.items() if value != r},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        **fields,
+    )
+
+
+def _most_common(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _tidy(alpha: float) -> int | float:
+    """Return a whole number as an int, which is what other programs expect of lora_alpha."""
+    return int(round(alpha)) if abs(alpha - round(alpha)) < 1e-9 * max(1.0, abs(alpha)) else alpha

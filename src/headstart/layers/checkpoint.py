@@ -1,0 +1,252 @@
+"""Checkpoints: everything that going on training needs, anchors included, checked when they come back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.save_and_load import set_peft_model_state_dict
+from torch import Tensor, nn
+
+from headstart._version import __version__
+from headstart.errors import CheckpointError
+from headstart.layers.adapter import AdapterLayer, split
+from headstart.layers.anchored import ANCHORED_MARK, anchor_kind, anchors, set_anchors
+from headstart.layers.export import adapter_tensors, portable_config, save_config
+from headstart.layers.files import (
+    CONFIG,
+    RECORD,
+    WEIGHTS,
+    read_json,
+    read_tensors,
+    sha256,
+    whole_folder,
+    write_json,
+    write_tensors,
+)
+from headstart.layers.find import TargetLayer, lora_layers, record, resolve_adapter, set_record
+from headstart.layers.install import subtract_product
+from headstart.layers.weights import fingerprint
+
+_FORMAT = 1
+
+
+def save_checkpoint(
+    model: nn.Module, path: str | Path, *, adapter: str | None = None, force: bool = False
+) -> None:
+    """Write everything needed to go on training: factors, anchors, trained heads, and how the start was made.
+
+    The folder holds ``adapter_model.safetensors``, ``adapter_config.json`` and ``headstart.json``. Other programs
+    can't load it, and PEFT says so; :func:`headstart.save_lora` writes what they can.
+
+    Args:
+        model: the PEFT model.
+        path: the folder to write, whole or not at all.
+        adapter: the adapter's name; the active one by default.
+        force: overwrite an existing folder.
+
+    Raises:
+        LayerError: the model has no such adapter.
+        CheckpointError: the path exists.
+    """
+    adapter = resolve_adapter(model, adapter)
+    layers = list(lora_layers(model, adapter))
+    with whole_folder(path, force=force) as folder:
+        digest = write_tensors(adapter_tensors(model, adapter), folder / WEIGHTS)
+        save_config(portable_config(model, adapter), folder)
+        content = {
+            "format": _FORMAT,
+            "version": __version__,
+            "sha256": {WEIGHTS: digest},
+            "layers": {layer.name: _record_to_save(layer) for layer in layers},
+        }
+        write_json(content, folder / RECORD)
+
+
+def load_checkpoint(
+    model: nn.Module, path: str | Path, *, adapter: str = "default", trainable: bool = True
+) -> PeftModel:
+    """Load a checkpoint, of :func:`save_checkpoint` or as a ``Trainer`` saves it, ready to go on training.
+
+    Args:
+        model: the base model, or a PEFT model to load into: an adapter of that name is overwritten, else added.
+        path: the folder.
+        adapter: the adapter's name.
+        trainable: False freezes the adapter, for inference.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or incomplete, or belongs to another base model or rank. The model
+            is then as it was.
+    """
+    folder = Path(path)
+    content = _read_record(folder)
+    tensors = read_tensors(folder / WEIGHTS)
+    config = _read_config(folder)
+    layers, _ = split(tensors, config)
+    if not layers:
+        raise CheckpointError(f"{folder / WEIGHTS} holds no LoRA layer.")
+    _check_base(model, layers, content.get("layers", {}), folder, adapter)
+
+    config.inference_mode = not trainable
+    if not hasattr(model, "peft_config"):
+        model = get_peft_model(model, config, adapter_name=adapter)
+    elif adapter not in model.peft_config:
+        model.add_adapter(adapter, config)
+    targets = {target.name: target for target in lora_layers(model, adapter)}
+    _check_targets(targets, layers, folder)
+    for name, layer in layers.items():
+        _prepare_layer(targets[name], layer)
+    result = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+    if result.unexpected_keys:
+        raise CheckpointError(f"{folder / WEIGHTS}: no place in the model for {result.unexpected_keys[0]!r}.")
+    for name, found in content.get("layers", {}).items():
+        if found is not None:
+            set_record(targets[name], found)
+    if any(layer.kind != "lora" for layer in layers.values()):
+        model.peft_config[adapter].init_lora_weights = ANCHORED_MARK
+    return model
+
+
+def _record_to_save(layer: TargetLayer) -> dict[str, object]:
+    found = record(layer)
+    if found is not None:
+        return found
+    return {"method": None, "weight": fingerprint(layer.module)}
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Read and check ``headstart.json``; a folder that a Trainer wrote has none."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give the folder that holds {CONFIG}.")
+    if not (folder / RECORD).exists():
+        return {}
+    content = read_json(folder / RECORD)
+    if content.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{folder / RECORD} has format {content.get('format')!r}, and this version of headstart reads {_FORMAT}: "
+            "upgrade headstart."
+        )
+    expected = content.get("sha256", {}).get(WEIGHTS)
+    if (folder / WEIGHTS).is_file() and sha256(folder / WEIGHTS) != expected:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is damaged or truncated (its checksum is not the one in {RECORD}): restore it from a "
+            "copy."
+        )
+    return content
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    content = read_json(folder / CONFIG)
+    if content.get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder / CONFIG} has peft_type {content.get('peft_type')!r}; headstart reads LORA.")
+    config: LoraConfig = LoraConfig.from_pretrained(str(folder))
+    # What it holds says that unaware programs must not load it; here the layers are made plain and then anchored.
+    config.init_lora_weights = True
+    return config
+
+
+def _check_base(
+    model: nn.Module, layers: dict[str, AdapterLayer], records: dict[str, Any], folder: Path, adapter: str
+) -> None:
+    """Compare a checkpoint with the model's own layers, before anything is changed."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    held = {target.name: target for target in lora_layers(model, adapter)} if hasattr(model, "peft_config") else {}
+    for name, layer in layers.items():
+        try:
+            module: Any = base.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(
+                f"{folder} belongs to another base model: this one has no layer {name!r}."
+            ) from None
+        plain = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        wrapper = _Weight(plain, type(plain).__name__ == "Conv1D")
+        shape = (layer.B.shape[0], layer.A.shape[1])
+        if wrapper.shape() != shape:
+            raise CheckpointError(
+                f"{folder} belongs to another base model: layer {name!r} is {_times(wrapper.shape())} here, and "
+                f"{_times(shape)} there."
+            )
+        if name in held and held[name].r != layer.A.shape[0]:
+            raise CheckpointError(
+                f"{folder} has another rank: layer {name!r} has r = {held[name].r} here, and {layer.A.shape[0]} there."
+            )
+        if name in held and anchor_kind(held[name].module, adapter) == "residual":
+            continue  # its weight is not the base model's any more; its anchors are compared instead
+        expected = (records.get(name) or {}).get("weight")
+        if expected is not None and not _alike(fingerprint(wrapper), expected, plain.weight.dtype):
+            raise CheckpointError(
+                f"{folder} belongs to another base model: layer {name!r} has the same shape here, but other weights."
+            )
+
+
+class _Weight:
+    """The little of a LoRA layer's interface that :func:`fingerprint` reads, for a layer that is not wrapped."""
+
+    def __init__(self, layer: nn.Module, transposed: bool) -> None:
+        self._layer = layer
+        self.fan_in_fan_out = transposed
+
+    def get_base_layer(self) -> nn.Module:
+        return self._layer
+
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self._layer.weight.shape
+        return (int(columns), int(rows)) if self.fan_in_fan_out else (int(rows), int(columns))
+
+
+def _alike(found: list[float], expected: list[float], dtype: torch.dtype) -> bool:
+    """Compare fingerprints; a base loaded in half precision differs from itself by rounding, no more."""
+    tolerance = 1.0 if dtype not in (torch.float32, torch.float64) else 0.0
+    tolerance *= 2 * torch.finfo(torch.bfloat16).eps
+    # The checkpoint may have come from a rounded base as well, which float32 then doesn't match to the bit.
+    rounded = [float(torch.tensor(value).bfloat16()) for value in found]
+    half = [float(torch.tensor(value).half()) for value in found]
+    return any(
+        all(math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-12) for a, b in zip(values, expected, strict=True))
+        for values in (found, rounded, half)
+    )
+
+
+def _check_targets(targets: dict[str, TargetLayer], layers: dict[str, AdapterLayer], folder: Path) -> None:
+    missing = sorted(set(targets) ^ set(layers))
+    if missing:
+        raise CheckpointError(
+            f"{folder} and the model don't adapt the same layers: {missing[0]!r} is only in "
+            f"{'the model' if missing[0] in targets else 'the checkpoint'}."
+        )
+
+
+def _prepare_layer(target: TargetLayer, layer: AdapterLayer) -> None:
+    """Give a layer the anchors that the checkpoint's tensors go with, and a residual one its residual weight."""
+    if layer.A0 is None or layer.B0 is None:
+        if anchor_kind(target.module, target.adapter) is not None:
+            raise CheckpointError(f"layer {target.name!r} is anchored in the model, and plain in the checkpoint.")
+        return
+    held = anchors(target.module, target.adapter)
+    if layer.kind == "residual":
+        if held is not None:
+            if not all(_same(mine, theirs) for mine, theirs in zip(held, (layer.A0, layer.B0), strict=True)):
+                raise CheckpointError(
+                    f"layer {target.name!r} was made residual with another start than the checkpoint's: load it on a "
+                    "fresh base model."
+                )
+            return
+        target.module.lora_A[target.adapter].weight.data.copy_(layer.A0)
+        target.module.lora_B[target.adapter].weight.data.copy_(layer.B0)
+        subtract_product(target)
+    set_anchors(target.module, target.adapter, layer.A0, layer.B0, layer.kind)
+
+
+def _same(mine: Tensor, theirs: Tensor) -> bool:
+    return mine.shape == theirs.shape and bool(torch.equal(mine.cpu(), theirs.to(mine.dtype).cpu()))
+
+
+def _times(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
+

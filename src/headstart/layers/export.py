@@ -1,0 +1,83 @@
+"""Leaving: a plain LoRA adapter that any program can load on the untouched base model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from headstart.layers.adapter import PlainAdapter, make_plain, split
+from headstart.layers.files import WEIGHTS, whole_folder, write_tensors
+from headstart.layers.find import resolve_adapter
+
+
+def save_lora(
+    model: nn.Module,
+    path: str | Path,
+    rank: int | None = None,
+    *,
+    adapter: str | None = None,
+    force: bool = False,
+) -> float:
+    """Write a plain LoRA adapter: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    On the untouched base model it computes what the model computes here. An anchored (or residual) layer of rank r
+    becomes one of rank 2 r, exactly; ``rank`` truncates every layer's update to at most that rank by SVD, without
+    forming it.
+
+    Args:
+        model: the PEFT model.
+        path: the folder to write, whole or not at all.
+        rank: None for the exact adapter.
+        adapter: the adapter's name; the active one by default.
+        force: overwrite an existing folder.
+
+    Returns:
+        The relative error of the truncation over all layers (Frobenius norm of what is missing over that of the
+        whole update); 0 where nothing is truncated.
+
+    Raises:
+        LayerError: the model has no such adapter.
+        CheckpointError: the path exists, or ``rank`` is not positive.
+    """
+    adapter = resolve_adapter(model, adapter)
+    config = portable_config(model, adapter)
+    layers, rest = split(adapter_tensors(model, adapter), config)
+    plain = make_plain(layers, rest, config, rank)
+    write_plain(plain, path, force=force)
+    return plain.relative_error
+
+
+def write_plain(plain: PlainAdapter, path: str | Path, *, force: bool = False) -> None:
+    """Write a plain adapter to a folder."""
+    with whole_folder(path, force=force) as folder:
+        write_tensors(plain.tensors, folder / WEIGHTS)
+        save_config(plain.config, folder)
+
+
+def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors by the names that PEFT gives them in files, anchors included."""
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return tensors
+
+
+def portable_config(model: nn.Module, adapter: str) -> LoraConfig:
+    """Return a copy of an adapter's config that names the base model's class, as PEFT's own saving does."""
+    config: Any = copy.deepcopy(model.peft_config[adapter])
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+    if config.task_type is None:
+        config.auto_mapping = {
+            "base_model_class": type(base).__name__,
+            "parent_library": type(base).__module__,
+        }
+    return config
+
+
+def save_config(config: LoraConfig, folder: Path) -> None:
+    """Write ``adapter_config.json``."""
+    config.save_pretrained(str(folder), auto_mapping_dict=config.auto_mapping if config.task_type is None else None)

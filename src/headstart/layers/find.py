@@ -1,0 +1,197 @@
+"""Finding the layers that an adapter lives in, and refusing what can't be initialised before anything is changed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import Linear, LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from headstart.errors import LayerError, nearest
+from headstart.layers.anchored import anchor_kind
+
+_PREFIX = "base_model.model."
+_RECORD = "headstart_record"
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """One LoRA layer of one adapter.
+
+    Attributes:
+        name: its name in the base model, as errors and checkpoints give it.
+        module: PEFT's layer.
+        adapter: the adapter's name.
+    """
+
+    name: str
+    module: LoraLayer
+    adapter: str
+
+    @property
+    def d_out(self) -> int:
+        """The number of outputs."""
+        return int(self.module.out_features)
+
+    @property
+    def d_in(self) -> int:
+        """The number of inputs."""
+        return int(self.module.in_features)
+
+    @property
+    def r(self) -> int:
+        """The adapter's rank in this layer."""
+        return int(self.module.r[self.adapter])
+
+    @property
+    def scaling(self) -> float:
+        """s, the factor in front of B A."""
+        return float(self.module.scaling[self.adapter])
+
+    @property
+    def kind(self) -> str:
+        """The layer's own name without its path, such as ``q_proj``: what layers of one kind share."""
+        return self.name.rpartition(".")[2]
+
+
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[TargetLayer]:
+    """Yield all LoRA layers that hold ``adapter``, in the model's order, whatever their type."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and (
+            adapter in module.lora_A or adapter in module.lora_embedding_A or adapter in module.r
+        ):
+            yield TargetLayer(name.removeprefix(_PREFIX), module, adapter)
+
+
+def resolve_adapter(model: nn.Module, adapter: str | None) -> str:
+    """Return the adapter to work on: the one named, else the only active one.
+
+    Raises:
+        LayerError: the model holds no LoRA adapter, none of that name, or several active ones and none is named.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        raise LayerError(
+            "the model has no LoRA layer: wrap it first, with peft.get_peft_model(model, LoraConfig(...))."
+        )
+    if adapter is None:
+        active = getattr(model, "active_adapters", None)
+        active = list(active() if callable(active) else active or configs)
+        if len(active) != 1:
+            raise LayerError(
+                f"{len(active)} adapters are active ({', '.join(active)}): name the one to work on with adapter=."
+            )
+        adapter = active[0]
+    if adapter not in configs:
+        raise LayerError(f"the model has no adapter {adapter!r}.{nearest(adapter, configs)} It has: {', '.join(configs)}.")
+    if not isinstance(configs[adapter], LoraConfig):
+        kind = type(configs[adapter]).__name__
+        raise LayerError(f"adapter {adapter!r} was made from a {kind}; headstart initialises those of a LoraConfig.")
+    return adapter
+
+
+def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
+    """Return the layers to initialise, checked.
+
+    Raises:
+        LayerError: there is none, or one is of a kind that can't be initialised (embedding, convolution, tied or
+            merged weights, another LoRA variant such as DoRA), holds a trained or already initialised adapter, or has a
+            rank over its smaller side. The message names the layer.
+    """
+    targets = list(lora_layers(model, adapter))
+    if not targets:
+        raise LayerError(f"adapter {adapter!r} has no LoRA layer in this model: check its target_modules.")
+    holders = _holders_of_parameters(model)
+    for target in targets:
+        _check_kind(target)
+        _check_tied(target, holders)
+        _check_state(target)
+        side = min(target.d_out, target.d_in)
+        if target.r > side:
+            raise LayerError(
+                f"layer {target.name!r}: rank {target.r} is more than its smaller side, {side} (its weight is "
+                f"{target.d_out} x {target.d_in}); lower r, or set this layer's in rank_pattern."
+            )
+    return targets
+
+
+def record(target: TargetLayer) -> dict[str, object] | None:
+    """Return what :func:`set_record` noted of a layer, None for one that headstart did not initialise."""
+    found = getattr(target.module, _RECORD, {}).get(target.adapter)
+    return dict(found) if found is not None else None
+
+
+def set_record(target: TargetLayer, content: dict[str, object] | None) -> None:
+    """Note how a layer was initialised (method, base form); None takes the note back."""
+    module = target.module
+    if not hasattr(module, _RECORD):
+        setattr(module, _RECORD, {})
+        # So listed, PEFT deletes the note together with the adapter.
+        module.other_param_names = (*module.other_param_names, _RECORD)
+    if content is None:
+        getattr(module, _RECORD).pop(target.adapter, None)
+    else:
+        getattr(module, _RECORD)[target.adapter] = content
+
+
+def _check_kind(target: TargetLayer) -> None:
+    base = target.module.get_base_layer()
+    if not isinstance(target.module, Linear) or not isinstance(base, (nn.Linear, Conv1D)):
+        raise LayerError(
+            f"layer {target.name!r} is {_article(type(base).__name__)}: only nn.Linear and Conv1D layers can be "
+            "initialised; leave it out of target_modules."
+        )
+    if target.module.lora_bias.get(target.adapter):
+        raise LayerError(f"layer {target.name!r} has lora_bias=True, which is not supported; set lora_bias=False.")
+
+
+def _check_tied(target: TargetLayer, holders: dict[int, list[str]]) -> None:
+    weight = target.module.get_base_layer().weight
+    own = f"{target.name}.base_layer"
+    others = [name for name in holders.get(id(weight), []) if name.removeprefix(_PREFIX) != own]
+    if others:
+        raise LayerError(
+            f"layer {target.name!r} shares its weight with {others[0].removeprefix(_PREFIX)!r} (tied weights): an "
+            "adapter on one of them can't be merged; leave it out of target_modules."
+        )
+
+
+def _check_state(target: TargetLayer) -> None:
+    module, adapter = target.module, target.adapter
+    if module.merged:
+        raise LayerError(
+            f"layer {target.name!r} has merged adapters ({', '.join(module.merged_adapters)}): call "
+            "model.unmerge_adapter() first."
+        )
+    if record(target) is not None or anchor_kind(module, adapter) is not None:
+        raise LayerError(
+            f"layer {target.name!r}: adapter {adapter!r} is already initialised; to start anew, delete the adapter "
+            "(model.delete_adapter) and add it again."
+        )
+    if adapter in module.lora_variant:
+        variant = type(module.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
+        raise LayerError(
+            f"layer {target.name!r} uses PEFT's variant {variant}, which can't be combined with a headstart start; "
+            "switch it off in the LoraConfig."
+        )
+    if bool(module.lora_B[adapter].weight.count_nonzero()):
+        raise LayerError(
+            f"layer {target.name!r}: lora_B of adapter {adapter!r} is not zero, so the adapter is already trained or "
+            "initialised; start from a fresh one, made with init_lora_weights=True."
+        )
+
+
+def _holders_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    holders: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)].append(name)
+    return holders
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "AEIOU" else f"a {noun}"

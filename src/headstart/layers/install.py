@@ -1,0 +1,101 @@
+"""Putting factors into the layers: all of them, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from headstart.errors import LayerError, MethodError
+from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
+from headstart.layers.find import TargetLayer, set_record
+from headstart.layers.weights import fingerprint, oriented, product
+from headstart.methods.base import Factors
+
+Base = Literal["anchored", "residual"]
+
+
+def check_base(base: str) -> None:
+    """Raise MethodError unless ``base`` is a form that the frozen weight can take."""
+    if base not in get_args(Base):
+        raise MethodError(f"base={base!r} is not one of 'anchored', 'residual'.")
+
+
+def check_factors(target: TargetLayer, factors: Factors) -> None:
+    """Raise LayerError, naming the layer, where factors have the wrong shape or are not finite."""
+    for name, matrix, shape in (
+        ("A", factors.A, (target.r, target.d_in)),
+        ("B", factors.B, (target.d_out, target.r)),
+    ):
+        if tuple(matrix.shape) != shape:
+            raise LayerError(f"layer {target.name!r}: {name} has shape {tuple(matrix.shape)}, not {shape}.")
+        if not bool(torch.isfinite(matrix).all()):
+            raise LayerError(f"layer {target.name!r}: the method gave NaN or infinity in {name}.")
+
+
+@torch.no_grad()
+def install(
+    model: nn.Module, starts: Sequence[tuple[TargetLayer, Factors]], base: Base, note: dict[str, object]
+) -> None:
+    """Install every layer's factors; whatever goes wrong, Ctrl-C included, the model is put back as it was.
+
+    Args:
+        model: the PEFT model that holds the layers; its config is marked where layers get anchors.
+        starts: the layers with their factors.
+        base: "anchored" leaves the frozen weights alone, "residual" subtracts s B A from them. In the second form the
+            old weights are held until all layers are done, so that they can be put back.
+        note: what to remember with each layer (see :func:`headstart.layers.find.set_record`).
+    """
+    undo: list[Callable[[], None]] = []
+    try:
+        for target, factors in starts:
+            check_factors(target, factors)
+        prints = {target.name: fingerprint(target.module) for target, _ in starts}
+        for target, factors in starts:
+            _install_one(target, factors, base, undo)
+            undo.append(partial(set_record, target, None))
+            set_record(target, {**note, "offset": factors.offset, "weight": prints[target.name]})
+        if any(factors.offset == "subtract" for _, factors in starts):
+            config = model.peft_config[starts[0][0].adapter]
+            undo.append(partial(setattr, config, "init_lora_weights", config.init_lora_weights))
+            config.init_lora_weights = ANCHORED_MARK
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: list[Callable[[], None]]) -> None:
+    module, adapter = target.module, target.adapter
+    A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    for parameter, value in ((A, factors.A), (B, factors.B)):
+        before = parameter.detach().clone()
+        undo.append(partial(_copy, parameter, before))
+        parameter.copy_(value)
+    if factors.offset == "keep":
+        return
+    undo.append(partial(drop_anchors, module, adapter))
+    set_anchors(module, adapter, A, B, base)
+    if base == "residual":
+        weight = module.get_base_layer().weight
+        undo.append(partial(setattr, weight, "data", weight.data))
+        subtract_product(target)
+
+
+@torch.no_grad()
+def subtract_product(target: TargetLayer) -> None:
+    """Replace the frozen weight by W - s B A, computed from the factors as the layer holds them, at least in float32."""
+    module, adapter = target.module, target.adapter
+    weight = module.get_base_layer().weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    start = product(module.lora_B[adapter].weight.to(dtype), module.lora_A[adapter].weight.to(dtype))
+    residual = weight.data.to(dtype) - oriented(module, start * target.scaling)
+    weight.data = residual.to(weight.dtype)
+
+
+@torch.no_grad()
+def _copy(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    parameter.copy_(value)

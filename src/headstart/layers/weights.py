@@ -1,0 +1,39 @@
+"""Reading and writing the weight under a LoRA layer, in the orientation (d_out, d_in)."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor
+
+
+def is_transposed(layer: LoraLayer) -> bool:
+    """Return whether the base layer stores its weight as (d_in, d_out), as GPT-2's Conv1D does."""
+    return bool(getattr(layer, "fan_in_fan_out", False))
+
+
+def base_weight(layer: LoraLayer, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return W (d_out, d_in), detached, in ``dtype``; a view of the parameter where nothing had to be converted."""
+    weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach()
+    return oriented(layer, weight).to(dtype)
+
+
+def oriented(layer: LoraLayer, matrix: Tensor) -> Tensor:
+    """Turn a matrix in the base layer's storage order into (d_out, d_in) order, or back; the map is its own inverse."""
+    return matrix.T if is_transposed(layer) else matrix
+
+
+def product(B: Tensor, A: Tensor) -> Tensor:
+    """Return B A, computed in float32 on the CPU for half precisions (whose matrix products are slow there)."""
+    if A.device.type == "cpu" and A.dtype in (torch.float16, torch.bfloat16):
+        return B.float() @ A.float()
+    return B @ A
+
+
+def fingerprint(layer: LoraLayer, values: int = 8) -> list[float]:
+    """Return a few of the base weight's entries, evenly spread over it: enough to tell one base model from another."""
+    weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach()
+    flat = oriented(layer, weight).reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, values, dtype=torch.float64).long()
+    return [float(value) for value in flat[places.to(flat.device)].float()]

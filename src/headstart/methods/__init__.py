@@ -1,0 +1,32 @@
+"""The methods, one small file per family; importing this package registers them all.
+
+A new method is a new file here: :mod:`pkgutil` finds it, the decorator registers it, and the command line and the
+docs read the registry.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
+from headstart.methods.registry import get_method, method_class, method_names, parse_method, register
+
+# The order of the tables: random, spectral, approximation, gradient. A file that is not named comes last.
+_FAMILIES = ("zero", "nonzero", "inilora_random", "spectral", "inilora", "gradient")
+_found = [module.name for module in pkgutil.iter_modules(__path__)]
+for _name in [*_FAMILIES, *(name for name in _found if name not in _FAMILIES)]:
+    importlib.import_module(f"{__name__}.{_name}")
+
+__all__ = [
+    "Factors",
+    "LayerInputs",
+    "Method",
+    "Moments",
+    "Needs",
+    "get_method",
+    "method_class",
+    "method_names",
+    "parse_method",
+    "register",
+]

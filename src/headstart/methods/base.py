@@ -1,0 +1,158 @@
+"""What a method is: settings, what it needs, and one pure function from a layer's statistics to its factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from headstart.errors import LayerError, MethodError
+
+Offset = Literal["subtract", "keep"]
+
+
+class Needs(enum.Flag):
+    """What a method must be given about a layer, beyond its shape."""
+
+    NOTHING = 0
+    WEIGHT = enum.auto()
+    MOMENTS = enum.auto()
+    GRADIENT = enum.auto()
+
+    def __str__(self) -> str:
+        names = {Needs.WEIGHT: "weight", Needs.MOMENTS: "moments", Needs.GRADIENT: "gradient"}
+        return " + ".join(text for flag, text in names.items() if flag in self) or "shapes"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation of a kind's weights, each averaged over the layers of that kind."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What is known of one layer when its factors are made.
+
+    Attributes:
+        name: the layer's name in the base model, as errors give it.
+        d_out, d_in: the shape of its weight W; ``y = W x``.
+        r: the adapter's rank there.
+        scaling: s, the factor in front of ``B A``.
+        seed: the user's seed; :meth:`generator` derives the layer's own stream from it and the name.
+        weight: W (d_out, d_in) in float32, for methods that need it.
+        moments: of the weights of this layer's kind, for methods that need them.
+        gradient: the mean gradient G of the loss (d_out, d_in) in float32, for methods that need it.
+    """
+
+    name: str
+    d_out: int
+    d_in: int
+    r: int
+    scaling: float
+    seed: int = 0
+    weight: Tensor | None = None
+    moments: Moments | None = None
+    gradient: Tensor | None = None
+
+    def generator(self) -> torch.Generator:
+        """Return a fresh CPU generator; the same seed and name give the same draws in any process, in any order."""
+        digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def require_weight(self) -> Tensor:
+        """Return the weight, which the caller must have collected."""
+        if self.weight is None:
+            raise LayerError(f"layer {self.name!r}: this method needs the layer's weight, which was not collected")
+        return self.weight
+
+    def require_gradient(self) -> Tensor:
+        """Return the mean gradient, which the caller must have collected."""
+        if self.gradient is None:
+            raise LayerError(f"layer {self.name!r}: this method needs the mean gradient, which was not collected")
+        return self.gradient
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A layer's start.
+
+    Attributes:
+        A: (r, d_in), float32.
+        B: (d_out, r), float32.
+        core: (r, r) of methods that train only that, else None.
+        offset: "subtract" if the layer must start where the base model is (the product s B A is taken out again),
+            "keep" if it starts at W + s B A.
+        info: numbers for the report, such as ``error``, ``bound``, ``steps``.
+        note: one sentence for the report where something had to be done differently, else empty.
+    """
+
+    A: Tensor
+    B: Tensor
+    core: Tensor | None = None
+    offset: Offset = "subtract"
+    info: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of all methods: a frozen dataclass whose fields are the paper's settings with the paper's defaults.
+
+    Class attributes:
+        name: the command-line name.
+        needs: what :class:`LayerInputs` must hold.
+        source: paper and section.
+        cost: a few words on what the start costs, for the tables.
+        batched: layers of one shape and rank are worth handing over together.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs] = Needs.NOTHING
+    source: ClassVar[str] = ""
+    cost: ClassVar[str] = "a draw"
+    batched: ClassVar[bool] = False
+
+    @abstractmethod
+    def factors(self, layer: LayerInputs) -> Factors:
+        """Return the start of one layer."""
+
+    def factors_batch(self, layers: Sequence[LayerInputs]) -> list[Factors]:
+        """Return the starts of several layers of one shape and rank; the same as one at a time."""
+        return [self.factors(layer) for layer in layers]
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        changed = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        }
+        inside = ", ".join(f"{name}={value}" for name, value in changed.items())
+        return f"{self.name}({inside})" if inside else self.name
+
+
+def check_choice(method: str, setting: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise MethodError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise MethodError(f"method {method!r}: {setting}={value!r} is not one of {choices}.")
+
+
+def check_positive(method: str, **settings: float | int | None) -> None:
+    """Raise MethodError for a setting that is not a positive finite number (None passes)."""
+    for setting, value in settings.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise MethodError(f"method {method!r}: {setting}={value!r} must be a positive number.")

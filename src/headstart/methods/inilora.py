@@ -1,0 +1,116 @@
+"""IniLoRA: the factors approximate the weight, by the paper's gradient descent or in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from headstart.errors import LayerError, MethodError
+from headstart.linalg.lowrank import adam_lowrank, svd_lowrank_factors
+from headstart.linalg.svd import eckart_young_tail, truncated_svd_batch
+from headstart.methods.base import Factors, LayerInputs, Method, Needs, check_choice, check_positive
+from headstart.methods.draws import draw
+from headstart.methods.registry import register
+
+
+@register("inilora")
+@dataclass(frozen=True)
+class IniLoRA(Method):
+    """IniLoRA: from A, B drawn normal(0, sigma_bar), minimise the mean of (W/s - B A)^2; s B A is subtracted.
+
+    sigma_bar is the standard deviation of the weights, averaged over the target layers of one kind (all q_proj, all
+    v_proj, ...); their averaged mean is taken as 0, as the published runs do. Published runs have s = 1; for any
+    other s the target is W/s, so that s B A approximates W.
+
+    Source: IniLoRA, section 3 (equations 1 to 3), settings from section 4.1 and the published code.
+
+    Settings:
+        solver: "adam", the paper's descent, or "svd", the closed form that it converges to.
+        steps: of Adam; 0 leaves the draw (the paper's Table 7).
+        lr: Adam's rate.
+        decay, decay_every: the rate is multiplied by ``decay`` every ``decay_every`` steps.
+        tolerance: stop a layer early once its squared error is within (1 + tolerance) of the smallest possible
+            (Eckart-Young) one; None takes all steps, as published.
+        gauge: for "svd", which of the equivalent factors: "aligned" (nearest to the draw, by orthogonal Procrustes),
+            "random" (a random rotation), "balanced" (PiSSA's).
+        std: the standard deviation of the draw in place of sigma_bar.
+    """
+
+    source: ClassVar[str] = "IniLoRA, section 3"
+    cost: ClassVar[str] = "20,000 Adam steps a weight, or a truncated SVD"
+    needs: ClassVar[Needs] = Needs.WEIGHT | Needs.MOMENTS
+    batched: ClassVar[bool] = True
+
+    solver: Literal["adam", "svd"] = "adam"
+    steps: int = 20_000
+    lr: float = 5e-4
+    decay: float = 0.9
+    decay_every: int = 5_000
+    tolerance: float | None = None
+    gauge: Literal["aligned", "random", "balanced"] = "aligned"
+    std: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self.name, "solver", self.solver, ("adam", "svd"))
+        check_choice(self.name, "gauge", self.gauge, ("aligned", "random", "balanced"))
+        check_positive(
+            self.name, lr=self.lr, decay=self.decay, decay_every=self.decay_every, tolerance=self.tolerance, std=self.std
+        )
+        if self.steps < 0:
+            raise MethodError(f"method {self.name!r}: steps={self.steps!r} must not be negative.")
+
+    def factors(self, layer: LayerInputs) -> Factors:
+        """Approximate one layer's weight."""
+        return self.factors_batch([layer])[0]
+
+    def factors_batch(self, layers: Sequence[LayerInputs]) -> list[Factors]:
+        """Approximate the weights of several layers of one shape and rank together."""
+        rank = layers[0].r
+        targets = torch.stack([layer.require_weight() / layer.scaling for layer in layers])
+        draws = [self._draw(layer) for layer in layers]
+        svds = truncated_svd_batch(targets, rank)
+        bounds = [eckart_young_tail(target, svd) for target, svd in zip(targets, svds, strict=True)]
+        if self.solver == "svd":
+            pairs = []
+            for layer, svd, (A0, B0) in zip(layers, svds, draws, strict=True):
+                generator = layer.generator()
+                pairs.append(svd_lowrank_factors(svd, self.gauge, A0=A0, B0=B0, generator=generator))
+            errors = [_squared_error(W, A, B) for W, (A, B) in zip(targets, pairs, strict=True)]
+            steps = [0] * len(layers)
+        else:
+            fit = adam_lowrank(
+                targets,
+                torch.stack([A0 for A0, _ in draws]).to(targets.device),
+                torch.stack([B0 for _, B0 in draws]).to(targets.device),
+                steps=self.steps,
+                lr=self.lr,
+                decay=self.decay,
+                decay_every=self.decay_every,
+                tolerance=self.tolerance,
+                optimum=torch.tensor(bounds, dtype=torch.float64, device=targets.device),
+            )
+            pairs = list(zip(fit.A, fit.B, strict=True))
+            errors = [float(error) for error in fit.error]
+            steps = [int(taken) for taken in fit.steps]
+        return [
+            Factors(A, B, info={"error": error, "bound": bound, "steps": taken})
+            for (A, B), error, bound, taken in zip(pairs, errors, bounds, steps, strict=True)
+        ]
+
+    def _draw(self, layer: LayerInputs) -> tuple[Tensor, Tensor]:
+        std = self.std
+        if std is None:
+            if layer.moments is None:
+                raise LayerError(f"layer {layer.name!r}: IniLoRA needs the moments of its kind's weights")
+            std = layer.moments.std
+        generator = layer.generator()
+        A0 = draw((layer.r, layer.d_in), "normal", std, generator)
+        return A0, draw((layer.d_out, layer.r), "normal", std, generator)
+
+
+def _squared_error(W: Tensor, A: Tensor, B: Tensor) -> float:
+    return float((W.double() - B.double() @ A.double()).square().sum())

@@ -1,0 +1,97 @@
+"""The registry of methods, filled by a decorator and read by the command line, the docs and the tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+from headstart.errors import MethodError, nearest
+from headstart.methods.base import Method
+
+_METHODS: dict[str, type[Method]] = {}
+
+M = TypeVar("M", bound=Method)
+
+
+def register(name: str) -> Callable[[type[M]], type[M]]:
+    """Register a :class:`Method` under its command-line name.
+
+    Raises:
+        MethodError: the name is taken.
+    """
+
+    def add(cls: type[M]) -> type[M]:
+        if name in _METHODS:
+            raise MethodError(f"two methods are named {name!r}: {_METHODS[name].__name__} and {cls.__name__}.")
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods, in the order of registration (by family)."""
+    return list(_METHODS)
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class registered under ``name``.
+
+    Raises:
+        MethodError: there is none; the message gives the nearest name.
+    """
+    try:
+        return _METHODS[name]
+    except KeyError:
+        raise MethodError(
+            f"unknown method {name!r}.{nearest(name, _METHODS)} `headstart methods` lists them all."
+        ) from None
+
+
+def get_method(name: str, **settings: object) -> Method:
+    """Make a method from its name and settings, for example ``get_method("init-ab", beta=2)``.
+
+    Raises:
+        MethodError: an unknown name or setting (the message gives the nearest), or a value out of range.
+    """
+    cls = method_class(name)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for setting in settings:
+        if setting not in known:
+            have = ", ".join(known) if known else "none"
+            raise MethodError(
+                f"method {name!r} has no setting {setting!r}.{nearest(setting, known)} It has: {have}."
+            )
+    return cls(**settings)
+
+
+def parse_method(text: str) -> Method:
+    """Make a method from ``name`` or ``name:setting=value,setting=value``, as the command line writes it.
+
+    Values are read as bool, int, float or None where they look like one, else as text.
+
+    Raises:
+        MethodError: see :func:`get_method`; also for a part that is not ``setting=value``.
+    """
+    name, _, rest = text.strip().partition(":")
+    settings: dict[str, object] = {}
+    for part in filter(None, (piece.strip() for piece in rest.split(","))):
+        setting, equals, value = part.partition("=")
+        if not equals:
+            raise MethodError(f"{text!r}: {part!r} must read setting=value, as in init-ab:beta=2.")
+        settings[setting.strip()] = _read_value(value.strip())
+    return get_method(name, **settings)
+
+
+def _read_value(text: str) -> object:
+    constants = {"true": True, "false": False, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,83 @@
+"""Starts from the singular value decomposition or the QR decomposition of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from headstart.linalg.svd import truncated_svd_batch
+from headstart.methods.base import Factors, LayerInputs, Method, Needs
+from headstart.methods.registry import register
+
+
+@dataclass(frozen=True)
+class _SingularTriplets(Method):
+    needs: ClassVar[Needs] = Needs.WEIGHT
+    batched: ClassVar[bool] = True
+    which: ClassVar[Literal["largest", "smallest"]]
+
+    def factors(self, layer: LayerInputs) -> Factors:
+        """Split the r singular triplets evenly between B and A."""
+        return self.factors_batch([layer])[0]
+
+    def factors_batch(self, layers: Sequence[LayerInputs]) -> list[Factors]:
+        """Decompose the weights of several layers of one shape and rank together."""
+        weights = torch.stack([layer.require_weight() for layer in layers])
+        results = truncated_svd_batch(weights, layers[0].r, which=self.which)
+        starts = []
+        for layer, svd in zip(layers, results, strict=True):
+            root = (svd.S / layer.scaling).sqrt()
+            info = {"residual": svd.residual}
+            starts.append(Factors(root[:, None] * svd.V.T, svd.U * root, info=info))
+        return starts
+
+
+@register("pissa")
+@dataclass(frozen=True)
+class PiSSA(_SingularTriplets):
+    """PiSSA: with W = U S V', B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r', so s B A = U_r S_r V_r'; subtracted.
+
+    Source: Meng et al. 2024 (PiSSA), section 3.
+    """
+
+    source: ClassVar[str] = "PiSSA (Meng et al. 2024), section 3"
+    cost: ClassVar[str] = "a truncated SVD of each weight"
+    which: ClassVar[Literal["largest", "smallest"]] = "largest"
+
+
+@register("milora")
+@dataclass(frozen=True)
+class MiLoRA(_SingularTriplets):
+    """MiLoRA: PiSSA's split of the r smallest singular triplets; subtracted.
+
+    Source: Wang et al. 2024 (MiLoRA), section 3.
+    """
+
+    source: ClassVar[str] = "MiLoRA (Wang et al. 2024), section 3"
+    cost: ClassVar[str] = "a full SVD of each weight"
+    which: ClassVar[Literal["largest", "smallest"]] = "smallest"
+
+
+@register("olora")
+@dataclass(frozen=True)
+class OLoRA(Method):
+    """OLoRA: with W = Q R, B = Q[:, :r] and A = R[:r]; s B A is subtracted.
+
+    Only r Householder reflections are needed: the first r columns of Q are those of the QR decomposition of the
+    first r columns of W, and R[:r] = Q[:, :r]' W.
+
+    Source: Büyükakyüz 2024 (OLoRA), section 3.
+    """
+
+    source: ClassVar[str] = "OLoRA (Büyükakyüz 2024), section 3"
+    cost: ClassVar[str] = "a thin QR of each weight"
+    needs: ClassVar[Needs] = Needs.WEIGHT
+
+    def factors(self, layer: LayerInputs) -> Factors:
+        """Decompose the first r columns."""
+        W = layer.require_weight()
+        Q, _ = torch.linalg.qr(W[:, : layer.r])
+        return Factors(Q.T @ W, Q)

@@ -1,0 +1,127 @@
+"""Starts whose product is zero: one factor is drawn, the other is zero (or orthogonal to it).
+
+Since B A = 0 the model starts at the base model by itself, and there is nothing to subtract.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from headstart.errors import LayerError
+from headstart.methods.base import Factors, LayerInputs, Method, check_choice, check_positive
+from headstart.methods.draws import draw
+from headstart.methods.registry import register
+
+
+@register("lora")
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Init[A], the start of LoRA: A Kaiming-uniform with a = sqrt(5) (variance 1/(3 d_in)), B = 0.
+
+    Source: Hu et al. 2022 (LoRA), section 4.1; the distribution is that of Microsoft's loralib and PEFT.
+    """
+
+    source: ClassVar[str] = "LoRA (Hu et al. 2022)"
+
+    def factors(self, layer: LayerInputs) -> Factors:
+        """Draw A, leave B zero."""
+        bound = 1 / math.sqrt(layer.d_in)
+        A = torch.empty(layer.r, layer.d_in).uniform_(-bound, bound, generator=layer.generator())
+        return Factors(A, torch.zeros(layer.d_out, layer.r), offset="keep")
+
+
+@register("init-a")
+@dataclass(frozen=True)
+class InitA(Method):
+    """Init[A](beta): A drawn with standard deviation beta / sqrt(d_in), B = 0.
+
+    The comparison's other side in the heat maps of Li et al. 2025 (Figure 4): the scale of ``init-ab`` on A alone.
+
+    Settings:
+        beta: scale; the paper uses 0.25 to 16. 1 is Kaiming's scale.
+        distribution: "normal" or "uniform" of the same variance.
+    """
+
+    source: ClassVar[str] = "non-zero initialisation (Li et al. 2025), section 4"
+
+    beta: float = 1.0
+    distribution: Literal["normal", "uniform"] = "normal"
+
+    def __post_init__(self) -> None:
+        check_positive(self.name, beta=self.beta)
+        check_choice(self.name, "distribution", self.distribution, ("normal", "uniform"))
+
+    def factors(self, layer: LayerInputs) -> Factors:
+        """Draw A, leave B zero."""
+        A = draw((layer.r, layer.d_in), self.distribution, self.beta / math.sqrt(layer.d_in), layer.generator())
+        return Factors(A, torch.zeros(layer.d_out, layer.r), offset="keep")
+
+
+@register("init-b")
+@dataclass(frozen=True)
+class InitB(Method):
+    """Init[B]: B drawn with variance 1/r, A = 0.
+
+    Source: Li et al. 2025, section 3.2 (after Hayou et al. 2024).
+
+    Settings:
+        distribution: "normal" or "uniform" of the same variance.
+    """
+
+    source: ClassVar[str] = "non-zero initialisation (Li et al. 2025), section 3.2"
+
+    distribution: Literal["normal", "uniform"] = "normal"
+
+    def __post_init__(self) -> None:
+        check_choice(self.name, "distribution", self.distribution, ("normal", "uniform"))
+
+    def factors(self, layer: LayerInputs) -> Factors:
+        """Draw B, leave A zero."""
+        B = draw((layer.d_out, layer.r), self.distribution, 1 / math.sqrt(layer.r), layer.generator())
+        return Factors(torch.zeros(layer.r, layer.d_in), B, offset="keep")
+
+
+@register("gaussian")
+@dataclass(frozen=True)
+class Gaussian(Method):
+    """PEFT's "gaussian": A normal with standard deviation 1/r, B = 0."""
+
+    source: ClassVar[str] = "PEFT, init_lora_weights='gaussian'"
+
+    def factors(self, layer: LayerInputs) -> Factors:
+        """Draw A, leave B zero."""
+        A = draw((layer.r, layer.d_in), "normal", 1 / layer.r, layer.generator())
+        return Factors(A, torch.zeros(layer.d_out, layer.r), offset="keep")
+
+
+@register("orthogonal")
+@dataclass(frozen=True)
+class Orthogonal(Method):
+    """Both factors non-zero, their product zero: the rows of A and the columns of B use orthogonal halves of R^r.
+
+    With Q (r, r) a random orthogonal matrix, Q1 its odd rows and Q2 its even ones, and X, Y normal:
+    A = Q1' X' / 10, B = Y Q2 / 10, so B A = Y Q2 Q1' X' / 100 = 0. The rank must be even.
+
+    Source: PEFT, ``init_lora_weights="orthogonal"``.
+    """
+
+    source: ClassVar[str] = "PEFT, init_lora_weights='orthogonal'"
+
+    def factors(self, layer: LayerInputs) -> Factors:
+        """Draw Q, X and Y."""
+        if layer.r % 2:
+            raise LayerError(
+                f"layer {layer.name!r}: method 'orthogonal' needs an even rank, and r is {layer.r}; choose another rank."
+            )
+        generator = layer.generator()
+        half = layer.r // 2
+        Q, _ = torch.linalg.qr(torch.randn(layer.r, layer.r, generator=generator, dtype=torch.float64))
+        X = torch.randn(layer.d_in, half, generator=generator, dtype=torch.float64)
+        Y = torch.randn(layer.d_out, half, generator=generator, dtype=torch.float64)
+        A = (X @ Q[0::2]).T / 10
+        B = Y @ Q[1::2] / 10
+        return Factors(A.float(), B.float(), offset="keep")

@@ -1,0 +1,127 @@
+"""What a start did, layer by layer and in all."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's start.
+
+    Attributes:
+        name: the layer's name in the base model.
+        d_out, d_in, r: its shape and the adapter's rank.
+        norm_A, norm_B: Frobenius norms of the factors.
+        norm_product: Frobenius norm of s B A.
+        norm_weight: Frobenius norm of W.
+        seconds: time spent on its factors (a batch's time is divided evenly among its layers).
+        info: the method's own numbers, such as ``error`` and ``bound`` (squared Frobenius), ``steps``, ``residual``.
+        note: what had to be done differently, else empty.
+    """
+
+    name: str
+    d_out: int
+    d_in: int
+    r: int
+    norm_A: float
+    norm_B: float
+    norm_product: float
+    norm_weight: float
+    seconds: float
+    info: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def relative_product(self) -> float:
+        """The norm of s B A over the norm of W."""
+        return self.norm_product / self.norm_weight if self.norm_weight else float("inf")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`headstart.initialize_` returns.
+
+    Attributes:
+        method: the method with the settings that differ from its defaults.
+        base: "anchored" or "residual".
+        adapter: the adapter's name.
+        seed: as given.
+        layers: one report a layer, in the model's order.
+        seconds: in all; ``seconds_by_step`` splits them.
+        peak_memory: bytes; on an accelerator the most that was allocated there, else the process's peak resident set.
+        samples, tokens: read from the data; padding is not counted.
+        trainable: parameters of the adapter that train.
+        warnings: sentences about what was not as asked for.
+    """
+
+    method: str
+    base: str
+    adapter: str
+    seed: int
+    layers: list[LayerReport]
+    seconds: float
+    seconds_by_step: dict[str, float]
+    peak_memory: int
+    samples: int = 0
+    tokens: int = 0
+    trainable: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain types, ready for JSON."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Return one sentence."""
+        data = f", {self.samples} samples ({self.tokens:,} tokens)" if self.samples else ""
+        return (
+            f"{self.method}: {len(self.layers)} layers, {self.trainable:,} trainable parameters, "
+            f"{self.base}, {self.seconds:.2f} s{data}, peak memory {self.peak_memory / 2**30:.2f} GiB"
+        )
+
+    def __str__(self) -> str:
+        console = Console(width=120, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Show the summary, a table with a row a kind of layer, and the warnings."""
+        yield self.summary()
+        yield self._table()
+        for warning in self.warnings:
+            yield f"warning: {warning}"
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for title in ("kind", "layers", "shape", "r", "|A|", "|B|", "|sBA|/|W|", "error/bound", "seconds"):
+            table.add_column(title, justify="left" if title == "kind" else "right")
+        kinds: dict[tuple[str, int, int, int], list[LayerReport]] = {}
+        for layer in self.layers:
+            key = (layer.name.rpartition(".")[2], layer.d_out, layer.d_in, layer.r)
+            kinds.setdefault(key, []).append(layer)
+        for (kind, d_out, d_in, r), group in kinds.items():
+            ratios = [
+                layer.info["error"] / layer.info["bound"] for layer in group if layer.info.get("bound", 0) > 0
+            ]
+            table.add_row(
+                kind,
+                str(len(group)),
+                f"{d_out}x{d_in}",
+                str(r),
+                f"{_mean([layer.norm_A for layer in group]):.3g}",
+                f"{_mean([layer.norm_B for layer in group]):.3g}",
+                f"{_mean([layer.relative_product for layer in group]):.3g}",
+                f"{max(ratios):.6f}" if ratios else "",
+                f"{sum(layer.seconds for layer in group):.2f}",
+            )
+        return table
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,135 @@
+"""Counting and cutting samples: any iterable of batches becomes batches of exactly the samples asked for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.errors import DataError
+
+IGNORED = -100
+Batch = dict[str, Any]
+Collator = Callable[[list[Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A batch of samples and the index of its first one in the data."""
+
+    batch: Batch
+    first: int
+    size: int
+
+
+def iterate_samples(
+    data: Iterable[Any], samples: int, *, collator: Collator | None = None, batch_size: int = 8
+) -> Iterator[Samples]:
+    """Yield batches that hold the first ``samples`` samples of ``data`` in all; the last one is cut to fit.
+
+    Args:
+        data: an iterable of batches (mappings of tensors whose first dimension is the sample), or, with ``collator``,
+            a dataset of single samples, ``datasets.Dataset`` among them.
+        samples: how many samples to read; fewer are read if the data end before.
+        collator: makes a batch of a list of samples.
+        batch_size: samples a batch, where a collator is given.
+
+    Raises:
+        DataError: the data hold no sample, or something that is not a batch.
+    """
+    first = 0
+    for item in _collated(data, collator, batch_size) if collator is not None else data:
+        batch = _as_batch(item, first)
+        size = _batch_size(batch, first)
+        if first + size > samples:
+            size = samples - first
+            batch = {key: value[:size] if _has_samples(value) else value for key, value in batch.items()}
+        if size:
+            yield Samples(batch, first, size)
+        first += size
+        if first >= samples:
+            return
+    if first == 0:
+        raise DataError("data holds no sample: give at least one batch with labels.")
+
+
+def label_counts(batch: Batch) -> Tensor | None:
+    """Return each sample's number of labels that count, two columns: all of them, and without the first position.
+
+    A causal language model predicts the next token, so that a label in first place is never used; other models use
+    it. None where labels are not one integer a token (classes, scores).
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        return None
+    used = labels != IGNORED
+    return torch.stack((used.sum(1), used[:, 1:].sum(1)), dim=1).cpu()
+
+
+def single_sample(batch: Batch, index: int) -> Batch:
+    """Return one sample of a batch, without its padding where ``attention_mask`` tells what that is."""
+    one = {key: value[index : index + 1] if _has_samples(value) else value for key, value in batch.items()}
+    _trim(one, "attention_mask", tuple(key for key in one if not key.startswith("decoder_") and key != "labels"))
+    if "decoder_attention_mask" in one:
+        _trim(one, "decoder_attention_mask", tuple(key for key in one if key.startswith("decoder_")))
+    return one
+
+
+def take(batch: Batch, indices: list[int]) -> Batch:
+    """Return some samples of a batch, padding and all."""
+    return {key: value[indices] if _has_samples(value) else value for key, value in batch.items()}
+
+
+def _trim(batch: Batch, mask_name: str, names: tuple[str, ...]) -> None:
+    mask = batch.get(mask_name)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(mask.any()):
+        return
+    width = mask.shape[1]
+    used = mask[0].nonzero().flatten()
+    low, high = int(used[0]), int(used[-1]) + 1
+    labels = batch.get("labels")
+    # Labels lie along the decoder's tokens where there is a decoder, whose length may differ from the input's.
+    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == width and mask_name == "attention_mask":
+        names = (*names, "labels")
+        kept = (labels[0] != IGNORED).nonzero().flatten()
+        if len(kept):
+            low, high = min(low, int(kept[0])), max(high, int(kept[-1]) + 1)
+    for name in names:
+        value = batch[name]
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == width:
+            batch[name] = value[:, low:high]
+
+
+def _collated(data: Iterable[Any], collator: Collator, batch_size: int) -> Iterator[Mapping[str, Any]]:
+    rows = iter(data)
+    while chunk := list(itertools.islice(rows, batch_size)):
+        yield collator(chunk)
+
+
+def _as_batch(item: Any, first: int) -> Batch:
+    if not isinstance(item, Mapping) and not hasattr(item, "keys"):
+        raise DataError(
+            f"data must yield batches that the model accepts as keyword arguments (mappings); after sample {first} "
+            f"came a {type(item).__name__}. For a dataset of single samples give a collator as well."
+        )
+    return {key: item[key] for key in item.keys()}  # noqa: SIM118 - a BatchEncoding iterates over its values
+
+
+def _has_samples(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _batch_size(batch: Batch, first: int) -> int:
+    sizes = {key: value.shape[0] for key, value in batch.items() if _has_samples(value)}
+    if not sizes:
+        raise DataError(
+            f"the batch after sample {first} holds no tensor: collate the samples first, or give a collator."
+        )
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{key} {size}" for key, size in sizes.items())
+        raise DataError(f"the batch after sample {first} has tensors with different numbers of samples: {listed}.")
+    return int(next(iter(sizes.values())))

@@ -1,0 +1,133 @@
+"""Making a batched pass weight its samples as one sample at a time would.
+
+A method's gradient is the mean over samples of each sample's own loss gradient, and for a language model a sample's
+own loss is the mean over its label tokens. A batch's loss is mostly something else: the mean over all label tokens
+of the batch, in which long samples count more. How a model weights is not written down anywhere, so it is measured:
+two samples are run apart and together, and the rule that explains the three losses is used from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from headstart.errors import DataError
+from headstart.statistics.batches import Batch, Samples, label_counts, single_sample, take
+
+# How a batch's loss is made of its samples' own: a mean over samples; a mean over all label tokens; the same without
+# the labels in first place (causal language models); none of these, so that samples have to be run one at a time.
+Rule = Literal["samples", "tokens", "shifted tokens", "apart"]
+
+Forward = Callable[[Batch], Any]
+
+
+def loss_of(outputs: Any, first: int) -> Tensor:
+    """Return the loss of a model's outputs.
+
+    Raises:
+        DataError: the model gave none.
+    """
+    loss = outputs.get("loss") if hasattr(outputs, "get") else getattr(outputs, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise DataError(f"the model returned no loss for the batch at sample {first}: its batches need labels.")
+    return loss if loss.dim() == 0 else loss.mean()
+
+
+def check_labels(samples: Samples) -> None:
+    """Raise DataError, naming the sample, where a sample has no label to learn from."""
+    counts = label_counts(samples.batch)
+    if counts is None:
+        return
+    empty = (counts[:, 0] == 0).nonzero().flatten()
+    if len(empty):
+        raise DataError(
+            f"sample {samples.first + int(empty[0])} has no label left (all are -100): it may have been truncated "
+            "before its answer; raise the maximum length or drop the sample."
+        )
+
+
+def needs_probe(batch: Batch) -> bool:
+    """Return whether a batch's samples could weigh differently: unequal label counts, padding, or no token labels."""
+    counts = label_counts(batch)
+    mask = batch.get("attention_mask")
+    padded = isinstance(mask, Tensor) and not bool(mask.all())
+    return counts is None or padded or bool((counts != counts[0]).any())
+
+
+@torch.no_grad()
+def measure_rule(forward: Forward, batch: Batch, dtype: torch.dtype) -> Rule:
+    """Find out how the model weights the samples of a batch, from the two that differ most in their labels.
+
+    Args:
+        forward: runs the model on a batch.
+        batch: at least two samples.
+        dtype: of the model; decides how closely the losses must agree.
+    """
+    counts = label_counts(batch)
+    if counts is None:
+        low, high = 0, 1
+    else:
+        low, high = int(counts[:, 0].argmin()), int(counts[:, 0].argmax())
+        if low == high:
+            low, high = _padding_extremes(batch)
+    apart = [float(loss_of(forward(single_sample(batch, index)), index)) for index in (low, high)]
+    together = float(loss_of(forward(take(batch, [low, high])), low))
+    candidates: dict[Rule, tuple[float, float]] = {}
+    if counts is not None:
+        candidates["shifted tokens"] = (float(counts[low, 1]), float(counts[high, 1]))
+        candidates["tokens"] = (float(counts[low, 0]), float(counts[high, 0]))
+    candidates["samples"] = (1.0, 1.0)
+    misfits: dict[Rule, float] = {}
+    for rule, (a, b) in candidates.items():
+        expected = (a * apart[0] + b * apart[1]) / (a + b) if a + b else float("nan")
+        misfits[rule] = abs(expected - together) / max(abs(together), 1e-12)
+    best = min(misfits, key=lambda rule: misfits[rule])
+    # Half precisions round the logits, so the three losses agree to a few units in the third digit only.
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 1e-2
+    return best if misfits[best] <= tolerance else "apart"
+
+
+def backward_of_sum(outputs: Any, samples: Samples, rule: Rule) -> bool:
+    """Run backward so that the layers see the gradient of the sum of the samples' own losses.
+
+    Returns:
+        False, having computed nothing, where the rule can't be applied because the loss is not a function of the
+        ``logits`` that the model returned; the samples then have to be run apart.
+    """
+    loss = loss_of(outputs, samples.first)
+    if not loss.requires_grad:  # no tapped layer took part in this batch
+        return True
+    counts = label_counts(samples.batch)
+    if rule in ("samples", "apart") or counts is None or bool((counts == counts[0]).all()):
+        (loss * samples.size).backward()  # type: ignore[no-untyped-call]
+        return True
+    logits = outputs.get("logits") if hasattr(outputs, "get") else None
+    if not isinstance(logits, Tensor) or logits.shape[0] != samples.size or not logits.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(loss, [logits], allow_unused=True)
+    if gradient is None:
+        return False
+    used = counts[:, 1 if rule == "shifted tokens" else 0].to(device=gradient.device, dtype=torch.float32)
+    weights = (used.sum() / used).reshape(-1, *[1] * (gradient.dim() - 1))
+    torch.autograd.backward([logits], [(gradient * weights).to(gradient.dtype)])
+    return True
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the model's first floating-point parameter."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return torch.float32
+
+
+def _padding_extremes(batch: Batch) -> tuple[int, int]:
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor):
+        return 0, 1
+    lengths = mask.sum(1)
+    low, high = int(lengths.argmin()), int(lengths.argmax())
+    return (low, high) if low != high else (0, 1)

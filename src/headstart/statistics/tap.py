@@ -1,0 +1,59 @@
+"""Reading a linear layer's inputs and output gradients during a backward pass, one layer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Sink = Callable[[Tensor, Tensor], None]
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on a layer's output; in backward, hands the layer's input and output gradient to a sink.
+
+    The input is kept by ``save_for_backward``, which shares it with autograd's own copy and lets activation
+    checkpointing drop and recompute it; it is freed as soon as the sink has seen it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, root: Tensor, sink: Sink) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.sink = sink
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (inputs,) = ctx.saved_tensors
+        ctx.sink(inputs, grads[0])
+        return grads[0], None, None, None
+
+
+@contextlib.contextmanager
+def tapped(modules: Mapping[str, nn.Module], sinks: Mapping[str, Sink]) -> Iterator[None]:
+    """Within the block, each module's backward pass calls its sink with (input, output gradient).
+
+    Both come flattened to two dimensions, one row a token: (tokens, d_in) and (tokens, d_out). The modules need no
+    trainable parameter: the taps themselves start the graph.
+    """
+
+    def hook_for(sink: Sink) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def flat(inputs: Tensor, gradient: Tensor) -> None:
+            sink(inputs.flatten(0, -2), gradient.flatten(0, -2))
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            # The graph starts here where nothing before this layer is trained: the root makes the output part of it.
+            root = torch.zeros((), device=output.device, requires_grad=True)
+            return _Tap.apply(output, args[0].detach(), root, flat)
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_for(sinks[name])) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

