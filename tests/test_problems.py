@@ -47,9 +47,7 @@ def test_every_step_of_every_answer_is_right(seed: int, split: Split, n: int) ->
             match = STEP.fullmatch(line)
             assert match, line
             a, sign, b, c = match.groups()
-            exact = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[
-                sign
-            ]
+            exact = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[sign]
             assert exact == int(c) > 0
             assert {a, b} <= known, problem  # nothing falls from the sky
             known.add(c)
@@ -61,9 +59,7 @@ def test_every_step_of_every_answer_is_right(seed: int, split: Split, n: int) ->
 
 @settings(max_examples=20, deadline=None)
 @given(SEEDS, SEEDS, SPLITS)
-def test_same_seed_same_problems_and_a_smaller_number_is_a_prefix(
-    seed: int, other: int, split: Split
-) -> None:
+def test_same_seed_same_problems_and_a_smaller_number_is_a_prefix(seed: int, other: int, split: Split) -> None:
     problems = generate_problems(50, seed=seed, split=split)
     assert generate_problems(50, seed=seed, split=split) == problems
     assert generate_problems(7, seed=seed, split=split) == problems[:7]
@@ -95,16 +91,12 @@ def test_a_large_set_has_no_duplicates() -> None:
 def test_more_problems_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headstart.training.problems._TEMPLATES", _TEMPLATES[5:6])
     monkeypatch.setattr("headstart.training.problems._NAMES", ("Ann", "Bob"))
-    with pytest.raises(
-        DataError, match=r"don't hold 5000 different ones in the split 'test'; ask for \d+ or fewer"
-    ):
+    with pytest.raises(DataError, match=r"don't hold 5000 different ones in the split 'test'; ask for \d+ or fewer"):
         generate_problems(5000, seed=0, split="test")
 
 
 @pytest.mark.parametrize("template", _TEMPLATES, ids=lambda template: template.question[:30])
-def test_both_splits_have_enough_of_every_template(
-    template: _Template, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_splits_have_enough_of_every_template(template: _Template, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headstart.training.problems._TEMPLATES", (template,))
     for split in get_args(Split):
         assert len(generate_problems(50, seed=1, split=split)) == 50

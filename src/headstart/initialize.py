@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -164,7 +165,7 @@ def _factorise(
 
 
 def _groups(method: Method, layers: Sequence[TargetLayer]) -> Iterator[list[TargetLayer]]:
-    """Yield layers one by one, or, for batched methods, layers of one shape and rank together, within a memory limit."""
+    """Yield layers one by one, or, for batched methods, those of one shape and rank together, within a memory limit."""
     if not method.batched:
         yield from ([layer] for layer in layers)
         return
@@ -268,12 +269,10 @@ class _Memory:
     def peak(self) -> int:
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
-        information = psutil.Process().memory_info()
-        # Windows names the peak; elsewhere the kernel keeps it for getrusage, in KiB (bytes on macOS).
-        if hasattr(information, "peak_wset"):
-            return int(information.peak_wset)
-        import resource
-        import sys
+        if sys.platform == "win32":
+            return int(psutil.Process().memory_info().peak_wset)
+        import resource  # not on Windows
 
+        # In KiB, except on macOS, where it is in bytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return int(peak if sys.platform == "darwin" else peak * 1024)

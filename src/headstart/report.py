@@ -106,9 +106,7 @@ class Report:
             key = (layer.name.rpartition(".")[2], layer.d_out, layer.d_in, layer.r)
             kinds.setdefault(key, []).append(layer)
         for (kind, d_out, d_in, r), group in kinds.items():
-            ratios = [
-                layer.info["error"] / layer.info["bound"] for layer in group if layer.info.get("bound", 0) > 0
-            ]
+            ratios = [layer.info["error"] / layer.info["bound"] for layer in group if layer.info.get("bound", 0) > 0]
             table.add_row(
                 kind,
                 str(len(group)),

@@ -160,4 +160,4 @@ def _most_common(values: Mapping[str, Any]) -> Any:
 
 def _tidy(alpha: float) -> int | float:
     """Return a whole number as an int, which is what other programs expect of lora_alpha."""
-    return int(round(alpha)) if abs(alpha - round(alpha)) < 1e-9 * max(1.0, abs(alpha)) else alpha
+    return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * max(1.0, abs(alpha)) else alpha

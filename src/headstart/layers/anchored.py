@@ -33,7 +33,7 @@ ANCHOR_NAMES: dict[str, tuple[str, str]] = {
 }
 
 
-class AnchoredVariant(LoraVariant):  # type: ignore[misc]
+class AnchoredVariant(LoraVariant):
     """The anchored form; see the module's docstring."""
 
     kind = "anchored"
@@ -43,9 +43,7 @@ class AnchoredVariant(LoraVariant):  # type: ignore[misc]
         return False
 
     @staticmethod
-    def forward(
-        module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any
-    ) -> Tensor:
+    def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """Add the adapter's part to the base layer's output."""
         A = module.lora_A[active_adapter].weight
         B = module.lora_B[active_adapter].weight
@@ -74,7 +72,7 @@ class AnchoredVariant(LoraVariant):  # type: ignore[misc]
         return orig_weight.data - delta_weight(module, active_adapter).to(orig_weight.dtype)
 
 
-class ResidualVariant(LoraVariant):  # type: ignore[misc]
+class ResidualVariant(LoraVariant):
     """The papers' form: the frozen weight is W - s B0 A0, and the layer is a plain LoRA layer on it.
 
     The anchors are kept beside the factors, unused by the layer, because a plain LoRA for the untouched base model
@@ -88,9 +86,7 @@ class ResidualVariant(LoraVariant):  # type: ignore[misc]
         return False
 
     @staticmethod
-    def forward(
-        module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any
-    ) -> Tensor:
+    def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """Compute what a plain LoRA layer computes."""
         inner = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         return result + module.lora_B[active_adapter](inner) * module.scaling[active_adapter]

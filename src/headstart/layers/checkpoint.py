@@ -29,14 +29,12 @@ from headstart.layers.files import (
 )
 from headstart.layers.find import TargetLayer, lora_layers, record, resolve_adapter, set_record
 from headstart.layers.install import subtract_product
-from headstart.layers.weights import fingerprint
+from headstart.layers.weights import fingerprint, linear_shape
 
 _FORMAT = 1
 
 
-def save_checkpoint(
-    model: nn.Module, path: str | Path, *, adapter: str | None = None, force: bool = False
-) -> None:
+def save_checkpoint(model: nn.Module, path: str | Path, *, adapter: str | None = None, force: bool = False) -> None:
     """Write everything needed to go on training: factors, anchors, trained heads, and how the start was made.
 
     The folder holds ``adapter_model.safetensors``, ``adapter_config.json`` and ``headstart.json``. Other programs
@@ -94,30 +92,29 @@ def load_checkpoint(
     _check_base(model, layers, content.get("layers", {}), folder, adapter)
 
     config.inference_mode = not trainable
-    if not hasattr(model, "peft_config"):
-        model = get_peft_model(model, config, adapter_name=adapter)
-    elif adapter not in model.peft_config:
-        model.add_adapter(adapter, config)
-    targets = {target.name: target for target in lora_layers(model, adapter)}
+    wrapped: Any = model if hasattr(model, "peft_config") else get_peft_model(model, config, adapter_name=adapter)
+    if adapter not in wrapped.peft_config:
+        wrapped.add_adapter(adapter, config)
+    targets = {target.name: target for target in lora_layers(wrapped, adapter)}
     _check_targets(targets, layers, folder)
     for name, layer in layers.items():
         _prepare_layer(targets[name], layer)
-    result = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+    result = set_peft_model_state_dict(wrapped, tensors, adapter_name=adapter)
     if result.unexpected_keys:
         raise CheckpointError(f"{folder / WEIGHTS}: no place in the model for {result.unexpected_keys[0]!r}.")
     for name, found in content.get("layers", {}).items():
         if found is not None:
             set_record(targets[name], found)
     if any(layer.kind != "lora" for layer in layers.values()):
-        model.peft_config[adapter].init_lora_weights = ANCHORED_MARK
-    return model
+        wrapped.peft_config[adapter].init_lora_weights = ANCHORED_MARK
+    return wrapped
 
 
 def _record_to_save(layer: TargetLayer) -> dict[str, object]:
     found = record(layer)
     if found is not None:
         return found
-    return {"method": None, "weight": fingerprint(layer.module)}
+    return {"method": None, "weight": fingerprint(layer.module.get_base_layer())}
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -152,52 +149,36 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _check_base(
-    model: nn.Module, layers: dict[str, AdapterLayer], records: dict[str, Any], folder: Path, adapter: str
+    model: Any, layers: dict[str, AdapterLayer], records: dict[str, Any], folder: Path, adapter: str
 ) -> None:
-    """Compare a checkpoint with the model's own layers, before anything is changed."""
+    """Compare a checkpoint with the model's own layers, before anything is changed: all shapes, then all weights."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     held = {target.name: target for target in lora_layers(model, adapter)} if hasattr(model, "peft_config") else {}
+    plain: dict[str, Any] = {}
     for name, layer in layers.items():
         try:
             module: Any = base.get_submodule(name)
         except AttributeError:
+            raise CheckpointError(f"{folder} belongs to another base model: this one has no layer {name!r}.") from None
+        plain[name] = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        here, there = linear_shape(plain[name]), (layer.B.shape[0], layer.A.shape[1])
+        if here != there:
             raise CheckpointError(
-                f"{folder} belongs to another base model: this one has no layer {name!r}."
-            ) from None
-        plain = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        wrapper = _Weight(plain, type(plain).__name__ == "Conv1D")
-        shape = (layer.B.shape[0], layer.A.shape[1])
-        if wrapper.shape() != shape:
-            raise CheckpointError(
-                f"{folder} belongs to another base model: layer {name!r} is {_times(wrapper.shape())} here, and "
-                f"{_times(shape)} there."
+                f"{folder} belongs to another base model: layer {name!r} is {_times(here)} here, and {_times(there)} "
+                "there."
             )
         if name in held and held[name].r != layer.A.shape[0]:
             raise CheckpointError(
                 f"{folder} has another rank: layer {name!r} has r = {held[name].r} here, and {layer.A.shape[0]} there."
             )
+    for name, found in records.items():
         if name in held and anchor_kind(held[name].module, adapter) == "residual":
             continue  # its weight is not the base model's any more; its anchors are compared instead
-        expected = (records.get(name) or {}).get("weight")
-        if expected is not None and not _alike(fingerprint(wrapper), expected, plain.weight.dtype):
+        expected = (found or {}).get("weight")
+        if expected is not None and not _alike(fingerprint(plain[name]), expected, plain[name].weight.dtype):
             raise CheckpointError(
                 f"{folder} belongs to another base model: layer {name!r} has the same shape here, but other weights."
             )
-
-
-class _Weight:
-    """The little of a LoRA layer's interface that :func:`fingerprint` reads, for a layer that is not wrapped."""
-
-    def __init__(self, layer: nn.Module, transposed: bool) -> None:
-        self._layer = layer
-        self.fan_in_fan_out = transposed
-
-    def get_base_layer(self) -> nn.Module:
-        return self._layer
-
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self._layer.weight.shape
-        return (int(columns), int(rows)) if self.fan_in_fan_out else (int(rows), int(columns))
 
 
 def _alike(found: list[float], expected: list[float], dtype: torch.dtype) -> bool:
@@ -249,4 +230,3 @@ def _same(mine: Tensor, theirs: Tensor) -> bool:
 
 def _times(shape: tuple[int, int]) -> str:
     return f"{shape[0]} x {shape[1]}"
-

@@ -64,7 +64,7 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return tensors
 
 
-def portable_config(model: nn.Module, adapter: str) -> LoraConfig:
+def portable_config(model: Any, adapter: str) -> LoraConfig:
     """Return a copy of an adapter's config that names the base model's class, as PEFT's own saving does."""
     config: Any = copy.deepcopy(model.peft_config[adapter])
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

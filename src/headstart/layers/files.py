@@ -77,11 +77,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: it is missing, truncated or not a safetensors file.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} holds no {path.name}: it is not an adapter, or was not written to the end.")
+        raise CheckpointError(
+            f"{path.parent} holds no {path.name}: it is not an adapter, or was not written to the end."
+        )
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): restore it from a copy, or save the adapter again.") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}): restore it from a copy, or save the adapter again."
+        ) from error
     return tensors
 
 

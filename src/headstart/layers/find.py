@@ -87,7 +87,9 @@ def resolve_adapter(model: nn.Module, adapter: str | None) -> str:
             )
         adapter = active[0]
     if adapter not in configs:
-        raise LayerError(f"the model has no adapter {adapter!r}.{nearest(adapter, configs)} It has: {', '.join(configs)}.")
+        raise LayerError(
+            f"the model has no adapter {adapter!r}.{nearest(adapter, configs)} It has: {', '.join(configs)}."
+        )
     if not isinstance(configs[adapter], LoraConfig):
         kind = type(configs[adapter]).__name__
         raise LayerError(f"adapter {adapter!r} was made from a {kind}; headstart initialises those of a LoraConfig.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -37,9 +37,7 @@ def check_factors(target: TargetLayer, factors: Factors) -> None:
 
 
 @torch.no_grad()
-def install(
-    model: nn.Module, starts: Sequence[tuple[TargetLayer, Factors]], base: Base, note: dict[str, object]
-) -> None:
+def install(model: Any, starts: Sequence[tuple[TargetLayer, Factors]], base: Base, note: dict[str, object]) -> None:
     """Install every layer's factors; whatever goes wrong, Ctrl-C included, the model is put back as it was.
 
     Args:
@@ -53,7 +51,7 @@ def install(
     try:
         for target, factors in starts:
             check_factors(target, factors)
-        prints = {target.name: fingerprint(target.module) for target, _ in starts}
+        prints = {target.name: fingerprint(target.module.get_base_layer()) for target, _ in starts}
         for target, factors in starts:
             _install_one(target, factors, base, undo)
             undo.append(partial(set_record, target, None))
@@ -87,7 +85,7 @@ def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: list[C
 
 @torch.no_grad()
 def subtract_product(target: TargetLayer) -> None:
-    """Replace the frozen weight by W - s B A, computed from the factors as the layer holds them, at least in float32."""
+    """Replace the frozen weight by W - s B A, from the factors as the layer holds them, in float32 or better."""
     module, adapter = target.module, target.adapter
     weight = module.get_base_layer().weight
     dtype = torch.promote_types(weight.dtype, torch.float32)

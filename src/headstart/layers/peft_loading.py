@@ -57,9 +57,7 @@ def register() -> None:
     ) -> Any:
         if any(".lora_anchor_" in key or ".lora_residual_" in key for key in state_dict):
             prepare(model, config, adapter_name, state_dict)
-        return original.__func__(
-            cls, model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
+        return original.__func__(cls, model=model, config=config, adapter_name=adapter_name, state_dict=state_dict)
 
     step.prepares_anchors = True  # type: ignore[attr-defined]
     setattr(LoraModel, _STEP, classmethod(step))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 def is_transposed(layer: LoraLayer) -> bool:
@@ -31,9 +32,15 @@ def product(B: Tensor, A: Tensor) -> Tensor:
     return B @ A
 
 
-def fingerprint(layer: LoraLayer, values: int = 8) -> list[float]:
-    """Return a few of the base weight's entries, evenly spread over it: enough to tell one base model from another."""
-    weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach()
-    flat = oriented(layer, weight).reshape(-1)
+def linear_shape(base: nn.Module) -> tuple[int, int]:
+    """Return (d_out, d_in) of an nn.Linear or a Conv1D."""
+    weight: Tensor = base.get_parameter("weight")
+    rows, columns = weight.shape
+    return (columns, rows) if isinstance(base, Conv1D) else (rows, columns)
+
+
+def fingerprint(base: nn.Module, values: int = 8) -> list[float]:
+    """Return a few of a base layer's weights, evenly spread over it: enough to tell one base model from another."""
+    flat = dequantize_module_weight(base).detach().reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, values, dtype=torch.float64).long()
     return [float(value) for value in flat[places.to(flat.device)].float()]

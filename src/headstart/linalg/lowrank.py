@@ -157,9 +157,7 @@ def svd_lowrank_factors(
     A, B = root[:, None] * svd.V.double().mT, svd.U.double() * root
     if gauge == "aligned":
         if A0 is None or B0 is None or A0.shape != A.shape or B0.shape != B.shape:
-            raise ValueError(
-                f'gauge "aligned" needs A0 of shape {tuple(A.shape)} and B0 of shape {tuple(B.shape)}'
-            )
+            raise ValueError(f'gauge "aligned" needs A0 of shape {tuple(A.shape)} and B0 of shape {tuple(B.shape)}')
         X, _, Yh = torch.linalg.svd(B.mT @ B0.detach().to(B) + A @ A0.detach().to(A).mT)
         Q = X @ Yh
         A, B = Q.mT @ A, B @ Q
@@ -201,9 +199,7 @@ class _Adam:
         rate = lr / (1 - beta1**self.count)
         root = math.sqrt(1 - beta2**self.count)
         parameters = (self.A, self.B)
-        for parameter, grad, mean, square in zip(
-            parameters, (grad_A, grad_B), self.means, self.squares, strict=True
-        ):
+        for parameter, grad, mean, square in zip(parameters, (grad_A, grad_B), self.means, self.squares, strict=True):
             mean.lerp_(grad, 1 - beta1)
             square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             parameter.addcdiv_(mean, square.sqrt().div_(root).add_(self.eps), value=-rate)
@@ -220,9 +216,7 @@ def _check_fit(
     optimum: Tensor | None,
 ) -> None:
     if W.ndim != 3 or W.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"W must be (n, d_out, d_in) in float32 or float64, got {tuple(W.shape)} of {W.dtype}"
-        )
+        raise ValueError(f"W must be (n, d_out, d_in) in float32 or float64, got {tuple(W.shape)} of {W.dtype}")
     n, d_out, d_in = W.shape
     if A0.ndim != 3 or B0.shape != (n, d_out, A0.shape[1]) or (A0.shape[0], A0.shape[2]) != (n, d_in):
         raise ValueError(f"A0 {tuple(A0.shape)} and B0 {tuple(B0.shape)} don't fit W {tuple(W.shape)}")

@@ -132,8 +132,7 @@ def truncated_svd_batch(
     if matrices.ndim != 3:
         raise ValueError(f"expected a stack of matrices (n, d_out, d_in), got shape {tuple(matrices.shape)}")
     return [
-        truncated_svd(matrix, k, which=which, tol=tol, max_iterations=max_iterations, seed=seed)
-        for matrix in matrices
+        truncated_svd(matrix, k, which=which, tol=tol, max_iterations=max_iterations, seed=seed) for matrix in matrices
     ]
 
 
@@ -161,9 +160,7 @@ class _Triplets:
 
 def _check(matrix: Tensor, k: int, which: str, tol: float, max_iterations: int) -> None:
     if matrix.ndim != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
-        raise ValueError(
-            f"expected a floating-point matrix with entries, got {tuple(matrix.shape)} of {matrix.dtype}"
-        )
+        raise ValueError(f"expected a floating-point matrix with entries, got {tuple(matrix.shape)} of {matrix.dtype}")
     if not 1 <= k <= min(matrix.shape):
         raise ValueError(f"k must be from 1 to {min(matrix.shape)} for shape {tuple(matrix.shape)}, got {k}")
     if which not in ("largest", "smallest"):
@@ -193,9 +190,7 @@ def _candidates(
     yield work, torch.linalg.eigh(work.mT @ work).eigenvectors[:, -k:].mT, 0
 
 
-def _krylov(
-    tall: Tensor, k: int, block: int, tol: float, max_iterations: int, seed: int
-) -> tuple[Tensor | None, int]:
+def _krylov(tall: Tensor, k: int, block: int, tol: float, max_iterations: int, seed: int) -> tuple[Tensor | None, int]:
     """Return the k leading right vectors as rows (k, n) and the steps taken; None where ``tol`` wasn't reached."""
     n = tall.shape[1]
     # Beyond three quarters of the space the dense decomposition costs no more.

@@ -136,9 +136,7 @@ class Method(ABC):
 
     def __str__(self) -> str:
         changed = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
         }
         inside = ", ".join(f"{name}={value}" for name, value in changed.items())
         return f"{self.name}({inside})" if inside else self.name

@@ -58,7 +58,12 @@ class IniLoRA(Method):
         check_choice(self.name, "solver", self.solver, ("adam", "svd"))
         check_choice(self.name, "gauge", self.gauge, ("aligned", "random", "balanced"))
         check_positive(
-            self.name, lr=self.lr, decay=self.decay, decay_every=self.decay_every, tolerance=self.tolerance, std=self.std
+            self.name,
+            lr=self.lr,
+            decay=self.decay,
+            decay_every=self.decay_every,
+            tolerance=self.tolerance,
+            std=self.std,
         )
         if self.steps < 0:
             raise MethodError(f"method {self.name!r}: steps={self.steps!r} must not be negative.")

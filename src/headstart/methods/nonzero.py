@@ -70,4 +70,3 @@ class InitABPlus(_InitAB):
 
     source: ClassVar[str] = "non-zero initialisation (Li et al. 2025), section 4.3"
     offset: ClassVar[Offset] = "keep"
-

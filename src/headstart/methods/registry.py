@@ -61,9 +61,7 @@ def get_method(name: str, **settings: object) -> Method:
     for setting in settings:
         if setting not in known:
             have = ", ".join(known) if known else "none"
-            raise MethodError(
-                f"method {name!r} has no setting {setting!r}.{nearest(setting, known)} It has: {have}."
-            )
+            raise MethodError(f"method {name!r} has no setting {setting!r}.{nearest(setting, known)} It has: {have}.")
     return cls(**settings)
 
 

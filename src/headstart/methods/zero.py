@@ -115,7 +115,7 @@ class Orthogonal(Method):
         """Draw Q, X and Y."""
         if layer.r % 2:
             raise LayerError(
-                f"layer {layer.name!r}: method 'orthogonal' needs an even rank, and r is {layer.r}; choose another rank."
+                f"layer {layer.name!r}: method 'orthogonal' needs an even rank, and r is {layer.r}; choose another."
             )
         generator = layer.generator()
         half = layer.r // 2

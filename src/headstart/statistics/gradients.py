@@ -132,8 +132,7 @@ class _Reader:
     def prepare(self, samples: Samples) -> Samples:
         """Move a batch to the model's device, and measure the rule if this batch can tell it."""
         moved = {
-            key: value.to(self._device) if isinstance(value, Tensor) else value
-            for key, value in samples.batch.items()
+            key: value.to(self._device) if isinstance(value, Tensor) else value for key, value in samples.batch.items()
         }
         if self.rule is None and samples.size > 1 and needs_probe(moved):
             self.rule = measure_rule(self._forward, moved, self._dtype)
@@ -173,4 +172,3 @@ def _tokens(batch: Batch) -> int:
         if isinstance(value, Tensor):
             return int(value.sum()) if name == "attention_mask" else value.numel()
     return 0
-

@@ -102,7 +102,7 @@ def backward_of_sum(outputs: Any, samples: Samples, rule: Rule) -> bool:
         return True
     counts = label_counts(samples.batch)
     if rule in ("samples", "apart") or counts is None or bool((counts == counts[0]).all()):
-        (loss * samples.size).backward()  # type: ignore[no-untyped-call]
+        (loss * samples.size).backward()
         return True
     logits = outputs.get("logits") if hasattr(outputs, "get") else None
     if not isinstance(logits, Tensor) or logits.shape[0] != samples.size or not logits.requires_grad:

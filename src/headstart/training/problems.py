@@ -173,8 +173,7 @@ _TEMPLATES = (
         ("x = a / 2", "y = a + x", "z = y * b"),
     ),
     _Template(
-        "{name} has {a} {item}, {friend} twice as many. They buy {b} more and make {c} equal piles. "
-        "How many in each?",
+        "{name} has {a} {item}, {friend} twice as many. They buy {b} more and make {c} equal piles. How many in each?",
         {"a": (2, 15), "b": (2, 12), "c": (2, 8)},
         ("w = a * 2", "x = a + w", "y = x + b", "z = y / c"),
     ),

@@ -1,0 +1,245 @@
+"""Checkpoints: going on as if nothing had happened, and refusing what doesn't fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import headstart as hs
+from conftest import logits, perturb, started, tiny_bert, tiny_gpt2, tiny_llama, wrap
+from headstart.layers.anchored import anchors
+from headstart.layers.find import lora_layers
+
+
+def steps(model, batch, count, optimizer=None):
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    model.train()
+    for _ in range(count):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, optimizer
+
+
+@pytest.mark.parametrize("form", ["anchored", "residual"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "init-ab-plus"])
+def test_round_trip_goes_on_bit_for_bit(method, form, tmp_path, batch):
+    model = started(tiny_llama(), method, form=form)
+    _, optimizer = steps(model, batch, 3)
+    hs.save_checkpoint(model, tmp_path / "c")
+    again = hs.load_checkpoint(tiny_llama(), tmp_path / "c")
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    state = copy.deepcopy(optimizer.state_dict())
+    theirs = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=1e-2)
+    theirs.load_state_dict(state)
+    assert steps(again, batch, 3, theirs)[0] == steps(model, batch, 3, optimizer)[0]
+
+
+def test_into_a_model_that_is_already_wrapped_or_initialised(tmp_path, batch):
+    model = started(tiny_llama(), "pissa")
+    perturb(model)
+    hs.save_checkpoint(model, tmp_path / "c")
+    fresh = wrap(tiny_llama())
+    initialised = started(tiny_llama(), "init-ab", seed=3)
+    for other in (fresh, initialised):
+        hs.load_checkpoint(other, tmp_path / "c")
+        assert torch.equal(logits(other, batch), logits(model, batch))
+
+
+def test_as_a_second_adapter(tmp_path, batch):
+    model = started(tiny_llama(), "pissa")
+    perturb(model)
+    hs.save_checkpoint(model, tmp_path / "c")
+    other = wrap(tiny_llama(), target_modules=["q_proj"], init_lora_weights=False)
+    expected = logits(other, batch)
+    hs.load_checkpoint(other, tmp_path / "c", adapter="second")
+    assert torch.equal(logits(other, batch), expected)
+    other.set_adapter("second")
+    assert torch.equal(logits(other, batch), logits(model, batch))
+
+
+def test_for_inference(tmp_path):
+    hs.save_checkpoint(started(tiny_llama(), "pissa"), tmp_path / "c")
+    model = hs.load_checkpoint(tiny_llama(), tmp_path / "c", trainable=False)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_loaded_adapter_is_not_initialised_again(tmp_path):
+    hs.save_checkpoint(started(tiny_llama(), "lora"), tmp_path / "c")
+    model = hs.load_checkpoint(tiny_llama(), tmp_path / "c")
+    with pytest.raises(hs.LayerError, match="already initialised"):
+        hs.initialize_(model, "pissa")
+
+
+def test_a_head_that_trains_beside_comes_back(tmp_path):
+    from conftest import class_batch
+
+    model = started(tiny_bert(), "pissa", target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    steps(model, class_batch(), 2)
+    hs.save_checkpoint(model, tmp_path / "c")
+    again = hs.load_checkpoint(tiny_bert(), tmp_path / "c")
+    assert torch.equal(logits(again, class_batch()), logits(model, class_batch()))
+
+
+def test_truncated_weights_are_refused(tmp_path):
+    hs.save_checkpoint(started(tiny_llama()), tmp_path / "c")
+    file = tmp_path / "c" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for length in (0, 5, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(hs.CheckpointError, match="damaged or truncated"):
+            hs.load_checkpoint(tiny_llama(), tmp_path / "c")
+        # A Trainer's checkpoint has no checksum; safetensors' own check must be turned into words as well.
+        record = tmp_path / "c" / "headstart.json"
+        kept = record.read_text()
+        record.unlink()
+        with pytest.raises(hs.CheckpointError, match="damaged"):
+            hs.load_checkpoint(tiny_llama(), tmp_path / "c")
+        record.write_text(kept)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    hs.save_checkpoint(started(tiny_llama()), tmp_path / "c")
+    file = tmp_path / "c" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(hs.CheckpointError, match="checksum"):
+        hs.load_checkpoint(tiny_llama(), tmp_path / "c")
+
+
+def test_another_base_is_refused_and_left_alone(tmp_path, batch):
+    hs.save_checkpoint(started(tiny_llama(), "pissa"), tmp_path / "c")
+    cases = {
+        "has the same shape here, but other weights": tiny_llama(),
+        "is 32 x 32 here, and 16 x 32 there": tiny_llama(num_key_value_heads=4),
+        "has no layer": tiny_gpt2(),
+    }
+    with torch.no_grad():
+        cases["has the same shape here, but other weights"].model.layers[0].self_attn.q_proj.weight.add_(1e-3)
+    for message, other in cases.items():
+        names = [name for name, _ in other.named_parameters()]
+        with pytest.raises(hs.CheckpointError, match=message):
+            hs.load_checkpoint(other, tmp_path / "c")
+        assert [name for name, _ in other.named_parameters()] == names
+
+
+def test_a_base_in_half_precision_is_the_same_base(tmp_path):
+    hs.save_checkpoint(started(tiny_llama(), "pissa"), tmp_path / "c")
+    hs.load_checkpoint(tiny_llama().bfloat16(), tmp_path / "c")
+    hs.save_checkpoint(started(tiny_llama().bfloat16(), "pissa"), tmp_path / "h")
+    hs.load_checkpoint(tiny_llama(), tmp_path / "h")
+
+
+def test_another_rank_is_refused(tmp_path):
+    hs.save_checkpoint(started(tiny_llama(), "pissa", r=4), tmp_path / "c")
+    with pytest.raises(hs.CheckpointError, match="r = 2 here, and 4 there"):
+        hs.load_checkpoint(wrap(tiny_llama(), r=2), tmp_path / "c")
+
+
+def test_other_target_modules_are_refused(tmp_path):
+    hs.save_checkpoint(started(tiny_llama(), "pissa", target_modules=["q_proj"]), tmp_path / "c")
+    with pytest.raises(hs.CheckpointError, match="only in the model"):
+        hs.load_checkpoint(wrap(tiny_llama(), target_modules=["q_proj", "v_proj"]), tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("headstart.json", "{", "not valid JSON"),
+        ("headstart.json", '{"format": 99}', "upgrade headstart"),
+        ("headstart.json", "[]", "must hold a JSON object"),
+        ("adapter_config.json", "{", "not valid JSON"),
+        ("adapter_config.json", '{"peft_type": "IA3"}', "reads LORA"),
+    ],
+)
+def test_damaged_files_are_named(name, content, message, tmp_path):
+    hs.save_checkpoint(started(tiny_llama()), tmp_path / "c")
+    (tmp_path / "c" / name).write_text(content)
+    with pytest.raises(hs.CheckpointError, match=message):
+        hs.load_checkpoint(tiny_llama(), tmp_path / "c")
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(hs.CheckpointError, match="is not a folder"):
+        hs.load_checkpoint(tiny_llama(), tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(hs.CheckpointError, match=r"holds no adapter_model\.safetensors"):
+        hs.load_checkpoint(tiny_llama(), tmp_path / "empty")
+
+
+def test_a_lost_anchor_is_noticed(tmp_path):
+    hs.save_checkpoint(started(tiny_llama(), "pissa"), tmp_path / "c")
+    (tmp_path / "c" / "headstart.json").unlink()
+    file = tmp_path / "c" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(name for name in tensors if name.endswith("lora_anchor_B")))
+    save_file(tensors, file)
+    with pytest.raises(hs.CheckpointError, match="lacks anchored B0"):
+        hs.load_checkpoint(tiny_llama(), tmp_path / "c")
+
+
+def test_pefts_own_folder_keeps_the_anchors(tmp_path, batch):
+    model = started(tiny_llama(), "pissa")
+    perturb(model)
+    model.save_pretrained(tmp_path / "c")
+    assert torch.equal(logits(hs.load_checkpoint(tiny_llama(), tmp_path / "c"), batch), logits(model, batch))
+    # Loading as Trainer does, into a fresh adapter of a model that was never initialised.
+    fresh = wrap(tiny_llama())
+    fresh.load_adapter(tmp_path / "c", "default", is_trainable=True)
+    assert torch.equal(logits(fresh, batch), logits(model, batch))
+    assert all(anchors(target.module, "default") is not None for target in lora_layers(fresh, "default"))
+
+
+def test_pefts_own_folder_of_a_residual_model(tmp_path, batch):
+    model = started(tiny_llama(), "pissa", form="residual")
+    perturb(model)
+    model.save_pretrained(tmp_path / "c")
+    assert torch.equal(logits(hs.load_checkpoint(tiny_llama(), tmp_path / "c"), batch), logits(model, batch))
+    with pytest.raises(hs.CheckpointError, match="residual weights"):
+        wrap(tiny_llama()).load_adapter(tmp_path / "c", "default")
+    other = started(tiny_llama(), "pissa", form="residual")
+    other.load_adapter(tmp_path / "c", "default")
+    assert torch.equal(logits(other, batch), logits(model, batch))
+    with pytest.raises(hs.CheckpointError, match="another start"):
+        hs.load_checkpoint(started(tiny_llama(), "init-ab", form="residual"), tmp_path / "c")
+
+
+def test_an_unaware_program_is_told(tmp_path):
+    """PEFT without headstart must not load an anchored checkpoint as if it were a plain one."""
+    hs.save_checkpoint(started(tiny_llama(), "pissa"), tmp_path / "c")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    script = f"""
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
+try:
+    PeftModel.from_pretrained(base, {str(tmp_path / "c")!r})
+except ValueError as error:
+    assert "headstart.load_checkpoint" in str(error), error
+else:
+    raise SystemExit("loaded silently")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    # The same within a process that knows headstart: the error says which function to call.
+    with pytest.raises(ValueError, match=r"headstart\.load_checkpoint"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path / "c")
+
+
+def test_the_record_says_how_it_was_made(tmp_path):
+    hs.save_checkpoint(started(tiny_llama(), "init-ab:beta=2", seed=7), tmp_path / "c")
+    layers = json.loads((tmp_path / "c" / "headstart.json").read_text())["layers"]
+    for found in layers.values():
+        assert found["method"] == "init-ab(beta=2)"
+        assert found["seed"] == 7
+        assert found["base"] == "anchored"
