@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,9 @@ def load_checkpoint(
             is then as it was.
     """
     folder = Path(path)
-    content = _read_record(folder)
-    tensors = read_tensors(folder / WEIGHTS)
-    config = _read_config(folder)
-    layers, _ = split(tensors, config)
-    if not layers:
-        raise CheckpointError(f"{folder / WEIGHTS} holds no LoRA layer.")
-    _check_base(model, layers, content.get("layers", {}), folder, adapter)
+    read = read_adapter(folder)
+    config, layers, records = read.config, read.layers, read.record.get("layers", {})
+    _check_base(model, layers, records, folder, adapter)
 
     config.inference_mode = not trainable
     wrapped: Any = model if hasattr(model, "peft_config") else get_peft_model(model, config, adapter_name=adapter)
@@ -99,15 +96,46 @@ def load_checkpoint(
     _check_targets(targets, layers, folder)
     for name, layer in layers.items():
         _prepare_layer(targets[name], layer)
-    result = set_peft_model_state_dict(wrapped, tensors, adapter_name=adapter)
+    result = set_peft_model_state_dict(wrapped, read.tensors, adapter_name=adapter)
     if result.unexpected_keys:
         raise CheckpointError(f"{folder / WEIGHTS}: no place in the model for {result.unexpected_keys[0]!r}.")
-    for name, found in content.get("layers", {}).items():
+    for name, found in records.items():
         if found is not None:
             set_record(targets[name], found)
     if any(layer.kind != "lora" for layer in layers.values()):
         wrapped.peft_config[adapter].init_lora_weights = ANCHORED_MARK
     return wrapped
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter as read from its folder: what PEFT stores, sorted into layers and the rest, and headstart's record.
+
+    ``record`` is empty where headstart did not write the folder.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    layers: dict[str, AdapterLayer]
+    rest: dict[str, Tensor]
+    config: LoraConfig
+    record: dict[str, Any]
+
+
+def read_adapter(path: str | Path) -> AdapterFolder:
+    """Read an adapter's folder, a headstart checkpoint or any LoRA that PEFT wrote.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete, or not a LoRA.
+    """
+    folder = Path(path)
+    record = _read_record(folder)
+    tensors = read_tensors(folder / WEIGHTS)
+    config = _read_config(folder)
+    layers, rest = split(tensors, config)
+    if not layers:
+        raise CheckpointError(f"{folder / WEIGHTS} holds no LoRA layer.")
+    return AdapterFolder(folder, tensors, layers, rest, config, record)
 
 
 def _record_to_save(layer: TargetLayer) -> dict[str, object]:

@@ -58,6 +58,14 @@ def write_plain(plain: PlainAdapter, path: str | Path, *, force: bool = False) -
         save_config(plain.config, folder)
 
 
+def write_merged(model: Any, tokenizer: Any, path: str | Path, *, force: bool = False) -> None:
+    """Write the whole model with its adapter merged into the weights, and its tokenizer; ``model`` is used up."""
+    merged = model.merge_and_unload()
+    with whole_folder(path, force=force) as folder:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Return an adapter's tensors by the names that PEFT gives them in files, anchors included."""
     tensors: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)

@@ -1,7 +1,7 @@
 """Approximating matrices W by products B A: by Adam from a given start, or in closed form in a chosen gauge.
 
-Any invertible M turns (B, A) into (B M, M^-1 A) with the same product. Adam isn't indifferent to that choice, the
-gauge; descent fixes it through its start, the closed form by a rotation.
+Any invertible M turns (B, A) into (B M, M^-1 A) with the same product. Adam isn't indifferent to that choice,
+the gauge; descent fixes it through its start, the closed form by a rotation.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def adam_lowrank(
     """Minimise the mean over the entries of ``(W - B A)^2`` by Adam, for each of n matrices on its own.
 
     Each step is that of ``torch.optim.Adam`` under ``StepLR``. The gradients are taken in Gram form,
-    ``2/(d_out d_in) (B (A A') - W A')`` for B and ``2/(d_out d_in) ((B'B) A - B'W)`` for A, so no residual of the
-    size of W is formed. Defaults are those of IniLoRA (section 4.1 and the published code).
+    ``2/(d_out d_in) (B (A A') - W A')`` for B and ``2/(d_out d_in) ((B'B) A - B'W)`` for A, so no residual of
+    the size of W is formed. Defaults are those of IniLoRA (section 4.1 and the published code).
 
     Args:
         W: (n, d_out, d_in), float32 or float64; all is computed in this type, but for the errors (float64).
@@ -69,10 +69,10 @@ def adam_lowrank(
         decay_every: see ``lr``.
         betas: of Adam.
         eps: of Adam.
-        tolerance: a matrix whose squared error is at most ``(1 + tolerance) * optimum`` takes no more steps; None
-            takes them all.
+        tolerance: a matrix whose squared error is at most ``(1 + tolerance) * optimum`` takes no more steps;
+            None takes them all.
         optimum: (n,) the smallest possible squared errors (`eckart_young_tail`); needed with ``tolerance``.
-        check_every: steps between looks at the error; without ``tolerance``, between calls of ``progress`` alone.
+        check_every: steps between looks at the error, and between calls of ``progress``.
         progress: called with (steps done, ``steps``).
 
     Raises:
@@ -105,9 +105,9 @@ def adam_lowrank(
 
 
 def squared_error(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Return the squared Frobenius norms of ``W - B A``, (n,) in float64, as ``||W||^2 - 2 <W A', B> + <B'B, A A'>``.
+    """Return the squared Frobenius norms of ``W - B A``, (n,) in float64.
 
-    They are good to about 1e-15 times ``||W||^2`` and never below zero.
+    As ``||W||^2 - 2 <W A', B> + <B'B, A A'>``: good to about 1e-15 times ``||W||^2``, and never below zero.
 
     Args:
         W: (n, d_out, d_in).
@@ -134,10 +134,10 @@ def svd_lowrank_factors(
     """Return ``(A, B)``, A (k, d_in) and B (d_out, k), with ``B A = U diag(S) V'``, in one of three gauges.
 
     - "balanced": ``B = U sqrt(S)``, ``A = sqrt(S) V'``.
-    - "aligned": ``B Q`` and ``Q'A`` of these, with the orthogonal Q that brings them nearest to a start: it minimises
-      ``||B Q - B0||^2 + ||Q'A - A0||^2``. Both squared norms of the factors stay what they are, which leaves
+    - "aligned": ``B Q`` and ``Q'A`` of these, with the orthogonal Q that brings them nearest to a start: it
+      minimises ``||B Q - B0||^2 + ||Q'A - A0||^2``. Q changes no norm, which leaves
       ``tr(Q' (B'B0 + A A0'))`` to maximise: an orthogonal Procrustes problem, solved by ``Q = X Y'`` for the
-      SVD ``X diag(.) Y'`` of that k by k matrix (Schönemann, 1966).
+      SVD ``X diag(.) Y'`` of the k by k matrix ``B'B0 + A A0'`` (Schönemann, 1966).
     - "random": likewise with Q uniform (Haar) among the orthogonal matrices.
 
     Args:
@@ -157,7 +157,7 @@ def svd_lowrank_factors(
     A, B = root[:, None] * svd.V.double().mT, svd.U.double() * root
     if gauge == "aligned":
         if A0 is None or B0 is None or A0.shape != A.shape or B0.shape != B.shape:
-            raise ValueError(f'gauge "aligned" needs A0 of shape {tuple(A.shape)} and B0 of shape {tuple(B.shape)}')
+            raise ValueError(f'gauge "aligned" needs A0 {tuple(A.shape)} and B0 {tuple(B.shape)}')
         X, _, Yh = torch.linalg.svd(B.mT @ B0.detach().to(B) + A @ A0.detach().to(A).mT)
         Q = X @ Yh
         A, B = Q.mT @ A, B @ Q
@@ -172,7 +172,8 @@ def svd_lowrank_factors(
 def _haar(size: int, generator: torch.Generator | None) -> Tensor:
     Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     # QR alone isn't uniform: it fixes signs by its own convention (Mezzadri, 2007).
-    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    turned: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return turned
 
 
 class _Adam:
@@ -216,7 +217,7 @@ def _check_fit(
     optimum: Tensor | None,
 ) -> None:
     if W.ndim != 3 or W.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"W must be (n, d_out, d_in) in float32 or float64, got {tuple(W.shape)} of {W.dtype}")
+        raise ValueError(f"expected (n, d_out, d_in) in float32 or float64, got {tuple(W.shape)}, {W.dtype}")
     n, d_out, d_in = W.shape
     if A0.ndim != 3 or B0.shape != (n, d_out, A0.shape[1]) or (A0.shape[0], A0.shape[2]) != (n, d_in):
         raise ValueError(f"A0 {tuple(A0.shape)} and B0 {tuple(B0.shape)} don't fit W {tuple(W.shape)}")

@@ -9,7 +9,8 @@ from torch import Tensor
 def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the thin SVD of B A: ``(U, S, V)`` with ``B @ A = U @ diag(S) @ V.T``, S in descending order.
 
-    With the thin QRs ``B = Q_B R_B`` and ``A' = Q_A R_A``, it is that of the small ``R_B R_A'`` turned by Q_B and Q_A.
+    With the thin QRs ``B = Q_B R_B`` and ``A' = Q_A R_A``, it is the SVD of the small ``R_B R_A'``, turned by Q_B
+    and Q_A.
 
     Args:
         B: (d_out, r), any floating-point type; r may exceed d_out and d_in.
@@ -44,9 +45,9 @@ def product_norm(B: Tensor, A: Tensor) -> float:
 def truncate_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """Return ``(B', A', relative_error)``: the best approximation of B A by factors of rank ``rank``.
 
-    The factors are balanced: ``B' = U sqrt(S)``, ``A' = sqrt(S) V'``. The error is the Frobenius norm of what the
-    truncation discards over that of B A, both from the singular values; zero where B A is zero. Rounding the factors
-    to the input type comes on top of it.
+    The factors are balanced: ``B' = U sqrt(S)``, ``A' = sqrt(S) V'``. The error is the Frobenius norm of what
+    the truncation discards over that of B A, both from the singular values; zero where B A is zero. Rounding the
+    factors to the input type comes on top of it.
 
     Args:
         B: (d_out, r), any floating-point type; r may exceed d_out and d_in.

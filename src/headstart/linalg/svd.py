@@ -1,8 +1,9 @@
 """The k largest or smallest singular triplets of a matrix, with the error that they carry.
 
-The largest come from a randomised block Krylov space of W'W (Musco and Musco, "Randomized Block Krylov Methods
-for Stronger and Faster Approximate Singular Value Decomposition", NeurIPS 2015), fully reorthogonalised and grown
-until every wanted triplet's residual is small. What it can't settle goes to a dense decomposition in float64.
+The largest come from a randomised block Krylov space of W'W (Musco and Musco, "Randomized Block Krylov
+Methods for Stronger and Faster Approximate Singular Value Decomposition", NeurIPS 2015), reorthogonalised and
+grown until every wanted triplet's residual is small. What it can't settle goes to a dense decomposition in
+float64.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,27 +23,29 @@ Which = Literal["largest", "smallest"]
 TOLERANCE = 1e-5
 MAX_ITERATIONS = 64
 
-# Each step of the Krylov method needs one product with W and one with W', whose kernels are at their best on
-# blocks of 16 columns; a block at least as wide as k can't miss a copy of a k-fold singular value.
+# Blocks are multiples of this: a block at least as wide as k can't miss a copy of a k-fold singular value, and
+# wider ones need a larger space for the same accuracy.
 _BLOCK = 8
-# Weights of language models need 10 to 17 steps at rank 8; a smaller side than this many blocks is done densely.
-_DENSE_BLOCKS = 16
+# Weights of language models need 8 to 28 blocks at rank 8; on a side shorter than this many of them, the dense
+# decomposition is as fast.
+_DENSE_BLOCKS = 32
 _FIRST_CHECK = 10
+# How small one direction of a new block may be, relative to the others, before its rounding errors matter.
 _LITTLE = 1e-2
 
 
 @dataclass(frozen=True)
 class TruncatedSVD:
-    """k singular triplets of a (d_out, d_in) matrix W, in descending order of their singular values, in float32.
+    """k singular triplets of a (d_out, d_in) matrix W, in descending order of value, in float32.
 
     Attributes:
         U: (d_out, k) orthonormal left vectors; in each, the entry of largest magnitude is positive.
         S: (k,) singular values.
         V: (d_in, k) orthonormal right vectors, so that W is approximated by ``U @ diag(S) @ V.T``.
-        residual: the largest, over the triplets, of ``||W v - s u||`` and ``||W' u - s v||``, each relative to its
-            own s. It bounds the relative error of each singular value. Where s is zero to working precision
-            (below the machine epsilon of float64 times max(d_out, d_in) times the matrix's largest entry, times
-            sqrt(d_out * d_in)), that bound stands in for s.
+        residual: the largest, over the triplets, of ``||W v - s u||`` and ``||W' u - s v||``, each relative to
+            its own s: W has a singular value within this relative distance of s. Measured before the rounding
+            to float32. For an s that is zero to working precision, below ``eps * max(d_out, d_in) *
+            sqrt(d_out * d_in) * max|W|`` with the eps of float64, relative to the largest s.
         iterations: block Krylov steps taken; zero where the matrix went to a dense decomposition at once.
         exact: whether the triplets come from a dense decomposition in float64.
     """
@@ -65,9 +69,9 @@ def truncated_svd(
 ) -> TruncatedSVD:
     """Return k singular triplets of ``matrix``.
 
-    The largest are found in float32, then in float64 where float32 can't reach ``tol`` (a wide spectrum), then by
-    a dense decomposition in float64 (a small matrix, a large share of the spectrum, or no convergence). Matrices in
-    float64 skip float32. The smallest always take the dense decomposition.
+    The largest are found in float32, then in float64 where float32 can't reach ``tol`` (a wide spectrum), then
+    by a dense decomposition in float64 (a small matrix, a large share of the spectrum, or no convergence).
+    Matrices in float64 skip float32. The smallest always take the dense decomposition.
 
     Args:
         matrix: (d_out, d_in), any floating-point type, on any device.
@@ -121,26 +125,45 @@ def truncated_svd_batch(
     max_iterations: int = MAX_ITERATIONS,
     seed: int = 0,
 ) -> list[TruncatedSVD]:
-    """Return `truncated_svd` of each of ``matrices`` (n, d_out, d_in), each as if it had been given alone.
+    """Return `truncated_svd` of each of ``matrices`` (n, d_out, d_in), the same up to rounding.
 
-    They are taken one at a time: on a processor, batched products with blocks this thin aren't faster than single
-    ones, and a single matrix stays in the cache.
+    On a processor, as many matrices run at once as torch has threads, each on one thread: products with thin
+    blocks and decompositions of small matrices gain little from several.
+
+    Args:
+        matrices: (n, d_out, d_in).
+        k: as in `truncated_svd`, like all that follow.
+        which: "largest" or "smallest".
+        tol: the largest residual to accept.
+        max_iterations: the most block steps.
+        seed: of the first block, the same for every matrix.
 
     Raises:
         ValueError: where ``matrices`` isn't a stack of matrices, and as `truncated_svd` does.
     """
     if matrices.ndim != 3:
         raise ValueError(f"expected a stack of matrices (n, d_out, d_in), got shape {tuple(matrices.shape)}")
-    return [
-        truncated_svd(matrix, k, which=which, tol=tol, max_iterations=max_iterations, seed=seed) for matrix in matrices
-    ]
+
+    def one(matrix: Tensor) -> TruncatedSVD:
+        return truncated_svd(matrix, k, which=which, tol=tol, max_iterations=max_iterations, seed=seed)
+
+    threads = torch.get_num_threads()
+    workers = min(threads, len(matrices)) if matrices.device.type == "cpu" else 1
+    if workers <= 1:
+        return [one(matrix) for matrix in matrices]
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(one, matrices))
+    finally:
+        # The workers' setting is also what threads started later would begin with.
+        torch.set_num_threads(threads)
 
 
 def eckart_young_tail(matrix: Tensor, svd: TruncatedSVD) -> float:
-    """Return the smallest squared Frobenius error that a matrix of rank k can have as an approximation of W.
+    """Return the smallest squared Frobenius error of an approximation of W by a matrix of rank k.
 
-    That is ``||W||_F^2 - sum(S^2)`` (Eckart and Young, 1936), summed in float64 and never below zero. The singular
-    values are float32, so it is good to about 1e-7 times ``||W||_F^2``, no better.
+    That is ``||W||_F^2 - sum(S^2)`` (Eckart and Young, 1936), summed in float64 and never below zero. The
+    singular values are float32, so it is good to about 1e-7 times ``||W||_F^2``, no better.
 
     Args:
         matrix: W (d_out, d_in).
@@ -174,7 +197,7 @@ def _check(matrix: Tensor, k: int, which: str, tol: float, max_iterations: int) 
 def _candidates(
     tall: Tensor, k: int, tol: float, max_iterations: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield (matrix in working precision, right vectors as rows (k, n), Krylov steps), from the cheapest try to the dearest.
+    """Yield tries, the cheapest first: the matrix in working precision, right vectors as rows (k, n), steps.
 
     Steps are zero for the eigenvectors of the dense Gram matrix.
     """
@@ -191,11 +214,11 @@ def _candidates(
 
 
 def _krylov(tall: Tensor, k: int, block: int, tol: float, max_iterations: int, seed: int) -> tuple[Tensor | None, int]:
-    """Return the k leading right vectors as rows (k, n) and the steps taken; None where ``tol`` wasn't reached."""
+    """Return the k leading right vectors as rows (k, n), None where ``tol`` wasn't reached, and the steps."""
     n = tall.shape[1]
     # Beyond three quarters of the space the dense decomposition costs no more.
     most = min(max_iterations, 3 * n // 4 // block)
-    # Vectors are rows throughout: a thin block times a matrix is then up to five times as fast on a processor.
+    # Vectors are rows: on a processor, a thin block times a matrix is then up to five times as fast.
     rows = torch.empty(most * block, n, dtype=tall.dtype, device=tall.device)
     # Symmetric; only its lower half is filled and read.
     projected = torch.zeros(most * block, most * block, dtype=tall.dtype, device=tall.device)
@@ -210,10 +233,12 @@ def _krylov(tall: Tensor, k: int, block: int, tol: float, max_iterations: int, s
         image = (new @ tall.mT) @ tall
         coefficients = image @ basis.mT
         projected[low:high, :high] = coefficients
-        Q, triangle = torch.linalg.qr((image - coefficients @ basis).mT)
-        # Where little is left, its rounding errors aren't orthogonal to the basis: once more.
-        diagonal = triangle.diagonal().abs()
-        if float(diagonal.min()) < _LITTLE * float(coefficients.abs().amax()):
+        fresh = image - coefficients @ basis
+        # Once more: what rounding leaves of the basis grows as the wanted vectors converge.
+        fresh = fresh - (fresh @ basis.mT) @ basis
+        Q, triangle = torch.linalg.qr(fresh.mT)
+        if float(triangle.diagonal().abs().min()) < _LITTLE * float(triangle.abs().max()):
+            # A direction of which almost nothing was left: normalised, its rounding errors are large.
             Q, again = torch.linalg.qr(Q - basis.mT @ (basis @ Q))
             triangle = again @ triangle
         new = Q.mT
@@ -247,7 +272,8 @@ def _measured(work: Tensor, U: Tensor, S: Tensor, V: Tensor, image: Tensor, zero
     """Return the triplets with their residual; ``image`` is W V."""
     right = (image - U * S).norm(dim=0)
     left = ((U.mT.to(work) @ work).double() - S[:, None] * V.mT).norm(dim=1)
-    return _Triplets(U, S, V, float((torch.maximum(right, left) / S.clamp_min(zero)).max()))
+    relative_to = torch.where(zero < S, S, S[0].clamp_min(zero))
+    return _Triplets(U, S, V, float((torch.maximum(right, left) / relative_to).max()))
 
 
 def _dense(work: Tensor, k: int, which: Which, zero: float) -> _Triplets:

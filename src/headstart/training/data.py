@@ -308,7 +308,7 @@ def tokenize_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenize
     rows = []
     truncated = 0
     for example in examples:
-        prompt, completion = _ids_of(example, tokenizer)
+        prompt, completion = token_ids(example, tokenizer)
         ids = (prompt + completion)[:max_length]
         labels = ([IGNORED] * len(prompt) + completion)[:max_length]
         # The model predicts each token from those before it, so a label on the first token teaches nothing.
@@ -325,7 +325,8 @@ def tokenize_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenize
     return Tokenized(rows, dropped=len(examples) - len(rows), truncated=truncated)
 
 
-def _ids_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def token_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the tokens of the prompt and those of the completion, which end with the end-of-sequence token."""
     prompt_text, completion_text = render(example, tokenizer)
     # A chat template writes its special tokens itself, often with the end of the answer and a line break.
     if example.messages is not None and completion_text.rstrip().endswith(tokenizer.eos_token):

@@ -1,0 +1,113 @@
+"""``headstart export`` and ``headstart inspect``: what to do with an adapter's folder."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from headstart.cli.app import app
+from headstart.cli.console import output
+from headstart.cli.options import Force
+from headstart.errors import CheckpointError
+
+Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.")]
+
+
+class Form(enum.StrEnum):
+    """What an adapter can be exported to."""
+
+    LORA = "lora"
+    MERGED = "merged"
+
+
+@app.command()
+def export(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    to: Annotated[
+        Form, typer.Option("--to", help="A plain LoRA, or the whole model with the adapter in it.")
+    ] = Form.LORA,
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-r", min=1, help="Truncate the update to this rank (lora only).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base model; by default the one it was made on.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a plain LoRA that any program can load, or merge the adapter into its base model."""
+    if out.exists() and not force:
+        raise CheckpointError(f"{out} exists: choose another --out, or overwrite it with --force.")
+    from headstart.layers.checkpoint import read_adapter
+    from headstart.layers.export import write_merged, write_plain
+
+    found = read_adapter(adapter)
+    if to is Form.LORA:
+        from headstart.layers.adapter import make_plain
+
+        plain = make_plain(found.layers, found.rest, found.config, rank)
+        write_plain(plain, out, force=force)
+        lost = f", relative error {plain.relative_error:.3g}" if rank is not None else ""
+        output.print(f"wrote {out}: rank {plain.config.r}{lost}", markup=False, highlight=False)
+        return
+    if rank is not None:
+        raise CheckpointError("--rank goes with --to lora; a merged model holds the whole update.")
+    from headstart.layers.checkpoint import load_checkpoint
+    from headstart.training.models import resolve_model
+
+    base, tokenizer, _ = resolve_model(_base_name(model, found.config.base_model_name_or_path, adapter))
+    write_merged(load_checkpoint(base, adapter, trainable=False), tokenizer, out, force=force)
+    output.print(f"wrote {out}: the whole model, merged", markup=False, highlight=False)
+
+
+@app.command()
+def inspect(
+    adapter: Adapter,
+    model: Annotated[str | None, typer.Option("--model", help="Check that the adapter fits this base model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every layer.")] = False,
+) -> None:
+    """Show an adapter's ranks, norms and spectra, and the base model that it fits."""
+    from headstart.layers.checkpoint import load_checkpoint, read_adapter
+    from headstart.layers.inspection import inspect_adapter
+
+    found = read_adapter(adapter)
+    description = inspect_adapter(found)
+    if as_json:
+        output.print_json(json.dumps(description.to_dict()))
+    else:
+        for line in description.lines():
+            output.print(line, markup=False, highlight=False)
+        table = Table(box=None, pad_edge=False)
+        for title in (
+            "layers",
+            "count",
+            "shape",
+            "form",
+            "r",
+            "s",
+            "|update|",
+            "largest s.v.",
+            "smallest s.v.",
+            "stable rank",
+        ):
+            table.add_column(title, justify="left" if title == "layers" else "right")
+        for row in description.table():
+            table.add_row(*row)
+        output.print(table)
+    if model is not None:
+        from headstart.training.models import resolve_model
+
+        load_checkpoint(resolve_model(model)[0], adapter, trainable=False)
+        output.print(f"it fits {model}", markup=False)
+
+
+def _base_name(given: str | None, noted: str | None, adapter: Path) -> str:
+    name = given or noted
+    if not name:
+        raise CheckpointError(f"{adapter} doesn't say what base model it belongs to: name it with --model.")
+    return name

@@ -1,0 +1,64 @@
+"""The application: its commands, and how errors and Ctrl-C leave it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from headstart.cli.console import console
+
+app = typer.Typer(
+    name="headstart",
+    help="Every serious way to initialise LoRA, for any Hugging Face model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; the entry point of the program ``headstart``.
+
+    Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage, 130 interrupted.
+    """
+    # Imported here, so that the commands can import the application.
+    from headstart.cli import adapters, compare, methods, start  # noqa: F401
+    from headstart.errors import HeadstartError
+
+    # Tokenizers warn about this variable in every process that forks, which data loading does.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(arguments, standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except HeadstartError as error:
+        _say(f"error: {error}")
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("interrupted: what was finished is kept; the same command goes on from there.", markup=False)
+        sys.exit(130)
+    except Exception as error:
+        usage = _usage_error(error)
+        if usage is not None:
+            _say(usage)
+            sys.exit(2)
+        if os.environ.get("HEADSTART_DEBUG"):
+            raise
+        _say(f"error: {type(error).__name__}: {error} (unexpected; HEADSTART_DEBUG=1 shows where)")
+        sys.exit(1)
+
+
+def _say(message: str) -> None:
+    console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _usage_error(error: Exception) -> str | None:
+    """Return the message of an error of Typer's own, such as a missing option; None for any other."""
+    show = getattr(error, "format_message", None)
+    if show is None or not hasattr(error, "exit_code"):
+        return None
+    context = getattr(error, "ctx", None)
+    return f"error: {show()}" + (f" See {context.command_path} --help." if context is not None else "")

@@ -1,0 +1,132 @@
+"""``headstart compare``: fine-tune from several starts, and end in a table and a page."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headstart.cli.app import app
+from headstart.cli.console import console, output, progress_bars
+from headstart.cli.options import (
+    Alpha,
+    Base,
+    BaseForm,
+    Force,
+    MaxLength,
+    Model,
+    Rank,
+    RsLora,
+    Seed,
+    Targets,
+    target_modules,
+)
+
+METHODS = "lora,init-ab,pissa,lora-one:samples=64"
+
+
+@app.command()
+def compare(
+    model: Model = "smollm2",
+    methods: Annotated[
+        str, typer.Option("--methods", "-m", help="Separated by commas or blanks, settings after a colon.")
+    ] = METHODS,
+    data: Annotated[
+        str, typer.Option("--data", help="JSONL file, folder with train.jsonl and test.jsonl, hub name, or problems.")
+    ] = "problems",
+    held_out: Annotated[
+        str | None, typer.Option("--held-out", help="Held-out examples, where --data has none.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; the same folder goes on.")] = Path(
+        "runs/compare"
+    ),
+    steps: Annotated[int, typer.Option("--steps", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    lr: Annotated[float, typer.Option("--lr", help="AdamW's rate, the same for all methods.")] = 1e-3,
+    rank: Rank = 8,
+    alpha: Alpha = 16,
+    rslora: RsLora = False,
+    targets: Targets = "all-linear",
+    seed: Seed = 0,
+    base: Base = BaseForm.ANCHORED,
+    train_examples: Annotated[int, typer.Option("--train-examples", min=1)] = 2_000,
+    held_out_examples: Annotated[int, typer.Option("--held-out-examples", min=1)] = 64,
+    graded_examples: Annotated[int, typer.Option("--graded-examples", min=0, help="Answers to grade; 0: none.")] = 64,
+    max_length: MaxLength = 512,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="For each graded answer.")] = 48,
+    force: Force = False,
+) -> None:
+    """Fine-tune from several starts with the same seed and data order; resumes where it was cut off."""
+    from headstart.study.compare import Comparison, described
+    from headstart.study.compare import compare as run_all
+    from headstart.study.page import write_page
+    from headstart.study.tables import markdown, rich_table
+    from headstart.training.models import resolve_model
+    from headstart.training.run import Recipe, Result
+
+    comparison = Comparison(
+        model=model,
+        methods=split_methods(methods),
+        data=data,
+        held_out=held_out,
+        train_examples=train_examples,
+        held_out_examples=held_out_examples,
+        graded_examples=graded_examples,
+        recipe=Recipe(
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            r=rank,
+            lora_alpha=alpha,
+            use_rslora=rslora,
+            target_modules=target_modules(targets),
+            base=base.word,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+        ),
+    )
+    comparison.check()
+    if force:
+        shutil.rmtree(out, ignore_errors=True)
+
+    def load() -> tuple[Any, Any]:
+        loaded, tokenizer, _ = resolve_model(model)
+        return loaded, tokenizer
+
+    def keep(results: list[Result]) -> None:
+        write_page(out / "report.html", "Starts compared", described(comparison, results), results)
+        (out / "table.md").write_text(markdown(results), encoding="utf-8")
+
+    with progress_bars() as show:
+        results = run_all(
+            comparison,
+            out,
+            load,
+            progress=lambda method, step, done, total: show(f"{method}: {step}", done, total),
+            finished=keep,
+        )
+    output.print(described(comparison, results), markup=False, highlight=False)
+    output.print(rich_table(results))
+    for result in results:
+        for warning in result.warnings:
+            console.print(f"warning: {result.method}: {warning}", markup=False)
+    output.print(f"page: {out / 'report.html'}", markup=False, highlight=False)
+
+
+def split_methods(text: str) -> tuple[str, ...]:
+    """Split a list of methods; a piece without a name of its own goes on with the settings of the one before.
+
+    ``lora,init-ab:beta=2,scheme=sgd,pissa`` is three methods: ``scheme=sgd`` belongs to the second.
+    """
+    found: list[str] = []
+    for piece in text.replace(" ", ",").split(","):
+        if not piece:
+            continue
+        if found and "=" in piece and ":" not in piece:
+            found[-1] += f",{piece}"
+        else:
+            found.append(piece)
+    return tuple(found)

@@ -1,0 +1,54 @@
+"""``headstart methods``: what there is, what each needs and costs, and where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from headstart.cli.app import app
+from headstart.cli.console import output
+from headstart.methods import method_class, method_names
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show one method in full: formula, source, settings.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the methods, or show one."""
+    if name is not None:
+        cls = method_class(name)
+        output.print(f"{name}\n\n{inspect.getdoc(cls)}", markup=False, highlight=False, soft_wrap=True)
+        return
+    if as_json:
+        output.print_json(json.dumps([describe(each) for each in method_names()]))
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("method", "needs", "cost", "source"):
+        table.add_column(title, no_wrap=title == "method")
+    for each in method_names():
+        row = describe(each)
+        table.add_row(each, row["needs"], row["cost"], row["source"])
+    output.print(table, markup=False)
+    output.print("headstart methods NAME shows one in full, with its formula and settings.", markup=False)
+
+
+def describe(name: str) -> dict[str, str]:
+    """Return a method's line in the table: needs, cost, source, settings with their defaults, first sentence."""
+    cls = method_class(name)
+    settings = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(cls))
+    doc = inspect.getdoc(cls) or ""
+    return {
+        "name": name,
+        "class": cls.__name__,
+        "needs": str(cls.needs),
+        "cost": cls.cost,
+        "source": cls.source,
+        "settings": settings,
+        "summary": " ".join(doc.split("\n\n")[0].split()),
+    }

@@ -1,0 +1,47 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A hub name, a local folder, a .gguf file, or smollm2 (the packaged model)."),
+]
+Rank = Annotated[int, typer.Option("--rank", "-r", min=1, help="LoRA rank.")]
+Alpha = Annotated[int, typer.Option("--alpha", min=1, help="lora_alpha.")]
+RsLora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha/sqrt(r).")]
+Targets = Annotated[
+    str, typer.Option("--targets", help="Target modules: all-linear, names separated by commas, or a regex.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the start, the data order and the built-in problems.")]
+
+
+class BaseForm(enum.Enum):
+    """What becomes of the frozen weights; the values are those of ``headstart.initialize_``."""
+
+    ANCHORED = "anchored"
+    RESIDUAL = "residual"
+
+    @property
+    def word(self) -> Literal["anchored", "residual"]:
+        """The value, typed as ``initialize_`` takes it."""
+        return "anchored" if self is BaseForm.ANCHORED else "residual"
+
+
+Base = Annotated[BaseForm, typer.Option("--base", help="Leave the frozen weights untouched, or subtract the start.")]
+
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+MaxLength = Annotated[int, typer.Option("--max-length", min=8, help="Cut longer rows, in tokens.")]
+
+
+def target_modules(text: str) -> str | tuple[str, ...]:
+    """Read ``--targets``: a comma separates names; anything else is PEFT's own shorthand or regular expression."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
+    if len(names) > 1 or (plain and text != "all-linear"):
+        return names
+    return text

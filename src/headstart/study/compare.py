@@ -1,0 +1,185 @@
+"""Running several starts from the same seed on the same data; a run that is done is never done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from headstart.errors import DataError, HeadstartError
+from headstart.methods import parse_method
+from headstart.training.data import Example, example_from_record, load_examples, tokenize_examples
+from headstart.training.problems import generate_problems
+from headstart.training.run import Material, Recipe, Result, read_result, run
+
+BUILT_IN = "problems"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that the results of a comparison depend on.
+
+    Attributes:
+        model: see ``headstart.training.models.resolve_model``.
+        methods: names, with settings as ``init-ab:beta=2``.
+        data: where the training examples come from; "problems" are the built-in word problems.
+        held_out: where the held-out examples come from; None: the ``test`` split of ``data``, or of a single file its
+            last examples.
+        train_examples: how many to train on at most; more steps than they fill go over them again.
+        held_out_examples: how many the held-out loss is measured on.
+        graded_examples: how many of those are answered and graded; 0 for none.
+        recipe: how each is trained.
+    """
+
+    model: str
+    methods: tuple[str, ...] = ("lora", "init-ab", "pissa", "lora-one:samples=64")
+    data: str = BUILT_IN
+    held_out: str | None = None
+    train_examples: int = 2_000
+    held_out_examples: int = 64
+    graded_examples: int = 64
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def check(self) -> None:
+        """Raise MethodError for an unknown method or setting, before anything is loaded."""
+        for method in self.methods:
+            parse_method(method)
+
+
+# Called with the method, what is being done for it, how much of that is done, and how much there is.
+Progress = Callable[[str, str, int, int], None]
+
+
+def compare(
+    comparison: Comparison,
+    folder: Path,
+    load: Callable[[], tuple[Any, Any]],
+    *,
+    progress: Progress | None = None,
+    finished: Callable[[list[Result]], None] | None = None,
+) -> list[Result]:
+    """Run every method that has no result in ``folder`` yet; return the results in the order of the methods.
+
+    Args:
+        comparison: what to compare.
+        folder: one folder a method is made in it. Interrupted, it goes on where it was cut off.
+        load: returns (base model, tokenizer), afresh each time.
+        progress: see above.
+        finished: called after each method with the results so far.
+
+    Raises:
+        HeadstartError: the folder holds a comparison with other settings; or see ``run``.
+    """
+    comparison.check()
+    _claim(folder, comparison)
+    report_progress = progress or (lambda method, step, count, total: None)
+    results: list[Result] = []
+    material: Material | None = None
+    for method in comparison.methods:
+        place = folder / _folder_name(method)
+        result = read_result(place)
+        if result is None:
+            material = material or prepare(comparison, load()[1])
+            result = run(
+                method,
+                comparison.recipe,
+                material,
+                load,
+                place,
+                partial(report_progress, method),
+            )
+        results.append(result)
+        report_progress(method, "done", 1, 1)
+        if finished is not None:
+            finished(results)
+    return results
+
+
+def prepare(comparison: Comparison, tokenizer: Any) -> Material:
+    """Read and tokenise the data of a comparison.
+
+    Raises:
+        DataError: see ``load_examples`` and ``tokenize_examples``.
+    """
+    train, held_out = _examples(comparison)
+    length = comparison.recipe.max_length
+    graded = [example for example in held_out if example.answer is not None][: comparison.graded_examples]
+    return Material(
+        train=tokenize_examples(train, tokenizer, max_length=length).rows,
+        held_out=tokenize_examples(held_out[: comparison.held_out_examples], tokenizer, max_length=length).rows,
+        graded=graded,
+    )
+
+
+def _examples(comparison: Comparison) -> tuple[list[Example], list[Example]]:
+    train, held = comparison.train_examples, max(comparison.held_out_examples, comparison.graded_examples)
+    if comparison.data == BUILT_IN:
+        seed = comparison.recipe.seed
+        return (
+            [example_from_record(problem) for problem in generate_problems(train, seed=seed, split="train")],
+            [example_from_record(problem) for problem in generate_problems(held, seed=seed, split="test")],
+        )
+    if comparison.held_out is not None:
+        return (
+            load_examples(comparison.data, limit=train),
+            load_examples(comparison.held_out, split="test", limit=held),
+        )
+    if not Path(comparison.data).expanduser().is_file():
+        return (
+            load_examples(comparison.data, split="train", limit=train),
+            load_examples(comparison.data, split="test", limit=held),
+        )
+    every = load_examples(comparison.data)
+    held = min(held, len(every) // 5)
+    if held == 0:
+        raise DataError(
+            f"{comparison.data} has {len(every)} examples, too few to hold any out: add some, or name a file to "
+            "measure on (--held-out)."
+        )
+    return every[:-held][:train], every[-held:]
+
+
+def _claim(folder: Path, comparison: Comparison) -> None:
+    """Note what the folder is for, or check that it is for the same: only the methods may differ."""
+    path = folder / "comparison.json"
+    mine = json.loads(json.dumps(asdict(comparison)))
+    if path.is_file():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        for settings in (mine, theirs):
+            settings["methods"] = None
+        if mine != theirs:
+            changed = [key for key in _flat(mine) if _flat(mine)[key] != _flat(theirs).get(key)]
+            raise HeadstartError(
+                f"{folder} holds a comparison with other settings ({', '.join(changed)}): give another --out, or "
+                "--force to start over."
+            )
+        mine = json.loads(json.dumps(asdict(comparison)))
+    elif folder.exists() and any(folder.iterdir()):
+        raise HeadstartError(f"{folder} exists and holds something else: give another --out, or --force to replace it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "recipe"} | settings["recipe"]
+
+
+def _folder_name(method: str) -> str:
+    return "".join(character if character.isalnum() or character in "-.=" else "_" for character in method)
+
+
+def described(comparison: Comparison, results: Sequence[Result]) -> str:
+    """Return the comparison's conditions in one sentence, for tables and pages."""
+    recipe = comparison.recipe
+    data = "built-in word problems" if comparison.data == BUILT_IN else Path(comparison.data).name
+    graded = results[0].graded if results else comparison.graded_examples
+    return (
+        f"{comparison.model}, {data}, {recipe.steps} steps of {recipe.batch_size} examples, AdamW at {recipe.lr:g}, "
+        f"rank {recipe.r}, alpha {recipe.lora_alpha}, seed {recipe.seed}; loss on "
+        f"{comparison.held_out_examples} held-out examples, {graded} answers graded by exact match"
+    )
