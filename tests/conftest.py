@@ -18,6 +18,9 @@ from headstart.layers.find import lora_layers
 
 VOCABULARY = 97
 
+# The models are tiny and the tests run in several processes: more threads would only get in each other's way.
+torch.set_num_threads(1)
+
 
 def tiny_llama(**changes):
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -43,19 +43,19 @@ def product(svd: TruncatedSVD) -> Tensor:
 
 
 SPECTRA = {
-    "flat": 1 + 1e-3 * torch.linspace(1, 0, 200, dtype=torch.float64),
-    "equal": torch.ones(200, dtype=torch.float64),
-    "tenfold": torch.cat([torch.ones(10, dtype=torch.float64), 0.5 * torch.rand(190, dtype=torch.float64)]),
-    "clusters": torch.tensor([3.0] * 3 + [2.0] * 3 + [1.999999] * 4 + [1.0] * 190, dtype=torch.float64),
-    "steep": torch.logspace(0, -12, 200, dtype=torch.float64),
-    "outlier": torch.cat([torch.tensor([1e4]).double(), torch.linspace(1, 0, 199, dtype=torch.float64)]),
-    "power": 1 / torch.arange(1, 201, dtype=torch.float64) ** 0.5,
+    "flat": 1 + 1e-3 * torch.linspace(1, 0, 300, dtype=torch.float64),
+    "equal": torch.ones(300, dtype=torch.float64),
+    "tenfold": torch.cat([torch.ones(10, dtype=torch.float64), 0.5 * torch.linspace(1, 0, 290, dtype=torch.float64)]),
+    "clusters": torch.tensor([3.0] * 3 + [2.0] * 3 + [1.999999] * 4 + [1.0] * 290, dtype=torch.float64),
+    "steep": torch.logspace(0, -12, 300, dtype=torch.float64),
+    "outlier": torch.cat([torch.tensor([1e4]).double(), torch.linspace(1, 0, 299, dtype=torch.float64)]),
+    "power": 1 / torch.arange(1, 301, dtype=torch.float64) ** 0.5,
     "rank 3": torch.tensor([5.0, 4.0, 3.0], dtype=torch.float64),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(200, 320), (320, 200)])
+@pytest.mark.parametrize("shape", [(300, 420), (420, 300)])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_values_of_hard_spectra(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     W = with_spectrum(*shape, SPECTRA[name].sort(descending=True).values).to(dtype)
@@ -86,7 +86,8 @@ def test_the_krylov_space_is_what_answers_for_a_weight() -> None:
     S = torch.cat([torch.linspace(2, 1.2, 12, dtype=torch.float64), torch.rand(288, dtype=torch.float64)])
     W = with_spectrum(300, 500, S.sort(descending=True).values).float()
     svd = truncated_svd(W, 8)
-    assert not svd.exact and svd.iterations > 0
+    # So few steps can't have been spent on float32 in vain and on float64 again.
+    assert not svd.exact and 0 < svd.iterations < 24
     check(W, svd, 8)
 
 
@@ -116,7 +117,7 @@ def test_half_precision_is_taken_as_it_is(dtype: torch.dtype) -> None:
     check(W, truncated_svd(W, 4), 4)
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (200, 300)])
+@pytest.mark.parametrize("shape", [(5, 7), (300, 400)])
 @pytest.mark.parametrize("which", ["largest", "smallest"])
 def test_zero_matrix(shape: tuple[int, int], which: str) -> None:
     svd = truncated_svd(torch.zeros(shape), 3, which=which)  # type: ignore[arg-type]
@@ -143,7 +144,7 @@ def test_smallest_triplets(shape: tuple[int, int]) -> None:
 
 
 def test_no_steps_allowed_falls_back_to_the_dense_decomposition() -> None:
-    W = torch.randn(300, 200, generator=torch.Generator().manual_seed(3))
+    W = torch.randn(300, 280, generator=torch.Generator().manual_seed(3))
     for steps in (0, 1):
         svd = truncated_svd(W, 8, max_iterations=steps)
         assert svd.exact
@@ -151,25 +152,25 @@ def test_no_steps_allowed_falls_back_to_the_dense_decomposition() -> None:
 
 
 def test_a_tolerance_beyond_float32_is_met_in_float64() -> None:
-    S = torch.cat([torch.linspace(2, 1.2, 12, dtype=torch.float64), torch.rand(188, dtype=torch.float64)])
-    svd = truncated_svd(with_spectrum(200, 300, S.sort(descending=True).values).float(), 8, tol=1e-9)
+    S = torch.cat([torch.linspace(2, 1.2, 12, dtype=torch.float64), torch.rand(288, dtype=torch.float64)])
+    svd = truncated_svd(with_spectrum(300, 400, S.sort(descending=True).values).float(), 8, tol=1e-9)
     assert svd.residual <= 1e-9 and not svd.exact
 
 
 def test_residual_is_the_measured_one() -> None:
-    W = with_spectrum(200, 300, SPECTRA["power"]).float()
-    svd = truncated_svd(W, 8, tol=1e-3)
+    W = with_spectrum(300, 350, torch.linspace(2, 1, 300, dtype=torch.float64)).float()
+    svd = truncated_svd(W, 8, tol=0.1)
     U, S, V = svd.U.double(), svd.S.double(), svd.V.double()
     right = (W.double() @ V - U * S).norm(dim=0) / S
     left = (W.double().mT @ U - V * S).norm(dim=0) / S
     measured = float(torch.maximum(right, left).max())
     # The result is rounded to float32, which the residual doesn't count.
     assert measured == pytest.approx(svd.residual, rel=1e-2, abs=1e-6)
-    assert 1e-7 < svd.residual <= 1e-3
+    assert 1e-4 < svd.residual <= 0.1 and not svd.exact
 
 
 def test_same_seed_same_bits_and_other_seed_same_values() -> None:
-    W = with_spectrum(200, 300, SPECTRA["power"]).float()
+    W = with_spectrum(300, 350, SPECTRA["power"]).float()
     first, again, other = truncated_svd(W, 8), truncated_svd(W, 8), truncated_svd(W, 8, seed=1)
     assert torch.equal(first.U, again.U) and torch.equal(first.S, again.S) and torch.equal(first.V, again.V)
     assert not torch.equal(first.U, other.U)
@@ -179,7 +180,7 @@ def test_same_seed_same_bits_and_other_seed_same_values() -> None:
 
 
 def test_batch_is_each_alone_and_leaves_the_threads_alone() -> None:
-    W = torch.randn(5, 200, 150, generator=torch.Generator().manual_seed(4))
+    W = torch.stack([with_spectrum(300, 260, SPECTRA["power"][:260], seed).float() for seed in range(3)])
     before = torch.get_num_threads()
     together = truncated_svd_batch(W, 4)
     assert torch.get_num_threads() == before

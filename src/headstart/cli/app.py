@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import typer
 
@@ -28,18 +29,18 @@ def main(arguments: list[str] | None = None) -> None:
     from headstart.cli import adapters, compare, methods, start  # noqa: F401
     from headstart.errors import HeadstartError
 
+    # Transformers announces its own coming changes to whoever calls it, which here is PEFT.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Tokenizers warn about this variable in every process that forks, which data loading does.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(arguments, standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        # Commands return nothing: a number is the exit code of --help, or of an interrupt that Typer caught.
+        code = app(arguments, standalone_mode=False)
     except HeadstartError as error:
         _say(f"error: {error}")
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
-        console.print("interrupted: what was finished is kept; the same command goes on from there.", markup=False)
-        sys.exit(130)
+        code = 130
     except Exception as error:
         usage = _usage_error(error)
         if usage is not None:
@@ -49,6 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _say(f"error: {type(error).__name__}: {error} (unexpected; HEADSTART_DEBUG=1 shows where)")
         sys.exit(1)
+    if code == 130:
+        console.print("interrupted: what was finished is kept; the same command goes on from there.", markup=False)
+    if code:
+        sys.exit(code)
 
 
 def _say(message: str) -> None:

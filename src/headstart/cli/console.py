@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,8 @@ from rich.progress import (
 
 # Results go to standard output; everything else, so that pipes stay clean, to standard error.
 console = Console(stderr=True)
-output = Console()
+# Into a file or a pipe nothing is gained by folding tables at 80 columns.
+output = Console(width=None if sys.stdout.isatty() else 160)
 
 Show = Callable[[str, int, int], None]
 

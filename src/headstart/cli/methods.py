@@ -38,6 +38,17 @@ def methods(
     output.print("headstart methods NAME shows one in full, with its formula and settings.", markup=False)
 
 
+def markdown_table() -> str:
+    """Return the table of methods as the README holds it."""
+    lines = ["| name | class | needs | cost | settings | source |", "|---|---|---|---|---|---|"]
+    for name in method_names():
+        row = describe(name)
+        settings = f"`{row['settings']}`" if row["settings"] else "none"
+        cells = (f"`{name}`", f"`hs.{row['class']}`", row["needs"], row["cost"], settings, row["source"])
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def describe(name: str) -> dict[str, str]:
     """Return a method's line in the table: needs, cost, source, settings with their defaults, first sentence."""
     cls = method_class(name)

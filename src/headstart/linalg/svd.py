@@ -29,7 +29,7 @@ _BLOCK = 8
 # Weights of language models need 8 to 28 blocks at rank 8; on a side shorter than this many of them, the dense
 # decomposition is as fast.
 _DENSE_BLOCKS = 32
-_FIRST_CHECK = 10
+_FIRST_CHECK = 12
 # How small one direction of a new block may be, relative to the others, before its rounding errors matter.
 _LITTLE = 1e-2
 
@@ -105,8 +105,8 @@ def truncated_svd(
     if which == "largest":
         for work, right, steps in _candidates(tall, k, 0.9 * tol, max_iterations, seed):
             iterations, exact = iterations + steps, steps == 0
-            found = _rayleigh_ritz(work, right, zero)
-            if found.residual <= tol:
+            found = None if right is None else _rayleigh_ritz(work, right, zero)
+            if found is not None and found.residual <= tol:
                 break
             found = None
     if found is None:
@@ -196,19 +196,17 @@ def _check(matrix: Tensor, k: int, which: str, tol: float, max_iterations: int) 
 
 def _candidates(
     tall: Tensor, k: int, tol: float, max_iterations: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor, int]]:
+) -> Iterator[tuple[Tensor, Tensor | None, int]]:
     """Yield tries, the cheapest first: the matrix in working precision, right vectors as rows (k, n), steps.
 
-    Steps are zero for the eigenvectors of the dense Gram matrix.
+    Steps are zero for the eigenvectors of the dense Gram matrix. The vectors are None where a try was given up.
     """
     small_side = tall.shape[1]
     block = _BLOCK * math.ceil(k / _BLOCK)
     if max_iterations > 0 and small_side >= _DENSE_BLOCKS * block:
         for dtype in (torch.float32, torch.float64) if tall.dtype == torch.float32 else (torch.float64,):
             work = tall.to(dtype)
-            right, steps = _krylov(work, k, block, tol, max_iterations, seed)
-            if right is not None:
-                yield work, right, steps
+            yield work, *_krylov(work, k, block, tol, max_iterations, seed)
     work = tall.double()
     yield work, torch.linalg.eigh(work.mT @ work).eigenvectors[:, -k:].mT, 0
 
@@ -254,7 +252,7 @@ def _krylov(tall: Tensor, k: int, block: int, tol: float, max_iterations: int, s
             return vectors.mT @ basis, step
         logarithm = math.log(residual)
         rate = (last[1] - logarithm) / (step - last[0]) if last[0] else 0.0
-        ahead = math.ceil((logarithm - math.log(tol)) / rate) if rate > 0 else _FIRST_CHECK // 2
+        ahead = math.ceil((logarithm - math.log(tol)) / rate) if rate > 0 else _FIRST_CHECK // 3
         # A guess from a plateau overshoots, so it never looks further than a third of the way come.
         due, last = min(most, step + max(1, min(ahead, step // 3))), (step, logarithm)
     return None, most

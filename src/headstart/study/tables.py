@@ -55,7 +55,7 @@ def rich_table(results: Sequence[Result]) -> Table:
     """Return a table for the terminal."""
     table = Table(box=None, pad_edge=False)
     for title in TITLES:
-        table.add_column(title, justify="left" if title == "method" else "right")
+        table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     for row in rows(results):
         table.add_row(*row)
     return table

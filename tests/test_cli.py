@@ -1,0 +1,250 @@
+"""The command line as a user meets it: real processes for exit codes, the functions behind for the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import headstart as hs
+from conftest import logits, tiny_llama, token_batch
+from headstart.cli import main
+from headstart.cli.compare import split_methods
+from headstart.cli.methods import markdown_table
+from headstart.cli.options import target_modules
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a tiny random Llama and a tokenizer of digits and a few words."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(max_position_embeddings=128).save_pretrained(folder)
+    words = ["<pad>", "<eos>", "<unk>", "Question", ":", "Answer", "#", "+", "=", ".", "is", "?", "what"]
+    words += [str(number) for number in range(70)]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    """A folder with questions that can be graded."""
+    folder = tmp_path_factory.mktemp("data") / "sums"
+    folder.mkdir()
+    for split, count in (("train", 24), ("test", 6)):
+        lines = [
+            json.dumps(
+                {"question": f"what is {i} + {i + 1} ?", "answer": f"{i} + {i + 1} = {2 * i + 1} .\n#### {2 * i + 1}"}
+            )
+            for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run(capsys, *arguments):
+    """Run in this process; return (exit code, standard output, standard error)."""
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def small(tiny, sums, out, *more):
+    return (
+        "compare", tiny, "--data", sums, "--out", out, "--steps", 4, "--batch-size", 4, "--rank", 2,
+        "--held-out-examples", 4, "--graded-examples", 2, "--max-new-tokens", 3, *more,
+    )  # fmt: skip
+
+
+def test_methods_lists_every_method(capsys):
+    code, out, _ = run(capsys, "methods")
+    assert code == 0
+    for name in hs.method_names():
+        assert re.search(rf"^{re.escape(name)}\s", out, re.M), name
+    code, out, _ = run(capsys, "methods", "--json")
+    assert [row["name"] for row in json.loads(out)] == hs.method_names()
+    code, out, _ = run(capsys, "methods", "lora-one")
+    assert "gamma" in out
+    assert "Algorithm 1" in out
+
+
+@pytest.mark.parametrize("base", ["anchored", "residual"])
+def test_init_export_inspect(base, tiny, sums, tmp_path, capsys):
+    code, out, err = run(
+        capsys, "init", tiny, "--method", "pissa", "--out", tmp_path / "start", "--rank", 2, "--base", base
+    )
+    assert code == 0, err
+    assert "wrote" in out
+    model = hs.load_checkpoint(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "start")
+    batch = token_batch()
+    expected = logits(AutoModelForCausalLM.from_pretrained(tiny), batch)
+    assert torch.allclose(logits(model, batch), expected, atol=1e-5)
+    # Moved as by training, so that what is exported is not nothing.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    hs.save_checkpoint(model, tmp_path / "trained")
+    expected = logits(model, batch)
+
+    code, out, err = run(capsys, "inspect", tmp_path / "trained", "--model", tiny)
+    assert code == 0, err
+    assert base in out
+    assert "it fits" in out
+    code, out, _ = run(capsys, "inspect", tmp_path / "trained", "--json")
+    description = json.loads(out)
+    assert len(description["layers"]) == 14
+    assert len(description["layers"][0]["singular_values"]) == 4
+
+    code, out, err = run(capsys, "export", tmp_path / "trained", "--to", "lora", "--out", tmp_path / "plain")
+    assert code == 0, err
+    from peft import PeftModel
+
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "plain")
+    assert torch.allclose(logits(plain, batch), expected, atol=1e-5)
+    code, out, err = run(capsys, "export", tmp_path / "trained", "--out", tmp_path / "cut", "--rank", 1)
+    assert code == 0
+    assert "relative error" in out
+    code, out, err = run(
+        capsys, "export", tmp_path / "trained", "--to", "merged", "--out", tmp_path / "merged", "--model", tiny
+    )
+    assert code == 0, err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged, batch), expected, atol=1e-5)
+
+
+def test_init_with_data(tiny, sums, tmp_path, capsys):
+    code, _, err = run(
+        capsys, "init", tiny, "-m", "lora-one:samples=8", "--data", sums / "train.jsonl", "-o", tmp_path / "s", "-r", 2
+    )
+    assert code == 0, err
+    tensors = load_file(tmp_path / "s" / "adapter_model.safetensors")
+    assert all(tensor.norm() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_compare_ends_in_a_table_and_a_page(tiny, sums, tmp_path, capsys):
+    out = tmp_path / "c"
+    code, printed, err = run(capsys, *small(tiny, sums, out, "--methods", "lora,pissa,lora-one:samples=4"))
+    assert code == 0, err
+    results = {key: json.loads((out / key / "result.json").read_text()) for key in ("lora", "pissa")}
+    assert results["lora"]["start_loss"] == results["pissa"]["start_loss"]
+    assert len(results["lora"]["losses"]) == 4
+    # The first batch is the same and so is the model: only training tells the two apart.
+    assert results["lora"]["losses"][0] == results["pissa"]["losses"][0]
+    assert results["lora"]["losses"][1:] != results["pissa"]["losses"][1:]
+    for method in ("lora", "pissa", "lora-one:samples=4"):
+        assert re.search(rf"^{re.escape(method)}\s", printed, re.M)
+    page = (out / "report.html").read_text()
+    assert "Plotly.newPlot" in page
+    assert not re.search(r"<(script|link)[^>]*\b(src|href)=", page), "the page must need nothing beside it"
+    assert hs.load_checkpoint(AutoModelForCausalLM.from_pretrained(tiny), out / "pissa" / "checkpoint")
+
+
+def test_compare_goes_on_where_it_was_and_refuses_other_settings(tiny, sums, tmp_path, capsys):
+    out = tmp_path / "c"
+    assert run(capsys, *small(tiny, sums, out, "--methods", "lora"))[0] == 0
+    finished = (out / "lora" / "result.json").stat().st_mtime_ns
+    assert run(capsys, *small(tiny, sums, out, "--methods", "lora,init-ab"))[0] == 0
+    assert (out / "lora" / "result.json").stat().st_mtime_ns == finished
+    code, _, err = run(capsys, *small(tiny, sums, out, "--methods", "lora", "--lr", "0.5"))
+    assert code == 1
+    assert "other settings (lr)" in err
+    code, _, err = run(capsys, *small(tiny, sums, out, "--methods", "lora", "--lr", "0.5", "--force"))
+    assert code == 0
+    assert not (out / "init-ab").exists()
+
+
+def test_compare_never_takes_over_a_folder_with_something_else(tiny, sums, tmp_path, capsys):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "precious").write_text("x")
+    code, _, err = run(capsys, *small(tiny, sums, tmp_path / "c"))
+    assert code == 1
+    assert "holds something else" in err
+    assert (tmp_path / "c" / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("methods", "pisa"), 1, "Did you mean 'pissa'?"),
+        (("init", "MODEL", "-m", "init-ab:bta=2", "-o", "x"), 1, "Did you mean 'beta'?"),
+        (("init", "MODEL", "-m", "lora-one", "-o", "x"), 1, "needs data"),
+        (("init", "MODEL", "-m", "pissa", "-o", "EXISTING"), 1, "--force"),
+        (("init", "MODEL", "-m", "pissa", "-o", "x", "-r", "40"), 1, "smaller side"),
+        (("init", "MODEL", "-m", "pissa", "-o", "x", "--targets", "nothing"), 1, "nothing"),
+        (("init", "MODEL", "-m", "lora-one", "-o", "x", "--data", "BROKEN"), 1, "broken.jsonl, line 2"),
+        (("init", "nowhere/to be found", "-m", "pissa", "-o", "x"), 1, "nowhere/to be found"),
+        (("init", "MODEL", "-o", "x"), 2, "--method"),
+        (("compare", "MODEL", "--steps", "0"), 2, "--steps"),
+        (("inspect", "MODEL"), 1, "holds no adapter_model.safetensors"),
+        (("export", "nothing", "-o", "x"), 1, "is not a folder"),
+        (("nonsense",), 2, "nonsense"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(arguments, code, message, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    (tmp_path / "existing").mkdir()
+    places = {"MODEL": str(tiny), "BROKEN": "broken.jsonl", "EXISTING": "existing"}
+    found, _, err = run(capsys, *(places.get(argument, argument) for argument in arguments))
+    assert found == code
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_ctrl_c_keeps_what_is_finished(tiny, sums, tmp_path):
+    out = tmp_path / "c"
+    command = [sys.executable, "-c", "from headstart.cli import main; main()"]
+    arguments = [str(a) for a in small(tiny, sums, out, "--methods", "lora,pissa")]
+    arguments[arguments.index("--steps") + 1] = "60"
+    process = subprocess.Popen(
+        command + arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "pissa").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert json.loads((out / "lora" / "result.json").read_text())["method"] == "lora"
+    assert "lora" in (out / "report.html").read_text()
+    assert not (out / "pissa" / "result.json").exists()
+    done = subprocess.run(command + arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (out / "pissa" / "result.json").exists()
+
+
+def test_the_readme_holds_the_registrys_table():
+    assert markdown_table() in (ROOT / "README.md").read_text()
+
+
+def test_splitting_lists_of_methods():
+    assert split_methods("lora,init-ab:beta=2,scheme=sgd,pissa") == ("lora", "init-ab:beta=2,scheme=sgd", "pissa")
+    assert split_methods("lora pissa") == ("lora", "pissa")
+
+
+def test_reading_target_modules():
+    assert target_modules("all-linear") == "all-linear"
+    assert target_modules("q_proj, v_proj") == ("q_proj", "v_proj")
+    assert target_modules("q_proj") == ("q_proj",)
+    assert target_modules(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
