@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import psutil
@@ -21,16 +23,16 @@ from headstart.layers.weights import base_weight
 from headstart.linalg.product import product_norm
 from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
 from headstart.methods.registry import parse_method
+from headstart.progress import Show, progress_bars, silent
 from headstart.report import LayerReport, Report
 from headstart.statistics.batches import Collator
 from headstart.statistics.gradients import GradientStatistics, mean_gradients
 from headstart.statistics.moments import kind_moments
 
-# Called with a step's name, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
-
 # Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
 _BATCH_BYTES = 256 * 2**20
+
+_NOT_FINITE = "layer {!r}: its weight has NaN or infinity; check the checkpoint it came from."
 
 
 def initialize_(
@@ -45,7 +47,7 @@ def initialize_(
     batch_size: int = 8,
     offload: Literal["cpu"] | None = None,
     strict: bool = False,
-    progress: Progress | None = None,
+    progress: Show | bool = True,
 ) -> Report:
     """Initialise the LoRA factors of a PEFT model in place.
 
@@ -64,7 +66,8 @@ def initialize_(
         collator, batch_size: how a dataset of single samples becomes batches.
         offload: "cpu" sums gradients in CPU memory, for models that leave no room beside them.
         strict: raise where a layer can't be started as asked for, instead of falling back with a warning.
-        progress: called with (step, done, total) now and then.
+        progress: True draws bars in a terminal or notebook once a second has gone by, False draws none; or a function
+            that is called with (step, done, total).
 
     Returns:
         A :class:`headstart.Report`; print it.
@@ -81,12 +84,13 @@ def initialize_(
 
     with clock("find"):
         layers = find_layers(model, resolve_adapter(model, adapter))
-    with clock("collect"):
-        moments = _collect_moments(method, layers)
-        statistics = _collect_gradients(model, method, layers, data, collator, batch_size, offload, progress)
-    with clock("factorise"):
-        starts, seconds = _factorise(method, layers, seed, moments, statistics, progress)
-        warnings = _fallbacks(starts, strict) + statistics.notes
+    with _shown(progress) as show:
+        with clock("collect"):
+            moments = _collect_moments(method, layers)
+            statistics = _collect_gradients(model, method, layers, data, collator, batch_size, offload, show)
+        with clock("factorise"):
+            starts, seconds = _factorise(method, layers, seed, moments, statistics, show)
+            warnings = _fallbacks(starts, strict) + statistics.notes
     with clock("report"):
         reports = [_layer_report(target, start, seconds[target.name]) for target, start in starts]
     with clock("install"):
@@ -108,6 +112,12 @@ def initialize_(
     )
 
 
+def _shown(progress: Show | bool) -> AbstractContextManager[Show]:
+    if progress is True:
+        return progress_bars()
+    return nullcontext(progress or silent)
+
+
 def _collect_moments(method: Method, layers: Sequence[TargetLayer]) -> dict[str, Moments]:
     if Needs.MOMENTS not in method.needs:
         return {}
@@ -122,7 +132,7 @@ def _collect_gradients(
     collator: Collator | None,
     batch_size: int,
     offload: Literal["cpu"] | None,
-    progress: Progress | None,
+    show: Show,
 ) -> GradientStatistics:
     if Needs.GRADIENT not in method.needs:
         return GradientStatistics()
@@ -136,7 +146,7 @@ def _collect_gradients(
         collator=collator,
         batch_size=batch_size,
         offload=offload,
-        progress=None if progress is None else lambda done, total: progress("reading data", done, total),
+        progress=partial(show, "reading data"),
     )
 
 
@@ -146,7 +156,7 @@ def _factorise(
     seed: int,
     moments: dict[str, Moments],
     statistics: GradientStatistics,
-    progress: Progress | None,
+    show: Show,
 ) -> tuple[list[tuple[TargetLayer, Factors]], dict[str, float]]:
     made: dict[str, Factors] = {}
     seconds: dict[str, float] = {}
@@ -159,8 +169,7 @@ def _factorise(
             statistics.gradients.pop(layer.name, None)
         for layer in group:
             seconds[layer.name] = (time.perf_counter() - began) / len(group)
-        if progress is not None:
-            progress("factorising", len(made), len(layers))
+        show("factorising", len(made), len(layers))
     return [(layer, made[layer.name]) for layer in layers], seconds
 
 
@@ -207,7 +216,7 @@ def _inputs(
 def _finite_weight(layer: TargetLayer) -> torch.Tensor:
     weight = base_weight(layer.module)
     if not bool(torch.isfinite(weight).all()):
-        raise LayerError(f"layer {layer.name!r}: its weight has NaN or infinity; check the checkpoint it came from.")
+        raise LayerError(_NOT_FINITE.format(layer.name))
     return weight
 
 
@@ -227,6 +236,9 @@ def _fallbacks(starts: Sequence[tuple[TargetLayer, Factors]], strict: bool) -> l
 
 def _layer_report(target: TargetLayer, factors: Factors, seconds: float) -> LayerReport:
     weight = target.module.get_base_layer().weight
+    norm_weight = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+    if not math.isfinite(norm_weight):
+        raise LayerError(_NOT_FINITE.format(target.name))
     return LayerReport(
         name=target.name,
         d_out=target.d_out,
@@ -235,7 +247,7 @@ def _layer_report(target: TargetLayer, factors: Factors, seconds: float) -> Laye
         norm_A=float(torch.linalg.matrix_norm(factors.A)),
         norm_B=float(torch.linalg.matrix_norm(factors.B)),
         norm_product=target.scaling * product_norm(factors.B, factors.A),
-        norm_weight=float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)),
+        norm_weight=norm_weight,
         seconds=seconds,
         info=dict(factors.info),
         note=factors.note,

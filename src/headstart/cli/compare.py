@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from headstart.cli.app import app
-from headstart.cli.console import console, output, progress_bars
+from headstart.cli.console import console, output
 from headstart.cli.options import (
     Alpha,
     Base,
@@ -23,6 +23,7 @@ from headstart.cli.options import (
     Targets,
     target_modules,
 )
+from headstart.progress import progress_bars
 
 METHODS = "lora,init-ab,pissa,lora-one:samples=64"
 
@@ -42,7 +43,7 @@ def compare(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; the same folder goes on.")] = Path(
         "runs/compare"
     ),
-    steps: Annotated[int, typer.Option("--steps", min=1)] = 32,
+    steps: Annotated[int, typer.Option("--steps", min=1)] = 24,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     lr: Annotated[float, typer.Option("--lr", help="AdamW's rate, the same for all methods.")] = 1e-3,
     rank: Rank = 8,
@@ -100,7 +101,7 @@ def compare(
         write_page(out / "report.html", "Starts compared", described(comparison, results), results)
         (out / "table.md").write_text(markdown(results), encoding="utf-8")
 
-    with progress_bars() as show:
+    with progress_bars(console) as show:
         results = run_all(
             comparison,
             out,

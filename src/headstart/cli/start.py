@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from headstart.cli.app import app
-from headstart.cli.console import output, progress_bars
+from headstart.cli.console import console, output
 from headstart.cli.options import (
     Alpha,
     Base,
@@ -24,6 +24,7 @@ from headstart.cli.options import (
 )
 from headstart.errors import CheckpointError, DataError
 from headstart.methods import Needs, parse_method
+from headstart.progress import progress_bars
 
 
 @app.command("init")
@@ -74,7 +75,7 @@ def init(
         base_model_name_or_path=name,
     )
     wrapped = get_peft_model(loaded, config)
-    with progress_bars() as show:
+    with progress_bars(console) as show:
         report = initialize_(
             wrapped,
             made,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
-from headstart.linalg.lowrank import adam_lowrank, svd_lowrank_factors
+from headstart.linalg.lowrank import adam_lowrank, squared_error, svd_lowrank_factors
 from headstart.linalg.svd import eckart_young_tail, truncated_svd_batch
 from headstart.methods.base import Factors, LayerInputs, Method, Needs, check_choice, check_positive
 from headstart.methods.draws import draw
@@ -84,7 +84,8 @@ class IniLoRA(Method):
             for layer, svd, (A0, B0) in zip(layers, svds, draws, strict=True):
                 generator = layer.generator()
                 pairs.append(svd_lowrank_factors(svd, self.gauge, A0=A0, B0=B0, generator=generator))
-            errors = [_squared_error(W, A, B) for W, (A, B) in zip(targets, pairs, strict=True)]
+            A, B = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+            errors = squared_error(targets, A, B).tolist()
             steps = [0] * len(layers)
         else:
             fit = adam_lowrank(
@@ -99,8 +100,7 @@ class IniLoRA(Method):
                 optimum=torch.tensor(bounds, dtype=torch.float64, device=targets.device),
             )
             pairs = list(zip(fit.A, fit.B, strict=True))
-            errors = [float(error) for error in fit.error]
-            steps = [int(taken) for taken in fit.steps]
+            errors, steps = fit.error.tolist(), fit.steps.tolist()
         return [
             Factors(A, B, info={"error": error, "bound": bound, "steps": taken})
             for (A, B), error, bound, taken in zip(pairs, errors, bounds, steps, strict=True)
@@ -115,7 +115,3 @@ class IniLoRA(Method):
         generator = layer.generator()
         A0 = draw((layer.r, layer.d_in), "normal", std, generator)
         return A0, draw((layer.d_out, layer.r), "normal", std, generator)
-
-
-def _squared_error(W: Tensor, A: Tensor, B: Tensor) -> float:
-    return float((W.double() - B.double() @ A.double()).square().sum())

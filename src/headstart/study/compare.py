@@ -92,7 +92,6 @@ def compare(
                 partial(report_progress, method),
             )
         results.append(result)
-        report_progress(method, "done", 1, 1)
         if finished is not None:
             finished(results)
     return results

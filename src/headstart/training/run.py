@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,12 +22,10 @@ from headstart.initialize import initialize_
 from headstart.layers.checkpoint import save_checkpoint
 from headstart.layers.install import Base
 from headstart.methods import parse_method
+from headstart.progress import Show, silent
 from headstart.report import Report
 from headstart.training.data import Example, batches, collate
 from headstart.training.evaluate import exact_match, held_out_loss
-
-# Called with what is being done, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Recipe:
         max_new_tokens: for the answers that are graded.
     """
 
-    steps: int = 32
+    steps: int = 24
     batch_size: int = 8
     lr: float = 1e-3
     warmup: float = 0.1
@@ -98,7 +96,7 @@ class LoadModel(Protocol):
 
 
 def run(
-    method: str, recipe: Recipe, material: Material, load: LoadModel, folder: Path, progress: Progress | None = None
+    method: str, recipe: Recipe, material: Material, load: LoadModel, folder: Path, progress: Show | None = None
 ) -> Result:
     """Run one method in ``folder``, or read its result there if it is already done.
 
@@ -108,7 +106,7 @@ def run(
     done = read_result(folder)
     if done is not None:
         return done
-    report_progress = progress or (lambda step, count, total: None)
+    report_progress = progress or silent
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load()
     model, report = _start(model, method, recipe, material, tokenizer, report_progress)
@@ -158,7 +156,7 @@ def _write_result(result: Result, folder: Path) -> None:
 
 
 def _start(
-    model: Any, method: str, recipe: Recipe, material: Material, tokenizer: Any, progress: Progress
+    model: Any, method: str, recipe: Recipe, material: Material, tokenizer: Any, progress: Show
 ) -> tuple[Any, Report]:
     targets = recipe.target_modules
     config = LoraConfig(
@@ -184,7 +182,7 @@ def _start(
     return wrapped, report
 
 
-def _loss(model: Any, material: Material, tokenizer: Any, recipe: Recipe, progress: Progress, what: str) -> float:
+def _loss(model: Any, material: Material, tokenizer: Any, recipe: Recipe, progress: Show, what: str) -> float:
     return held_out_loss(
         model,
         material.held_out,
@@ -197,7 +195,7 @@ def _loss(model: Any, material: Material, tokenizer: Any, recipe: Recipe, progre
 class _Steps(TrainerCallback):
     """Notes the loss of every step and shows how far training is."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Show) -> None:
         self._progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -205,7 +203,7 @@ class _Steps(TrainerCallback):
 
 
 def _train(
-    model: Any, recipe: Recipe, material: Material, tokenizer: Any, folder: Path, progress: Progress
+    model: Any, recipe: Recipe, material: Material, tokenizer: Any, folder: Path, progress: Show
 ) -> tuple[list[float], float]:
     output = folder / "trainer"
     arguments = TrainingArguments(

@@ -1,0 +1,60 @@
+"""Progress bars for what takes longer than a second, in terminals and notebooks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+# Called with a step's name, how much of it is done, and how much there is.
+Show = Callable[[str, int, int], None]
+
+_PATIENCE = 1.0
+
+
+def silent(step: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+@contextmanager
+def progress_bars(console: Console | None = None) -> Iterator[Show]:
+    """Yield a function (step, done, total) that draws one bar for each step, once a second has gone by.
+
+    Bars go to standard error; where that is neither a terminal nor a notebook, nothing is drawn.
+    """
+    console = console or Console(stderr=True)
+    bars = Progress(
+        TextColumn("{task.description:<34}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (console.is_terminal or console.is_jupyter),
+    )
+    tasks: dict[str, TaskID] = {}
+    began = time.monotonic()
+
+    def show(step: str, done: int, total: int) -> None:
+        if step not in tasks:
+            tasks[step] = bars.add_task(step, total=total)
+        bars.update(tasks[step], completed=done, total=total)
+        if not bars.live.is_started and time.monotonic() - began > _PATIENCE:
+            bars.start()
+
+    try:
+        yield show
+    finally:
+        if bars.live.is_started:
+            bars.stop()
