@@ -163,7 +163,7 @@ def _factorise(
     for group in _groups(method, layers):
         began = time.perf_counter()
         inputs = [_inputs(method, layer, seed, moments, statistics) for layer in group]
-        for layer, factors in zip(group, method.factors_batch(inputs), strict=True):
+        for layer, factors in zip(group, method.factors_batch(inputs, show), strict=True):
             made[layer.name] = factors
             # Freed as soon as it is used: gradients are the largest thing held.
             statistics.gradients.pop(layer.name, None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
+from headstart.progress import Show, silent
 
 Offset = Literal["subtract", "keep"]
 
@@ -126,8 +127,11 @@ class Method(ABC):
     def factors(self, layer: LayerInputs) -> Factors:
         """Return the start of one layer."""
 
-    def factors_batch(self, layers: Sequence[LayerInputs]) -> list[Factors]:
-        """Return the starts of several layers of one shape and rank; the same as one at a time."""
+    def factors_batch(self, layers: Sequence[LayerInputs], show: Show = silent) -> list[Factors]:
+        """Return the starts of several layers of one shape and rank; the same as one at a time.
+
+        A method that takes its time calls ``show`` with (what it does, how much is done, how much there is).
+        """
         return [self.factors(layer) for layer in layers]
 
     def settings(self) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from headstart.linalg.svd import eckart_young_tail, truncated_svd_batch
 from headstart.methods.base import Factors, LayerInputs, Method, Needs, check_choice, check_positive
 from headstart.methods.draws import draw
 from headstart.methods.registry import register
+from headstart.progress import Show, silent
 
 
 @register("inilora")
@@ -72,7 +74,7 @@ class IniLoRA(Method):
         """Approximate one layer's weight."""
         return self.factors_batch([layer])[0]
 
-    def factors_batch(self, layers: Sequence[LayerInputs]) -> list[Factors]:
+    def factors_batch(self, layers: Sequence[LayerInputs], show: Show = silent) -> list[Factors]:
         """Approximate the weights of several layers of one shape and rank together."""
         rank = layers[0].r
         targets = torch.stack([layer.require_weight() / layer.scaling for layer in layers])
@@ -98,6 +100,7 @@ class IniLoRA(Method):
                 decay_every=self.decay_every,
                 tolerance=self.tolerance,
                 optimum=torch.tensor(bounds, dtype=torch.float64, device=targets.device),
+                progress=partial(show, f"Adam, {len(layers)} of {layers[0].d_out}x{layers[0].d_in}"),
             )
             pairs = list(zip(fit.A, fit.B, strict=True))
             errors, steps = fit.error.tolist(), fit.steps.tolist()

@@ -11,6 +11,7 @@ import torch
 from headstart.linalg.svd import truncated_svd_batch
 from headstart.methods.base import Factors, LayerInputs, Method, Needs
 from headstart.methods.registry import register
+from headstart.progress import Show, silent
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class _SingularTriplets(Method):
         """Split the r singular triplets evenly between B and A."""
         return self.factors_batch([layer])[0]
 
-    def factors_batch(self, layers: Sequence[LayerInputs]) -> list[Factors]:
+    def factors_batch(self, layers: Sequence[LayerInputs], show: Show = silent) -> list[Factors]:
         """Decompose the weights of several layers of one shape and rank together."""
         weights = torch.stack([layer.require_weight() for layer in layers])
         results = truncated_svd_batch(weights, layers[0].r, which=self.which)
