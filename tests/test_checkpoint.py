@@ -70,8 +70,22 @@ def test_as_a_second_adapter(tmp_path, batch):
 
 def test_for_inference(tmp_path):
     hs.save_checkpoint(started(tiny_llama(), "pissa"), tmp_path / "c")
-    model = hs.load_checkpoint(tiny_llama(), tmp_path / "c", trainable=False)
-    assert not any(p.requires_grad for p in model.parameters())
+    for other in (tiny_llama(), wrap(tiny_llama())):
+        model = hs.load_checkpoint(other, tmp_path / "c", trainable=False)
+        assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_base_with_more_layers_is_refused_and_left_alone(tmp_path, batch):
+    """The layers that the checkpoint knows are all there and all the same; only the others tell."""
+    hs.save_checkpoint(started(tiny_llama(), "pissa"), tmp_path / "c")
+    deeper = tiny_llama(num_hidden_layers=3)
+    deeper.load_state_dict(tiny_llama().state_dict(), strict=False)
+    names = [name for name, _ in deeper.named_parameters()]
+    for other in (deeper, wrap(deeper, target_modules=["q_proj"])):
+        with pytest.raises(hs.CheckpointError, match=r"'model.layers.2.*' is only in the model"):
+            hs.load_checkpoint(other, tmp_path / "c", adapter="loaded")
+    assert "loaded" not in other.peft_config
+    assert [name for name, _ in other.unload().named_parameters()] == names
 
 
 def test_a_loaded_adapter_is_not_initialised_again(tmp_path):
@@ -240,6 +254,6 @@ def test_the_record_says_how_it_was_made(tmp_path):
     hs.save_checkpoint(started(tiny_llama(), "init-ab:beta=2", seed=7), tmp_path / "c")
     layers = json.loads((tmp_path / "c" / "headstart.json").read_text())["layers"]
     for found in layers.values():
-        assert found["method"] == "init-ab(beta=2)"
+        assert found["method"] == "init-ab:beta=2"
         assert found["seed"] == 7
         assert found["base"] == "anchored"

@@ -422,6 +422,21 @@ def test_residual_subtracts_the_product(method):
         assert relative(dense_weight(target), expected) < 1e-5 or float(expected.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("form", ["anchored", "residual"])
+@pytest.mark.parametrize("method", ALL)
+def test_the_config_is_marked_where_plain_peft_would_misread_the_adapter(method, form):
+    model = started(tiny_llama(), method, form=form, data=data_for(method), target_modules=["q_proj"])
+    subtracts = method in SUBTRACTING or "lora-ga" in method
+    mark = model.peft_config["default"].init_lora_weights
+    assert mark == anchored.ANCHORED_MARK if subtracts else mark is True
+    (target, _) = lora_layers(model, "default")
+    assert (record(target)["method"].partition("(")[0], record(target)["base"]) == (method.partition(":")[0], form)
+    held = anchors(target.module, "default")
+    assert (held is not None) == subtracts
+    for anchor, factor in zip(held or (), factors_of(target), strict=False):
+        assert torch.equal(anchor, factor) and anchor.data_ptr() != factor.data_ptr()
+
+
 # A failure half-way.
 
 STEPS = [
@@ -523,7 +538,6 @@ def test_a_method_that_gives_nonsense_is_caught_before_any_layer_changes(monkeyp
         return hs.Factors(found.A, B)
 
     monkeypatch.setattr(hs.InitAB, "factors", nonsense)
-    monkeypatch.setattr(hs.InitAB, "factors_batch", lambda self, layers: [self.factors(layer) for layer in layers])
     model = wrap(tiny_llama())
     before = snapshot(model)
     with pytest.raises(hs.LayerError, match=r"model\.layers\.1\.mlp\.down_proj"):

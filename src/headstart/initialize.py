@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from headstart._version import __version__
-from headstart.errors import DataError, LayerError
+from headstart.errors import DataError, LayerError, MethodError
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
-from headstart.layers.install import Base, check_base, install
+from headstart.layers.install import Base, check_base, check_factors, install
 from headstart.layers.weights import base_weight
 from headstart.linalg.product import product_norm
 from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
@@ -78,6 +78,8 @@ def initialize_(
         DataError: data that are missing, empty, or can't be learned from.
     """
     method = parse_method(method) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
     check_base(base)
     clock = _Clock()
     memory = _Memory(model)
@@ -107,7 +109,7 @@ def initialize_(
         peak_memory=memory.peak(),
         samples=statistics.samples,
         tokens=statistics.tokens,
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable=sum(layer.r * (layer.d_in + layer.d_out) for layer in layers),
         warnings=warnings,
     )
 
@@ -164,6 +166,7 @@ def _factorise(
         began = time.perf_counter()
         inputs = [_inputs(method, layer, seed, moments, statistics) for layer in group]
         for layer, factors in zip(group, method.factors_batch(inputs, show), strict=True):
+            check_factors(layer, factors)
             made[layer.name] = factors
             # Freed as soon as it is used: gradients are the largest thing held.
             statistics.gradients.pop(layer.name, None)

@@ -55,7 +55,7 @@ class Report:
         seconds: in all; ``seconds_by_step`` splits them.
         peak_memory: bytes; on an accelerator the most that was allocated there, else the process's peak resident set.
         samples, tokens: read from the data; padding is not counted.
-        trainable: parameters of the adapter that train.
+        trainable: parameters of the adapter's layers that train; heads beside it (modules_to_save) are not counted.
         warnings: sentences about what was not as asked for.
     """
 

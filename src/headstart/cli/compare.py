@@ -43,7 +43,7 @@ def compare(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; the same folder goes on.")] = Path(
         "runs/compare"
     ),
-    steps: Annotated[int, typer.Option("--steps", min=1)] = 24,
+    steps: Annotated[int, typer.Option("--steps", min=1)] = 20,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     lr: Annotated[float, typer.Option("--lr", help="AdamW's rate, the same for all methods.")] = 1e-3,
     rank: Rank = 8,
@@ -53,8 +53,8 @@ def compare(
     seed: Seed = 0,
     base: Base = BaseForm.ANCHORED,
     train_examples: Annotated[int, typer.Option("--train-examples", min=1)] = 2_000,
-    held_out_examples: Annotated[int, typer.Option("--held-out-examples", min=1)] = 64,
-    graded_examples: Annotated[int, typer.Option("--graded-examples", min=0, help="Answers to grade; 0: none.")] = 64,
+    held_out_examples: Annotated[int, typer.Option("--held-out-examples", min=1)] = 48,
+    graded_examples: Annotated[int, typer.Option("--graded-examples", min=0, help="Answers to grade; 0: none.")] = 48,
     max_length: MaxLength = 512,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="For each graded answer.")] = 48,
     force: Force = False,

@@ -13,6 +13,7 @@ moves, saves and deletes them with the adapter.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -150,9 +151,10 @@ def set_anchors(module: LoraLayer, adapter: str, A0: Tensor, B0: Tensor, kind: s
 
 def drop_anchors(module: LoraLayer, adapter: str) -> None:
     """Make the layer a plain LoRA layer again (the inverse of :func:`set_anchors`)."""
-    kind = anchor_kind(module, adapter)
-    for name in ANCHOR_NAMES[kind] if kind else ():
-        del getattr(module, name)[adapter]
+    for name in itertools.chain(*ANCHOR_NAMES.values()):
+        held = getattr(module, name, {})
+        if adapter in held:
+            del held[adapter]
     module.lora_variant.pop(adapter, None)
 
 

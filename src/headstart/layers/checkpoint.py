@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,22 +90,36 @@ def load_checkpoint(
     _check_base(model, layers, records, folder, adapter)
 
     config.inference_mode = not trainable
-    wrapped: Any = model if hasattr(model, "peft_config") else get_peft_model(model, config, adapter_name=adapter)
-    if adapter not in wrapped.peft_config:
-        wrapped.add_adapter(adapter, config)
-    targets = {target.name: target for target in lora_layers(wrapped, adapter)}
-    _check_targets(targets, layers, folder)
-    for name, layer in layers.items():
-        _prepare_layer(targets[name], layer)
-    result = set_peft_model_state_dict(wrapped, read.tensors, adapter_name=adapter)
-    if result.unexpected_keys:
-        raise CheckpointError(f"{folder / WEIGHTS}: no place in the model for {result.unexpected_keys[0]!r}.")
+    with ExitStack() as undo:
+        wrapped = _with_adapter(model, config, adapter, undo)
+        targets = {target.name: target for target in lora_layers(wrapped, adapter)}
+        _check_targets(targets, layers, folder)
+        for name, layer in layers.items():
+            _prepare_layer(targets[name], layer)
+        result = set_peft_model_state_dict(wrapped, read.tensors, adapter_name=adapter)
+        if result.unexpected_keys:
+            raise CheckpointError(f"{folder / WEIGHTS}: no place in the model for {result.unexpected_keys[0]!r}.")
+        undo.pop_all()
     for name, found in records.items():
         if found is not None:
             set_record(targets[name], found)
     if any(layer.kind != "lora" for layer in layers.values()):
         wrapped.peft_config[adapter].init_lora_weights = ANCHORED_MARK
     return wrapped
+
+
+def _with_adapter(model: Any, config: LoraConfig, adapter: str, undo: ExitStack) -> Any:
+    """Return a PEFT model that holds the adapter: the model itself if it does, else with the adapter added."""
+    if not hasattr(model, "peft_config"):
+        wrapped = get_peft_model(model, config, adapter_name=adapter)
+        undo.callback(wrapped.unload)
+        return wrapped
+    if adapter not in model.peft_config:
+        model.add_adapter(adapter, config)
+        undo.callback(model.delete_adapter, adapter)
+    elif config.inference_mode:
+        model.base_model.set_requires_grad(adapter, requires_grad=False)
+    return model
 
 
 @dataclass(frozen=True)

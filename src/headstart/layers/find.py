@@ -112,6 +112,8 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
         _check_kind(target)
         _check_tied(target, holders)
         _check_state(target)
+        if not target.scaling > 0:
+            raise LayerError(f"layer {target.name!r}: its scaling is {target.scaling:g}; set lora_alpha above 0.")
         side = min(target.d_out, target.d_in)
         if target.r > side:
             raise LayerError(

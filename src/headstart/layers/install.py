@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
@@ -47,39 +47,33 @@ def install(model: Any, starts: Sequence[tuple[TargetLayer, Factors]], base: Bas
             old weights are held until all layers are done, so that they can be put back.
         note: what to remember with each layer (see :func:`headstart.layers.find.set_record`).
     """
-    undo: list[Callable[[], None]] = []
-    try:
-        for target, factors in starts:
-            check_factors(target, factors)
+    with ExitStack() as undo:
         prints = {target.name: fingerprint(target.module.get_base_layer()) for target, _ in starts}
         for target, factors in starts:
             _install_one(target, factors, base, undo)
-            undo.append(partial(set_record, target, None))
+            undo.callback(set_record, target, None)
             set_record(target, {**note, "offset": factors.offset, "weight": prints[target.name]})
         if any(factors.offset == "subtract" for _, factors in starts):
             config = model.peft_config[starts[0][0].adapter]
-            undo.append(partial(setattr, config, "init_lora_weights", config.init_lora_weights))
+            undo.callback(setattr, config, "init_lora_weights", config.init_lora_weights)
             config.init_lora_weights = ANCHORED_MARK
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
+        undo.pop_all()
 
 
-def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: list[Callable[[], None]]) -> None:
+def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: ExitStack) -> None:
     module, adapter = target.module, target.adapter
     A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     for parameter, value in ((A, factors.A), (B, factors.B)):
         before = parameter.detach().clone()
-        undo.append(partial(_copy, parameter, before))
+        undo.callback(_copy, parameter, before)
         parameter.copy_(value)
     if factors.offset == "keep":
         return
-    undo.append(partial(drop_anchors, module, adapter))
+    undo.callback(drop_anchors, module, adapter)
     set_anchors(module, adapter, A, B, base)
     if base == "residual":
         weight = module.get_base_layer().weight
-        undo.append(partial(setattr, weight, "data", weight.data))
+        undo.callback(setattr, weight, "data", weight.data)
         subtract_product(target)
 
 

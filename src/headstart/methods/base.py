@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -123,6 +125,12 @@ class Method(ABC):
     cost: ClassVar[str] = "a draw"
     batched: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        """Check that every setting has the type that its field declares; subclasses go on to check ranges."""
+        hints = get_type_hints(type(self))
+        for each in dataclasses.fields(self):
+            _check_type(self.name, each.name, getattr(self, each.name), hints[each.name])
+
     @abstractmethod
     def factors(self, layer: LayerInputs) -> Factors:
         """Return the start of one layer."""
@@ -139,22 +147,31 @@ class Method(ABC):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def __str__(self) -> str:
-        changed = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
-        }
-        inside = ", ".join(f"{name}={value}" for name, value in changed.items())
-        return f"{self.name}({inside})" if inside else self.name
+        """Return the name and the settings that differ from their defaults, as ``parse_method`` reads them."""
+        fields = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        changed = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields)
+        return f"{self.name}:{changed}" if changed else self.name
 
 
-def check_choice(method: str, setting: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise MethodError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        choices = ", ".join(repr(choice) for choice in allowed)
-        raise MethodError(f"method {method!r}: {setting}={value!r} is not one of {choices}.")
-
-
-def check_positive(method: str, **settings: float | int | None) -> None:
+def check_positive(method: str, **settings: float | None) -> None:
     """Raise MethodError for a setting that is not a positive finite number (None passes)."""
     for setting, value in settings.items():
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and not 0 < value < math.inf:
             raise MethodError(f"method {method!r}: {setting}={value!r} must be a positive number.")
+
+
+def _check_type(method: str, setting: str, value: object, hint: Any) -> None:
+    """Raise MethodError unless a value is what its field's annotation says: a number, a whole one, or a word."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and NoneType in options:
+        return
+    hint = next(option for option in options if option is not NoneType)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            choices = ", ".join(repr(choice) for choice in get_args(hint))
+            raise MethodError(f"method {method!r}: {setting}={value!r} is not one of {choices}.")
+        return
+    numbers = {int: (int,), float: (int, float)}
+    if hint in numbers and (isinstance(value, bool) or not isinstance(value, numbers[hint])):
+        what = "a whole number" if hint is int else "a number"
+        raise MethodError(f"method {method!r}: {setting}={value!r} must be {what}.")

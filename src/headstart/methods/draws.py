@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ Distribution = Literal[
     "sparse",
     "constant",
 ]
-DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 
 
 def draw(
@@ -58,6 +57,7 @@ def draw_named(shape: tuple[int, int], distribution: Distribution, generator: to
     if distribution == "sparse":
         matrix.normal_(0.0, 0.01, generator=generator)
         order = torch.rand(shape, generator=generator).argsort(dim=0)
-        # As many zeros in each column as torch.nn.init.sparse_ sets, which takes no generator for their places.
-        return matrix.masked_fill_(order < math.ceil(0.5 * shape[0]), 0.0)
+        # torch.nn.init.sparse_ takes no generator for the places of the zeros, and rounds half of an odd number up: of
+        # a single row (r = 1) it leaves nothing.
+        return matrix.masked_fill_(order < shape[0] // 2, 0.0)
     return matrix.fill_(0.001)

@@ -25,6 +25,7 @@ class GradientMethod(Method):
     samples: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self.name, samples=self.samples)
 
 

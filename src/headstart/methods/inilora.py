@@ -12,8 +12,8 @@ from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
 from headstart.linalg.lowrank import adam_lowrank, squared_error, svd_lowrank_factors
-from headstart.linalg.svd import eckart_young_tail, truncated_svd_batch
-from headstart.methods.base import Factors, LayerInputs, Method, Needs, check_choice, check_positive
+from headstart.linalg.svd import TruncatedSVD, eckart_young_tail, truncated_svd_batch
+from headstart.methods.base import Factors, LayerInputs, Method, Needs, check_positive
 from headstart.methods.draws import draw
 from headstart.methods.registry import register
 from headstart.progress import Show, silent
@@ -57,16 +57,10 @@ class IniLoRA(Method):
     std: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice(self.name, "solver", self.solver, ("adam", "svd"))
-        check_choice(self.name, "gauge", self.gauge, ("aligned", "random", "balanced"))
-        check_positive(
-            self.name,
-            lr=self.lr,
-            decay=self.decay,
-            decay_every=self.decay_every,
-            tolerance=self.tolerance,
-            std=self.std,
-        )
+        super().__post_init__()
+        check_positive(self.name, lr=self.lr, decay_every=self.decay_every, tolerance=self.tolerance, std=self.std)
+        if not 0 < self.decay <= 1:
+            raise MethodError(f"method {self.name!r}: decay={self.decay!r} must be above 0 and at most 1.")
         if self.steps < 0:
             raise MethodError(f"method {self.name!r}: steps={self.steps!r} must not be negative.")
 
@@ -80,7 +74,7 @@ class IniLoRA(Method):
         targets = torch.stack([layer.require_weight() / layer.scaling for layer in layers])
         draws = [self._draw(layer) for layer in layers]
         svds = truncated_svd_batch(targets, rank)
-        bounds = [eckart_young_tail(target, svd) for target, svd in zip(targets, svds, strict=True)]
+        bounds = [_bound(target, svd) for target, svd in zip(targets, svds, strict=True)]
         if self.solver == "svd":
             pairs = []
             for layer, svd, (A0, B0) in zip(layers, svds, draws, strict=True):
@@ -118,3 +112,9 @@ class IniLoRA(Method):
         generator = layer.generator()
         A0 = draw((layer.r, layer.d_in), "normal", std, generator)
         return A0, draw((layer.d_out, layer.r), "normal", std, generator)
+
+
+def _bound(target: Tensor, svd: TruncatedSVD) -> float:
+    """Return the smallest possible squared error; 0 where it is below what singular values in float32 can tell."""
+    tail = eckart_young_tail(target, svd)
+    return tail if tail > 1e-6 * float(target.double().square().sum()) else 0.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from headstart.methods.base import Factors, LayerInputs, Method, check_choice, check_positive
-from headstart.methods.draws import DISTRIBUTIONS, Distribution, draw, draw_named
+from headstart.methods.base import Factors, LayerInputs, Method, check_positive
+from headstart.methods.draws import Distribution, draw, draw_named
 from headstart.methods.registry import register
 
 # The paper's own abbreviations.
@@ -29,6 +29,7 @@ class IniLoRAAlpha(Method):
     std: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self.name, std=self.std)
 
     def factors(self, layer: LayerInputs) -> Factors:
@@ -57,7 +58,7 @@ class IniLoRABeta(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "distribution", ALIASES.get(self.distribution, self.distribution))
-        check_choice(self.name, "distribution", self.distribution, DISTRIBUTIONS)
+        super().__post_init__()
 
     def factors(self, layer: LayerInputs) -> Factors:
         """Draw A, then B."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from headstart.methods.base import Factors, LayerInputs, Method, Offset, check_choice, check_positive
+from headstart.methods.base import Factors, LayerInputs, Method, Offset, check_positive
 from headstart.methods.draws import draw
 from headstart.methods.registry import register
 
@@ -26,9 +26,8 @@ class _InitAB(Method):
     distribution: Literal["normal", "uniform"] = "normal"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self.name, beta=self.beta)
-        check_choice(self.name, "scheme", self.scheme, tuple(SCHEMES))
-        check_choice(self.name, "distribution", self.distribution, ("normal", "uniform"))
 
     def factors(self, layer: LayerInputs) -> Factors:
         """Draw A, then B."""

@@ -80,7 +80,7 @@ def parse_method(text: str) -> Method:
         if not equals:
             raise MethodError(f"{text!r}: {part!r} must read setting=value, as in init-ab:beta=2.")
         settings[setting.strip()] = _read_value(value.strip())
-    return get_method(name, **settings)
+    return get_method(name.strip(), **settings)
 
 
 def _read_value(text: str) -> object:

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from headstart.errors import LayerError
-from headstart.methods.base import Factors, LayerInputs, Method, check_choice, check_positive
+from headstart.methods.base import Factors, LayerInputs, Method, check_positive
 from headstart.methods.draws import draw
 from headstart.methods.registry import register
 
@@ -39,7 +39,9 @@ class LoRA(Method):
 class InitA(Method):
     """Init[A](beta): A drawn with standard deviation beta / sqrt(d_in), B = 0.
 
-    The comparison's other side in the heat maps of Li et al. 2025 (Figure 4): the scale of ``init-ab`` on A alone.
+    The scale of ``init-ab`` on A alone: the other side of the paper's heat maps.
+
+    Source: Li et al. 2025, section 4 (Figure 4).
 
     Settings:
         beta: scale; the paper uses 0.25 to 16. 1 is Kaiming's scale.
@@ -52,8 +54,8 @@ class InitA(Method):
     distribution: Literal["normal", "uniform"] = "normal"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self.name, beta=self.beta)
-        check_choice(self.name, "distribution", self.distribution, ("normal", "uniform"))
 
     def factors(self, layer: LayerInputs) -> Factors:
         """Draw A, leave B zero."""
@@ -76,9 +78,6 @@ class InitB(Method):
 
     distribution: Literal["normal", "uniform"] = "normal"
 
-    def __post_init__(self) -> None:
-        check_choice(self.name, "distribution", self.distribution, ("normal", "uniform"))
-
     def factors(self, layer: LayerInputs) -> Factors:
         """Draw B, leave A zero."""
         B = draw((layer.d_out, layer.r), self.distribution, 1 / math.sqrt(layer.r), layer.generator())
@@ -88,7 +87,10 @@ class InitB(Method):
 @register("gaussian")
 @dataclass(frozen=True)
 class Gaussian(Method):
-    """PEFT's "gaussian": A normal with standard deviation 1/r, B = 0."""
+    """PEFT's "gaussian": A normal with standard deviation 1/r, B = 0.
+
+    Source: PEFT, ``init_lora_weights="gaussian"``.
+    """
 
     source: ClassVar[str] = "PEFT, init_lora_weights='gaussian'"
 

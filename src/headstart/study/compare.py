@@ -39,8 +39,8 @@ class Comparison:
     data: str = BUILT_IN
     held_out: str | None = None
     train_examples: int = 2_000
-    held_out_examples: int = 64
-    graded_examples: int = 64
+    held_out_examples: int = 48
+    graded_examples: int = 48
     recipe: Recipe = field(default_factory=Recipe)
 
     def check(self) -> None:

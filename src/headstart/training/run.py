@@ -42,7 +42,7 @@ class Recipe:
         max_new_tokens: for the answers that are graded.
     """
 
-    steps: int = 24
+    steps: int = 20
     batch_size: int = 8
     lr: float = 1e-3
     warmup: float = 0.1
