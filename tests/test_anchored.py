@@ -242,3 +242,13 @@ def test_residual_form_starts_near_the_base_model(batch):
 def test_peft_refuses_to_convert_what_it_would_get_wrong():
     model = started(tiny_llama())
     assert not any(t.module.supports_lora_conversion("default") for t in lora_layers(model, "default"))
+
+
+def test_anchors_get_no_gradient_even_if_unfrozen(batch):
+    model = started(tiny_llama())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == ("lora_A" not in name and "lora_B" not in name), name

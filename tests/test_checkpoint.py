@@ -81,7 +81,8 @@ def test_a_base_with_more_layers_is_refused_and_left_alone(tmp_path, batch):
     deeper = tiny_llama(num_hidden_layers=3)
     deeper.load_state_dict(tiny_llama().state_dict(), strict=False)
     names = [name for name, _ in deeper.named_parameters()]
-    for other in (deeper, wrap(deeper, target_modules=["q_proj"])):
+    for wrapped in (False, True):
+        other = wrap(deeper, target_modules=["q_proj"]) if wrapped else deeper
         with pytest.raises(hs.CheckpointError, match=r"'model.layers.2.*' is only in the model"):
             hs.load_checkpoint(other, tmp_path / "c", adapter="loaded")
     assert "loaded" not in other.peft_config
@@ -257,3 +258,67 @@ def test_the_record_says_how_it_was_made(tmp_path):
         assert found["method"] == "init-ab:beta=2"
         assert found["seed"] == 7
         assert found["base"] == "anchored"
+
+
+def test_another_scaling_is_refused(tmp_path):
+    hs.save_checkpoint(started(tiny_llama(), "pissa", lora_alpha=8), tmp_path / "c")
+    with pytest.raises(hs.CheckpointError, match="s = 16 here, and 2 there"):
+        hs.load_checkpoint(wrap(tiny_llama(), lora_alpha=64), tmp_path / "c")
+
+
+def state(model):
+    return {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n][0], b[n][0]) and a[n][1] == b[n][1] for n in a)
+
+
+@pytest.mark.parametrize("form", ["anchored", "residual"])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
+def test_a_failure_while_loading_leaves_the_model_as_it_was(form, failure, tmp_path, monkeypatch):
+    import headstart.layers.checkpoint as checkpoint
+
+    model = started(tiny_llama(), "pissa", form=form)
+    perturb(model)
+    hs.save_checkpoint(model, tmp_path / "c")
+    others = [tiny_llama(), wrap(tiny_llama())]
+    if form == "anchored":
+        others.append(started(tiny_llama(), "init-ab", seed=3))
+    for name in ("set_peft_model_state_dict", "mark_config"):
+        real = getattr(checkpoint, name)
+
+        def broken(*args, real=real, **kwargs):
+            real(*args, **kwargs)
+            raise failure
+
+        monkeypatch.setattr(checkpoint, name, broken)
+        for other in others:
+            before = state(other)
+            with pytest.raises(failure):
+                hs.load_checkpoint(other, tmp_path / "c")
+            assert same(state(other), before)
+        monkeypatch.setattr(checkpoint, name, real)
+    for other in others:
+        hs.load_checkpoint(other, tmp_path / "c")
+
+
+def test_peft_does_not_load_a_plain_adapter_into_anchored_layers(tmp_path):
+    started(tiny_llama(), "lora").save_pretrained(tmp_path / "plain")
+    model = started(tiny_llama(), "init-ab")
+    with pytest.raises(hs.CheckpointError, match="is anchored in the model, and plain in the checkpoint"):
+        model.load_adapter(tmp_path / "plain", "default")
+
+
+def test_peft_does_not_load_into_another_residual_base(tmp_path):
+    started(tiny_llama(), "init-ab", form="residual").save_pretrained(tmp_path / "c")
+    other = started(tiny_llama(), "init-ab", form="residual", seed=1)
+    with pytest.raises(hs.CheckpointError, match="another start"):
+        other.load_adapter(tmp_path / "c", "default")
+
+
+def test_peft_does_not_combine_anchored_adapters():
+    model = started(tiny_llama(), "pissa")
+    model.add_adapter("plain", model.peft_config["default"].__class__(r=4, lora_alpha=8, target_modules=["q_proj"]))
+    with pytest.raises(hs.LayerError, match=r"adapter 'default' is anchored"):
+        model.add_weighted_adapter(["plain", "default"], [1.0, 1.0], "both", combination_type="cat")

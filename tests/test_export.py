@@ -8,7 +8,9 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 import headstart as hs
@@ -152,6 +154,10 @@ def test_an_existing_path_is_kept_unless_forced(tmp_path):
     with pytest.raises(hs.CheckpointError, match="exists"):
         hs.save_lora(model, tmp_path / "adapter")
     assert (tmp_path / "adapter" / "precious").exists()
+    with pytest.raises(hs.CheckpointError, match="is neither an adapter's folder nor a model's"):
+        hs.save_lora(model, tmp_path / "adapter", force=True)
+    assert (tmp_path / "adapter" / "precious").exists()
+    (tmp_path / "adapter" / "precious").rename(tmp_path / "adapter" / "adapter_config.json")
     hs.save_lora(model, tmp_path / "adapter", force=True)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 8
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
@@ -172,3 +178,25 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
 def test_rank_must_be_positive(tmp_path):
     with pytest.raises(hs.CheckpointError, match="rank=0"):
         hs.save_lora(started(tiny_llama()), tmp_path / "adapter", rank=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 80))
+def test_exported_ranks_and_scalings_fit_the_tensors(r, rank):
+    """Over all ranks, with both scalings: what the config says is what the tensors are."""
+    from headstart.layers.adapter import make_plain, split
+
+    A, B = torch.randn(r, 90), torch.randn(95, r)
+    tensors = {
+        "base_model.model.layer.lora_A.weight": A + 1,
+        "base_model.model.layer.lora_B.weight": B - 1,
+        "base_model.model.layer.lora_anchor_A": A,
+        "base_model.model.layer.lora_anchor_B": B,
+    }
+    for use_rslora in (False, True):
+        config = LoraConfig(r=r, lora_alpha=12, use_rslora=use_rslora)
+        layers, rest = split(tensors, config)
+        plain = make_plain(layers, rest, config, rank)
+        again, _ = split(plain.tensors, plain.config)
+        assert plain.config.r == again["layer"].A.shape[0] == min(rank, 2 * r)
+        assert again["layer"].scaling == pytest.approx(layers["layer"].scaling, rel=1e-6)

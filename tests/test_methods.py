@@ -949,7 +949,7 @@ def test_a_new_method_is_found_and_used_by_name(halves):
     assert hs.get_method("halves", value=2.0) == halves(value=2.0)
     model = wrap(tiny_llama(), target_modules=["q_proj"])
     report = hs.initialize_(model, "halves:value=0.25")
-    assert report.method == "halves(value=0.25)"
+    assert report.method == "halves:value=0.25"
     for target in lora_layers(model, "default"):
         assert bool((target.module.lora_A["default"].weight == 0.25).all())
         assert bool((target.module.lora_B["default"].weight == 0.25).all())

@@ -73,7 +73,7 @@ def test_exact_match_grades_the_final_number(tokenizer):
     examples = [Example(f"5 6 {i}", f"#### {i + 1}", str(i + 1)) for i in range(7)] + [Example("5", "6")]
     answers = {str(i): f"7 8 #### {i + 1 if i % 2 else i}" for i in range(7)}
     answers["1"] = "2"  # the right number, but not marked as the answer
-    graded = exact_match(Parrot(tokenizer, answers), tokenizer, examples, batch_size=3)
+    graded = exact_match(Parrot(tokenizer, answers), tokenizer, examples, batch_size=3, max_new_tokens=9)
     assert (graded.right, graded.total) == (2, 7)
     assert graded.accuracy == pytest.approx(2 / 7)
     assert graded.texts[3] == answers["3"]
@@ -100,6 +100,6 @@ def test_wilson_interval(total, data):
 
 
 def test_markdown_table():
-    result = Result("lora", 1.5, 0.5, 3, 4, 100, 0.5, 2.0, 0, [1.0])
+    result = Result("lora", 1.5, 0.5, 100, 0.5, 2.0, 0, [1.0], right=3, graded=4)
     text = markdown([result])
     assert "| lora | 1.5000 | 0.5000 | 75.0 % (3/4) | 30 to 95 % | 100 | 0.50 | 2.0 |" in text

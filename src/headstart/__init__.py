@@ -15,7 +15,7 @@ from headstart.errors import (
     ModelError,
 )
 from headstart.initialize import initialize_
-from headstart.layers import peft_loading
+from headstart.layers import peft_hooks
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
 from headstart.layers.export import save_lora
 from headstart.methods import Factors, LayerInputs, Method, Needs, get_method, method_names, register
@@ -27,7 +27,7 @@ from headstart.methods.spectral import MiLoRA, OLoRA, PiSSA
 from headstart.methods.zero import Gaussian, InitA, InitB, LoRA, Orthogonal
 from headstart.report import LayerReport, Report
 
-peft_loading.register()
+peft_hooks.register()
 
 __all__ = [
     "CheckpointError",

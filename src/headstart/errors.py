@@ -33,6 +33,19 @@ class ModelError(HeadstartError, ValueError):
     """A model that can't be found or loaded."""
 
 
+class HeadstartWarning(UserWarning):
+    """Something was not done as asked for; the report says the same."""
+
+
+# What PEFT puts before the names of a base model's layers.
+BASE_PREFIX = "base_model.model."
+
+
+def not_finite(layer: str) -> LayerError:
+    """Return the error for a layer whose weight holds NaN or infinity."""
+    return LayerError(f"layer {layer!r}: its weight has NaN or infinity; check the checkpoint it came from.")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest of ``known``, or an empty string where none is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

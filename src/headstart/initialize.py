@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from headstart._version import __version__
-from headstart.errors import DataError, LayerError, MethodError
+from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError, not_finite
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.install import Base, check_base, check_factors, install
 from headstart.layers.weights import base_weight
@@ -31,8 +32,6 @@ from headstart.statistics.moments import kind_moments
 
 # Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
 _BATCH_BYTES = 256 * 2**20
-
-_NOT_FINITE = "layer {!r}: its weight has NaN or infinity; check the checkpoint it came from."
 
 
 def initialize_(
@@ -92,12 +91,14 @@ def initialize_(
             statistics = _collect_gradients(model, method, layers, data, collator, batch_size, offload, show)
         with clock("factorise"):
             starts, seconds = _factorise(method, layers, seed, moments, statistics, show)
-            warnings = _fallbacks(starts, strict) + statistics.notes
+            sentences = _fallbacks(starts, strict) + statistics.notes
     with clock("report"):
         reports = [_layer_report(target, start, seconds[target.name]) for target, start in starts]
     with clock("install"):
         note: dict[str, object] = {"method": str(method), "seed": seed, "base": base, "version": __version__}
         install(model, starts, base, note)
+    for sentence in sentences:
+        warnings.warn(sentence, HeadstartWarning, stacklevel=2)
     return Report(
         method=str(method),
         base=base,
@@ -110,7 +111,7 @@ def initialize_(
         samples=statistics.samples,
         tokens=statistics.tokens,
         trainable=sum(layer.r * (layer.d_in + layer.d_out) for layer in layers),
-        warnings=warnings,
+        warnings=sentences,
     )
 
 
@@ -144,7 +145,7 @@ def _collect_gradients(
         model,
         {layer.name: layer.module for layer in layers},
         data,
-        int(str(method.settings()["samples"])),
+        method.sample_count(),
         collator=collator,
         batch_size=batch_size,
         offload=offload,
@@ -219,7 +220,7 @@ def _inputs(
 def _finite_weight(layer: TargetLayer) -> torch.Tensor:
     weight = base_weight(layer.module)
     if not bool(torch.isfinite(weight).all()):
-        raise LayerError(_NOT_FINITE.format(layer.name))
+        raise not_finite(layer.name)
     return weight
 
 
@@ -228,7 +229,7 @@ def _fallbacks(starts: Sequence[tuple[TargetLayer, Factors]], strict: bool) -> l
     for target, factors in starts:
         if factors.note:
             by_note[factors.note].append(target.name)
-    sentences = []
+    sentences: list[str] = []
     for note, names in by_note.items():
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         sentences.append(f"{listed}: {note}")
@@ -241,7 +242,7 @@ def _layer_report(target: TargetLayer, factors: Factors, seconds: float) -> Laye
     weight = target.module.get_base_layer().weight
     norm_weight = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
     if not math.isfinite(norm_weight):
-        raise LayerError(_NOT_FINITE.format(target.name))
+        raise not_finite(target.name)
     return LayerReport(
         name=target.name,
         d_out=target.d_out,

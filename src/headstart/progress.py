@@ -5,17 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 # Called with a step's name, how much of it is done, and how much there is.
 Show = Callable[[str, int, int], None]
@@ -33,13 +27,17 @@ def progress_bars(console: Console | None = None) -> Iterator[Show]:
 
     Bars go to standard error; where that is neither a terminal nor a notebook, nothing is drawn.
     """
-    console = console or Console(stderr=True)
-    bars = Progress(
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    # Rich is only needed where something is drawn; methods and statistics import this file for its types.
+    from rich import console as consoles
+    from rich import progress as rich
+
+    console = console or consoles.Console(stderr=True)
+    bars = rich.Progress(
+        rich.TextColumn("{task.description:<34}"),
+        rich.BarColumn(bar_width=28),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
         console=console,
         disable=not (console.is_terminal or console.is_jupyter),
     )

@@ -14,6 +14,12 @@ from headstart.cli.app import app
 from headstart.cli.console import output
 from headstart.cli.options import Force
 from headstart.errors import CheckpointError
+from headstart.layers.adapter import make_plain
+from headstart.layers.checkpoint import load_checkpoint, read_adapter
+from headstart.layers.export import write_merged, write_plain
+from headstart.layers.files import check_free
+from headstart.layers.inspection import inspect_adapter
+from headstart.training.models import resolve_model
 
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.")]
 
@@ -41,15 +47,9 @@ def export(
     force: Force = False,
 ) -> None:
     """Write a plain LoRA that any program can load, or merge the adapter into its base model."""
-    if out.exists() and not force:
-        raise CheckpointError(f"{out} exists: choose another --out, or overwrite it with --force.")
-    from headstart.layers.checkpoint import read_adapter
-    from headstart.layers.export import write_merged, write_plain
-
+    check_free(out, force)
     found = read_adapter(adapter)
     if to is Form.LORA:
-        from headstart.layers.adapter import make_plain
-
         plain = make_plain(found.layers, found.rest, found.config, rank)
         write_plain(plain, out, force=force)
         lost = f", relative error {plain.relative_error:.3g}" if rank is not None else ""
@@ -57,9 +57,6 @@ def export(
         return
     if rank is not None:
         raise CheckpointError("--rank goes with --to lora; a merged model holds the whole update.")
-    from headstart.layers.checkpoint import load_checkpoint
-    from headstart.training.models import resolve_model
-
     base, tokenizer, _ = resolve_model(_base_name(model, found.config.base_model_name_or_path, adapter))
     write_merged(load_checkpoint(base, adapter, trainable=False), tokenizer, out, force=force)
     output.print(f"wrote {out}: the whole model, merged", markup=False, highlight=False)
@@ -72,9 +69,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every layer.")] = False,
 ) -> None:
     """Show an adapter's ranks, norms and spectra, and the base model that it fits."""
-    from headstart.layers.checkpoint import load_checkpoint, read_adapter
-    from headstart.layers.inspection import inspect_adapter
-
     found = read_adapter(adapter)
     description = inspect_adapter(found)
     if as_json:
@@ -100,8 +94,6 @@ def inspect(
             table.add_row(*row)
         output.print(table)
     if model is not None:
-        from headstart.training.models import resolve_model
-
         load_checkpoint(resolve_model(model)[0], adapter, trainable=False)
         output.print(f"it fits {model}", markup=False)
 

@@ -27,8 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
     """
     # Imported here, so that the commands can import the application.
     from headstart.cli import adapters, compare, methods, start  # noqa: F401
-    from headstart.errors import HeadstartError
+    from headstart.errors import HeadstartError, HeadstartWarning
 
+    # Commands print a report's warnings themselves.
+    warnings.filterwarnings("ignore", category=HeadstartWarning)
     # Transformers announces its own coming changes to whoever calls it, which here is PEFT.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Tokenizers warn about this variable in every process that forks, which data loading does.
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         _say(f"error: {type(error).__name__}: {error} (unexpected; HEADSTART_DEBUG=1 shows where)")
         sys.exit(1)
     if code == 130:
-        console.print("interrupted: what was finished is kept; the same command goes on from there.", markup=False)
+        console.print("interrupted: what was finished is kept, and nothing is half-written.", markup=False)
     if code:
         sys.exit(code)
 

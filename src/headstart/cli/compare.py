@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +23,16 @@ from headstart.cli.options import (
     target_modules,
 )
 from headstart.progress import progress_bars
+from headstart.study.compare import Comparison, described, prepare, start_over
+from headstart.study.compare import compare as run_all
+from headstart.study.page import check_plotly, write_page
+from headstart.study.tables import markdown, rich_table
+from headstart.training.models import resolve_model
+from headstart.training.run import Recipe, Result
 
-METHODS = "lora,init-ab,pissa,lora-one:samples=64"
+# The defaults are those of the two dataclasses, so that a comparison made in Python is the same.
+_COMPARISON = Comparison(model="smollm2")
+_RECIPE = _COMPARISON.recipe
 
 
 @app.command()
@@ -33,40 +40,40 @@ def compare(
     model: Model = "smollm2",
     methods: Annotated[
         str, typer.Option("--methods", "-m", help="Separated by commas or blanks, settings after a colon.")
-    ] = METHODS,
+    ] = ",".join(_COMPARISON.methods),
     data: Annotated[
         str, typer.Option("--data", help="JSONL file, folder with train.jsonl and test.jsonl, hub name, or problems.")
-    ] = "problems",
+    ] = _COMPARISON.data,
     held_out: Annotated[
         str | None, typer.Option("--held-out", help="Held-out examples, where --data has none.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; the same folder goes on.")] = Path(
         "runs/compare"
     ),
-    steps: Annotated[int, typer.Option("--steps", min=1)] = 20,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
-    lr: Annotated[float, typer.Option("--lr", help="AdamW's rate, the same for all methods.")] = 1e-3,
-    rank: Rank = 8,
-    alpha: Alpha = 16,
+    steps: Annotated[int, typer.Option("--steps", min=1)] = _RECIPE.steps,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = _RECIPE.batch_size,
+    lr: Annotated[float, typer.Option("--lr", help="AdamW's rate, the same for all methods.")] = _RECIPE.lr,
+    rank: Rank = _RECIPE.r,
+    alpha: Alpha = _RECIPE.lora_alpha,
     rslora: RsLora = False,
     targets: Targets = "all-linear",
     seed: Seed = 0,
     base: Base = BaseForm.ANCHORED,
-    train_examples: Annotated[int, typer.Option("--train-examples", min=1)] = 2_000,
-    held_out_examples: Annotated[int, typer.Option("--held-out-examples", min=1)] = 48,
-    graded_examples: Annotated[int, typer.Option("--graded-examples", min=0, help="Answers to grade; 0: none.")] = 48,
-    max_length: MaxLength = 512,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="For each graded answer.")] = 48,
+    train_examples: Annotated[int, typer.Option("--train-examples", min=1)] = _COMPARISON.train_examples,
+    held_out_examples: Annotated[int, typer.Option("--held-out-examples", min=1)] = _COMPARISON.held_out_examples,
+    graded_examples: Annotated[
+        int, typer.Option("--graded-examples", min=0, help="Answers to grade; 0: none.")
+    ] = _COMPARISON.graded_examples,
+    max_length: MaxLength = _RECIPE.max_length,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", min=1, help="For a graded answer; by default as long as the longest held out."
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Fine-tune from several starts with the same seed and data order; resumes where it was cut off."""
-    from headstart.study.compare import Comparison, described
-    from headstart.study.compare import compare as run_all
-    from headstart.study.page import write_page
-    from headstart.study.tables import markdown, rich_table
-    from headstart.training.models import resolve_model
-    from headstart.training.run import Recipe, Result
-
     comparison = Comparison(
         model=model,
         methods=split_methods(methods),
@@ -90,17 +97,20 @@ def compare(
         ),
     )
     comparison.check()
-    if force:
-        shutil.rmtree(out, ignore_errors=True)
+    check_plotly()
 
     def load() -> tuple[Any, Any]:
         loaded, tokenizer, _ = resolve_model(model)
         return loaded, tokenizer
 
     def keep(results: list[Result]) -> None:
-        write_page(out / "report.html", "Starts compared", described(comparison, results), results)
         (out / "table.md").write_text(markdown(results), encoding="utf-8")
+        write_page(out / "report.html", "Starts compared", described(comparison, results), results)
 
+    if force:
+        # Only once it is known that the new comparison can be made.
+        prepare(comparison, load()[1])
+        start_over(out)
     with progress_bars(console) as show:
         results = run_all(
             comparison,

@@ -22,9 +22,15 @@ from headstart.cli.options import (
     Targets,
     target_modules,
 )
-from headstart.errors import CheckpointError, DataError
+from headstart.errors import DataError
+from headstart.initialize import initialize_
+from headstart.layers.checkpoint import save_checkpoint
+from headstart.layers.files import check_free
 from headstart.methods import Needs, parse_method
 from headstart.progress import progress_bars
+from headstart.training.data import batches, load_examples, tokenize_examples
+from headstart.training.models import resolve_model
+from headstart.training.wrap import wrap_lora
 
 
 @app.command("init")
@@ -47,34 +53,33 @@ def init(
     """Initialise an adapter and write it as a checkpoint (headstart.load_checkpoint reads it)."""
     # What can be refused is refused before the model is loaded.
     made = parse_method(method)
-    if out.exists() and not force:
-        raise CheckpointError(f"{out} exists: choose another --out, or overwrite it with --force.")
+    check_free(out, force)
     if Needs.GRADIENT in made.needs and data is None:
         raise DataError(f"method {made.name!r} needs data: give a JSONL file with --data.")
-
-    from peft import LoraConfig, get_peft_model
-
-    from headstart.initialize import initialize_
-    from headstart.layers.checkpoint import save_checkpoint
-    from headstart.training.data import batches, load_examples, tokenize_examples
-    from headstart.training.models import resolve_model
 
     loaded, tokenizer, name = resolve_model(model)
     rows: list[dict[str, list[int]]] = []
     if data is not None:
-        samples = int(str(made.settings().get("samples", 256)))
-        rows = tokenize_examples(load_examples(data, limit=samples), tokenizer, max_length=max_length).rows
+        examples = load_examples(data, limit=made.sample_count() or None)
+        tokenized = tokenize_examples(examples, tokenizer, max_length=max_length)
+        if tokenized.dropped or tokenized.truncated:
+            console.print(
+                f"warning: {tokenized.dropped} examples were left out and {tokenized.truncated} cut off at "
+                f"--max-length {max_length}",
+                markup=False,
+                highlight=False,
+            )
+        rows = tokenized.rows
         rows.sort(key=lambda row: len(row["input_ids"]))
-    chosen = target_modules(targets)
-    config = LoraConfig(
+    wrapped = wrap_lora(
+        loaded,
+        target_modules(targets),
         r=rank,
         lora_alpha=alpha,
         use_rslora=rslora,
-        target_modules=chosen if isinstance(chosen, str) else list(chosen),
         task_type="CAUSAL_LM",
         base_model_name_or_path=name,
     )
-    wrapped = get_peft_model(loaded, config)
     with progress_bars(console) as show:
         report = initialize_(
             wrapped,

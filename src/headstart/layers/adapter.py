@@ -12,11 +12,9 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from headstart.errors import CheckpointError
+from headstart.errors import BASE_PREFIX, CheckpointError
 from headstart.layers.anchored import ANCHOR_NAMES
 from headstart.linalg.product import product_norm, truncate_product
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, 
             rest[key] = tensor
             continue
         ending = next(ending for ending, known in roles.items() if known == role)
-        parts.setdefault(key.removesuffix(f".{ending}").removeprefix(_PREFIX), {})[role] = tensor
+        parts.setdefault(key.removesuffix(f".{ending}").removeprefix(BASE_PREFIX), {})[role] = tensor
     return {name: _layer(name, found, config) for name, found in parts.items()}, rest
 
 
@@ -116,9 +114,14 @@ def make_plain(
             lost, whole = lost + (error * norm) ** 2, whole + norm**2
         elif rank is not None:
             whole += (layer.scaling * product_norm(B, A)) ** 2
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B
+        tensors[f"{BASE_PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{BASE_PREFIX}{name}.lora_B.weight"] = B
         ranks[name] = A.shape[0]
+    stranded = next((key for key in rest if "lora_" in key), None)
+    if stranded and any(ranks[name] != layer.A.shape[0] for name, layer in layers.items()):
+        raise CheckpointError(
+            f"{stranded!r} can't be given another rank: only linear layers are exported at 2 r or less."
+        )
     plain = _fitting_config(config, layers, ranks)
     return PlainAdapter(tensors, plain, (lost / whole) ** 0.5 if whole else 0.0)
 
@@ -137,9 +140,9 @@ def _fitting_config(config: LoraConfig, layers: Mapping[str, AdapterLayer], rank
         grow = factor**0.5 if config.use_rslora else factor
         return replace(
             config,
-            r=int(config.r * factor),
+            r=round(config.r * factor),
             lora_alpha=_tidy(config.lora_alpha * grow),
-            rank_pattern={key: int(value * factor) for key, value in config.rank_pattern.items()},
+            rank_pattern={key: round(value * factor) for key, value in config.rank_pattern.items()},
             alpha_pattern={key: _tidy(value * grow) for key, value in config.alpha_pattern.items()},
             **fields,
         )

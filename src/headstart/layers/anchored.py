@@ -49,13 +49,14 @@ class AnchoredVariant(LoraVariant):
         A = module.lora_A[active_adapter].weight
         B = module.lora_B[active_adapter].weight
         # A training program may cast the trained factors; rounded alike, the anchors still cancel them exactly.
-        A0 = module.lora_anchor_A[active_adapter].to(A.dtype)
-        B0 = module.lora_anchor_B[active_adapter].to(B.dtype)
+        # Detached, because programs that unfreeze whatever is called lora_ would train them.
+        A0 = module.lora_anchor_A[active_adapter].detach().to(A.dtype)
+        B0 = module.lora_anchor_B[active_adapter].detach().to(B.dtype)
         x = module.lora_dropout[active_adapter](x)
-        # One product with the stacked factors reads x once: [A; A - A0] first, then [B - B0, B0].
-        inner = functional.linear(x, torch.cat((A, A - A0)))
-        outer = functional.linear(inner, torch.cat((B - B0, B0), dim=1))
-        return result + outer * module.scaling[active_adapter]
+        # One product with the stacked factors reads x once: [A; A - A0] first, then [B - B0, B0]. Scaling in between
+        # touches 2 r numbers a token, and not d_out.
+        inner = functional.linear(x, torch.cat((A, A - A0))) * module.scaling[active_adapter]
+        return result + functional.linear(inner, torch.cat((B - B0, B0), dim=1))
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:

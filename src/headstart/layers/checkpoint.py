@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headstart._version import __version__
 from headstart.errors import CheckpointError
 from headstart.layers.adapter import AdapterLayer, split
-from headstart.layers.anchored import ANCHORED_MARK, anchor_kind, anchors, set_anchors
+from headstart.layers.anchored import anchor_kind, anchors, drop_anchors, set_anchors
 from headstart.layers.export import adapter_tensors, portable_config, save_config
 from headstart.layers.files import (
     CONFIG,
@@ -29,8 +29,8 @@ from headstart.layers.files import (
     write_json,
     write_tensors,
 )
-from headstart.layers.find import TargetLayer, lora_layers, record, resolve_adapter, set_record
-from headstart.layers.install import subtract_product
+from headstart.layers.find import TargetLayer, lora_layers, record, residual_owner, resolve_adapter, set_record
+from headstart.layers.install import mark_config, subtract_product
 from headstart.layers.weights import fingerprint, linear_shape
 
 _FORMAT = 1
@@ -95,21 +95,25 @@ def load_checkpoint(
         targets = {target.name: target for target in lora_layers(wrapped, adapter)}
         _check_targets(targets, layers, folder)
         for name, layer in layers.items():
-            _prepare_layer(targets[name], layer)
+            check_form(targets[name], layer)
+        for name, layer in layers.items():
+            _prepare_layer(targets[name], layer, undo)
         result = set_peft_model_state_dict(wrapped, read.tensors, adapter_name=adapter)
         if result.unexpected_keys:
             raise CheckpointError(f"{folder / WEIGHTS}: no place in the model for {result.unexpected_keys[0]!r}.")
+        for name, found in records.items():
+            if found is not None:
+                set_record(targets[name], found)
+        if any(layer.kind != "lora" for layer in layers.values()):
+            mark_config(wrapped, adapter, undo)
         undo.pop_all()
-    for name, found in records.items():
-        if found is not None:
-            set_record(targets[name], found)
-    if any(layer.kind != "lora" for layer in layers.values()):
-        wrapped.peft_config[adapter].init_lora_weights = ANCHORED_MARK
     return wrapped
 
 
 def _with_adapter(model: Any, config: LoraConfig, adapter: str, undo: ExitStack) -> Any:
     """Return a PEFT model that holds the adapter: the model itself if it does, else with the adapter added."""
+    for parameter in model.parameters():
+        undo.callback(parameter.requires_grad_, parameter.requires_grad)
     if not hasattr(model, "peft_config"):
         wrapped = get_peft_model(model, config, adapter_name=adapter)
         undo.callback(wrapped.unload)
@@ -117,7 +121,13 @@ def _with_adapter(model: Any, config: LoraConfig, adapter: str, undo: ExitStack)
     if adapter not in model.peft_config:
         model.add_adapter(adapter, config)
         undo.callback(model.delete_adapter, adapter)
-    elif config.inference_mode:
+        return model
+    for target in lora_layers(model, adapter):
+        for part in (target.module.lora_A, target.module.lora_B):
+            weight = part[adapter].weight
+            undo.callback(weight.data.copy_, weight.detach().clone())
+        undo.callback(set_record, target, record(target))
+    if config.inference_mode:
         model.base_model.set_requires_grad(adapter, requires_grad=False)
     return model
 
@@ -214,8 +224,13 @@ def _check_base(
             raise CheckpointError(
                 f"{folder} has another rank: layer {name!r} has r = {held[name].r} here, and {layer.A.shape[0]} there."
             )
+        if name in held and not math.isclose(held[name].scaling, layer.scaling, rel_tol=1e-6):
+            raise CheckpointError(
+                f"{folder} has another scaling: layer {name!r} has s = {held[name].scaling:g} here, and "
+                f"{layer.scaling:g} there; wrap the model with the same lora_alpha."
+            )
     for name, found in records.items():
-        if name in held and anchor_kind(held[name].module, adapter) == "residual":
+        if name in held and residual_owner(held[name].module) is not None:
             continue  # its weight is not the base model's any more; its anchors are compared instead
         expected = (found or {}).get("weight")
         if expected is not None and not _alike(fingerprint(plain[name]), expected, plain[name].weight.dtype):
@@ -246,29 +261,45 @@ def _check_targets(targets: dict[str, TargetLayer], layers: dict[str, AdapterLay
         )
 
 
-def _prepare_layer(target: TargetLayer, layer: AdapterLayer) -> None:
-    """Give a layer the anchors that the checkpoint's tensors go with, and a residual one its residual weight."""
-    if layer.A0 is None or layer.B0 is None:
-        if anchor_kind(target.module, target.adapter) is not None:
-            raise CheckpointError(f"layer {target.name!r} is anchored in the model, and plain in the checkpoint.")
-        return
-    held = anchors(target.module, target.adapter)
+def check_form(target: TargetLayer, layer: AdapterLayer) -> None:
+    """Raise CheckpointError where a layer's tensors can't be loaded into the form that the layer has."""
+    held = anchor_kind(target.module, target.adapter)
+    if held is not None and layer.kind != held:
+        there = "plain" if layer.kind == "lora" else layer.kind
+        raise CheckpointError(
+            f"layer {target.name!r} is {held} in the model, and {there} in the checkpoint; load it on a fresh base."
+        )
     if layer.kind == "residual":
-        if held is not None:
-            if not all(_same(mine, theirs) for mine, theirs in zip(held, (layer.A0, layer.B0), strict=True)):
-                raise CheckpointError(
-                    f"layer {target.name!r} was made residual with another start than the checkpoint's: load it on a "
-                    "fresh base model."
-                )
-            return
-        target.module.lora_A[target.adapter].weight.data.copy_(layer.A0)
-        target.module.lora_B[target.adapter].weight.data.copy_(layer.B0)
-        subtract_product(target)
-    set_anchors(target.module, target.adapter, layer.A0, layer.B0, layer.kind)
+        mine = anchors(target.module, target.adapter)
+        same = mine is not None and all(map(_same, mine, (layer.A0, layer.B0)))
+        if not same and residual_owner(target.module) is not None:
+            raise CheckpointError(
+                f"layer {target.name!r} was made residual with another start than the checkpoint's: load it on a fresh "
+                "base model."
+            )
 
 
-def _same(mine: Tensor, theirs: Tensor) -> bool:
-    return mine.shape == theirs.shape and bool(torch.equal(mine.cpu(), theirs.to(mine.dtype).cpu()))
+def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) -> None:
+    """Give a layer the anchors that the checkpoint's tensors go with, and a residual one its residual weight."""
+    module, adapter = target.module, target.adapter
+    if layer.A0 is None or layer.B0 is None:
+        return
+    held = anchors(module, adapter)
+    if held is not None:
+        undo.callback(set_anchors, module, adapter, held[0].detach().clone(), held[1].detach().clone(), layer.kind)
+    else:
+        undo.callback(drop_anchors, module, adapter)
+    if layer.kind == "residual" and residual_owner(module) is None:
+        module.lora_A[adapter].weight.data.copy_(layer.A0)
+        module.lora_B[adapter].weight.data.copy_(layer.B0)
+        subtract_product(target, undo)
+    set_anchors(module, adapter, layer.A0, layer.B0, layer.kind)
+
+
+def _same(mine: Tensor, theirs: Tensor | None) -> bool:
+    return (
+        theirs is not None and mine.shape == theirs.shape and bool(torch.equal(mine.cpu(), theirs.to(mine.dtype).cpu()))
+    )
 
 
 def _times(shape: tuple[int, int]) -> str:

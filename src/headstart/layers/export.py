@@ -21,6 +21,7 @@ def save_lora(
     *,
     adapter: str | None = None,
     force: bool = False,
+    save_embedding_layers: bool = False,
 ) -> float:
     """Write a plain LoRA adapter: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
@@ -33,7 +34,8 @@ def save_lora(
         path: the folder to write, whole or not at all.
         rank: None for the exact adapter.
         adapter: the adapter's name; the active one by default.
-        force: overwrite an existing folder.
+        force: overwrite an existing adapter.
+        save_embedding_layers: write the embeddings too, as they must be after ``resize_token_embeddings``.
 
     Returns:
         The relative error of the truncation over all layers (Frobenius norm of what is missing over that of the
@@ -45,7 +47,7 @@ def save_lora(
     """
     adapter = resolve_adapter(model, adapter)
     config = portable_config(model, adapter)
-    layers, rest = split(adapter_tensors(model, adapter), config)
+    layers, rest = split(adapter_tensors(model, adapter, save_embedding_layers), config)
     plain = make_plain(layers, rest, config, rank)
     write_plain(plain, path, force=force)
     return plain.relative_error
@@ -66,9 +68,11 @@ def write_merged(model: Any, tokenizer: Any, path: str | Path, *, force: bool = 
         tokenizer.save_pretrained(folder)
 
 
-def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+def adapter_tensors(model: nn.Module, adapter: str, save_embedding_layers: bool = False) -> dict[str, Tensor]:
     """Return an adapter's tensors by the names that PEFT gives them in files, anchors included."""
-    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
+        model, adapter_name=adapter, save_embedding_layers=save_embedding_layers
+    )
     return tensors
 
 

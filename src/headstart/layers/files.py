@@ -31,8 +31,7 @@ def whole_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         CheckpointError: the path exists and ``force`` is not set.
     """
     target = Path(path)
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} exists: choose another path, or overwrite it with force=True (--force).")
+    check_free(target, force)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -47,6 +46,22 @@ def whole_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
+def check_free(target: Path, force: bool) -> None:
+    """Raise CheckpointError where ``target`` exists and must not be replaced.
+
+    With ``force`` it may be replaced if it is empty or was written by this function's users: an adapter or a model.
+    """
+    if not target.exists():
+        return
+    if not force:
+        raise CheckpointError(f"{target} exists: choose another path, or overwrite it with force=True (--force).")
+    ours = target.is_dir() and (
+        not any(target.iterdir()) or any((target / name).is_file() for name in (CONFIG, "config.json"))
+    )
+    if not ours:
+        raise CheckpointError(f"{target} is neither an adapter's folder nor a model's, so it is not overwritten.")
+
+
 def _replace(work: Path, target: Path) -> None:
     if not target.exists():
         work.rename(target)
@@ -58,9 +73,9 @@ def _replace(work: Path, target: Path) -> None:
         work.rename(target)
     except BaseException:
         aside.rename(target)
+        aside.parent.rmdir()
         raise
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+    shutil.rmtree(aside.parent, ignore_errors=True)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> str:

@@ -11,11 +11,11 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from headstart.errors import LayerError, nearest
+from headstart.errors import BASE_PREFIX, LayerError, nearest
 from headstart.layers.anchored import anchor_kind
 
-_PREFIX = "base_model.model."
 _RECORD = "headstart_record"
+_RESIDUAL = "headstart_residual_of"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def lora_layers(model: nn.Module, adapter: str) -> Iterator[TargetLayer]:
         if isinstance(module, LoraLayer) and (
             adapter in module.lora_A or adapter in module.lora_embedding_A or adapter in module.r
         ):
-            yield TargetLayer(name.removeprefix(_PREFIX), module, adapter)
+            yield TargetLayer(name.removeprefix(BASE_PREFIX), module, adapter)
 
 
 def resolve_adapter(model: nn.Module, adapter: str | None) -> str:
@@ -142,6 +142,16 @@ def set_record(target: TargetLayer, content: dict[str, object] | None) -> None:
         getattr(module, _RECORD)[target.adapter] = content
 
 
+def residual_owner(module: LoraLayer) -> str | None:
+    """Return the adapter that made the frozen weight a residual one, None where it is the base model's own."""
+    return getattr(module.get_base_layer(), _RESIDUAL, None)
+
+
+def set_residual_owner(module: LoraLayer, adapter: str | None) -> None:
+    """Note on the base layer, where it outlives the adapter, that its weight is a residual one."""
+    setattr(module.get_base_layer(), _RESIDUAL, adapter)
+
+
 def _check_kind(target: TargetLayer) -> None:
     base = target.module.get_base_layer()
     if not isinstance(target.module, Linear) or not isinstance(base, (nn.Linear, Conv1D)):
@@ -156,10 +166,10 @@ def _check_kind(target: TargetLayer) -> None:
 def _check_tied(target: TargetLayer, holders: dict[int, list[str]]) -> None:
     weight = target.module.get_base_layer().weight
     own = f"{target.name}.base_layer"
-    others = [name for name in holders.get(id(weight), []) if name.removeprefix(_PREFIX) != own]
+    others = [name for name in holders.get(id(weight), []) if name.removeprefix(BASE_PREFIX) != own]
     if others:
         raise LayerError(
-            f"layer {target.name!r} shares its weight with {others[0].removeprefix(_PREFIX)!r} (tied weights): an "
+            f"layer {target.name!r} shares its weight with {others[0].removeprefix(BASE_PREFIX)!r} (tied weights): an "
             "adapter on one of them can't be merged; leave it out of target_modules."
         )
 
@@ -170,6 +180,17 @@ def _check_state(target: TargetLayer) -> None:
         raise LayerError(
             f"layer {target.name!r} has merged adapters ({', '.join(module.merged_adapters)}): call "
             "model.unmerge_adapter() first."
+        )
+    owner = residual_owner(module)
+    if owner == adapter:
+        raise LayerError(
+            f"layer {target.name!r}: adapter {adapter!r} is already initialised, on a residual weight; to start anew, "
+            "load the base model again."
+        )
+    if owner is not None:
+        raise LayerError(
+            f"layer {target.name!r}: its frozen weight was made residual by adapter {owner!r} and isn't the base "
+            "model's any more; load the base model again."
         )
     if record(target) is not None or anchor_kind(module, adapter) is not None:
         raise LayerError(

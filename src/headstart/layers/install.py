@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, get_args
@@ -11,7 +12,7 @@ from torch import nn
 
 from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
-from headstart.layers.find import TargetLayer, set_record
+from headstart.layers.find import TargetLayer, set_record, set_residual_owner
 from headstart.layers.weights import fingerprint, oriented, product
 from headstart.methods.base import Factors
 
@@ -54,10 +55,17 @@ def install(model: Any, starts: Sequence[tuple[TargetLayer, Factors]], base: Bas
             undo.callback(set_record, target, None)
             set_record(target, {**note, "offset": factors.offset, "weight": prints[target.name]})
         if any(factors.offset == "subtract" for _, factors in starts):
-            config = model.peft_config[starts[0][0].adapter]
-            undo.callback(setattr, config, "init_lora_weights", config.init_lora_weights)
-            config.init_lora_weights = ANCHORED_MARK
+            mark_config(model, starts[0][0].adapter, undo)
         undo.pop_all()
+
+
+def mark_config(model: Any, adapter: str, undo: ExitStack) -> None:
+    """Let a copy of the adapter's config say that it is anchored; the user's own object may serve other models."""
+    config = model.peft_config[adapter]
+    undo.callback(model.peft_config.__setitem__, adapter, config)
+    marked = copy.copy(config)
+    marked.init_lora_weights = ANCHORED_MARK
+    model.peft_config[adapter] = marked
 
 
 def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: ExitStack) -> None:
@@ -72,16 +80,27 @@ def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: ExitSt
     undo.callback(drop_anchors, module, adapter)
     set_anchors(module, adapter, A, B, base)
     if base == "residual":
-        weight = module.get_base_layer().weight
-        undo.callback(setattr, weight, "data", weight.data)
-        subtract_product(target)
+        subtract_product(target, undo)
 
 
 @torch.no_grad()
-def subtract_product(target: TargetLayer) -> None:
-    """Replace the frozen weight by W - s B A, from the factors as the layer holds them, in float32 or better."""
+def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
+    """Replace the frozen weight by W - s B A, from the factors as the layer holds them, in float32 or better.
+
+    Raises:
+        LayerError: another adapter lives on the same weight, and would be changed with it.
+    """
     module, adapter = target.module, target.adapter
+    others = [name for name in module.lora_A if name != adapter]
+    if others:
+        raise LayerError(
+            f"layer {target.name!r} holds adapter {others[0]!r} as well, which residual weights would change; use "
+            'base="anchored".'
+        )
+    undo.callback(set_residual_owner, module, None)
+    set_residual_owner(module, adapter)
     weight = module.get_base_layer().weight
+    undo.callback(setattr, weight, "data", weight.data)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     start = product(module.lora_B[adapter].weight.to(dtype), module.lora_A[adapter].weight.to(dtype))
     residual = weight.data.to(dtype) - oriented(module, start * target.scaling)

@@ -142,6 +142,10 @@ class Method(ABC):
         """
         return [self.factors(layer) for layer in layers]
 
+    def sample_count(self) -> int:
+        """Return how many samples of the data the method reads: its setting ``samples``, 0 where it has none."""
+        return int(getattr(self, "samples", 0))
+
     def settings(self) -> dict[str, object]:
         """Return the settings by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

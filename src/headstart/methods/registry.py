@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from headstart.errors import MethodError, nearest
-from headstart.methods.base import Method
+from headstart.methods.base import Method, Needs
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -18,12 +18,14 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
     """Register a :class:`Method` under its command-line name.
 
     Raises:
-        MethodError: the name is taken.
+        MethodError: the name is taken, or the method needs gradients and doesn't say of how many samples.
     """
 
     def add(cls: type[M]) -> type[M]:
         if name in _METHODS:
             raise MethodError(f"two methods are named {name!r}: {_METHODS[name].__name__} and {cls.__name__}.")
+        if Needs.GRADIENT in cls.needs and "samples" not in {field.name for field in dataclasses.fields(cls)}:
+            raise MethodError(f"method {name!r} needs gradients, so it must have a setting 'samples'.")
         cls.name = name
         _METHODS[name] = cls
         return cls

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headstart.errors import DataError
 
+# The label of a token that isn't learned, as PyTorch's cross entropy and Transformers have it.
 IGNORED = -100
 Batch = dict[str, Any]
 Collator = Callable[[list[Any]], Mapping[str, Any]]
@@ -115,6 +116,12 @@ def _as_batch(item: Any, first: int) -> Batch:
         raise DataError(
             f"data must yield batches that the model accepts as keyword arguments (mappings); after sample {first} "
             f"came a {type(item).__name__}. For a dataset of single samples give a collator as well."
+        )
+    ids = item.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() < 2:
+        raise DataError(
+            f"after sample {first}, input_ids has shape {tuple(ids.shape)}: that is a single sample, not a batch; give "
+            "a collator as well."
         )
     return {key: item[key] for key in item.keys()}  # noqa: SIM118 - a BatchEncoding iterates over its values
 

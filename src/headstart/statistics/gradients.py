@@ -11,8 +11,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from headstart.errors import DataError, LayerError
-from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples, single_sample
+from headstart.errors import BASE_PREFIX, DataError, LayerError, not_finite
+from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples, label_counts, single_sample
 from headstart.statistics.losses import (
     Rule,
     backward_of_sum,
@@ -107,6 +107,8 @@ def mean_gradients(
             result.tokens += _tokens(chunk.batch)
             if progress is not None:
                 progress(result.samples, samples)
+    if not sums:
+        raise DataError("no gradient reached any of the adapter's layers: check that the loss depends on them.")
     for name, total in sums.items():
         total /= result.samples
         if not bool(torch.isfinite(total).all()):
@@ -159,8 +161,14 @@ def _check_finite(model: nn.Module, outputs: Any, samples: Samples) -> None:
         return
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            layer = name.removeprefix("base_model.model.").replace(".base_layer", "").rpartition(".")[0]
-            raise LayerError(f"layer {layer!r}: its weight has NaN or infinity; check the checkpoint it came from.")
+            raise not_finite(name.removeprefix(BASE_PREFIX).replace(".base_layer", "").rpartition(".")[0])
+    counts = label_counts(samples.batch)
+    if counts is not None and bool((counts[:, 1] == 0).any()):
+        index = samples.first + int((counts[:, 1] == 0).nonzero()[0])
+        raise DataError(
+            f"the loss is {loss}: sample {index} has its only label in first place, which a causal language model "
+            "never uses; drop the sample, or raise the maximum length."
+        )
     last = samples.first + samples.size - 1
     which = f"sample {last}" if samples.size == 1 else f"samples {samples.first} to {last}"
     raise DataError(f"the loss is {loss} on {which}: check the labels, and the model's precision.")

@@ -32,7 +32,10 @@ def loss_of(outputs: Any, first: int) -> Tensor:
     """
     loss = outputs.get("loss") if hasattr(outputs, "get") else getattr(outputs, "loss", None)
     if not isinstance(loss, Tensor):
-        raise DataError(f"the model returned no loss for the batch at sample {first}: its batches need labels.")
+        raise DataError(
+            f"the model returned no loss for the batch at sample {first}: batches need labels, and the model must "
+            "return a mapping with a loss (return_dict=True)."
+        )
     return loss if loss.dim() == 0 else loss.mean()
 
 

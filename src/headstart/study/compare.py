@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from headstart.errors import DataError, HeadstartError
+from headstart.errors import DataError, HeadstartError, MethodError
 from headstart.methods import parse_method
-from headstart.training.data import Example, example_from_record, load_examples, tokenize_examples
+from headstart.training.data import Example, example_from_record, load_examples, token_ids, tokenize_examples
 from headstart.training.problems import generate_problems
 from headstart.training.run import Material, Recipe, Result, read_result, run
 
@@ -44,7 +45,9 @@ class Comparison:
     recipe: Recipe = field(default_factory=Recipe)
 
     def check(self) -> None:
-        """Raise MethodError for an unknown method or setting, before anything is loaded."""
+        """Raise MethodError for an unknown method or setting, or no method at all, before anything is loaded."""
+        if not self.methods:
+            raise MethodError("no method to compare: name some, as in lora,pissa.")
         for method in self.methods:
             parse_method(method)
 
@@ -106,10 +109,22 @@ def prepare(comparison: Comparison, tokenizer: Any) -> Material:
     train, held_out = _examples(comparison)
     length = comparison.recipe.max_length
     graded = [example for example in held_out if example.answer is not None][: comparison.graded_examples]
+    learned = tokenize_examples(train, tokenizer, max_length=length)
+    measured = tokenize_examples(held_out[: comparison.held_out_examples], tokenizer, max_length=length)
+    warnings = [
+        f"{what}: {lost} of {count} examples {how} max_length={length}"
+        for what, count, rows in (("training", len(train), learned), ("held out", len(held_out), measured))
+        for lost, how in ((rows.dropped, "were left out, being longer than"), (rows.truncated, "were cut off at"))
+        if lost
+    ]
+    # An answer that is cut off can't be right; a model that rambles needs no more room than this.
+    longest = max((len(token_ids(example, tokenizer)[1]) for example in graded), default=0)
     return Material(
-        train=tokenize_examples(train, tokenizer, max_length=length).rows,
-        held_out=tokenize_examples(held_out[: comparison.held_out_examples], tokenizer, max_length=length).rows,
+        train=learned.rows,
+        held_out=measured.rows,
         graded=graded,
+        max_new_tokens=comparison.recipe.max_new_tokens or longest + 16,
+        warnings=warnings,
     )
 
 
@@ -162,6 +177,21 @@ def _claim(folder: Path, comparison: Comparison) -> None:
     unfinished = path.with_suffix(".partial")
     unfinished.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
+
+
+def start_over(folder: Path) -> None:
+    """Delete a comparison's folder.
+
+    Raises:
+        HeadstartError: it holds something else.
+    """
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not (folder / "comparison.json").is_file():
+        raise HeadstartError(
+            f"{folder} holds something else than a comparison, so it is not deleted: give another --out."
+        )
+    shutil.rmtree(folder)
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

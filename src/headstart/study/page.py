@@ -131,6 +131,11 @@ def _warnings(results: Sequence[Result]) -> list[str]:
     return ["<h2>Warnings</h2>", f"<ul>{''.join(items)}</ul>"] if items else []
 
 
+def check_plotly() -> None:
+    """Raise HeadstartError where Plotly is not installed."""
+    _plotly()
+
+
 def _plotly() -> Any:
     try:
         import plotly.graph_objects as go

@@ -24,13 +24,11 @@ import torch
 from torch import Tensor
 
 from headstart.errors import DataError, nearest
+from headstart.statistics.batches import IGNORED
 from headstart.training.problems import final_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""The label of a token that isn't learned, as PyTorch's cross entropy and Transformers have it."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.training.data import IGNORED, Example, batches, token_ids
+from headstart.statistics.batches import IGNORED
+from headstart.training.data import Example, batches, token_ids
 from headstart.training.problems import final_number, same_number
 
 Progress = Callable[[int, int], None]
@@ -18,11 +19,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Graded:
-    """Exact match: how many answers were right, of how many, and the texts that the model wrote."""
+    """Exact match: how many answers were right, of how many, the texts, and how many texts were cut off by the cap."""
 
     right: int
     total: int
     texts: list[str]
+    cut_off: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -62,7 +64,7 @@ def exact_match(
     tokenizer: Any,
     examples: Sequence[Example],
     *,
-    max_new_tokens: int = 48,
+    max_new_tokens: int,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Graded:
@@ -75,7 +77,7 @@ def exact_match(
         raise ValueError("no example has an answer to grade by")
     prompts = [token_ids(example, tokenizer)[0] for example in graded]
     order = sorted(range(len(graded)), key=lambda index: len(prompts[index]))
-    texts = [""] * len(graded)
+    texts, cut_off = [""] * len(graded), 0
     device = next(model.parameters()).device
     with evaluating(model):
         for start in range(0, len(order), batch_size):
@@ -91,10 +93,11 @@ def exact_match(
             )
             for index, tokens in zip(chunk, written[:, ids.shape[1] :], strict=True):
                 texts[index] = tokenizer.decode(tokens, skip_special_tokens=True)
+                cut_off += len(tokens) >= max_new_tokens and tokenizer.eos_token_id not in tokens.tolist()
             if progress is not None:
                 progress(min(start + batch_size, len(order)), len(order))
     right = sum(same_number(final_number(text), example.answer) for text, example in zip(texts, graded, strict=True))
-    return Graded(right, len(graded), texts)
+    return Graded(right, len(graded), texts, cut_off)
 
 
 @contextmanager

@@ -9,23 +9,23 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from headstart.initialize import initialize_
-from headstart.layers.checkpoint import save_checkpoint
+from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
 from headstart.layers.install import Base
 from headstart.methods import parse_method
 from headstart.progress import Show, silent
 from headstart.report import Report
 from headstart.training.data import Example, batches, collate
 from headstart.training.evaluate import exact_match, held_out_loss
+from headstart.training.wrap import wrap_lora
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Recipe:
         r, lora_alpha, use_rslora, target_modules: as PEFT has them.
         base: "anchored" or "residual".
         max_length: longer rows are cut.
-        max_new_tokens: for the answers that are graded.
+        max_new_tokens: for the answers that are graded; None: as long as the longest held-out answer, and some more.
     """
 
     steps: int = 20
@@ -53,16 +53,21 @@ class Recipe:
     target_modules: str | tuple[str, ...] = "all-linear"
     base: Base = "anchored"
     max_length: int = 512
-    max_new_tokens: int = 48
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Material:
-    """The data of a comparison: tokenised training rows, tokenised held-out rows, and examples to grade."""
+    """The data of a comparison: tokenised training rows, tokenised held-out rows, and examples to grade.
+
+    ``max_new_tokens`` caps the graded answers; ``warnings`` say what was dropped or cut.
+    """
 
     train: Sequence[dict[str, list[int]]]
     held_out: Sequence[dict[str, list[int]]]
     graded: Sequence[Example]
+    max_new_tokens: int = 64
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,13 @@ class Result:
     method: str
     start_loss: float
     final_loss: float
-    right: int
-    graded: int
     trainable: int
     startup_seconds: float
     training_seconds: float
     samples: int
     losses: list[float] = field(default_factory=list)
+    right: int = 0
+    graded: int = 0
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -101,75 +106,93 @@ def run(
     """Run one method in ``folder``, or read its result there if it is already done.
 
     The folder gets ``result.json`` and ``checkpoint/`` (see ``headstart.load_checkpoint``). Training that was cut off
-    goes on from its last save.
+    goes on from its last save; what was trained is not trained again, even if grading it was cut off.
     """
     done = read_result(folder)
     if done is not None:
         return done
-    report_progress = progress or silent
+    show = progress or silent
     folder.mkdir(parents=True, exist_ok=True)
+    trained = _read_json(folder / "trained.json")
+    if trained is None:
+        trained = _start_and_train(method, recipe, material, load, folder, show)
     model, tokenizer = load()
-    model, report = _start(model, method, recipe, material, tokenizer, report_progress)
-    start_loss = _loss(model, material, tokenizer, recipe, report_progress, "loss at the start")
-    losses, seconds = _train(model, recipe, material, tokenizer, folder, report_progress)
-    final_loss = _loss(model, material, tokenizer, recipe, report_progress, "loss at the end")
-    graded = None
+    model = load_checkpoint(model, folder / "checkpoint", trainable=False)
+    found = dict(trained, final_loss=_loss(model, material, tokenizer, recipe, show, "loss at the end"))
     if material.graded:
         graded = exact_match(
             model,
             tokenizer,
             material.graded,
-            max_new_tokens=recipe.max_new_tokens,
-            progress=lambda count, total: report_progress("answers", count, total),
+            max_new_tokens=material.max_new_tokens,
+            progress=partial(show, "answers"),
         )
-    result = Result(
-        method=method,
-        start_loss=start_loss,
-        final_loss=final_loss,
-        right=graded.right if graded else 0,
-        graded=graded.total if graded else 0,
-        trainable=report.trainable,
-        startup_seconds=report.seconds,
-        training_seconds=seconds,
-        samples=report.samples,
-        losses=losses,
-        warnings=report.warnings,
-    )
-    save_checkpoint(model, folder / "checkpoint", force=True)
-    _write_result(result, folder)
-    shutil.rmtree(folder / "trainer", ignore_errors=True)
+        found |= {"right": graded.right, "graded": graded.total}
+        if graded.cut_off:
+            found["warnings"] = [
+                *found["warnings"],
+                f"{graded.cut_off} of {graded.total} answers were cut off after {material.max_new_tokens} tokens",
+            ]
+    result = Result(**found)
+    _write_json(asdict(result), folder / "result.json")
+    (folder / "trained.json").unlink()
     return result
+
+
+def _start_and_train(
+    method: str, recipe: Recipe, material: Material, load: LoadModel, folder: Path, show: Show
+) -> dict[str, Any]:
+    """Train, save the checkpoint, and return (and note) all of the result that is known by then."""
+    model, tokenizer = load()
+    model, report = _start(model, method, recipe, material, tokenizer, show)
+    start_loss = _loss(model, material, tokenizer, recipe, show, "loss at the start")
+    losses, seconds = _train(model, recipe, material, tokenizer, folder, show)
+    save_checkpoint(model, folder / "checkpoint", force=True)
+    found = {
+        "method": method,
+        "start_loss": start_loss,
+        "trainable": report.trainable,
+        "startup_seconds": report.seconds,
+        "training_seconds": seconds,
+        "samples": report.samples,
+        "losses": losses,
+        "warnings": [*material.warnings, *report.warnings],
+    }
+    _write_json(found, folder / "trained.json")
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    return found
 
 
 def read_result(folder: Path) -> Result | None:
     """Return the result that a finished run left in its folder, None where there is none."""
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
-    return Result(**json.loads(path.read_text(encoding="utf-8")))
+    found = _read_json(folder / "result.json")
+    return None if found is None else Result(**found)
 
 
-def _write_result(result: Result, folder: Path) -> None:
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "result.json")
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _write_json(content: dict[str, Any], path: Path) -> None:
+    partial_file = path.with_name(path.name + ".partial")
+    partial_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial_file.replace(path)
 
 
 def _start(
     model: Any, method: str, recipe: Recipe, material: Material, tokenizer: Any, progress: Show
 ) -> tuple[Any, Report]:
-    targets = recipe.target_modules
-    config = LoraConfig(
+    torch.manual_seed(recipe.seed)
+    wrapped = wrap_lora(
+        model,
+        recipe.target_modules,
         r=recipe.r,
         lora_alpha=recipe.lora_alpha,
         use_rslora=recipe.use_rslora,
-        target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(recipe.seed)
-    wrapped = get_peft_model(model, config)
     made = parse_method(method)
-    samples = int(str(made.settings().get("samples", 0)))
+    samples = made.sample_count()
     rows = sorted(material.train[:samples], key=lambda row: len(row["input_ids"]))
     report = initialize_(
         wrapped,
@@ -193,19 +216,32 @@ def _loss(model: Any, material: Material, tokenizer: Any, recipe: Recipe, progre
 
 
 class _Steps(TrainerCallback):
-    """Notes the loss of every step and shows how far training is."""
+    """Shows how far training is, and times it from its first step on."""
 
-    def __init__(self, progress: Show) -> None:
-        self._progress = progress
+    def __init__(self, show: Show) -> None:
+        self._show = show
+        self._began: float | None = None
+        self._first = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._began is None:
+            self._began, self._first = time.perf_counter(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._progress("training", state.global_step, state.max_steps)
+        self._show("training", state.global_step, state.max_steps)
+
+    def seconds(self, steps: int) -> float:
+        """Return the time of all steps; of a run that was cut off only the rest was timed, and is scaled to all."""
+        if self._began is None:
+            return 0.0
+        return (time.perf_counter() - self._began) * steps / (steps - self._first)
 
 
 def _train(
     model: Any, recipe: Recipe, material: Material, tokenizer: Any, folder: Path, progress: Show
 ) -> tuple[list[float], float]:
     output = folder / "trainer"
+    steps = _Steps(progress)
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.steps,
@@ -216,7 +252,7 @@ def _train(
         weight_decay=0.0,
         logging_steps=1,
         save_steps=max(10, math.ceil(recipe.steps / 4)),
-        save_total_limit=1,
+        save_total_limit=2,
         seed=recipe.seed,
         report_to=[],
         disable_tqdm=True,
@@ -231,19 +267,22 @@ def _train(
         arguments,
         train_dataset=_Rows(material.train),
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
-        callbacks=[_Steps(progress)],
+        callbacks=[steps],
     )
     # It prints a dictionary a step; the progress bar says the same in one line.
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    steps_before = int(Path(last).name.rpartition("-")[2]) if last else 0
-    began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.train(resume_from_checkpoint=last)
-    # Of a run that was cut off, only the rest was timed: scale it to all steps.
-    seconds = (time.perf_counter() - began) * recipe.steps / max(1, recipe.steps - steps_before)
+        trainer.train(resume_from_checkpoint=_last_save(output, recipe.steps))
+    seconds = steps.seconds(recipe.steps)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row], seconds
+
+
+def _last_save(output: Path, steps: int) -> str | None:
+    """Return the last whole save to go on from: the Trainer writes its state last, and the final step is no start."""
+    saves = {int(path.name.rpartition("-")[2]): path for path in output.glob("checkpoint-*")}
+    whole = [step for step, path in saves.items() if step < steps and (path / "trainer_state.json").is_file()]
+    return str(saves[max(whole)]) if whole else None
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, list[int]]]):
