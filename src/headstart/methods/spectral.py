@@ -26,7 +26,7 @@ class _SingularTriplets(Method):
 
     def factors_batch(self, layers: Sequence[LayerInputs], show: Show = silent) -> list[Factors]:
         """Decompose the weights of several layers of one shape and rank together."""
-        weights = torch.stack([layer.require_weight() for layer in layers])
+        weights = [layer.require_weight() for layer in layers]
         results = truncated_svd_batch(weights, layers[0].r, which=self.which)
         starts = []
         for layer, svd in zip(layers, results, strict=True):
