@@ -193,6 +193,8 @@ def test_compare_never_takes_over_a_folder_with_something_else(tiny, sums, tmp_p
         (("init", "MODEL", "-m", "lora-one", "-o", "x", "--data", "BROKEN"), 1, "broken.jsonl, line 2"),
         (("init", "nowhere/to be found", "-m", "pissa", "-o", "x"), 1, "nowhere/to be found"),
         (("init", "MODEL", "-o", "x"), 2, "--method"),
+        (("init", "MODEL", "-m", "pissa", "-o", "x", "--targets", "qproj,v_proj"), 1, "Did you mean 'q_proj'?"),
+        (("compare", "MODEL", "--methods", ""), 1, "no method to compare"),
         (("compare", "MODEL", "--steps", "0"), 2, "--steps"),
         (("inspect", "MODEL"), 1, "holds no adapter_model.safetensors"),
         (("export", "nothing", "-o", "x"), 1, "is not a folder"),
@@ -231,7 +233,67 @@ def test_ctrl_c_keeps_what_is_finished(tiny, sums, tmp_path):
     assert not (out / "pissa" / "result.json").exists()
     done = subprocess.run(command + arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (out / "pissa" / "result.json").exists()
+    # Cut in two or not, the run is the same.
+    arguments[arguments.index(str(out))] = str(tmp_path / "uncut")
+    arguments[arguments.index("lora,pissa")] = "pissa"
+    subprocess.run(command + arguments, check=True, capture_output=True)
+    cut, uncut = (json.loads((each / "pissa" / "result.json").read_text()) for each in (out, tmp_path / "uncut"))
+    assert len(cut["losses"]) == 60
+    for key in ("losses", "start_loss", "final_loss", "right"):
+        assert cut[key] == uncut[key], key
+
+
+def test_what_is_trained_is_not_trained_again(tiny, sums, tmp_path, capsys, monkeypatch):
+    import headstart.training.run as running
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = small(tiny, sums, tmp_path / "c", "--methods", "lora")
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "exact_match", interrupted)
+        code, _, err = run(capsys, *arguments)
+    assert code == 130
+    assert "Traceback" not in err
+    monkeypatch.setattr(running, "_train", interrupted)
+    assert run(capsys, *arguments)[0] == 0
+    result = json.loads((tmp_path / "c" / "lora" / "result.json").read_text())
+    assert len(result["losses"]) == 4
+    assert not (tmp_path / "c" / "lora" / "trained.json").exists()
+
+
+def test_the_last_whole_save_is_gone_on_from(tmp_path):
+    from headstart.training.run import _last_save
+
+    for step, whole in ((10, True), (20, True), (30, False), (40, True)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert _last_save(tmp_path, 40) == str(tmp_path / "checkpoint-20")
+    assert _last_save(tmp_path, 50) == str(tmp_path / "checkpoint-40")
+    assert _last_save(tmp_path / "nothing", 40) is None
+
+
+def test_answers_that_are_cut_off_are_reported(tiny, sums, tmp_path, capsys):
+    code, _, err = run(capsys, *small(tiny, sums, tmp_path / "c", "--methods", "lora"))
+    assert code == 0
+    assert "2 of 2 answers were cut off after 3 tokens" in err
+
+
+def test_force_deletes_nothing_but_comparisons(tiny, sums, tmp_path, capsys):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "precious").write_text("x")
+    code, _, err = run(capsys, *small(tiny, sums, tmp_path / "c", "--methods", "lora", "--force"))
+    assert code == 1
+    assert "is not deleted" in err
+    assert (tmp_path / "c" / "precious").exists()
+    # A comparison is only deleted once the new one can be made.
+    out = tmp_path / "d"
+    assert run(capsys, *small(tiny, sums, out, "--methods", "lora"))[0] == 0
+    arguments = list(small(tiny, sums, out, "--methods", "lora", "--force"))
+    arguments[arguments.index(sums)] = tmp_path / "missing.jsonl"
+    assert run(capsys, *arguments)[0] == 1
+    assert (out / "lora" / "result.json").exists()
 
 
 def test_the_readme_holds_the_registrys_table():

@@ -30,7 +30,7 @@ from headstart.methods import Needs, parse_method
 from headstart.progress import progress_bars
 from headstart.training.data import batches, load_examples, tokenize_examples
 from headstart.training.models import resolve_model
-from headstart.training.wrap import wrap_lora
+from headstart.training.wrap import accelerator, wrap_lora
 
 
 @app.command("init")
@@ -72,7 +72,7 @@ def init(
         rows = tokenized.rows
         rows.sort(key=lambda row: len(row["input_ids"]))
     wrapped = wrap_lora(
-        loaded,
+        loaded.to(accelerator()),
         target_modules(targets),
         r=rank,
         lora_alpha=alpha,

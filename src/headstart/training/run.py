@@ -25,7 +25,7 @@ from headstart.progress import Show, silent
 from headstart.report import Report
 from headstart.training.data import Example, batches, collate
 from headstart.training.evaluate import exact_match, held_out_loss
-from headstart.training.wrap import wrap_lora
+from headstart.training.wrap import accelerator, wrap_lora
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def run(
     if trained is None:
         trained = _start_and_train(method, recipe, material, load, folder, show)
     model, tokenizer = load()
-    model = load_checkpoint(model, folder / "checkpoint", trainable=False)
+    model = load_checkpoint(model.to(accelerator()), folder / "checkpoint", trainable=False)
     found = dict(trained, final_loss=_loss(model, material, tokenizer, recipe, show, "loss at the end"))
     if material.graded:
         graded = exact_match(
@@ -144,7 +144,7 @@ def _start_and_train(
 ) -> dict[str, Any]:
     """Train, save the checkpoint, and return (and note) all of the result that is known by then."""
     model, tokenizer = load()
-    model, report = _start(model, method, recipe, material, tokenizer, show)
+    model, report = _start(model.to(accelerator()), method, recipe, material, tokenizer, show)
     start_loss = _loss(model, material, tokenizer, recipe, show, "loss at the start")
     losses, seconds = _train(model, recipe, material, tokenizer, folder, show)
     save_checkpoint(model, folder / "checkpoint", force=True)

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import LayerError, nearest
+
+
+def accelerator() -> torch.device:
+    """Return the device to compute on: the accelerator where there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def wrap_lora(model: nn.Module, target_modules: str | Sequence[str], **settings: Any) -> Any:
