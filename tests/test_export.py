@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -161,6 +162,20 @@ def test_an_existing_path_is_kept_unless_forced(tmp_path):
     hs.save_lora(model, tmp_path / "adapter", force=True)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 8
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX")
+def test_others_may_read_what_the_user_lets_them_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        hs.save_lora(started(tiny_llama()), tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    modes = {
+        path.name: oct(path.stat().st_mode & 0o777)
+        for path in [tmp_path / "adapter", *(tmp_path / "adapter").iterdir()]
+    }
+    assert modes == {"adapter": "0o750", "adapter_config.json": "0o640", "adapter_model.safetensors": "0o640"}
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):

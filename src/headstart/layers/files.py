@@ -36,14 +36,20 @@ def whole_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield work
-        # mkdtemp makes it private; give it the mode that a plain mkdir would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        work.chmod(0o777 & ~umask)
+        # Temporary folders, and safetensors' files, are made private; give them the modes that the user's own have.
+        work.chmod(0o777 & ~_umask())
+        for file in work.iterdir():
+            file.chmod(0o666 & ~_umask())
         _replace(work, target)
     finally:
         if work.exists():
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def check_free(target: Path, force: bool) -> None:
