@@ -215,6 +215,35 @@ def test_a_dataset_with_a_collator():
         assert relative(gradient, expected[name]) < 2e-5
 
 
+def test_the_verb_takes_a_dataset_as_trainers_do():
+    datasets = pytest.importorskip("datasets")
+    from transformers import default_data_collator
+
+    batch = token_batch(6)
+    rows = datasets.Dataset.from_list([{key: value[i].tolist() for key, value in batch.items()} for i in range(6)])
+    models = [wrap(tiny_llama()) for _ in range(2)]
+    report = hs.initialize_(models[0], "lora-one:samples=5", data=rows, collator=default_data_collator, batch_size=2)
+    hs.initialize_(models[1], "lora-one:samples=5", data=[batch])
+    assert report.samples == 5
+    for mine, theirs in zip(*(lora_layers(model, "default") for model in models), strict=True):
+        for part in ("lora_A", "lora_B"):
+            found, expected = (getattr(each.module, part)["default"].weight for each in (mine, theirs))
+            assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_single_sample_is_no_batch():
+    with pytest.raises(hs.DataError, match="give a collator"):
+        collect(wrap(tiny_llama()), [{key: value[0] for key, value in token_batch().items()}], 4)
+
+
+def test_a_label_in_first_place_only_is_named():
+    batch = token_batch(3, padded=False)
+    batch["labels"][1] = -100
+    batch["labels"][1, 0] = 5
+    with pytest.raises(hs.DataError, match="sample 1 has its only label in first place"):
+        collect(wrap(tiny_llama()), [batch], 3)
+
+
 def test_no_label_left_names_the_sample():
     batch = token_batch(4)
     batch["labels"][2] = -100
