@@ -115,7 +115,8 @@ def backward_of_sum(outputs: Any, samples: Samples, rule: Rule) -> bool:
         return False
     used = counts[:, 1 if rule == "shifted tokens" else 0].to(device=gradient.device, dtype=torch.float32)
     weights = (used.sum() / used).reshape(-1, *[1] * (gradient.dim() - 1))
-    torch.autograd.backward([logits], [(gradient * weights).to(gradient.dtype)])
+    # In place: of a language model this is the largest tensor of the whole pass.
+    torch.autograd.backward([logits], [gradient.mul_(weights)])
     return True
 
 

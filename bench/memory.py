@@ -1,0 +1,58 @@
+"""Peak memory of gradient starts, each in a process of its own, on SmolLM2."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from peft import get_peft_model
+
+import headstart as hs
+from bench.gradient import RANK, SAMPLES, config, peft_lora_ga, plain_pass
+from bench.harness import table, token_batches, write
+from headstart.training.models import resolve_model
+
+
+def ours(base: Any, data: list[dict[str, Any]]) -> None:
+    hs.initialize_(get_peft_model(base, config()), f"lora-one:samples={SAMPLES}", data=data)
+
+
+SIDES: dict[str, Callable[[Any, list[dict[str, Any]]], None]] = {
+    "plain gradient pass": plain_pass,
+    "headstart lora-one": ours,
+    "PEFT lora_ga": peft_lora_ga,
+}
+
+
+def one(name: str) -> None:
+    """Run one side and print the growth of the peak resident set, in MiB, since model and data were there."""
+    base, tokenizer, _ = resolve_model("smollm2")
+    data, what = token_batches(SAMPLES, 8, tokenizer)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    SIDES[name](base, data)
+    print(before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, what, sep="\t")
+
+
+def main() -> None:
+    rows, what = [], ""
+    for name in SIDES:
+        done = subprocess.run([sys.executable, "-m", "bench.memory", name], check=True, capture_output=True, text=True)
+        before, after, what = done.stdout.strip().splitlines()[-1].split("\t")
+        rows.append([name, before, after, str(int(after) - int(before))])
+    write(
+        "memory",
+        "Peak memory of gradient starts",
+        [
+            f"SmolLM2-135M, all seven linear kinds, rank {RANK}, {what}. Peak resident set of a process of its",
+            "own (Linux), in MiB: with model and data loaded, after the start, and the difference. One run a side.",
+            "",
+            *table(["side", "loaded", "peak", "difference"], rows),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    one(sys.argv[1]) if len(sys.argv) > 1 else main()
