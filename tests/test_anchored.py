@@ -239,6 +239,16 @@ def test_residual_form_starts_near_the_base_model(batch):
     assert not torch.allclose(residual, weight, atol=1e-3)
 
 
+def test_merging_residual_weights(batch):
+    model = started(tiny_llama(), "pissa", form="residual")
+    perturb(model)
+    expected = logits(model, batch)
+    model.merge_adapter()
+    assert torch.allclose(logits(model, batch), expected, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.allclose(logits(model.merge_and_unload(), batch), expected, atol=1e-5)
+
+
 def test_peft_refuses_to_convert_what_it_would_get_wrong():
     model = started(tiny_llama())
     assert not any(t.module.supports_lora_conversion("default") for t in lora_layers(model, "default"))

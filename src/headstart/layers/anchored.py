@@ -34,29 +34,12 @@ ANCHOR_NAMES: dict[str, tuple[str, str]] = {
 }
 
 
-class AnchoredVariant(LoraVariant):
-    """The anchored form; see the module's docstring."""
-
-    kind = "anchored"
+class _Merging(LoraVariant):
+    """What the two forms share: both merge their :func:`delta_weight`."""
 
     def supports_lora_conversion(self) -> bool:
-        """Say no to PEFT's conversion, which reads B A alone; ``save_lora`` does it."""
+        """Say no to PEFT's conversion, which reads B A alone and knows no anchors; ``save_lora`` does it."""
         return False
-
-    @staticmethod
-    def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """Add the adapter's part to the base layer's output."""
-        A = module.lora_A[active_adapter].weight
-        B = module.lora_B[active_adapter].weight
-        # A training program may cast the trained factors; rounded alike, the anchors still cancel them exactly.
-        # Detached, because programs that unfreeze whatever is called lora_ would train them.
-        A0 = module.lora_anchor_A[active_adapter].detach().to(A.dtype)
-        B0 = module.lora_anchor_B[active_adapter].detach().to(B.dtype)
-        x = module.lora_dropout[active_adapter](x)
-        # One product with the stacked factors reads x once: [A; A - A0] first, then [B - B0, B0]. Scaling in between
-        # touches 2 r numbers a token, and not d_out.
-        inner = functional.linear(x, torch.cat((A, A - A0))) * module.scaling[active_adapter]
-        return result + functional.linear(inner, torch.cat((B - B0, B0), dim=1))
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -74,18 +57,31 @@ class AnchoredVariant(LoraVariant):
         return orig_weight.data - delta_weight(module, active_adapter).to(orig_weight.dtype)
 
 
-class ResidualVariant(LoraVariant):
+class AnchoredVariant(_Merging):
+    """The anchored form; see the module's docstring."""
+
+    @staticmethod
+    def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """Add the adapter's part to the base layer's output."""
+        A = module.lora_A[active_adapter].weight
+        B = module.lora_B[active_adapter].weight
+        # A training program may cast the trained factors; rounded alike, the anchors still cancel them exactly.
+        # Detached, because programs that unfreeze whatever is called lora_ would train them.
+        A0 = module.lora_anchor_A[active_adapter].detach().to(A.dtype)
+        B0 = module.lora_anchor_B[active_adapter].detach().to(B.dtype)
+        x = module.lora_dropout[active_adapter](x)
+        # One product with the stacked factors reads x once: [A; A - A0] first, then [B - B0, B0]. Scaling in between
+        # touches 2 r numbers a token, and not d_out.
+        inner = functional.linear(x, torch.cat((A, A - A0))) * module.scaling[active_adapter]
+        return result + functional.linear(inner, torch.cat((B - B0, B0), dim=1))
+
+
+class ResidualVariant(_Merging):
     """The papers' form: the frozen weight is W - s B0 A0, and the layer is a plain LoRA layer on it.
 
     The anchors are kept beside the factors, unused by the layer, because a plain LoRA for the untouched base model
     can't be written without them.
     """
-
-    kind = "residual"
-
-    def supports_lora_conversion(self) -> bool:
-        """Say no to PEFT's conversion, whose result would fit the changed base only; ``save_lora`` does it."""
-        return False
 
     @staticmethod
     def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
@@ -93,23 +89,8 @@ class ResidualVariant(LoraVariant):
         inner = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         return result + module.lora_B[active_adapter](inner) * module.scaling[active_adapter]
 
-    @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Return the weight with the adapter in it."""
-        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: nn.Parameter) -> None:
-        """Add the adapter to the weight in place."""
-        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Return the weight with the adapter taken out."""
-        return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
-
-
-VARIANTS: dict[str, type[AnchoredVariant] | type[ResidualVariant]] = {
+VARIANTS: dict[str, type[LoraVariant]] = {
     "anchored": AnchoredVariant,
     "residual": ResidualVariant,
 }
@@ -160,7 +141,12 @@ def drop_anchors(module: LoraLayer, adapter: str) -> None:
 
 
 def delta_weight(module: LoraLayer, adapter: str) -> Tensor:
-    """Return s (B A - B0 A0) of an anchored layer, in the orientation in which the base layer stores its weight."""
+    """Return what the adapter adds to the layer's own frozen weight, in the orientation in which that is stored.
+
+    That is s (B A - B0 A0) in an anchored layer, and s B A in a residual one, whose weight is W - s B0 A0.
+    """
+    if anchor_kind(module, adapter) == "residual":
+        return module.get_delta_weight(adapter)
     A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     A0 = module.lora_anchor_A[adapter].to(A.dtype)
     B0 = module.lora_anchor_B[adapter].to(B.dtype)
