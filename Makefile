@@ -36,4 +36,6 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.demo pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[all,dev]"
+	# An oracle of the tests. Of its requirements, torchvision would bring another torch along, and isn't used.
+	$(BIN)/python -m pip install --quiet --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1
 	touch $@

@@ -10,7 +10,8 @@ import torch
 import headstart as hs
 from conftest import ARCHITECTURES, class_batch, tiny_gpt2, tiny_llama, token_batch, wrap
 from headstart.layers.find import lora_layers
-from headstart.statistics.gradients import mean_gradients
+from headstart.methods.base import Wanted
+from headstart.statistics.collect import Collector
 
 
 def oracle(base, batches, names):
@@ -44,7 +45,8 @@ def oracle(base, batches, names):
 
 def collect(model, data, samples, **kwargs):
     layers = {target.name: target.module for target in lora_layers(model, "default")}
-    return mean_gradients(model, layers, data, samples, **kwargs)
+    (statistics,) = Collector(model, layers, dict.fromkeys(layers, Wanted()), data, samples, **kwargs).passes()
+    return statistics
 
 
 def relative(found, expected):

@@ -22,6 +22,7 @@ from headstart.methods import Factors, LayerInputs, Method, Needs, get_method, m
 from headstart.methods.gradient import LoRAGA, LoRAOne
 from headstart.methods.inilora import IniLoRA
 from headstart.methods.inilora_random import IniLoRAAlpha, IniLoRABeta
+from headstart.methods.lora_da import LoRADA
 from headstart.methods.nonzero import InitAB, InitABPlus
 from headstart.methods.spectral import MiLoRA, OLoRA, PiSSA
 from headstart.methods.zero import Gaussian, InitA, InitB, LoRA, Orthogonal
@@ -46,6 +47,7 @@ __all__ = [
     "LayerInputs",
     "LayerReport",
     "LoRA",
+    "LoRADA",
     "LoRAGA",
     "LoRAOne",
     "Method",

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import math
-import sys
-import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import nn
 
 from headstart._version import __version__
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError, not_finite
+from headstart.factorise import Facts, finite_weight, known_length, starts_of
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
-from headstart.layers.install import Base, check_base, check_factors, install
-from headstart.layers.weights import base_weight
+from headstart.layers.install import Base, check_base, install
 from headstart.linalg.product import product_norm
-from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
+from headstart.meters import Clock, Memory
+from headstart.methods.base import Factors, Method, Moments, Needs
 from headstart.methods.registry import parse_method
 from headstart.progress import Show, progress_bars, silent
 from headstart.report import LayerReport, Report
 from headstart.statistics.batches import Collator
-from headstart.statistics.gradients import GradientStatistics, mean_gradients
+from headstart.statistics.collect import Collector
 from headstart.statistics.moments import kind_moments
-
-# Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
-_BATCH_BYTES = 256 * 2**20
+from headstart.statistics.processes import Processes
 
 
 def initialize_(
@@ -44,14 +40,20 @@ def initialize_(
     adapter: str | None = None,
     collator: Collator | None = None,
     batch_size: int = 8,
+    memory_budget: int | str | None = None,
     offload: Literal["cpu"] | None = None,
+    population: int | None = None,
     strict: bool = False,
     progress: Show | bool = True,
 ) -> Report:
     """Initialise the LoRA factors of a PEFT model in place.
 
     Rank, scaling, patterns and targets are read from the model. A failure half-way, Ctrl-C included, leaves the model
-    as it was. In several processes, call it in each with the same data and seed: nothing is exchanged between them.
+    as it was.
+
+    Under ``torchrun`` or ``accelerate launch`` call it in every process with the same seed. Methods that read data
+    share the work: each process reads its part of the samples (of the same data, or of data that are already divided)
+    and solves its part of the layers, and all end with the factors that one process would find, to rounding.
 
     Args:
         model: what ``peft.get_peft_model`` returned, fresh: its adapter neither trained nor initialised.
@@ -63,7 +65,11 @@ def initialize_(
             subtracts s B A from them, as the papers do. Only matters for methods that subtract.
         adapter: the adapter's name; the active one by default.
         collator, batch_size: how a dataset of single samples becomes batches.
-        offload: "cpu" sums gradients in CPU memory, for models that leave no room beside them.
+        memory_budget: bytes for what a pass over the data sums, or a string such as "6GiB"; by default half of what is
+            free. Where not everything fits, the data are read in several passes; the report says how many.
+        offload: "cpu" keeps these sums in CPU memory, for models that leave no room beside them.
+        population: N, how many samples the training set holds, for methods that ask; by default the length of ``data``
+            where it has one.
         strict: raise where a layer can't be started as asked for, instead of falling back with a warning.
         progress: True draws bars in a terminal or notebook once a second has gone by, False draws none; or a function
             that is called with (step, done, total).
@@ -80,20 +86,33 @@ def initialize_(
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
     check_base(base)
-    clock = _Clock()
-    memory = _Memory(model)
+    clock = Clock()
+    memory = Memory(model)
 
     with clock("find"):
         layers = find_layers(model, resolve_adapter(model, adapter))
-    with _shown(progress) as show:
+    processes = Processes.joined() if method.needs & (Needs.GRADIENT | Needs.FISHER) else Processes()
+    shown = progress if processes.rank == 0 or progress is not True else False
+    with _shown(shown) as show:
         with clock("collect"):
             moments = _collect_moments(method, layers)
-            statistics = _collect_gradients(model, method, layers, data, collator, batch_size, offload, show)
-        with clock("factorise"):
-            starts, seconds = _factorise(method, layers, seed, moments, statistics, show)
-            sentences = _fallbacks(starts, strict) + statistics.notes
+            collect = partial(
+                Collector,
+                model,
+                {layer.name: layer.module for layer in layers},
+                collator=collator,
+                batch_size=batch_size,
+                memory_budget=memory_budget,
+                offload=offload,
+                seed=seed,
+                processes=processes,
+            )
+            collector = _collector(method, layers, data, collect)
+        facts = Facts(seed, moments, population or known_length(data, collator))
+        starts, notes = starts_of(method, layers, facts, collector, processes, clock, show)
+        sentences = _fallbacks(starts, strict) + notes
     with clock("report"):
-        reports = [_layer_report(target, start, seconds[target.name]) for target, start in starts]
+        reports = [_layer_report(target, start, facts.seconds[target.name]) for target, start in starts]
     with clock("install"):
         note: dict[str, object] = {"method": str(method), "seed": seed, "base": base, "version": __version__}
         install(model, starts, base, note)
@@ -108,8 +127,9 @@ def initialize_(
         seconds=clock.total(),
         seconds_by_step=clock.seconds,
         peak_memory=memory.peak(),
-        samples=statistics.samples,
-        tokens=statistics.tokens,
+        samples=collector.samples if collector else 0,
+        tokens=collector.tokens if collector else 0,
+        plan=str(collector.plan) if collector else "",
         trainable=sum(layer.r * (layer.d_in + layer.d_out) for layer in layers),
         warnings=sentences,
     )
@@ -124,105 +144,17 @@ def _shown(progress: Show | bool) -> AbstractContextManager[Show]:
 def _collect_moments(method: Method, layers: Sequence[TargetLayer]) -> dict[str, Moments]:
     if Needs.MOMENTS not in method.needs:
         return {}
-    return kind_moments((layer.kind, _finite_weight(layer)) for layer in layers)
+    return kind_moments((layer.kind, finite_weight(layer)) for layer in layers)
 
 
-def _collect_gradients(
-    model: nn.Module,
-    method: Method,
-    layers: Sequence[TargetLayer],
-    data: Iterable[Any] | None,
-    collator: Collator | None,
-    batch_size: int,
-    offload: Literal["cpu"] | None,
-    show: Show,
-) -> GradientStatistics:
-    if Needs.GRADIENT not in method.needs:
-        return GradientStatistics()
-    if data is None:
+def _collector(
+    method: Method, layers: Sequence[TargetLayer], data: Iterable[Any] | None, collect: Callable[..., Collector]
+) -> Collector | None:
+    wanted = {layer.name: method.wanted(layer.name) for layer in layers}
+    asked = {name: each for name, each in wanted.items() if each is not None}
+    if Needs.GRADIENT in method.needs and data is None:
         raise DataError(f"method {method.name!r} needs data: give batches with labels as data=.")
-    return mean_gradients(
-        model,
-        {layer.name: layer.module for layer in layers},
-        data,
-        method.sample_count(),
-        collator=collator,
-        batch_size=batch_size,
-        offload=offload,
-        progress=partial(show, "reading data"),
-    )
-
-
-def _factorise(
-    method: Method,
-    layers: Sequence[TargetLayer],
-    seed: int,
-    moments: dict[str, Moments],
-    statistics: GradientStatistics,
-    show: Show,
-) -> tuple[list[tuple[TargetLayer, Factors]], dict[str, float]]:
-    made: dict[str, Factors] = {}
-    seconds: dict[str, float] = {}
-    for group in _groups(method, layers):
-        began = time.perf_counter()
-        inputs = [_inputs(method, layer, seed, moments, statistics) for layer in group]
-        for layer, factors in zip(group, method.factors_batch(inputs, show), strict=True):
-            check_factors(layer, factors)
-            made[layer.name] = factors
-            # Freed as soon as it is used: gradients are the largest thing held.
-            statistics.gradients.pop(layer.name, None)
-        for layer in group:
-            seconds[layer.name] = (time.perf_counter() - began) / len(group)
-        show("factorising", len(made), len(layers))
-    return [(layer, made[layer.name]) for layer in layers], seconds
-
-
-def _groups(method: Method, layers: Sequence[TargetLayer]) -> Iterator[list[TargetLayer]]:
-    """Yield layers one by one, or, for batched methods, those of one shape and rank together, within a memory limit."""
-    if not method.batched:
-        yield from ([layer] for layer in layers)
-        return
-    alike: dict[tuple[int, int, int, torch.device], list[TargetLayer]] = defaultdict(list)
-    for layer in layers:
-        device = layer.module.get_base_layer().weight.device
-        alike[layer.d_out, layer.d_in, layer.r, device].append(layer)
-    for (d_out, d_in, _, _), group in alike.items():
-        size = max(1, _BATCH_BYTES // (4 * d_out * d_in))
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def _inputs(
-    method: Method,
-    layer: TargetLayer,
-    seed: int,
-    moments: dict[str, Moments],
-    statistics: GradientStatistics,
-) -> LayerInputs:
-    gradient = None
-    if Needs.GRADIENT in method.needs:
-        gradient = statistics.gradients.get(layer.name)
-        if gradient is None:
-            gradient = torch.zeros(layer.d_out, layer.d_in)
-    return LayerInputs(
-        name=layer.name,
-        d_out=layer.d_out,
-        d_in=layer.d_in,
-        r=layer.r,
-        scaling=layer.scaling,
-        seed=seed,
-        weight=_finite_weight(layer) if Needs.WEIGHT in method.needs else None,
-        moments=moments.get(layer.kind),
-        gradient=gradient,
-    )
-
-
-def _finite_weight(layer: TargetLayer) -> torch.Tensor:
-    weight = base_weight(layer.module)
-    # The extremes are NaN or infinite where any entry is, and need no memory of their own.
-    if not all(math.isfinite(float(extreme)) for extreme in torch.aminmax(weight)):
-        raise not_finite(layer.name)
-    return weight
+    return collect(asked, data, method.sample_count()) if asked else None
 
 
 def _fallbacks(starts: Sequence[tuple[TargetLayer, Factors]], strict: bool) -> list[str]:
@@ -256,40 +188,5 @@ def _layer_report(target: TargetLayer, factors: Factors, seconds: float) -> Laye
         seconds=seconds,
         info=dict(factors.info),
         note=factors.note,
+        repair=factors.repair,
     )
-
-
-class _Clock:
-    """Times the steps."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[step] = time.perf_counter() - began
-
-    def total(self) -> float:
-        return sum(self.seconds.values())
-
-
-class _Memory:
-    """Peak memory: of the accelerator the model is on, else the process's peak resident set."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._device = next(model.parameters()).device
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-
-    def peak(self) -> int:
-        if self._device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self._device))
-        if sys.platform == "win32":
-            return int(psutil.Process().memory_info().peak_wset)
-        import resource  # not on Windows
-
-        # In KiB, except on macOS, where it is in bytes.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -22,6 +22,7 @@ class LayerReport:
         seconds: time spent on its factors (a batch's time is divided evenly among its layers).
         info: the method's own numbers, such as ``error`` and ``bound`` (squared Frobenius), ``steps``, ``residual``.
         note: what had to be done differently, else empty.
+        repair: what was done to make its arithmetic safe, else empty.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LayerReport:
     seconds: float
     info: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    repair: str = ""
 
     @property
     def relative_product(self) -> float:
@@ -55,6 +57,7 @@ class Report:
         seconds: in all; ``seconds_by_step`` splits them.
         peak_memory: bytes; on an accelerator the most that was allocated there, else the process's peak resident set.
         samples, tokens: read from the data; padding is not counted.
+        plan: passes over the data, the bytes that they held and the seconds that were expected, in words.
         trainable: parameters of the adapter's layers that train; heads beside it (modules_to_save) are not counted.
         warnings: sentences about what was not as asked for.
     """
@@ -69,12 +72,21 @@ class Report:
     peak_memory: int
     samples: int = 0
     tokens: int = 0
+    plan: str = ""
     trainable: int = 0
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain types, ready for JSON."""
         return asdict(self)
+
+    def repairs(self) -> list[str]:
+        """Return what was done to make the arithmetic safe, a sentence a kind of repair, with its layers."""
+        by_repair: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.repair:
+                by_repair.setdefault(layer.repair, []).append(layer.name)
+        return [f"{', '.join(names)}: {repair}" for repair, names in by_repair.items()]
 
     def summary(self) -> str:
         """Return one sentence."""
@@ -91,9 +103,13 @@ class Report:
         return capture.get().rstrip()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Show the summary, a table with a row a kind of layer, and the warnings."""
+        """Show the summary, a table with a row a kind of layer, repairs and the warnings."""
         yield self.summary()
+        if self.plan:
+            yield f"data: {self.plan}"
         yield self._table()
+        for repair in self.repairs():
+            yield f"repaired: {repair}"
         for warning in self.warnings:
             yield f"warning: {warning}"
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
+from headstart.linalg.sketch import GradientSketch
 from headstart.progress import Show, silent
 
 Offset = Literal["subtract", "keep"]
@@ -28,9 +29,15 @@ class Needs(enum.Flag):
     WEIGHT = enum.auto()
     MOMENTS = enum.auto()
     GRADIENT = enum.auto()
+    FISHER = enum.auto()
 
     def __str__(self) -> str:
-        names = {Needs.WEIGHT: "weight", Needs.MOMENTS: "moments", Needs.GRADIENT: "gradient"}
+        names = {
+            Needs.WEIGHT: "weight",
+            Needs.MOMENTS: "moments",
+            Needs.GRADIENT: "gradient",
+            Needs.FISHER: "Fisher factors",
+        }
         return " + ".join(text for flag, text in names.items() if flag in self) or "shapes"
 
 
@@ -40,6 +47,44 @@ class Moments:
 
     mean: float
     std: float
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """A layer's two Kronecker factors (K-FAC) and the moments that come with them, undamped, in float32.
+
+    Attributes:
+        inputs: Z (d_in, d_in), the mean of x x' over tokens; layers that read the same input share the tensor.
+        outputs: Y, the mean of g g' over tokens, g the gradient of the token's own sample's loss: (d_out, d_out), or
+            (d_out,) where only its diagonal was asked for.
+        mean_input: (d_in,), the mean of x.
+        mean_output: (d_out,), the mean of g.
+        tokens: how many were averaged over.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    mean_input: Tensor
+    mean_output: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a pass over data is to collect for the layers that ask.
+
+    Attributes:
+        gradient: the mean gradient whole ("exact"), its leading singular triplets only ("sketch"), or not ("no").
+        outputs: the diagonal of Y or all of it, with Z and the moments; None for no Kronecker factors.
+        tokens: which tokens Z and Y are means over: those of the attention mask, or those with a label.
+        width, passes: of the sketch: thin columns held in all, and passes over the data.
+    """
+
+    gradient: Literal["exact", "sketch", "no"] = "exact"
+    outputs: Literal["diagonal", "full"] | None = None
+    tokens: Literal["attention", "labels"] = "attention"
+    width: int = 0
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +100,9 @@ class LayerInputs:
         weight: W (d_out, d_in) in float32, for methods that need it.
         moments: of the weights of this layer's kind, for methods that need them.
         gradient: the mean gradient G of the loss (d_out, d_in) in float32, for methods that need it.
+        sketch: thin products of G, of the sum over samples, where those were asked for instead.
+        kronecker: the Fisher information's two factors, for methods that need them.
+        population: N, how many samples the training set holds, as far as that is known.
     """
 
     name: str
@@ -66,6 +114,9 @@ class LayerInputs:
     weight: Tensor | None = None
     moments: Moments | None = None
     gradient: Tensor | None = None
+    sketch: GradientSketch | None = None
+    kronecker: Kronecker | None = None
+    population: int | None = None
 
     def generator(self) -> torch.Generator:
         """Return a fresh CPU generator; the same seed and name give the same draws in any process, in any order."""
@@ -84,6 +135,12 @@ class LayerInputs:
             raise LayerError(f"layer {self.name!r}: this method needs the mean gradient, which was not collected")
         return self.gradient
 
+    def require_kronecker(self) -> Kronecker:
+        """Return the Kronecker factors, which the caller must have collected."""
+        if self.kronecker is None:
+            raise LayerError(f"layer {self.name!r}: this method needs the Fisher factors, which were not collected")
+        return self.kronecker
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -97,6 +154,7 @@ class Factors:
             "keep" if it starts at W + s B A.
         info: numbers for the report, such as ``error``, ``bound``, ``steps``.
         note: one sentence for the report where something had to be done differently, else empty.
+        repair: one sentence for the report where arithmetic had to be made safer (damping raised), else empty.
     """
 
     A: Tensor
@@ -105,6 +163,7 @@ class Factors:
     offset: Offset = "subtract"
     info: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    repair: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,14 +175,15 @@ class Method(ABC):
         needs: what :class:`LayerInputs` must hold.
         source: paper and section.
         cost: a few words on what the start costs, for the tables.
-        batched: layers of one shape and rank are worth handing over together.
+        together: which layers are worth handing over together: none, those of one shape and rank, or those that read
+            the same input.
     """
 
     name: ClassVar[str]
     needs: ClassVar[Needs] = Needs.NOTHING
     source: ClassVar[str] = ""
     cost: ClassVar[str] = "a draw"
-    batched: ClassVar[bool] = False
+    together: ClassVar[Literal["none", "shape", "input"]] = "none"
 
     def __post_init__(self) -> None:
         """Check that every setting has the type that its field declares; subclasses go on to check ranges."""
@@ -136,11 +196,15 @@ class Method(ABC):
         """Return the start of one layer."""
 
     def factors_batch(self, layers: Sequence[LayerInputs], show: Show = silent) -> list[Factors]:
-        """Return the starts of several layers of one shape and rank; the same as one at a time.
+        """Return the starts of several layers (see ``together``); the same as one at a time.
 
         A method that takes its time calls ``show`` with (what it does, how much is done, how much there is).
         """
         return [self.factors(layer) for layer in layers]
+
+    def wanted(self, layer: str) -> Wanted | None:
+        """Return what the pass over the data must collect for the layer of this name; None for nothing."""
+        return Wanted() if Needs.GRADIENT in self.needs else None
 
     def sample_count(self) -> int:
         """Return how many samples of the data the method reads: its setting ``samples``, 0 where it has none."""
@@ -175,6 +239,8 @@ def _check_type(method: str, setting: str, value: object, hint: Any) -> None:
             choices = ", ".join(repr(choice) for choice in get_args(hint))
             raise MethodError(f"method {method!r}: {setting}={value!r} is not one of {choices}.")
         return
+    if hint is bool and not isinstance(value, bool):
+        raise MethodError(f"method {method!r}: {setting}={value!r} must be true or false.")
     numbers = {int: (int,), float: (int, float)}
     if hint in numbers and (isinstance(value, bool) or not isinstance(value, numbers[hint])):
         what = "a whole number" if hint is int else "a number"

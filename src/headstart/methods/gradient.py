@@ -4,40 +4,75 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from headstart.errors import LayerError
+from headstart.linalg.sketch import SketchedSVD
 from headstart.linalg.svd import TruncatedSVD, truncated_svd
-from headstart.methods.base import Factors, LayerInputs, Method, Needs, check_positive
+from headstart.methods.base import Factors, LayerInputs, Method, Needs, Wanted, check_positive
 from headstart.methods.registry import register
 from headstart.methods.zero import LoRA
 
 
 @dataclass(frozen=True)
 class GradientMethod(Method):
-    """Base of the methods that decompose the mean gradient G over ``samples`` samples of the fine-tuning data."""
+    """Base of the methods that decompose the mean gradient G over ``samples`` samples of the fine-tuning data.
+
+    Settings:
+        samples: how many.
+        gradients: "exact" sums up G itself; "sketch" only products of it with thin random matrices, of ``width``
+            columns in all, in ``passes`` passes over the data (:mod:`headstart.linalg.sketch`), for models that leave
+            no room for gradients. The report gives the estimated error.
+        width: None for 2 r + 6, at least what the decomposition needs.
+        passes: more of them bring the sketch closer to G's own singular vectors.
+    """
 
     needs: ClassVar[Needs] = Needs.GRADIENT
     cost: ClassVar[str] = "a gradient pass over the samples, a truncated SVD of each gradient"
 
     samples: int = 256
+    gradients: Literal["exact", "sketch"] = "exact"
+    width: int = 22
+    passes: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.name, samples=self.samples)
+        check_positive(self.name, samples=self.samples, width=self.width, passes=self.passes)
+
+    def wanted(self, layer: str) -> Wanted | None:
+        """Return what to collect: the gradient, or a sketch of it."""
+        return Wanted(gradient=self.gradients, width=self.width, passes=self.passes)
+
+    def decompose(self, layer: LayerInputs, rank: int) -> tuple[TruncatedSVD | SketchedSVD | None, dict[str, float]]:
+        """Return the ``rank`` leading triplets of G, or None where G is zero, and numbers for the report.
+
+        Raises:
+            LayerError: the sketch is too narrow for so many.
+        """
+        if layer.sketch is not None:
+            if layer.sketch.rank_limit < rank:
+                raise LayerError(
+                    f"layer {layer.name!r}: a sketch of width {self.width} gives {layer.sketch.rank_limit} singular "
+                    f"vectors at most, and {rank} are needed; raise width."
+                )
+            found = layer.sketch.finish(rank)
+            info = {"residual": found.residual, "share": found.share}
+            info |= {"angle_left": found.angle_left, "angle_right": found.angle_right}
+            return (found if float(found.S[0]) > 0 else None), info
+        G = layer.require_gradient()
+        if not bool(G.count_nonzero()):
+            return None, {}
+        svd = truncated_svd(G, rank)
+        return svd, {"residual": svd.residual, "share": _share(G, svd.S)}
 
 
-def _no_gradient(layer: LayerInputs) -> Factors:
+def no_gradient(layer: LayerInputs) -> Factors:
+    """Return the start of 'lora', with a note."""
     start = LoRA().factors(layer)
     note = "no gradient reached this layer in the samples; it starts as 'lora' does"
     return Factors(start.A, start.B, offset="keep", note=note)
-
-
-def _decompose(G: Tensor, rank: int) -> TruncatedSVD | None:
-    """Return the ``rank`` leading triplets of G, or None where G is zero."""
-    return truncated_svd(G, rank) if bool(G.count_nonzero()) else None
 
 
 @register("lora-ga")
@@ -68,11 +103,10 @@ class LoRAGA(GradientMethod):
                 f"smaller side ({min(layer.d_out, layer.d_in)}); choose a rank of at most "
                 f"{min(layer.d_out, layer.d_in) // 2} or leave the layer out of target_modules."
             )
-        svd = _decompose(layer.require_gradient(), 2 * layer.r)
+        svd, info = self.decompose(layer, 2 * layer.r)
         if svd is None:
-            return _no_gradient(layer)
+            return no_gradient(layer)
         c = layer.d_out**0.25 / math.sqrt(self.gamma)
-        info = {"residual": svd.residual}
         return Factors(c * svd.V[:, : layer.r].T, c * svd.U[:, layer.r :], info=info)
 
 
@@ -98,12 +132,12 @@ class LoRAOne(GradientMethod):
 
     def factors(self, layer: LayerInputs) -> Factors:
         """Split the leading triplets of -G evenly between B and A."""
-        svd = _decompose(-layer.require_gradient(), layer.r)
+        svd, info = self.decompose(layer, layer.r)
         if svd is None:
-            return _no_gradient(layer)
+            return no_gradient(layer)
         root = (svd.S / svd.S[0]).sqrt() / math.sqrt(self.gamma)
-        info = {"residual": svd.residual, "share": _share(layer.require_gradient(), svd.S)}
-        return Factors(root[:, None] * svd.V.T, svd.U * root, offset="keep", info=info)
+        # -G = U S (-V)'.
+        return Factors(-root[:, None] * svd.V.T, svd.U * root, offset="keep", info=info)
 
 
 def _share(G: Tensor, S: Tensor) -> float:

@@ -45,7 +45,7 @@ class IniLoRA(Method):
     source: ClassVar[str] = "IniLoRA, section 3"
     cost: ClassVar[str] = "20,000 Adam steps a weight, or a truncated SVD"
     needs: ClassVar[Needs] = Needs.WEIGHT | Needs.MOMENTS
-    batched: ClassVar[bool] = True
+    together: ClassVar[Literal["none", "shape", "input"]] = "shape"
 
     solver: Literal["adam", "svd"] = "adam"
     steps: int = 20_000

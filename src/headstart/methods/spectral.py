@@ -17,7 +17,7 @@ from headstart.progress import Show, silent
 @dataclass(frozen=True)
 class _SingularTriplets(Method):
     needs: ClassVar[Needs] = Needs.WEIGHT
-    batched: ClassVar[bool] = True
+    together: ClassVar[Literal["none", "shape", "input"]] = "shape"
     which: ClassVar[Literal["largest", "smallest"]]
 
     def factors(self, layer: LayerInputs) -> Factors:

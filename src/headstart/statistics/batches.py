@@ -20,11 +20,20 @@ Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Samples:
-    """A batch of samples and the index of its first one in the data."""
+    """A batch of samples and the place of each in the data."""
 
     batch: Batch
-    first: int
-    size: int
+    indices: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The place of the first one."""
+        return self.indices[0]
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return len(self.indices)
 
 
 def iterate_samples(
@@ -50,7 +59,7 @@ def iterate_samples(
             size = samples - first
             batch = {key: value[:size] if _has_samples(value) else value for key, value in batch.items()}
         if size:
-            yield Samples(batch, first, size)
+            yield Samples(batch, tuple(range(first, first + size)))
         first += size
         if first >= samples:
             return
@@ -83,6 +92,13 @@ def single_sample(batch: Batch, index: int) -> Batch:
 def take(batch: Batch, indices: list[int]) -> Batch:
     """Return some samples of a batch, padding and all."""
     return {key: value[indices] if _has_samples(value) else value for key, value in batch.items()}
+
+
+def size_of(batch: object) -> int:
+    """Return how many samples a batch holds, 0 for what is no batch."""
+    if not isinstance(batch, Mapping):
+        return 0
+    return next((value.shape[0] for value in batch.values() if _has_samples(value)), 0)
 
 
 def _trim(batch: Batch, mask_name: str, names: tuple[str, ...]) -> None:

@@ -47,7 +47,7 @@ def check_labels(samples: Samples) -> None:
     empty = (counts[:, 0] == 0).nonzero().flatten()
     if len(empty):
         raise DataError(
-            f"sample {samples.first + int(empty[0])} has no label left (all are -100): it may have been truncated "
+            f"sample {samples.indices[int(empty[0])]} has no label left (all are -100): it may have been truncated "
             "before its answer; raise the maximum length or drop the sample."
         )
 

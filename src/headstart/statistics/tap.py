@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Called in backward with a layer's input (tokens, d_in) and output gradient (tokens, d_out).
 Sink = Callable[[Tensor, Tensor], None]
+# Called in forward with a layer's name and its input (..., d_in); returns the sink for this call's backward.
+Watch = Callable[[str, Tensor], Sink]
 
 
 class _Tap(torch.autograd.Function):
@@ -28,30 +31,28 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inputs,) = ctx.saved_tensors
-        ctx.sink(inputs, grads[0])
+        ctx.sink(inputs.flatten(0, -2), grads[0].flatten(0, -2))
         return grads[0], None, None, None
 
 
 @contextlib.contextmanager
-def tapped(modules: Mapping[str, nn.Module], sinks: Mapping[str, Sink]) -> Iterator[None]:
-    """Within the block, each module's backward pass calls its sink with (input, output gradient).
+def tapped(modules: Mapping[str, nn.Module], watch: Watch) -> Iterator[None]:
+    """Within the block, ``watch`` sees every forward call of the modules, and the sinks it returns see the backward.
 
-    Both come flattened to two dimensions, one row a token: (tokens, d_in) and (tokens, d_out). The modules need no
-    trainable parameter: the taps themselves start the graph.
+    The modules need no trainable parameter: the taps themselves start the graph. An exception in ``watch`` ends the
+    forward pass before any sink was called.
     """
 
-    def hook_for(sink: Sink) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def flat(inputs: Tensor, gradient: Tensor) -> None:
-            sink(inputs.flatten(0, -2), gradient.flatten(0, -2))
-
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            sink = watch(name, args[0])
             # The graph starts here where nothing before this layer is trained: the root makes the output part of it.
             root = torch.zeros((), device=output.device, requires_grad=True)
-            return _Tap.apply(output, args[0].detach(), root, flat)
+            return _Tap.apply(output, args[0].detach(), root, sink)
 
         return hook
 
-    handles = [module.register_forward_hook(hook_for(sinks[name])) for name, module in modules.items()]
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
     try:
         yield
     finally:

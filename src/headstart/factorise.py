@@ -1,0 +1,155 @@
+"""The step in the middle of the verb: from what is known of the layers to their factors, pass by pass."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from headstart.errors import not_finite
+from headstart.layers.find import TargetLayer
+from headstart.layers.install import check_factors
+from headstart.layers.weights import base_weight
+from headstart.meters import Clock
+from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
+from headstart.progress import Show
+from headstart.statistics.batches import size_of
+from headstart.statistics.collect import Collector, Statistics, together
+from headstart.statistics.processes import Processes
+
+# Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
+_BATCH_BYTES = 256 * 2**20
+
+
+@dataclass
+class Facts:
+    """What holds for all layers, and the seconds that each one's factors took."""
+
+    seed: int
+    moments: dict[str, Moments]
+    population: int | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def starts_of(
+    method: Method,
+    layers: Sequence[TargetLayer],
+    facts: Facts,
+    collector: Collector | None,
+    processes: Processes,
+    clock: Clock,
+    show: Show,
+) -> tuple[list[tuple[TargetLayer, Factors]], list[str]]:
+    """Make the factors of all layers: of those that no data are needed for, and pass by pass of the others."""
+    asked = set(collector.layers) if collector else set()
+    made: dict[str, Factors] = {}
+    notes: list[str] = []
+    with clock("factorise"):
+        rest = [layer for layer in layers if layer.name not in asked]
+        factorise(method, rest, facts, Statistics(), made, show)
+    if collector is None:
+        return [(layer, made[layer.name]) for layer in layers], notes
+    passes = collector.passes(show)
+    while True:
+        with clock("collect"):
+            statistics = next(passes, None)
+        if statistics is None:
+            break
+        with clock("factorise"), together(processes):
+            mine = [layer for layer in layers if statistics.owners.get(layer.name) == processes.rank]
+            factorise(method, mine, facts, statistics, made, show)
+        notes += statistics.notes
+    with clock("factorise"):
+        for theirs, seconds in processes.gather((made, facts.seconds)) if processes.several else ():
+            made |= theirs
+            facts.seconds |= seconds
+    return [(layer, made[layer.name]) for layer in layers], notes
+
+
+def factorise(
+    method: Method,
+    layers: Sequence[TargetLayer],
+    facts: Facts,
+    statistics: Statistics,
+    made: dict[str, Factors],
+    show: Show,
+) -> None:
+    """Add the factors of ``layers`` to ``made``."""
+    for group in _groups(method, layers, statistics):
+        began = time.perf_counter()
+        inputs = [_inputs(method, layer, facts, statistics) for layer in group]
+        for layer, factors in zip(group, method.factors_batch(inputs, show), strict=True):
+            check_factors(layer, factors)
+            made[layer.name] = factors
+            # Freed as soon as they are used: they are the largest thing held.
+            for held in (statistics.gradients, statistics.sketches, statistics.kronecker):
+                held.pop(layer.name, None)
+        for layer in group:
+            facts.seconds[layer.name] = (time.perf_counter() - began) / len(group)
+        show("factorising", len(made), max(len(layers), len(made)))
+
+
+def _groups(method: Method, layers: Sequence[TargetLayer], statistics: Statistics) -> Iterator[list[TargetLayer]]:
+    """Yield what the method wants together: layers of one shape and rank, within a memory limit, or of one input."""
+    if method.together == "none":
+        yield from ([layer] for layer in layers)
+        return
+    alike: dict[Any, list[TargetLayer]] = defaultdict(list)
+    for layer in layers:
+        device = layer.module.get_base_layer().weight.device
+        shape = (layer.d_out, layer.d_in, layer.r, device)
+        alike[shape if method.together == "shape" else statistics.groups.get(layer.name, layer.name)].append(layer)
+    for group in alike.values():
+        fitting = max(1, _BATCH_BYTES // (4 * group[0].d_out * group[0].d_in))
+        size = fitting if method.together == "shape" else len(group)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _inputs(method: Method, layer: TargetLayer, facts: Facts, statistics: Statistics) -> LayerInputs:
+    gradient, sketch = statistics.gradients.get(layer.name), statistics.sketches.get(layer.name)
+    wanted = method.wanted(layer.name)
+    if wanted is not None and layer.name not in statistics.groups:
+        # Nothing reached the layer: to the method that is a gradient of zero.
+        gradient = torch.zeros(layer.d_out, layer.d_in)
+    return LayerInputs(
+        name=layer.name,
+        d_out=layer.d_out,
+        d_in=layer.d_in,
+        r=layer.r,
+        scaling=layer.scaling,
+        seed=facts.seed,
+        weight=finite_weight(layer) if Needs.WEIGHT in method.needs else None,
+        moments=facts.moments.get(layer.kind),
+        gradient=gradient,
+        sketch=sketch,
+        kronecker=statistics.kronecker.get(layer.name),
+        population=facts.population,
+    )
+
+
+def finite_weight(layer: TargetLayer) -> torch.Tensor:
+    """Return W (d_out, d_in) in float32.
+
+    Raises:
+        LayerError: it holds NaN or infinity; names the layer.
+    """
+    weight = base_weight(layer.module)
+    # The extremes are NaN or infinite where any entry is, and need no memory of their own.
+    if not all(math.isfinite(float(extreme)) for extreme in torch.aminmax(weight)):
+        raise not_finite(layer.name)
+    return weight
+
+
+def known_length(data: Iterable[Any] | None, collator: object) -> int | None:
+    """Return how many samples the data hold, where that can be known without reading them."""
+    if collator is None and isinstance(data, list | tuple):
+        return sum(size_of(batch) for batch in data)
+    # The length of a loader itself is a number of batches.
+    counted = data if collator is not None else getattr(data, "dataset", None)
+    return len(counted) if isinstance(counted, Sized) else None

@@ -1,0 +1,105 @@
+"""The inverse of a damped covariance, with a damping that is raised until the inverse means something."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The sums that covariances come from are float32: what is smaller than their rounding, relative to the variances of
+# the two entries, is noise, and its inverse would drown everything else.
+_NOISE = torch.finfo(torch.float32).eps
+_RAISE = 10.0
+_POWER_STEPS = 8
+_PROBES = 4
+
+
+@dataclass(frozen=True)
+class DampedInverse:
+    """The inverse of M + damping I.
+
+    Attributes:
+        matrix: (n, n), M + damping I in float64.
+        inverse: (n, n), its inverse, symmetric, in float64.
+        damping: what was added in the end.
+        raised: whether that is more than was asked for.
+        condition: estimate, from below, of the condition number of the damped matrix.
+        scaled_condition: the same after scaling its diagonal to ones, which is what rounding in M sees.
+    """
+
+    matrix: Tensor
+    inverse: Tensor
+    damping: float
+    raised: bool
+    condition: float
+    scaled_condition: float
+
+
+@torch.no_grad()
+def damped_inverse(matrix: Tensor, damping: float) -> DampedInverse:
+    """Invert M + damping I by Cholesky's decomposition in float64.
+
+    Where that fails, or where the inverse would rest on rounding errors of M's float32 entries (the condition number
+    after scaling the diagonal to ones is beyond 1 / eps), the damping is raised tenfold until it holds; from zero it
+    begins at the rounding error of the mean variance.
+
+    Args:
+        matrix: M (n, n), symmetric and positive semidefinite but for the rounding errors of sums in float32, finite.
+        damping: at least 0.
+
+    Raises:
+        ValueError: M isn't square or finite, or damping is negative.
+    """
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.numel() == 0:
+        raise ValueError(f"expected a square matrix, got {tuple(matrix.shape)}")
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping must be at least 0 and finite, got {damping}")
+    # The largest entry of a covariance is on its diagonal.
+    diagonal = matrix.diagonal().double()
+    if not math.isfinite(float(matrix.abs().max())):
+        raise ValueError("the matrix holds a value that isn't finite")
+    mean = float(diagonal.clamp_min(0).mean())
+    used = damping
+    while True:
+        found = _try(matrix, used)
+        if found is not None and found.scaled_condition * _NOISE < 1:
+            return DampedInverse(
+                found.matrix, found.inverse, used, used > damping, found.condition, found.scaled_condition
+            )
+        used = max(_RAISE * used, _NOISE * mean, 1e-30)
+
+
+def _try(matrix: Tensor, damping: float) -> DampedInverse | None:
+    damped = matrix.double()
+    damped = damped.clone() if damped is matrix else damped
+    damped.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        return None
+    inverse = torch.cholesky_inverse(factor)
+    if not math.isfinite(float(inverse.abs().max())):
+        return None
+    root = damped.diagonal().sqrt()
+    one = torch.ones_like(root)
+    return DampedInverse(
+        matrix=damped,
+        inverse=inverse,
+        damping=damping,
+        raised=False,
+        condition=_norm(damped, one) * _norm(inverse, one),
+        scaled_condition=_norm(damped, 1 / root) * _norm(inverse, root),
+    )
+
+
+def _norm(matrix: Tensor, scale: Tensor) -> float:
+    """Return the norm of D M D for a diagonal D, from below, by a few steps of the power method."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(_PROBES, len(scale), generator=generator, dtype=torch.float64).to(matrix)
+    norm = 0.0
+    for _ in range(_POWER_STEPS):
+        rows = torch.nn.functional.normalize(rows, dim=1)
+        rows = ((rows * scale) @ matrix) * scale
+        norm = float(rows.norm(dim=1).max())
+    return norm

@@ -1,0 +1,388 @@
+"""Collecting what methods ask for: planned passes over the data, shared by the processes that run together."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from headstart.errors import DataError, HeadstartError, LayerError
+from headstart.linalg.sketch import GradientSketch
+from headstart.methods.base import Kronecker, Wanted
+from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples, single_sample
+from headstart.statistics.lengths import by_length
+from headstart.statistics.losses import check_labels
+from headstart.statistics.masks import Tokens
+from headstart.statistics.plan import Need, Plan, make_plan, parse_bytes
+from headstart.statistics.processes import Processes, digest, in_step, is_sharded, owners
+from headstart.statistics.quiet import adapters_off, dropout_off, frozen
+from headstart.statistics.reader import Reader
+from headstart.statistics.sums import Shape, Sums, input_groups, symmetric
+
+Progress = Callable[[str, int, int], None]
+
+# A backward pass through frozen weights costs as much as the forward pass, and the sums about as much again.
+_BACKWARD = 3.0
+
+
+@dataclass
+class Statistics:
+    """What one planned pass found, for the layers that this process is to solve.
+
+    Attributes:
+        layers: the layers of this pass, whoever solves them.
+        owners: by layer, the process that has its sums.
+        gradients: by layer, G (d_out, d_in) in float32: the mean over samples of each sample's own loss gradient.
+            A layer that no gradient reached is missing, here and below.
+        sketches: the same as sketches.
+        kronecker: by layer, the factors of its Fisher information.
+        groups: by layer, the number of the group of layers that read the same input.
+        samples: how many samples were read, in all processes together.
+        tokens: how many tokens they held, padding not counted (0 where the data are no tokens).
+        notes: sentences for the report, where something was not as asked for.
+    """
+
+    layers: tuple[str, ...] = ()
+    owners: dict[str, int] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    sketches: dict[str, GradientSketch] = field(default_factory=dict)
+    kronecker: dict[str, Kronecker] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class Collector:
+    """Reads the data in as few passes as the memory budget allows, at the base model, dropout off.
+
+    Each layer's part is added to its sums as soon as backward reaches it. Samples weigh as METHODS defines the loss
+    (each one's own), whatever the batch size and padding. The model is given back in the mode and with the
+    requires_grad flags that it came with; no parameter's ``.grad`` is touched.
+
+    Where PyTorch's process group is set up, every process makes a collector and reads its share: of the same data
+    every ``count``-th batch, of data that are already divided (their first batches differ) all of its own, up to its
+    share of ``samples``. Sums are then added up where the layer is to be solved. Parameters sharded by FSDP2 need all
+    processes to run the model in step, so that samples are read one at a time.
+
+    Args:
+        model: the PEFT model; called with each batch as keyword arguments, it must return a loss.
+        layers: the LoRA layers by name; their adapters are off during the pass.
+        wanted: by layer, what to collect; layers that are not in it are left alone.
+        data: see :func:`headstart.statistics.batches.iterate_samples`; read once, at the beginning, and held.
+        samples: how many samples to read.
+        collator, batch_size: for data of single samples.
+        memory_budget: bytes for all that a pass sums, or a string such as "6GiB"; None for half of what is free.
+        offload: "cpu" keeps the sums there.
+        seed: of the sketches.
+        processes: those that share the work.
+
+    Raises:
+        DataError: the data are empty, a sample has no label, the model gives no loss, or the loss is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, LoraLayer],
+        wanted: Mapping[str, Wanted],
+        data: Iterable[Any],
+        samples: int,
+        *,
+        collator: Collator | None = None,
+        batch_size: int = 8,
+        memory_budget: int | str | None = None,
+        offload: Literal["cpu"] | None = None,
+        seed: int = 0,
+        processes: Processes | None = None,
+    ) -> None:
+        self._model = model
+        self._seed = seed
+        self._layers = list(layers.values())
+        self._asked = samples
+        self._offload = offload == "cpu"
+        self._processes = processes or Processes()
+        self._lockstep = self._processes.several and is_sharded(model)
+        device = next(model.parameters()).device
+        modules = {name: layers[name].get_base_layer() for name in wanted}
+        tokens: Tokens = next((each.tokens for each in wanted.values()), "attention")
+        self._reader = Reader(model, modules, tokens, apart=self._lockstep)
+        self._shapes = {
+            name: Shape(int(layers[name].out_features), int(layers[name].in_features), each)
+            for name, each in wanted.items()
+        }
+        budget = parse_bytes(memory_budget, torch.device("cpu") if self._offload else device)
+        with together(self._processes):
+            self._chunks, self.tokens = self._read_data(data, samples, collator, batch_size)
+        self.layers: tuple[str, ...] = tuple(wanted)
+        self.samples = sum(self._processes.gather(sum(chunk.size for chunk in self._chunks)))
+        self._groups, seconds = self._probe(modules)
+        repeats = max((each.passes for each in wanted.values() if each.gradient == "sketch"), default=1)
+        self.plan: Plan = make_plan(self._needs(), budget, readings_a_pass=repeats, seconds=seconds)
+
+    def passes(self, progress: Progress | None = None) -> Iterator[Statistics]:
+        """Yield the statistics of one planned pass after another; free them before asking for the next.
+
+        Args:
+            progress: called with (plan in words, samples done, samples to do in all readings).
+
+        Raises:
+            LayerError: a sum is not finite; names the layer.
+            DataError: see above.
+        """
+        done = 0
+        label = f"data: {self.plan}"
+        mine = sum(chunk.size for chunk in self._chunks)
+
+        def advanced(samples: int) -> None:
+            nonlocal done
+            done += samples
+            if progress is not None:
+                progress(label, done, mine * self.plan.readings)
+
+        if progress is not None:
+            progress(label, 0, mine * self.plan.readings)
+        reached = False
+        for names in self.plan.passes:
+            sums = Sums(
+                {name: self._shapes[name] for name in names}, self._groups, offload=self._offload, seed=self._seed
+            )
+            readings = max(
+                (each.wanted.passes for each in sums.shapes.values() if each.wanted.gradient == "sketch"), default=1
+            )
+            for reading in range(readings):
+                with together(self._processes):
+                    self._read(sums, advanced)
+                self._add_up_sketches(sums, last=reading == readings - 1)
+            found = self._gathered(sums)
+            reached |= bool(found.groups)
+            if names == self.plan.passes[-1]:
+                found.notes += self._notes()
+                if not reached:
+                    raise DataError(
+                        "no gradient reached any of the adapter's layers: check that the loss depends on them."
+                    )
+            yield found
+
+    def _read_data(
+        self, data: Iterable[Any], samples: int, collator: Collator | None, batch_size: int
+    ) -> tuple[list[Samples], int]:
+        chunks = list(iterate_samples(data, samples, collator=collator, batch_size=batch_size))
+        for chunk in chunks:
+            check_labels(chunk)
+        digests = self._processes.gather(digest(chunks[0].batch))
+        divided = len(set(digests)) > 1
+        if divided:
+            share = len(range(self._processes.rank, samples, self._processes.count))
+            chunks = _first(chunks, share)
+        chunks = by_length(chunks)
+        if not divided:
+            if self._lockstep:
+                chunks = _apart(chunks)
+            chunks = self._processes.share(chunks)
+        tokens = sum(_tokens(chunk.batch) for chunk in chunks)
+        return chunks, sum(self._processes.gather(tokens))
+
+    def _probe(self, modules: Mapping[str, nn.Module]) -> tuple[dict[str, int], float | None]:
+        """Run one sample forward: which layers read the same input, and how long a reading of all samples takes."""
+        seen: dict[str, Tensor] = {}
+
+        def hook_for(name: str) -> Any:
+            return lambda module, args: seen.setdefault(name, args[0])
+
+        seconds = None
+        if self._chunks or self._lockstep:
+            batch = single_sample(self._chunks[0].batch, 0)
+            handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
+            try:
+                with self._quiet(), torch.no_grad():
+                    began = time.perf_counter()
+                    self._reader.forward(self._reader.moved(batch))
+                    seconds = time.perf_counter() - began
+            finally:
+                for handle in handles:
+                    handle.remove()
+            share = _tokens(batch) or 1
+            seconds *= _BACKWARD * sum(_tokens(chunk.batch) or chunk.size for chunk in self._chunks) / share
+        groups = input_groups((name, seen.get(name)) for name in modules)
+        return _finest(self._processes.gather(groups)), seconds
+
+    def _needs(self) -> list[Need]:
+        members: dict[int, list[str]] = defaultdict(list)
+        for name, group in self._groups.items():
+            members[group].append(name)
+        needs = []
+        for names in members.values():
+            first = self._shapes[names[0]]
+            size = 0 if first.wanted.outputs is None else first.d_in**2 + first.d_in
+            size += sum(_floats(self._shapes[name]) for name in names)
+            needs.append(Need(tuple(names), 4 * size))
+        return needs
+
+    def _read(self, sums: Sums, advanced: Callable[[int], None]) -> None:
+        rounds = max(self._processes.gather(len(self._chunks))) if self._lockstep else len(self._chunks)
+        with self._quiet():
+            for chunk, counts in in_step(self._chunks, rounds):
+                sums.muted = not counts
+                self._reader.read(chunk, sums)
+                if counts:
+                    advanced(chunk.size)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        with dropout_off(self._model), adapters_off(self._layers), frozen(self._model):
+            yield
+
+    def _add_up_sketches(self, sums: Sums, *, last: bool) -> None:
+        wanted = [name for name, shape in sums.shapes.items() if shape.wanted.gradient == "sketch"]
+        reached = _any(self._processes, {name for name in wanted if sums.layers[name].sketch is not None})
+        device = next(self._model.parameters()).device
+        for name in wanted:
+            if name not in reached:
+                continue
+            layer = sums.layers[name]
+            if layer.sketch is None:
+                layer.sketch = sums.new_sketch(sums.shapes[name], device)
+            for tensor in layer.sketch.tensors():
+                self._processes.sum_to(tensor, None)
+            if not last:
+                layer.sketch.advance()
+
+    def _gathered(self, sums: Sums) -> Statistics:
+        """Add the sums of all processes up where each layer is solved, and turn them into means."""
+        processes = self._processes
+        sums.regroup(_finest(processes.gather(sums.groups)))
+        names = list(sums.shapes)
+        reached = _any(processes, {name for name in names if sums.layers[name].reached})
+        costs: dict[int, float] = defaultdict(float)
+        for name in names:
+            shape = sums.shapes[name]
+            costs[sums.groups[name]] += float(shape.d_in) ** 2 * (shape.d_in + shape.d_out)
+        by_group = owners(costs, processes.count)
+        result = Statistics(
+            layers=tuple(names),
+            owners={name: by_group[sums.groups[name]] for name in names},
+            groups={name: sums.groups[name] for name in names if name in reached},
+            samples=self.samples,
+            tokens=self.tokens,
+        )
+        counted = processes.gather(
+            ({n: sums.layers[n].tokens for n in names}, {g: i.tokens for g, i in sums.inputs.items()})
+        )
+        grams: dict[int, tuple[Tensor, Tensor]] = {}
+        for name in names:
+            if name not in reached:
+                continue
+            owner, shape, layer = result.owners[name], sums.shapes[name], sums.layers[name]
+            if shape.wanted.gradient == "exact":
+                total = sums.gradient(name)
+                processes.sum_to(total, owner)
+                layer.gradient = None
+                if owner == processes.rank:
+                    result.gradients[name] = _finite(total.div_(self.samples), name, "gradient")
+            elif shape.wanted.gradient == "sketch" and layer.sketch is not None:
+                result.sketches[name] = layer.sketch
+            if shape.wanted.outputs is None:
+                continue
+            group = sums.groups[name]
+            if group not in grams:
+                held = sums.input(name)
+                processes.sum_to(held.gram, owner)
+                processes.sum_to(held.total, owner)
+                tokens = sum(each[1].get(group, 0) for each in counted)
+                if owner == processes.rank:
+                    _finite(held.gram, name, "input")
+                    grams[group] = symmetric(held.gram.div_(max(tokens, 1))), held.total.div_(max(tokens, 1))
+                del sums.inputs[group]
+                grams.setdefault(group, (held.gram, held.total))
+            gram, total = sums.outputs(name)
+            processes.sum_to(gram, owner)
+            processes.sum_to(total, owner)
+            layer.gram = layer.total = None
+            if owner == processes.rank:
+                tokens = sum(each[0][name] for each in counted)
+                result.kronecker[name] = Kronecker(
+                    inputs=grams[group][0],
+                    outputs=_finite(symmetric(gram) if gram.dim() == 2 else gram, name, "output gradient").div_(
+                        max(tokens, 1)
+                    ),
+                    mean_input=grams[group][1],
+                    mean_output=total.div_(max(tokens, 1)),
+                    tokens=tokens,
+                )
+        return result
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.samples < self._asked:
+            notes.append(f"the data held {self.samples} samples, {self._asked} were asked for")
+        for more in self._processes.gather(self._reader.notes):
+            notes += [note for note in more if note not in notes]
+        return notes
+
+
+@contextmanager
+def together(processes: Processes) -> Iterator[None]:
+    """Let a failure of one process fail all of them, with its own words, and none wait for what won't come."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+        if not processes.several:
+            raise
+    words = processes.gather(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, sentence in enumerate(words):
+        if sentence is not None:
+            raise HeadstartError(f"process {rank} failed: {sentence}")
+
+
+def _first(chunks: Sequence[Samples], samples: int) -> list[Samples]:
+    return list(iterate_samples([chunk.batch for chunk in chunks], samples)) if samples else []
+
+
+def _apart(chunks: Sequence[Samples]) -> list[Samples]:
+    return [
+        Samples(single_sample(chunk.batch, row), (chunk.indices[row],)) for chunk in chunks for row in range(chunk.size)
+    ]
+
+
+def _finest(partitions: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Return the groups of layers that are together in every process."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return {name: numbers.setdefault(tuple(each[name] for each in partitions), len(numbers)) for name in partitions[0]}
+
+
+def _any(processes: Processes, names: set[str]) -> set[str]:
+    return set().union(*processes.gather(names))
+
+
+def _finite(value: Tensor, name: str, what: str) -> Tensor:
+    if not math.isfinite(float(value.abs().max())):
+        raise LayerError(f"layer {name!r}: its {what} has NaN or infinity; check the loss and the precision.")
+    return value
+
+
+def _floats(shape: Shape) -> int:
+    wanted = shape.wanted
+    gradient = {"exact": shape.d_out * shape.d_in, "sketch": wanted.width * (shape.d_out + shape.d_in), "no": 0}
+    outputs = {None: 0, "diagonal": 2 * shape.d_out, "full": shape.d_out**2 + shape.d_out}
+    return gradient[wanted.gradient] + outputs[wanted.outputs]
+
+
+def _tokens(batch: Batch) -> int:
+    for name in ("attention_mask", "input_ids"):
+        value = batch.get(name)
+        if isinstance(value, Tensor):
+            return int(value.sum()) if name == "attention_mask" else value.numel()
+    return 0

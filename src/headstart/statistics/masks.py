@@ -1,0 +1,115 @@
+"""Which of a layer's rows are tokens that count: padding must not leak into any statistic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headstart.errors import DataError
+from headstart.statistics.batches import IGNORED, Batch
+
+Tokens = Literal["attention", "labels"]
+
+
+class Unmatched(Exception):  # noqa: N818 - not an error: it is answered
+    """A layer's rows can't be told apart into tokens and padding; without padding they needn't be."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a layer's input, flattened to (rows, d_in), count.
+
+    Attributes:
+        index: (count,) of the rows that do, None for all of them.
+        count: how many do.
+    """
+
+    index: Tensor | None
+    count: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return the rows that count."""
+        return values if self.index is None else values.index_select(0, self.index)
+
+
+class TokenMasks:
+    """The masks of one batch, matched to layers by the shapes of their inputs.
+
+    Args:
+        batch: on the model's device.
+        size: samples in it.
+        tokens: "attention" counts what the attention mask shows, "labels" what has a label.
+        encoder_decoder: the model's labels lie along its decoder, not along its input.
+        alone: the batch is one sample without padding, so that rows of unknown kind all count.
+
+    Raises:
+        DataError: ``tokens`` is "labels", and the batch has no label a token.
+    """
+
+    def __init__(self, batch: Batch, size: int, tokens: Tokens, *, encoder_decoder: bool, alone: bool) -> None:
+        self._size = size
+        self._alone = alone
+        self._masks: dict[tuple[int, ...], Rows] = {}
+        self._padded = False
+        self.unmatched = False
+        attention = _mask(batch.get("attention_mask"))
+        decoder = _mask(batch.get("decoder_attention_mask"))
+        labels = batch.get("labels")
+        learned = None
+        if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+            learned = labels != IGNORED
+        if tokens == "labels" and learned is None:
+            raise DataError(
+                "tokens='labels' counts tokens that have a label, but these data have none a token: use "
+                "tokens='attention'."
+            )
+        if encoder_decoder:
+            along_decoder = learned if tokens == "labels" or decoder is None else decoder
+            masks = [attention, along_decoder]
+        else:
+            masks = [learned if tokens == "labels" else attention]
+        for mask in masks:
+            if mask is not None:
+                self._add(mask)
+
+    def _add(self, mask: Tensor) -> None:
+        count = int(mask.sum())
+        whole = count == mask.numel()
+        self._padded |= not whole
+        rows = Rows(None if whole else mask.flatten().nonzero().flatten(), count)
+        shape = tuple(mask.shape)
+        known = self._masks.get(shape)
+        if known is None or (known.index is None and whole):
+            self._masks[shape] = rows
+        elif known.index is None or rows.index is None or not torch.equal(known.index, rows.index):
+            # Encoder and decoder of one length, padded differently: which of them a layer sees, its shape can't say.
+            self._masks[shape] = Rows(None, -1)
+
+    def match(self, inputs: Tensor) -> Rows:
+        """Return which rows of a layer's input (..., d_in) count.
+
+        Raises:
+            Unmatched: the batch is padded and the input's shape is no mask's; read the samples one at a time.
+        """
+        shape = tuple(inputs.shape[:-1])
+        every = Rows(None, inputs.shape[:-1].numel())
+        found = self._masks.get(shape)
+        if found is None and len(shape) == 1:
+            flat = [rows for size, rows in self._masks.items() if size[0] * size[1] == shape[0]]
+            found = flat[0] if len(flat) == 1 else None
+        if found is not None and found.count >= 0:
+            return found
+        # One row a sample: what pooled layers see.
+        if not self._padded or (shape == (self._size,) and self._size > 1):
+            return every
+        if self._alone:
+            self.unmatched = True
+            return every
+        raise Unmatched
+
+
+def _mask(value: object) -> Tensor | None:
+    return value != 0 if isinstance(value, Tensor) and value.dim() == 2 else None

@@ -1,0 +1,121 @@
+"""How many passes over the data it takes to collect everything within a memory budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from headstart.errors import MethodError
+
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024), ("", 1024))
+}
+
+# Activations and the factorisation need room beside the statistics.
+_SHARE_OF_FREE = 0.5
+
+
+@dataclass(frozen=True)
+class Need:
+    """Layers that have to be collected in one pass, because they share sums, and the bytes of all of these."""
+
+    names: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers are collected in which pass.
+
+    Attributes:
+        passes: the layers of each planned pass.
+        bytes: the most that a pass holds.
+        budget: bytes that it was planned for.
+        readings: how often the data are read in all (a sketch may read them more than once a pass).
+        seconds: expected for all readings, None where not known.
+    """
+
+    passes: tuple[tuple[str, ...], ...]
+    bytes: int
+    budget: int
+    readings: int
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        count = f"{self.readings} pass" + ("es" if self.readings != 1 else "")
+        about = "" if self.seconds is None else f", about {_duration(self.seconds)}"
+        return f"{count}, {self.bytes / 2**30:.2f} GiB{about}"
+
+
+def make_plan(needs: Sequence[Need], budget: int, *, readings_a_pass: int = 1, seconds: float | None = None) -> Plan:
+    """Put the layers into as few passes as first-fit decreasing finds, the largest first.
+
+    What is larger than the budget by itself gets a pass of its own: it can't be made smaller here.
+
+    Args:
+        needs: what has to be held for which layers.
+        budget: bytes a pass may hold.
+        readings_a_pass: how often the data are read in each.
+        seconds: expected for one reading.
+    """
+    bins: list[list[Need]] = []
+    room: list[int] = []
+    for need in sorted(needs, key=lambda each: -each.bytes):
+        for number, left in enumerate(room):
+            if need.bytes <= left:
+                bins[number].append(need)
+                room[number] -= need.bytes
+                break
+        else:
+            bins.append([need])
+            room.append(budget - need.bytes)
+    readings = len(bins) * readings_a_pass
+    return Plan(
+        passes=tuple(tuple(name for need in each for name in need.names) for each in bins),
+        bytes=max((sum(need.bytes for need in each) for each in bins), default=0),
+        budget=budget,
+        readings=readings,
+        seconds=None if seconds is None else seconds * readings,
+    )
+
+
+def parse_bytes(budget: int | str | None, device: torch.device) -> int:
+    """Return a memory budget in bytes.
+
+    Args:
+        budget: bytes, or a string such as "6GiB", "800MB", "2g" (a bare letter is binary); None for half of what is
+            free on ``device``.
+        device: where the statistics are kept.
+
+    Raises:
+        MethodError: it is neither, or not positive.
+    """
+    if budget is None:
+        return int(free_memory(device) * _SHARE_OF_FREE)
+    if isinstance(budget, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", budget.lower())
+        if found is None or found[2] not in _UNITS:
+            raise MethodError(f'memory_budget={budget!r} must be bytes, or a size such as "6GiB" or "800MB".')
+        budget = int(float(found[1]) * _UNITS[found[2]])
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0:
+        raise MethodError(f'memory_budget={budget!r} must be a positive number of bytes, or a size such as "6GiB".')
+    return budget
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What PyTorch holds but doesn't use is free to this program.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

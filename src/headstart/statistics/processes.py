@@ -1,0 +1,119 @@
+"""Sharing a pass among processes: who reads which samples, and who gets the sums of which layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from headstart.statistics.batches import Batch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that initialise the model together.
+
+    Attributes:
+        rank: this one's number.
+        count: how many there are; 1 where PyTorch's process group isn't set up.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def joined(cls) -> Processes:
+        """Return the processes of the default group, as ``torchrun`` and ``accelerate launch`` set it up."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    @property
+    def several(self) -> bool:
+        """Whether there is anyone to share with."""
+        return self.count > 1
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Return every ``count``-th item, beginning with this process's own."""
+        return list(items[self.rank :: self.count])
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, in the order of the ranks."""
+        if not self.several:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
+    def broadcast(self, value: T, source: int) -> T:
+        """Return what process ``source`` passed in."""
+        if not self.several:
+            return value
+        held: list[Any] = [value]
+        dist.broadcast_object_list(held, src=source)
+        return held[0]
+
+    def sum_to(self, tensor: Tensor, owner: int | None) -> None:
+        """Sum a tensor over the processes in place: for process ``owner``, or for all of them where that is None.
+
+        The tensor is moved for the backend where it has to be (gloo and CPU tensors, nccl and CUDA ones).
+        """
+        if not self.several:
+            return
+        moved = tensor.to(_device_for(tensor))
+        if owner is None:
+            dist.all_reduce(moved)
+        else:
+            dist.reduce(moved, dst=owner)
+        if moved is not tensor:
+            tensor.copy_(moved)
+
+
+def owners(costs: Mapping[T, float], count: int) -> dict[T, int]:
+    """Return who of ``count`` processes gets which item: the dearest first, each to whom has least to do so far."""
+    load = [0.0] * count
+    chosen: dict[T, int] = {}
+    for item, cost in sorted(costs.items(), key=lambda pair: -pair[1]):
+        rank = min(range(count), key=lambda number: (load[number], number))
+        load[rank] += cost
+        chosen[item] = rank
+    return chosen
+
+
+def digest(batch: Batch) -> str:
+    """Return a short hash of a batch's content, by which processes tell whether they were given the same data."""
+    found = hashlib.blake2b(digest_size=16)
+    for key in sorted(batch):
+        value = batch[key]
+        found.update(key.encode())
+        if isinstance(value, Tensor):
+            found.update(str(tuple(value.shape)).encode())
+            found.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether parameters are sharded over processes (FSDP2), so that all of them must run in step."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def in_step(items: Sequence[T], rounds: int) -> Iterator[tuple[T, bool]]:
+    """Yield ``rounds`` items with whether they count: where there are fewer, the first one comes again, uncounted."""
+    for number in range(rounds):
+        yield (items[number], True) if number < len(items) else (items[0], False)
+
+
+def _device_for(tensor: Tensor) -> torch.device:
+    """Return a device that the process group can communicate from, the tensor's own if it is one."""
+    served = {part.split(":")[0]: part.split(":")[-1] for part in str(dist.get_backend_config()).split(",")}
+    if served.get(tensor.device.type) not in (None, "gloo") or (tensor.device.type == "cpu" and "cpu" in served):
+        return tensor.device
+    return torch.device("cpu") if "cpu" in served else torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,125 @@
+"""Running the model on batches, so that every sample's own loss counts the same and padding doesn't count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from headstart.errors import BASE_PREFIX, DataError, not_finite
+from headstart.statistics.batches import Batch, Samples, label_counts, single_sample
+from headstart.statistics.losses import Rule, backward_of_sum, loss_of, measure_rule, model_dtype, needs_probe
+from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
+from headstart.statistics.sums import Regroup, Sums
+from headstart.statistics.tap import tapped
+
+
+class Reader:
+    """Reads batches into sums, weighting samples by the rule measured on the first batch that can tell.
+
+    Args:
+        model: called with each batch as keyword arguments.
+        modules: the base layers to tap, by name.
+        tokens: which tokens count in Kronecker factors.
+        apart: read samples one at a time from the start.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], tokens: Tokens, *, apart: bool) -> None:
+        self._model = model
+        self._modules = modules
+        self._tokens = tokens
+        self._device = next(model.parameters()).device
+        self._encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._apart = apart
+        self.rule: Rule | None = None
+        self.notes: list[str] = []
+
+    def read(self, samples: Samples, sums: Sums) -> None:
+        """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
+        batch = self.moved(samples.batch)
+        samples = Samples(batch, samples.indices)
+        if not self._apart and self.rule is None and samples.size > 1 and needs_probe(batch):
+            # Without taps: only the pass's own backward may reach the sums.
+            self.rule = measure_rule(self.forward, batch, model_dtype(self._model))
+            if self.rule == "apart":
+                self._read_apart("the loss of a batch is not a mean of its samples' losses in this model")
+        names = {name: self._modules[name] for name in sums.shapes}
+        with tapped(names, sums.watch):
+            self._accumulate(samples, sums)
+
+    def forward(self, batch: Batch) -> Any:
+        """Run the model on a batch of its own device."""
+        return self._model(**batch)
+
+    def moved(self, batch: Batch) -> Batch:
+        """Return a batch on the model's device."""
+        return {key: value.to(self._device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _accumulate(self, samples: Samples, sums: Sums) -> None:
+        if self._apart and samples.size > 1:
+            for row in range(samples.size):
+                self._accumulate(Samples(single_sample(samples.batch, row), (samples.indices[row],)), sums)
+            return
+        alone = samples.size == 1
+        if alone:
+            samples = Samples(single_sample(samples.batch, 0), samples.indices)
+        try:
+            outputs, masks = self._tapped_forward(samples, sums, alone)
+        except Unmatched:
+            self._read_apart("some layers see other rows than the batch's tokens, among which padding can't be found")
+            self._accumulate(samples, sums)
+            return
+        if masks.unmatched:
+            self._note("some layers see other rows than the batch's tokens: all of theirs count")
+        _check_finite(self._model, outputs, samples)
+        if not backward_of_sum(outputs, samples, self.rule or "samples"):
+            self._read_apart("the loss is not a function of the logits that the model returns")
+            self._accumulate(samples, sums)
+
+    def _tapped_forward(self, samples: Samples, sums: Sums, alone: bool) -> tuple[Any, TokenMasks]:
+        while True:
+            masks = TokenMasks(
+                samples.batch, samples.size, self._tokens, encoder_decoder=self._encoder_decoder, alone=alone
+            )
+            sums.begin(masks)
+            try:
+                outputs = self.forward(samples.batch)
+                sums.check_groups()
+            except Regroup as found:
+                sums.split(found.group)
+            else:
+                return outputs, masks
+
+    def _read_apart(self, why: str) -> None:
+        self._apart = True
+        self._note(f"{why}, so samples were read one at a time")
+
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+
+def _check_finite(model: nn.Module, outputs: Any, samples: Samples) -> None:
+    loss = float(loss_of(outputs, samples.first).detach())
+    if math.isfinite(loss):
+        return
+    for name, parameter in model.named_parameters():
+        if not math.isfinite(float(parameter.detach().abs().max())):
+            raise not_finite(name.removeprefix(BASE_PREFIX).replace(".base_layer", "").rpartition(".")[0])
+    counts = label_counts(samples.batch)
+    if counts is not None and bool((counts[:, 1] == 0).any()):
+        index = samples.indices[int((counts[:, 1] == 0).nonzero()[0])]
+        raise DataError(
+            f"the loss is {loss}: sample {index} has its only label in first place, which a causal language model "
+            "never uses; drop the sample, or raise the maximum length."
+        )
+    low, high = min(samples.indices), max(samples.indices)
+    if samples.size == 1:
+        which = f"sample {low}"
+    elif high - low + 1 == samples.size:
+        which = f"samples {low} to {high}"
+    else:
+        which = "samples " + ", ".join(map(str, sorted(samples.indices)))
+    raise DataError(f"the loss is {loss} on {which}: check the labels, and the model's precision.")

@@ -1,0 +1,265 @@
+"""What is summed for each layer during the backward pass: gradient, Kronecker factors, moments, sketches."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from headstart.linalg.sketch import GradientSketch
+from headstart.methods.base import Wanted
+from headstart.statistics.masks import Rows, TokenMasks
+from headstart.statistics.tap import Sink
+
+# Gram matrices are symmetric: beyond this width they are summed in blocks of it, and only the lower ones.
+_BLOCK = 512
+
+
+@dataclass
+class Shape:
+    """A layer's size, and what is wanted of it."""
+
+    d_out: int
+    d_in: int
+    wanted: Wanted
+
+
+@dataclass
+class InputSum:
+    """Sums over the tokens of one input, which several layers may share: x x' (its lower blocks) and x."""
+
+    gram: Tensor
+    total: Tensor
+    tokens: int = 0
+
+
+@dataclass
+class LayerSum:
+    """Sums of one layer: g'x over all rows, g g' and g over the tokens that count."""
+
+    gradient: Tensor | None = None
+    sketch: GradientSketch | None = None
+    gram: Tensor | None = None
+    total: Tensor | None = None
+    tokens: int = 0
+    reached: bool = False
+
+
+class Regroup(Exception):  # noqa: N818 - not an error: it is answered
+    """Layers that were taken to share their input don't; says which group."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__(group)
+        self.group = group
+
+
+@dataclass
+class _Shared:
+    """One input tensor on its way: which layers have read it, whether it has been summed."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    rows: Rows
+    readers: set[str] = field(default_factory=set)
+    summed: bool = False
+
+    def is_of(self, inputs: Tensor) -> bool:
+        """Return whether this is the tensor, unchanged since."""
+        return self.tensor() is inputs and self.version == inputs._version
+
+
+class Sums:
+    """The sums of the layers of one pass.
+
+    Args:
+        shapes: of the layers, by name.
+        groups: by layer, the number of the group of layers that share its input.
+        offload: keep the sums on the CPU.
+        seed: of the sketches' random matrices, which layers of one size share.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], groups: Mapping[str, int], *, offload: bool, seed: int) -> None:
+        self._seed = seed
+        self.shapes = dict(shapes)
+        self.groups = {name: groups[name] for name in shapes}
+        self.layers: dict[str, LayerSum] = {name: LayerSum() for name in shapes}
+        self.inputs: dict[int, InputSum] = {}
+        self._offload = offload
+        self._masks: TokenMasks | None = None
+        self._last: dict[int, _Shared] = {}
+        self.muted = False
+
+    def begin(self, masks: TokenMasks) -> None:
+        """Prepare for one batch."""
+        self._masks = masks
+        self._last = {}
+
+    def watch(self, name: str, inputs: Tensor) -> Sink:
+        """Return the sink of one forward call of a layer; see :func:`headstart.statistics.tap.tapped`."""
+        if self.muted:
+            return _mute
+        wanted = self.shapes[name].wanted
+        if wanted.outputs is None:
+            return lambda x, g: self._add_gradient(name, x, g)
+        shared = self._shared(name, inputs)
+
+        def sink(x: Tensor, g: Tensor) -> None:
+            if wanted.gradient != "no":
+                self._add_gradient(name, x, g)
+            self._add_factors(name, x, g, shared)
+
+        return sink
+
+    def check_groups(self) -> None:
+        """Raise Regroup where a group's last input was not read by all of its layers: call it before backward."""
+        for group, shared in self._last.items():
+            self._check_readers(group, shared)
+
+    def split(self, group: int) -> None:
+        """Give each layer of a group its own sums from here on, beginning with what they shared so far."""
+        fresh = max(self.groups.values()) + 1
+        names = [name for name, number in self.groups.items() if number == group]
+        self.regroup(self.groups | {name: fresh + place for place, name in enumerate(names)})
+
+    def regroup(self, groups: Mapping[str, int]) -> None:
+        """Divide groups further, and number them anew; ``groups`` must keep apart what already is."""
+        inputs: dict[int, InputSum] = {}
+        taken: set[int] = set()
+        for name, number in groups.items():
+            old = self.groups[name]
+            if number in inputs or old not in self.inputs:
+                continue
+            held = self.inputs[old]
+            inputs[number] = InputSum(held.gram.clone(), held.total.clone(), held.tokens) if old in taken else held
+            taken.add(old)
+        self.groups, self.inputs = dict(groups), inputs
+
+    def gradient(self, name: str) -> Tensor:
+        """Return the sum of g'x of a layer, zeros where none came."""
+        held, shape = self.layers[name].gradient, self.shapes[name]
+        return torch.zeros(shape.d_out, shape.d_in) if held is None else held
+
+    def outputs(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the sums of g g' (its lower blocks) and g of a layer, zeros where none came."""
+        layer, shape = self.layers[name], self.shapes[name]
+        if layer.gram is not None and layer.total is not None:
+            return layer.gram, layer.total
+        full = shape.wanted.outputs == "full"
+        return torch.zeros((shape.d_out, shape.d_out) if full else (shape.d_out,)), torch.zeros(shape.d_out)
+
+    def input(self, name: str) -> InputSum:
+        """Return the sums over the input that a layer reads, zeros where none came."""
+        size = self.shapes[name].d_in
+        return self.inputs.setdefault(self.groups[name], InputSum(torch.zeros(size, size), torch.zeros(size)))
+
+    def _shared(self, name: str, inputs: Tensor) -> _Shared:
+        assert self._masks is not None
+        group = self.groups[name]
+        last = self._last.get(group)
+        if (
+            last is not None
+            and last.tensor() is inputs
+            and last.version == inputs._version
+            and name not in last.readers
+        ):
+            last.readers.add(name)
+            return last
+        if last is not None:
+            self._check_readers(group, last)
+        shared = _Shared(weakref.ref(inputs), inputs._version, self._masks.match(inputs), {name})
+        self._last[group] = shared
+        return shared
+
+    def _check_readers(self, group: int, shared: _Shared) -> None:
+        members = {name for name, number in self.groups.items() if number == group}
+        if shared.readers != members:
+            raise Regroup(group)
+
+    def _place(self, like: Tensor) -> torch.device:
+        return torch.device("cpu") if self._offload else like.device
+
+    def _add_gradient(self, name: str, x: Tensor, g: Tensor) -> None:
+        mine, shape = self.layers[name], self.shapes[name]
+        mine.reached = True
+        if shape.wanted.gradient == "sketch":
+            if mine.sketch is None:
+                mine.sketch = self.new_sketch(shape, self._place(x))
+            mine.sketch.add(x, g)
+            return
+        if mine.gradient is None:
+            mine.gradient = torch.zeros(shape.d_out, shape.d_in, device=self._place(x))
+        _add_product(mine.gradient, g.float(), x.float())
+
+    def new_sketch(self, shape: Shape, device: torch.device) -> GradientSketch:
+        """Return an empty sketch; the same in every process."""
+        wanted = shape.wanted
+        return GradientSketch(shape.d_out, shape.d_in, wanted.width, wanted.passes, seed=self._seed, device=device)
+
+    def _add_factors(self, name: str, x: Tensor, g: Tensor, shared: _Shared) -> None:
+        mine, shape = self.layers[name], self.shapes[name]
+        mine.reached = True
+        place = self._place(x)
+        g = shared.rows.of(g).float()
+        full = shape.wanted.outputs == "full"
+        if mine.gram is None or mine.total is None:
+            mine.gram = torch.zeros((shape.d_out, shape.d_out) if full else (shape.d_out,), device=place)
+            mine.total = torch.zeros(shape.d_out, device=place)
+        if full:
+            _add_gram(mine.gram, g)
+        else:
+            mine.gram += torch.linalg.vecdot(g, g, dim=0).to(place)
+        mine.total += g.sum(0).to(place)
+        mine.tokens += shared.rows.count
+        if shared.summed:
+            return
+        shared.summed = True
+        group = self.groups[name]
+        if group not in self.inputs:
+            gram = torch.zeros(shape.d_in, shape.d_in, device=place)
+            self.inputs[group] = InputSum(gram, torch.zeros(shape.d_in, device=place))
+        held = self.inputs[group]
+        x = shared.rows.of(x).float()
+        _add_gram(held.gram, x)
+        held.total += x.sum(0).to(place)
+        held.tokens += shared.rows.count
+
+
+def symmetric(gram: Tensor) -> Tensor:
+    """Fill in the upper blocks that :func:`_add_gram` leaves out; in place."""
+    size = gram.shape[0]
+    for low in range(_BLOCK, size, _BLOCK):
+        high = min(low + _BLOCK, size)
+        gram[:low, low:high] = gram[low:high, :low].T
+    return gram
+
+
+def _mute(x: Tensor, g: Tensor) -> None:
+    """Sum nothing."""
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left' right."""
+    if total.device == left.device:
+        total.addmm_(left.T, right)
+    else:
+        total += (left.T @ right).to(total.device)
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add rows' rows, the blocks on and below the diagonal."""
+    size = total.shape[0]
+    for low in range(0, size, _BLOCK):
+        high = min(low + _BLOCK, size)
+        _add_product(total[low:high, :high], rows[:, low:high], rows[:, :high])
+
+
+def input_groups(inputs: Iterable[tuple[str, Tensor | None]]) -> dict[str, int]:
+    """Return by layer the number of its group, from the input tensor that each one read (None: it read none)."""
+    numbers: dict[str, int] = {}
+    by_tensor: dict[int, int] = {}
+    for count, (name, tensor) in enumerate(inputs):
+        numbers[name] = count if tensor is None else by_tensor.setdefault(id(tensor), count)
+    return numbers
