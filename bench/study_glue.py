@@ -212,10 +212,12 @@ class Study:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.study_glue", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TITLES), default=list(TITLES))
-    chosen = arguments(parser, page="lora_da_glue", steps=40, samples=64, rates=(2e-4, 1e-3))
+    parser.add_argument("--mrpc-steps", type=int, help="of MRPC, where not as many as --steps")
+    chosen = arguments(parser, page="lora_da_glue", steps=40, samples=64, rates=(5e-4, 1e-3))
+    steps = {"sst2": chosen.steps, "mrpc": chosen.mrpc_steps or chosen.steps}
     # Seeds outermost: what a time limit leaves is whole for the seeds that are done.
     plan = [
-        {"task": task, "method": method, "seed": seed, "lr": rate, "steps": chosen.steps}
+        {"task": task, "method": method, "seed": seed, "lr": rate, "steps": steps[task]}
         for seed, task, method, rate in itertools.product(chosen.seeds, chosen.tasks, chosen.methods, chosen.rates)
     ]
     study = Study(chosen.out, plan)
@@ -225,7 +227,7 @@ def main() -> None:
         "key, value and the dense layers of attention and feed-forward, "
         f"rank {LORA['r']}, alpha {LORA['lora_alpha']}, rsLoRA, "
         "no LoRA dropout (the encoder's own, 0.1, stays); the head is trained along at the same rate. AdamW without "
-        f"weight decay, {chosen.steps} steps of {BATCH} examples of like length, cut at {LENGTH} tokens, cosine with "
+        f"weight decay, batches of {BATCH} examples of like length, cut at {LENGTH} tokens, cosine with "
         f"{100 * WARMUP:g} % warm-up. A seed sets the factors, the head, the dropout and the data order, whose first "
         "examples are the samples of the gradient methods, alike for every method.",
         f"Loss and accuracy are of {EVALUATED} fixed rows (SST-2: the dev set; MRPC: the first of the test set); start "
@@ -239,7 +241,7 @@ def main() -> None:
     for task in chosen.tasks:
         mine = [run for run in runs if run["task"] == task]
         done = measured(mine, sum(each["task"] == task for each in plan))
-        share = f"The commoner label is {100 * study.majority(task):.1f} % of the rows."
+        share = f"{steps[task]} steps each. The commoner label is {100 * study.majority(task):.1f} % of the rows."
         lines += [f"## {TITLES[task]}", "", f"{done} {share}", ""]
         lines += [*summary(mine, chosen.methods), ""] if mine else []
     write(chosen.page, "LoRA-DA on GLUE", lines)

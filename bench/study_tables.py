@@ -33,8 +33,8 @@ Run = dict[str, Any]
 def methods_of(samples: int) -> list[str]:
     """Return the baseline, LoRA-One, and LoRA-DA whole and with each of its parts left out."""
     whole = f"lora-da:samples={samples}"
-    ablations = ("", ",bias=0", ",variance=0", ",variance=0,fisher=none")
-    return [BASELINE, f"lora-one:samples={samples}", *(whole + without for without in ablations)]
+    parts = ("", ",bias=0", ",variance=0", ",variance=0,fisher=none")
+    return [BASELINE, f"lora-one:samples={samples}", *(whole + part for part in parts)]
 
 
 # The runs and their files.
@@ -68,8 +68,7 @@ def arguments(
 
 def path_of(out: Path, settings: Run) -> Path:
     """Return the file of a run: its name says all that tells it from the others of its study."""
-    parts = [str(value) if isinstance(value, str) else f"{name}{value:g}" for name, value in settings.items()]
-    name = "__".join(parts)
+    name = "__".join(value if isinstance(value, str) else f"{key}{value:g}" for key, value in settings.items())
     return out / ("".join(each if each.isalnum() or each in "-.=," else "_" for each in name) + ".json")
 
 
@@ -97,9 +96,9 @@ def run_all(plan: Sequence[Run], out: Path, limit_minutes: float, one: Callable[
         if time.monotonic() - began >= 60 * limit_minutes:
             print(f"time is up: {len(read_runs(out, plan))} of {len(plan)} runs are done", flush=True)
             break
-        started = time.monotonic()
-        found = {**settings, **one(settings), "run_seconds": time.monotonic() - started}
-        found |= {"threads": torch.get_num_threads()}
+        started, worked = time.monotonic(), time.process_time()
+        found = {**settings, **one(settings), "threads": torch.get_num_threads()}
+        found |= {"run_seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - worked}
         write_json(found, path)
         what = " ".join(value if isinstance(value, str) else f"{name} {value:g}" for name, value in settings.items())
         print(
@@ -258,7 +257,10 @@ def compared(chosen: dict[str, list[Run]], reference: str) -> list[str]:
     if reference not in chosen or not others:
         return [f"There is nothing to compare with `{reference}` yet.", ""]
     base = chosen[reference]
-    rows = [[*_first(method, runs), *(f.against(runs, base) for f in FIGURES)] for method, runs in others.items()]
+    rows = []
+    for method, runs in others.items():
+        both = str(difference(runs, base, LOSS.key).count)
+        rows.append([method, f"{runs[0]['lr']:g}", both, *(f.against(runs, base) for f in FIGURES)])
     lines = [f"Minus `{reference}`, each at its best rate, seed by seed:", ""]
     lines += [*table([*FIRST, *(figure.name for figure in FIGURES)], rows), ""]
     differences = [{method: difference(runs, base, f.key) for method, runs in others.items()} for f in FIGURES]
@@ -292,5 +294,6 @@ def measured(runs: Sequence[Run], asked: int) -> str:
         return f"None of {asked} runs is done."
     threads = " or ".join(str(count) for count in sorted({run["threads"] for run in runs}))
     devices = " or ".join(sorted({run["device"] for run in runs}))
-    seconds = statistics.median(run["run_seconds"] for run in runs)
-    return f"{len(runs)} of {asked} runs are done; {threads} threads, {devices}, {seconds:.0f} s a run in the median."
+    seconds, worked = (statistics.median(run[key] for run in runs) for key in ("run_seconds", "cpu_seconds"))
+    on = f"threads: {threads}, {devices}; a run took {seconds:.0f} s, {worked:.0f} s of a core, in the median"
+    return f"{len(runs)} of {asked} runs are done; {on}."

@@ -15,7 +15,7 @@ import headstart as hs
 from conftest import tiny_llama, wrap
 from headstart.layers.find import lora_layers
 from headstart.methods import Moments, method_class, parse_method, registry
-from headstart.methods.base import Factors, LayerInputs, Method
+from headstart.methods.base import Factors, Kronecker, LayerInputs, Method
 
 NAME = "model.layers.0.self_attn.q_proj"
 
@@ -59,7 +59,10 @@ def of_gradient(G, r, **given):
 def everything(d_out=24, d_in=20, r=4, s=1.5, seed=0, name=NAME):
     """A layer of which all is known that any method asks for."""
     W, G = normal(d_out, d_in, seed=11), normal(d_out, d_in, seed=12, std=1e-3)
-    return of_weight(W, r, s=s, gradient=G, seed=seed, name=name)
+    x, g = normal(4 * d_in, d_in, seed=13), normal(4 * d_in, d_out, seed=14, std=1e-2)
+    Z, Y = x.T @ x / len(x), g.square().mean(0)
+    kronecker = Kronecker(inputs=Z, outputs=Y, mean_input=x.mean(0), mean_output=g.mean(0), tokens=len(x))
+    return of_weight(W, r, s=s, gradient=G, seed=seed, name=name, kronecker=kronecker, population=1000)
 
 
 def best(W, r):

@@ -146,10 +146,11 @@ def finite_weight(layer: TargetLayer) -> torch.Tensor:
     return weight
 
 
-def known_length(data: Iterable[Any] | None, collator: object) -> int | None:
+def known_length(data: Iterable[Any] | None, collator: object, collector: Collector | None) -> int | None:
     """Return how many samples the data hold, where that can be known without reading them."""
     if collator is None and isinstance(data, list | tuple):
-        return sum(size_of(batch) for batch in data)
-    # The length of a loader itself is a number of batches.
+        size = sum(size_of(batch) for batch in data)
+        return collector.over_all(size) if collector is not None else size
+    # The length of a loader itself is a number of batches; the data set of one that is divided is whole.
     counted = data if collator is not None else getattr(data, "dataset", None)
     return len(counted) if isinstance(counted, Sized) else None

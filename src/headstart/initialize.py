@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from headstart._version import __version__
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError, not_finite
 from headstart.factorise import Facts, finite_weight, known_length, starts_of
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.install import Base, check_base, install
+from headstart.layers.weights import whole
 from headstart.linalg.product import product_norm
 from headstart.meters import Clock, Memory
 from headstart.methods.base import Factors, Method, Moments, Needs
@@ -56,7 +58,8 @@ def initialize_(
     and solves its part of the layers, and all end with the factors that one process would find, to rounding.
 
     Args:
-        model: what ``peft.get_peft_model`` returned, fresh: its adapter neither trained nor initialised.
+        model: what ``peft.get_peft_model`` returned, fresh: its adapter neither trained nor initialised. It may be
+            inside DistributedDataParallel, or its parameters sharded by FSDP2.
         method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``.
         data: for methods that need a gradient: an iterable of batches that the model accepts as keyword arguments and
             returns a loss for, or a tokenised dataset together with ``collator``. Samples are counted, not batches.
@@ -86,6 +89,7 @@ def initialize_(
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
     check_base(base)
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     clock = Clock()
     memory = Memory(model)
 
@@ -108,7 +112,7 @@ def initialize_(
                 processes=processes,
             )
             collector = _collector(method, layers, data, collect)
-        facts = Facts(seed, moments, population or known_length(data, collator))
+        facts = Facts(seed, moments, population or known_length(data, collator, collector))
         starts, notes = starts_of(method, layers, facts, collector, processes, clock, show)
         sentences = _fallbacks(starts, strict) + notes
     with clock("report"):
@@ -172,8 +176,8 @@ def _fallbacks(starts: Sequence[tuple[TargetLayer, Factors]], strict: bool) -> l
 
 
 def _layer_report(target: TargetLayer, factors: Factors, seconds: float) -> LayerReport:
-    weight = target.module.get_base_layer().weight
-    norm_weight = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+    weight = whole(target.module.get_base_layer().weight.detach())
+    norm_weight = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     if not math.isfinite(norm_weight):
         raise not_finite(target.name)
     return LayerReport(

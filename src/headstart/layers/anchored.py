@@ -21,7 +21,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 from torch.nn import functional
 
-from headstart.layers.weights import oriented, product
+from headstart.layers.weights import oriented, product, whole
 
 # PEFT's own loading code builds every layer before it reads the weights, and stops at a value of init_lora_weights
 # that it does not know. So a program that can't read anchors says so, in these words, and does not drop them silently.
@@ -126,7 +126,8 @@ def set_anchors(module: LoraLayer, adapter: str, A0: Tensor, B0: Tensor, kind: s
             # PEFT moves and deletes what these names list, and does not make it trainable.
             module.other_param_names = (*module.other_param_names, name)
         like = factor[adapter].weight
-        held = value.detach().to(device=like.device, dtype=like.dtype).clone()
+        # FSDP2 gathers the factors for the forward pass, so anchors beside them are held whole.
+        held = whole(value.detach()).to(device=like.device, dtype=like.dtype).clone()
         getattr(module, name)[adapter] = nn.Parameter(held, requires_grad=False)
     module.lora_variant[adapter] = VARIANTS[kind]()
 

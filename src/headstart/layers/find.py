@@ -203,7 +203,7 @@ def _check_state(target: TargetLayer) -> None:
             f"layer {target.name!r} uses PEFT's variant {variant}, which can't be combined with a headstart start; "
             "switch it off in the LoraConfig."
         )
-    if bool(module.lora_B[adapter].weight.count_nonzero()):
+    if float(module.lora_B[adapter].weight.detach().abs().max()) != 0:
         raise LayerError(
             f"layer {target.name!r}: lora_B of adapter {adapter!r} is not zero, so the adapter is already trained or "
             "initialised; start from a fresh one, made with init_lora_weights=True."

@@ -9,11 +9,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
 from headstart.layers.find import TargetLayer, set_record, set_residual_owner
-from headstart.layers.weights import fingerprint, oriented, product
+from headstart.layers.weights import assign, fingerprint, oriented, product
 from headstart.methods.base import Factors
 
 Base = Literal["anchored", "residual"]
@@ -74,7 +75,7 @@ def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: ExitSt
     for parameter, value in ((A, factors.A), (B, factors.B)):
         before = parameter.detach().clone()
         undo.callback(_copy, parameter, before)
-        parameter.copy_(value)
+        assign(parameter, value)
     if factors.offset == "keep":
         return
     undo.callback(drop_anchors, module, adapter)
@@ -97,9 +98,14 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
             f"layer {target.name!r} holds adapter {others[0]!r} as well, which residual weights would change; use "
             'base="anchored".'
         )
+    weight = module.get_base_layer().weight
+    if isinstance(weight, DTensor):
+        raise LayerError(
+            f"layer {target.name!r} is sharded over processes, and residual weights have to be made before that; "
+            'initialise before fully_shard, or use base="anchored".'
+        )
     undo.callback(set_residual_owner, module, None)
     set_residual_owner(module, adapter)
-    weight = module.get_base_layer().weight
     undo.callback(setattr, weight, "data", weight.data)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     start = product(module.lora_B[adapter].weight.to(dtype), module.lora_A[adapter].weight.to(dtype))

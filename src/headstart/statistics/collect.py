@@ -121,7 +121,11 @@ class Collector:
         }
         budget = parse_bytes(memory_budget, torch.device("cpu") if self._offload else device)
         with together(self._processes):
-            self._chunks, self.tokens = self._read_data(data, samples, collator, batch_size)
+            chunks = list(iterate_samples(data, samples, collator=collator, batch_size=batch_size))
+            for chunk in chunks:
+                check_labels(chunk)
+        self._chunks, self._spare = self._share(chunks, samples)
+        self.tokens = sum(self._processes.gather(sum(_tokens(chunk.batch) for chunk in self._chunks)))
         self.layers: tuple[str, ...] = tuple(wanted)
         self.samples = sum(self._processes.gather(sum(chunk.size for chunk in self._chunks)))
         self._groups, seconds = self._probe(modules)
@@ -158,9 +162,10 @@ class Collector:
             readings = max(
                 (each.wanted.passes for each in sums.shapes.values() if each.wanted.gradient == "sketch"), default=1
             )
+            rounds = max(self._processes.gather(len(self._chunks))) if self._lockstep else len(self._chunks)
             for reading in range(readings):
                 with together(self._processes):
-                    self._read(sums, advanced)
+                    self._read(sums, rounds, advanced)
                 self._add_up_sketches(sums, last=reading == readings - 1)
             found = self._gathered(sums)
             reached |= bool(found.groups)
@@ -172,46 +177,40 @@ class Collector:
                     )
             yield found
 
-    def _read_data(
-        self, data: Iterable[Any], samples: int, collator: Collator | None, batch_size: int
-    ) -> tuple[list[Samples], int]:
-        chunks = list(iterate_samples(data, samples, collator=collator, batch_size=batch_size))
-        for chunk in chunks:
-            check_labels(chunk)
-        digests = self._processes.gather(digest(chunks[0].batch))
-        divided = len(set(digests)) > 1
+    def over_all(self, count: int) -> int:
+        """Return a count of this process's data for those of all processes: their sum where the data are divided."""
+        return sum(self._processes.gather(count)) if self._divided else count
+
+    def _share(self, chunks: list[Samples], samples: int) -> tuple[list[Samples], Samples]:
+        """Return the batches that this process reads, and one to keep in step with when there are no more."""
+        divided = self._divided = len(set(self._processes.gather(digest(chunks[0].batch)))) > 1
         if divided:
             share = len(range(self._processes.rank, samples, self._processes.count))
-            chunks = _first(chunks, share)
+            chunks = _first(chunks, max(share, 1))
         chunks = by_length(chunks)
-        if not divided:
-            if self._lockstep:
-                chunks = _apart(chunks)
-            chunks = self._processes.share(chunks)
-        tokens = sum(_tokens(chunk.batch) for chunk in chunks)
-        return chunks, sum(self._processes.gather(tokens))
+        if self._lockstep:
+            chunks = _apart(chunks)
+        return (chunks if divided else self._processes.share(chunks)), chunks[0]
 
-    def _probe(self, modules: Mapping[str, nn.Module]) -> tuple[dict[str, int], float | None]:
+    def _probe(self, modules: Mapping[str, nn.Module]) -> tuple[dict[str, int], float]:
         """Run one sample forward: which layers read the same input, and how long a reading of all samples takes."""
         seen: dict[str, Tensor] = {}
 
         def hook_for(name: str) -> Any:
             return lambda module, args: seen.setdefault(name, args[0])
 
-        seconds = None
-        if self._chunks or self._lockstep:
-            batch = single_sample(self._chunks[0].batch, 0)
-            handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
-            try:
-                with self._quiet(), torch.no_grad():
-                    began = time.perf_counter()
-                    self._reader.forward(self._reader.moved(batch))
-                    seconds = time.perf_counter() - began
-            finally:
-                for handle in handles:
-                    handle.remove()
-            share = _tokens(batch) or 1
-            seconds *= _BACKWARD * sum(_tokens(chunk.batch) or chunk.size for chunk in self._chunks) / share
+        batch = single_sample(self._spare.batch, 0)
+        handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
+        try:
+            with self._quiet(), torch.no_grad():
+                began = time.perf_counter()
+                self._reader.forward(self._reader.moved(batch))
+                seconds = time.perf_counter() - began
+        finally:
+            for handle in handles:
+                handle.remove()
+        share = _tokens(batch) or 1
+        seconds *= _BACKWARD * sum(_tokens(chunk.batch) or chunk.size for chunk in self._chunks) / share
         groups = input_groups((name, seen.get(name)) for name in modules)
         return _finest(self._processes.gather(groups)), seconds
 
@@ -227,10 +226,9 @@ class Collector:
             needs.append(Need(tuple(names), 4 * size))
         return needs
 
-    def _read(self, sums: Sums, advanced: Callable[[int], None]) -> None:
-        rounds = max(self._processes.gather(len(self._chunks))) if self._lockstep else len(self._chunks)
+    def _read(self, sums: Sums, rounds: int, advanced: Callable[[int], None]) -> None:
         with self._quiet():
-            for chunk, counts in in_step(self._chunks, rounds):
+            for chunk, counts in in_step(self._chunks, rounds, self._spare):
                 sums.muted = not counts
                 self._reader.read(chunk, sums)
                 if counts:

@@ -105,10 +105,10 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def in_step(items: Sequence[T], rounds: int) -> Iterator[tuple[T, bool]]:
-    """Yield ``rounds`` items with whether they count: where there are fewer, the first one comes again, uncounted."""
+def in_step(items: Sequence[T], rounds: int, spare: T) -> Iterator[tuple[T, bool]]:
+    """Yield ``rounds`` items with whether they count: where there are fewer, ``spare`` fills up, uncounted."""
     for number in range(rounds):
-        yield (items[number], True) if number < len(items) else (items[0], False)
+        yield (items[number], True) if number < len(items) else (spare, False)
 
 
 def _device_for(tensor: Tensor) -> torch.device:
