@@ -15,14 +15,23 @@ from bench.gradient import RANK, SAMPLES, config, peft_lora_ga, plain_pass
 from bench.harness import table, token_batches, write
 from headstart.training.models import resolve_model
 
-
-def ours(base: Any, data: list[dict[str, Any]]) -> None:
-    hs.initialize_(get_peft_model(base, config()), f"lora-one:samples={SAMPLES}", data=data)
+Side = Callable[[Any, list[dict[str, Any]]], None]
 
 
-SIDES: dict[str, Callable[[Any, list[dict[str, Any]]], None]] = {
+def ours(method: str) -> Side:
+    def start(base: Any, data: list[dict[str, Any]]) -> None:
+        hs.initialize_(get_peft_model(base, config()), f"{method}:samples={SAMPLES}{settings}", data=data)
+
+    method, _, settings = method.partition(":")
+    settings = "," + settings if settings else ""
+    return start
+
+
+SIDES: dict[str, Side] = {
     "plain gradient pass": plain_pass,
-    "headstart lora-one": ours,
+    "headstart lora-one": ours("lora-one"),
+    "headstart lora-one, sketched": ours("lora-one:gradients=sketch"),
+    "headstart lora-da": ours("lora-da"),
     "PEFT lora_ga": peft_lora_ga,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from headstart.errors import MethodError, nearest
 from headstart.methods.base import Method, Needs
@@ -77,15 +77,24 @@ def parse_method(text: str) -> Method:
     """
     name, _, rest = text.strip().partition(":")
     settings: dict[str, object] = {}
+    words = _words(name.strip()) if rest else {}
     for part in filter(None, (piece.strip() for piece in rest.split(","))):
         setting, equals, value = part.partition("=")
         if not equals:
             raise MethodError(f"{text!r}: {part!r} must read setting=value, as in init-ab:beta=2.")
-        settings[setting.strip()] = _read_value(value.strip())
+        settings[setting.strip()] = _read_value(value.strip(), words.get(setting.strip(), ()))
     return get_method(name.strip(), **settings)
 
 
-def _read_value(text: str) -> object:
+def _words(name: str) -> dict[str, tuple[object, ...]]:
+    """Return the words that the settings of a method may be, by setting; "none" is one of them for some."""
+    hints = get_type_hints(method_class(name))
+    return {setting: get_args(hint) for setting, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def _read_value(text: str, words: tuple[object, ...]) -> object:
+    if text in words:
+        return text
     constants = {"true": True, "false": False, "none": None}
     if text.lower() in constants:
         return constants[text.lower()]
