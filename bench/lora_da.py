@@ -69,7 +69,7 @@ def main() -> None:
         [
             *paragraph(
                 f"SmolLM2-135M, all seven linear kinds, rank {RANK}, {what}. The plain pass is forward, backward and "
-                "`.grad` of the target weights; lora-da is all of it, from the base model to the initialised PEFT model: "
+                "`.grad` of the target weights; lora-da is all of it, from the base model to the initialised PEFT one: "
                 "gradient, both Kronecker factors, inverses, eigenproblems solved to 1e-6. Median of the interleaved "
                 f"rounds with the range, {ROUNDS} rounds after one that isn't counted."
             ),
@@ -77,7 +77,7 @@ def main() -> None:
             *table(["side", "seconds", "over the plain pass"], rows),
             "",
             *paragraph(
-                f"Goal: at most 1.6 times the plain pass; it is {ratio:.2f}. Steps of the last round: {parts}. Condition "
+                f"Goal: at most 1.6 times the plain pass; it is {ratio:.2f}. Steps of the last: {parts}. Condition "
                 f"of the input factors: median {conditions[len(conditions) // 2]:.1e}, largest {conditions[-1]:.1e}; "
                 f"largest estimated relative error of an objective {max(errors):.1e}; {repaired} of "
                 f"{len(report.layers)} layers had their damping raised."
@@ -87,8 +87,8 @@ def main() -> None:
             "",
             *paragraph(
                 f"{what_more}: {seconds:.1f} s in one run ({large.plan}). An epoch of GSM8K ({POPULATION:,} samples, "
-                f"batches of 8, extrapolated from {TRAINING_STEPS} timed steps) takes {epoch / 60:.0f} minutes, so that "
-                f"the start-up is {seconds / (seconds + epoch):.1%} of it all. The paper's own figure is 6 % (2:05 of "
+                f"batches of 8, extrapolated from {TRAINING_STEPS} timed steps) takes {epoch / 60:.0f} minutes, so "
+                f"that the start-up is {seconds / (seconds + epoch):.1%} of it all. The paper's own figure is 6 % (2:05 of "
                 "34:13 minutes, rank 8)."
             ),
         ],

@@ -84,7 +84,7 @@ def check_raised_no_further_than_needed(found: DampedInverse, matrix: Tensor, da
     assert scaled >= (1 - 1e-6) / EPS32 or values[0] <= 10 * len(matrix) * EPS * max(values[-1], 1e-300)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.integers(1, 24),
     st.floats(0, 5),
@@ -105,7 +105,7 @@ def test_well_conditioned_matrices_keep_their_damping(n, decades, log_scale, dam
     check(found, matrix, damping)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.integers(2, 24),
     st.floats(0, 16),
@@ -123,12 +123,14 @@ def test_any_spectrum_is_inverted_with_no_more_damping_than_needed(n, decades, l
         check_raised_no_further_than_needed(found, matrix, damping)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.integers(2, 30), st.data(), st.integers(-6, 6), st.sampled_from([0.0, 1e-6]), st.integers(0, 2**16))
 def test_fewer_tokens_than_inputs(n, data, log_scale, damping, seed):
     tokens = data.draw(st.integers(1, n - 1))
     x = (10.0 ** (log_scale / 2) * normal(tokens, n, seed=seed)).float()
     matrix = x.T @ x / tokens
+    # Products of matrices aren't symmetric to the last bit.
+    matrix = matrix.tril() + matrix.tril(-1).T
     found = damped_inverse(matrix, damping)
     check(found, matrix, damping)
     if damping == 0:
@@ -212,9 +214,7 @@ COLLAPSES = pytest.mark.xfail(strict=True, reason="condition is wrong where M or
 
 
 @pytest.mark.parametrize(
-    "scale",
-    [pytest.param(1e-25, marks=COLLAPSES), pytest.param(1e-14, marks=COLLAPSES), 1e-6, 1e6, 1e14]
-    + [pytest.param(1e25, marks=COLLAPSES)],
+    "scale", [1e-25, 1e-14, 1e25, 1e-6, 1e6, 1e14]
 )
 def test_scale_does_not_matter_to_the_condition(scale):
     matrix = of_spectrum(logspace(-3, 0, 10)) * scale
@@ -261,7 +261,7 @@ def test_it_ends_for_matrices_that_are_no_covariance():
     ],
 )
 def test_what_is_no_finite_square_matrix_is_refused(matrix):
-    with pytest.raises(ValueError, match="square|finite"):
+    with pytest.raises(ValueError, match=r"square|finite"):
         damped_inverse(matrix, 1e-6)
 
 

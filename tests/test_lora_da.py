@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 import warnings
@@ -94,8 +93,8 @@ def dense(G, Z, Y, *, N, damping=1e-6, variance=0.03, bias=1.0, normalise=True):
     sigma = float(torch.linalg.matrix_norm(delta, 2))
     scale = 1 / sigma if normalise else 1.0
     omega = scale**2 * (variance * spread - bias * delta.T @ delta)
-    norms = [scale**2 * float(torch.linalg.matrix_norm(part, 2)) for part in (variance * spread, bias * delta.T @ delta)]
-    return SimpleNamespace(delta=scale * delta, omega=omega, sigma=sigma, inverse=inverse, norm=max(norms))
+    norm = scale**2 * max(variance * float(torch.linalg.matrix_norm(spread, 2)), bias * sigma**2)
+    return SimpleNamespace(delta=scale * delta, omega=omega, sigma=sigma, inverse=inverse, norm=norm)
 
 
 def objective(omega, A0):
@@ -150,7 +149,7 @@ def test_the_vectorisation_is_the_one_of_a_single_token():
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("d_out", "d_in", "r"), [(3, 5, 2), (5, 3, 2), (4, 4, 1), (4, 4, 4), (1, 6, 3), (6, 1, 1)])
-def test_the_formulas_of_METHODS_are_those_of_the_dense_fisher_matrix(d_out, d_in, r, full):  # noqa: N802
+def test_the_formulas_of_METHODS_are_those_of_the_dense_fisher_matrix(d_out, d_in, r, full):
     G, Z, Y = draw(d_out, d_in, seed=r, full=full)
     expected = dense(G, Z, Y, N=50, normalise=False)
     Zd, Yd = Z.double() + 1e-6 * eye(d_in), (Y.double() if full else Y.double().diag()) + 1e-6 * eye(d_out)
@@ -223,7 +222,7 @@ def test_published_settings_are_the_defaults():
     assert method.gradients == "exact"
 
 
-def test_normalising_changes_B_alone():  # noqa: N802
+def test_normalising_changes_B_alone():
     G, Z, Y = draw(6, 9, seed=3)
     one, other = (hs.LoRADA(normalise=flag).factors(layer(G, Z, Y, 3)) for flag in (True, False))
     assert torch.equal(one.A, other.A)
@@ -245,7 +244,7 @@ def test_layers_that_share_their_input_are_solved_as_if_alone():
 def test_the_size_of_the_training_set_by_precedence():
     G, Z, Y = draw(5, 7, seed=4)
 
-    def A_of(method, population):  # noqa: N802
+    def A_of(method, population):
         return method.factors(layer(G, Z, Y, 2, population=population)).info["objective"]
 
     assert A_of(hs.LoRADA(population=9), 5000) == A_of(hs.LoRADA(), 9)
@@ -355,7 +354,7 @@ def test_no_fisher_information_and_no_variance(d_out, d_in, r):
     assert float((A0.T @ A0 - eye(r)).abs().max()) < 5e-6
     assert float((projector(A0) - Vh[:r].T @ Vh[:r]).norm()) < 2e-3
     assert float((G.double() @ A0).square().sum()) == pytest.approx(float(S[:r].square().sum()), rel=1e-6)
-    assert relative(found.B.double() @ found.A.double(), -best / float(S[0]) / 1024) < 1e-5 if r < min(d_out, d_in) else 1
+    assert relative(found.B.double() @ found.A.double(), -best / float(S[0]) / 1024) < 1e-5
     assert relative(found.B, -G.double() @ A0 / float(S[0]) / 32) < 1e-5
     assert found.offset == "keep" and found.note == found.repair == ""
     plain = hs.LoRADA(variance=0, fisher="none", normalise=False, gamma=16).factors(bare)
@@ -437,10 +436,8 @@ def test_an_endless_training_set_leaves_no_variance():
     G, Z, Y = draw(12, 15, seed=2)
     none = hs.LoRADA(variance=0).factors(layer(G, Z, Y, 3))
     expected = projector(none.A.double().T)
-    distances = [
-        float((projector(hs.LoRADA(variance=1).factors(layer(G, Z, Y, 3, population=N)).A.double().T) - expected).norm())
-        for N in (1, 10**3, 10**6, 10**12)
-    ]
+    found = [hs.LoRADA(variance=1).factors(layer(G, Z, Y, 3, population=N)) for N in (1, 10**3, 10**6, 10**12)]
+    distances = [float((projector(each.A.double().T) - expected).norm()) for each in found]
     assert distances == sorted(distances, reverse=True)
     assert distances[0] > 1e-3 and distances[-1] < 1e-5
 
@@ -485,7 +482,7 @@ PARTS = {
     "llama": (tiny_llama, (".self_attn.",), (".mlp.",)),
     "gpt2": (tiny_gpt2, (".attn.",), (".mlp.",)),
     "t5": (tiny_t5, (".SelfAttention.", ".EncDecAttention."), (".DenseReluDense.",)),
-    "bert": (tiny_bert, (".attention.self.", ".attention.output."), (".intermediate.", r"layer.0.output.", "layer.1.out")),
+    "bert": (tiny_bert, (".attention.self.", ".attention.output."), (".intermediate.", ".0.output.", ".1.output.")),
     "vit": (tiny_vit, (".attention.",), (".mlp.",)),
     "mixtral": (tiny_mixtral, (".self_attn.",), ()),
 }
@@ -526,21 +523,16 @@ MORE_NAMES = {
     "q_proj": True,
     "up_proj": False,
 }
-WRONG = "taken for attention by its last part"
-MISTAKEN = [
-    pytest.param("roberta_head.classifier.out_proj", False, marks=pytest.mark.xfail(strict=True, reason=WRONG)),
-    pytest.param("rwkv.blocks.0.feed_forward.key", False, marks=pytest.mark.xfail(strict=True, reason=WRONG)),
-    pytest.param("rwkv.blocks.0.feed_forward.value", False, marks=pytest.mark.xfail(strict=True, reason=WRONG)),
-    pytest.param("backbone.layers.0.mixer.out_proj", False, marks=pytest.mark.xfail(strict=True, reason=WRONG)),
-    pytest.param(
-        "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2",
-        False,
-        marks=pytest.mark.xfail(strict=True, reason="a feed-forward layer inside a block called attentions"),
-    ),
-]
+LOOK_ALIKES = {
+    "roberta_head.classifier.out_proj": False,
+    "rwkv.blocks.0.feed_forward.key": False,
+    "rwkv.blocks.0.feed_forward.value": False,
+    "backbone.layers.0.mixer.out_proj": False,
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2": False,
+}
 
 
-@pytest.mark.parametrize(("name", "attention"), [*MORE_NAMES.items(), *MISTAKEN])
+@pytest.mark.parametrize(("name", "attention"), [*MORE_NAMES.items(), *LOOK_ALIKES.items()])
 def test_names_of_other_architectures(name, attention):
     assert (hs.LoRADA(layers="attention").wanted(name) is not None) == attention
 
@@ -554,24 +546,23 @@ def test_layers_left_out_start_as_lora_does(layers, left_out, options):
     assert found.offset == "keep" and found.note == found.repair == ""
 
 
+# T5's decoder is as long as its encoder here: all of its tokens count, and the report says so.
+SAID = dict.fromkeys(ARCHITECTURES, "error") | {"t5": "ignore"}
+
+
 @pytest.mark.parametrize("layers", ["attention", "feed-forward"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_verb_with_layers_left_out(architecture, layers):
     make, batch_of, targets = ARCHITECTURES[architecture]
     parts = PARTS[architecture][1]
     models = {}
+    methods = {"lora": "lora", "all": hs.LoRADA(samples=4), "some": hs.LoRADA(samples=4, layers=layers)}
     with warnings.catch_warnings():
-        warnings.simplefilter("error", HeadstartWarning)
-        for name in ("lora", "all", "some"):
+        warnings.simplefilter(SAID[architecture], HeadstartWarning)
+        for name, method in methods.items():
             models[name] = wrap(make(), target_modules=targets)
-            method = {"lora": "lora", "all": hs.LoRADA(samples=4), "some": hs.LoRADA(samples=4, layers=layers)}[name]
             data = None if name == "lora" else [batch_of()]
-            if architecture == "t5" and name != "lora":
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    report = hs.initialize_(models[name], method, data=data, seed=5)
-            else:
-                report = hs.initialize_(models[name], method, data=data, seed=5)
+            report = hs.initialize_(models[name], method, data=data, seed=5)
     found = {name: factors(model) for name, model in models.items()}
     assert all(each.note == "" for each in report.layers)
     count = 0
@@ -627,7 +618,9 @@ def test_ten_steps_are_worse_than_the_optimum_and_say_so(seed, ratio, bias):
         assert relative(found.B, delta @ A0 / 32) < 1e-5
         assert found.info["steps"] == (iterations or 0) and found.info["dense"] == (iterations is None)
     assert errors[None] <= 1e-6 < errors[10]
-    assert excess[10] > 1e-4 * abs(optimum)
+    # Where the variance is small ten steps come close; where it rules they don't.
+    assert excess[10] > excess[None]
+    assert excess[10] > 0.05 * abs(optimum) or ratio < 10 * bias
     assert excess[40] < excess[10]
 
 
@@ -683,8 +676,7 @@ def test_inputs_that_cannot_be_inverted_as_they_are(inputs, damping, options):
     if found.repair:
         assert "\n" not in found.repair and "damping" in found.repair
     # With the damping that was used in the end, it is the method.
-    Yd, Yi = (Y.double() if full else Y.double().diag()) + damping * eye(6), None
-    Yi = torch.linalg.inv(Yd)
+    Yi = torch.linalg.inv((Y.double() if full else Y.double().diag()) + damping * eye(6))
     values, vectors = torch.linalg.eigh(Z.double() + used * eye(N_IN))
     assert float(values[0]) > 0
     Zi = (vectors / values) @ vectors.T
@@ -740,10 +732,6 @@ def test_full_outputs_of_low_rank():
     assert hs.LoRADA(damping=1e-3, fisher="full").factors(layer(G, Z, g.T @ g / 2, 3)).repair == ""
 
 
-OVERFLOW = "sigma is rounded to float32: infinite, so that B is silently zero, or zero, so that 1 / sigma raises"
-
-
-@pytest.mark.xfail(strict=True, reason=OVERFLOW)
 @pytest.mark.parametrize("case", ["outputs zero, no damping", "large gradient", "small gradient"])
 def test_delta_beyond_the_range_of_float32(case):
     """Normalised by its largest singular value, Delta's scale must not matter."""
@@ -836,10 +824,8 @@ def test_settings_that_contradict_each_other(options, match):
         hs.LoRADA(samples=16, damping=0, population=7473, fisher="full", tokens="labels", normalise=False),
         hs.LoRADA(variance=0.0, gamma=1, tol=1e-3, iterations=10, layers="feed-forward"),
         hs.LoRADA(bias=0, layers="attention"),
-        pytest.param(
-            hs.LoRADA(variance=0, fisher="none", gradients="sketch"),
-            marks=pytest.mark.xfail(strict=True, reason="'none' is read as None, which fisher isn't"),
-        ),
+        # None and "none" look the same as text.
+        hs.LoRADA(variance=0, fisher="none", gradients="sketch"),
     ],
 )
 def test_round_trip_through_text(method):
@@ -932,8 +918,7 @@ def test_the_verb_against_autograd(architecture, options):
     batches = [batch_of(seed=1), batch_of(seed=2)]
     model = wrap(copy.deepcopy(base), target_modules=targets)
     with warnings.catch_warnings():
-        # T5's decoder is as long as its encoder here: all of its tokens count, and the report says so.
-        warnings.simplefilter("ignore" if architecture == "t5" else "error", HeadstartWarning)
+        warnings.simplefilter(SAID[architecture], HeadstartWarning)
         report = hs.initialize_(model, hs.LoRADA(samples=8, damping=1e-2, **options), data=batches)
     found = factors(model)
     truth = statistics(base, batches, list(found))
@@ -969,7 +954,9 @@ def test_the_verb_with_published_settings(architecture):
     make, batch_of, targets = ARCHITECTURES[architecture]
     model = wrap(make(), target_modules=targets)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
-    report = hs.initialize_(model, "lora-da:samples=4", data=[batch_of()])
+    with warnings.catch_warnings():
+        warnings.simplefilter(SAID[architecture], HeadstartWarning)
+        report = hs.initialize_(model, "lora-da:samples=4", data=[batch_of()])
     assert report.method == "lora-da:samples=4"
     assert report.samples == 4
     assert [each.name for each in report.layers] == [target.name for target in lora_layers(model, "default")]
@@ -1017,8 +1004,9 @@ def test_the_start_is_downhill():
         assert total < 0
 
 
-@pytest.mark.parametrize("method", ["lora-da:samples=4", "lora-da:samples=4,fisher=full", "lora-da:samples=4,iterations=5"])
-def test_the_same_seed_gives_the_same_factors(method):
+@pytest.mark.parametrize("options", ["", ",fisher=full", ",iterations=5"])
+def test_the_same_seed_gives_the_same_factors(options):
+    method = "lora-da:samples=4" + options
     found = []
     for _ in range(2):
         model = wrap(tiny_llama())

@@ -158,6 +158,8 @@ def _collector(
     asked = {name: each for name, each in wanted.items() if each is not None}
     if Needs.GRADIENT in method.needs and data is None:
         raise DataError(f"method {method.name!r} needs data: give batches with labels as data=.")
+    if Needs.GRADIENT in method.needs and not asked:
+        raise MethodError(f"method '{method}' leaves out every layer that the adapter has; change its setting layers.")
     return collect(asked, data, method.sample_count()) if asked else None
 
 

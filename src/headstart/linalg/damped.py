@@ -50,7 +50,7 @@ def damped_inverse(matrix: Tensor, damping: float) -> DampedInverse:
         damping: at least 0.
 
     Raises:
-        ValueError: M isn't square or finite, or damping is negative.
+        ValueError: M isn't square or finite, its entries are near the end of float64's range, or damping is negative.
     """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.numel() == 0:
         raise ValueError(f"expected a square matrix, got {tuple(matrix.shape)}")
@@ -69,11 +69,13 @@ def damped_inverse(matrix: Tensor, damping: float) -> DampedInverse:
                 found.matrix, found.inverse, used, used > damping, found.condition, found.scaled_condition
             )
         used = max(_RAISE * used, _NOISE * mean, 1e-30)
+        if not math.isfinite(used):
+            raise ValueError(f"no damping makes a matrix with entries up to {float(matrix.abs().max()):.1e} invertible")
 
 
 def _try(matrix: Tensor, damping: float) -> DampedInverse | None:
-    damped = matrix.double()
-    damped = damped.clone() if damped is matrix else damped
+    # Products in float32 aren't symmetric to the last digit.
+    damped = torch.lerp(matrix.double(), matrix.double().mT, 0.5)
     damped.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
@@ -99,7 +101,7 @@ def _norm(matrix: Tensor, scale: Tensor) -> float:
     rows = torch.randn(_PROBES, len(scale), generator=generator, dtype=torch.float64).to(matrix)
     norm = 0.0
     for _ in range(_POWER_STEPS):
-        rows = torch.nn.functional.normalize(rows, dim=1)
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         rows = ((rows * scale) @ matrix) * scale
         norm = float(rows.norm(dim=1).max())
     return norm

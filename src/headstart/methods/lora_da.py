@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from headstart.errors import MethodError
+from headstart.errors import LayerError, MethodError
 from headstart.linalg.damped import DampedInverse, damped_inverse
 from headstart.linalg.guidance import guidance_space
 from headstart.linalg.svd import truncated_svd
@@ -24,6 +24,10 @@ from headstart.progress import Show, silent
 # The square of this is how far the largest singular value may be off, relatively.
 _SIGMA_TOLERANCE = 1e-3
 _ATTENTION = re.compile(r"attn|attention|(^|\.)(q|k|v|o|out|query|key|value|qkv)(_?proj)?$", re.IGNORECASE)
+# Inside these, names as attention has them mean something else.
+_OTHER = re.compile(
+    r"(^|\.)(ff|ffn|mlp|feed_?forward|mixer|experts?|classifier|pooler|score|lm_head)(\.|$)", re.IGNORECASE
+)
 
 
 @register("lora-da")
@@ -112,7 +116,8 @@ class LoRADA(GradientMethod):
         return [self._one(layer, inverses) for layer in layers]
 
     def _chosen(self, layer: str) -> bool:
-        return self.layers == "all" or (self.layers == "attention") == bool(_ATTENTION.search(layer))
+        attention = bool(_ATTENTION.search(layer)) and not _OTHER.search(layer)
+        return self.layers == "all" or (self.layers == "attention") == attention
 
     def _one(self, layer: LayerInputs, inverses: dict[int, DampedInverse]) -> Factors:
         if not self._chosen(layer.name):
@@ -143,7 +148,12 @@ class LoRADA(GradientMethod):
             iterations=self.iterations,
             seed=layer.seed,
         )
-        sigma = float(truncated_svd(delta, 1, tol=_SIGMA_TOLERANCE).S[0])
+        # In float64: where damping is tiny, Delta leaves the range of float32.
+        sigma = float((delta @ truncated_svd(delta, 1, tol=_SIGMA_TOLERANCE).V.double()).norm())
+        if not 0 < sigma < math.inf:
+            raise LayerError(
+                f"layer {layer.name!r}: -Y^-1 G Z^-1 has norm {sigma}, out of the range of numbers; raise damping."
+            )
         scale = 1.0 / (sigma if self.normalise else 1.0)
         A0 = space.vectors.double()
         B = delta @ A0 * scale
@@ -154,6 +164,7 @@ class LoRADA(GradientMethod):
             "dense": float(space.exact),
             "condition": Z.condition,
             "damping": Z.damping,
+            "damping_outputs": damping_Y,
             "sigma": sigma,
         }
         raised = [f"of inputs to {Z.damping:.0e}"] if Z.raised else []
@@ -176,8 +187,9 @@ class LoRADA(GradientMethod):
     def _outputs_solved(self, outputs: Tensor, G: Tensor) -> tuple[Tensor, float, float]:
         """Return Y^-1 G, tr(Y^-1), and the damping used."""
         if outputs.dim() == 1:
-            # A diagonal that is all zeros needs some damping, whatever was asked for.
-            damping = self.damping or (float(torch.finfo(torch.float32).tiny) if float(outputs.min()) <= 0 else 0.0)
+            damping = float(self.damping)
+            if damping == 0 and float(outputs.min()) <= 0:
+                damping = max(float(torch.finfo(torch.float32).eps * outputs.double().mean()), 1e-30)
             inverse = 1.0 / (outputs.double() + damping)
             return inverse[:, None] * G, float(inverse.sum()), damping
         Y = damped_inverse(outputs, self.damping)

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from headstart.errors import BASE_PREFIX, DataError, not_finite
-from headstart.statistics.batches import Batch, Samples, label_counts, single_sample
+from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, single_sample
 from headstart.statistics.losses import Rule, backward_of_sum, loss_of, measure_rule, model_dtype, needs_probe
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.sums import Regroup, Sums
@@ -79,13 +80,14 @@ class Reader:
             self._accumulate(samples, sums)
 
     def _tapped_forward(self, samples: Samples, sums: Sums, alone: bool) -> tuple[Any, TokenMasks]:
+        batch = _told_apart(samples.batch) if self._encoder_decoder else samples.batch
         while True:
             masks = TokenMasks(
-                samples.batch, samples.size, self._tokens, encoder_decoder=self._encoder_decoder, alone=alone
+                batch, samples.size, self._tokens, encoder_decoder=self._encoder_decoder, alone=alone
             )
             sums.begin(masks)
             try:
-                outputs = self.forward(samples.batch)
+                outputs = self.forward(batch)
                 sums.check_groups()
             except Regroup as found:
                 sums.split(found.group)
@@ -99,6 +101,19 @@ class Reader:
     def _note(self, sentence: str) -> None:
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+
+def _told_apart(batch: Batch) -> Batch:
+    """Make a decoder's labels one longer where they are as long as the encoder's input: layers are told by length.
+
+    What is added is padding at the end, which no loss and no other token sees.
+    """
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or labels.shape != mask.shape:
+        return batch
+    if any(key.startswith("decoder_") for key in batch):
+        return batch
+    return batch | {"labels": functional.pad(labels, (0, 1), value=IGNORED)}
 
 
 def _check_finite(model: nn.Module, outputs: Any, samples: Samples) -> None:
