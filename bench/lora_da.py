@@ -88,7 +88,7 @@ def main() -> None:
             *paragraph(
                 f"{what_more}: {seconds:.1f} s in one run ({large.plan}). An epoch of GSM8K ({POPULATION:,} samples, "
                 f"batches of 8, extrapolated from {TRAINING_STEPS} timed steps) takes {epoch / 60:.0f} minutes, so "
-                f"that the start-up is {seconds / (seconds + epoch):.1%} of it all. The paper's own figure is 6 % (2:05 of "
+                f"that the start-up is {seconds / (seconds + epoch):.1%} of it all. The paper's figure is 6 % (2:05 of "
                 "34:13 minutes, rank 8)."
             ),
         ],

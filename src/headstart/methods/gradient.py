@@ -57,7 +57,10 @@ class GradientMethod(Method):
                     f"layer {layer.name!r}: a sketch of width {self.width} gives {layer.sketch.rank_limit} singular "
                     f"vectors at most, and {rank} are needed; raise width."
                 )
-            found = layer.sketch.finish(rank)
+            try:
+                found = layer.sketch.finish(rank)
+            except ValueError as error:
+                raise LayerError(f"layer {layer.name!r}: {error}; check the loss and the precision.") from error
             info = {"residual": found.residual, "share": found.share}
             info |= {"angle_left": found.angle_left, "angle_right": found.angle_right}
             return (found if float(found.S[0]) > 0 else None), info

@@ -80,12 +80,29 @@ def label_counts(batch: Batch) -> Tensor | None:
     return torch.stack((used.sum(1), used[:, 1:].sum(1)), dim=1).cpu()
 
 
-def single_sample(batch: Batch, index: int) -> Batch:
-    """Return one sample of a batch, without its padding where ``attention_mask`` tells what that is."""
+def single_sample(batch: Batch, index: int, *, encoder_decoder: bool = False) -> Batch:
+    """Return one sample of a batch, without its padding where ``attention_mask`` tells what that is.
+
+    With ``encoder_decoder``, labels and all that begins with ``decoder_`` lie along a decoder's tokens, and end where
+    the last label or the decoder's own mask does.
+    """
     one = {key: value[index : index + 1] if _has_samples(value) else value for key, value in batch.items()}
-    _trim(one, "attention_mask", tuple(key for key in one if not key.startswith("decoder_") and key != "labels"))
-    if "decoder_attention_mask" in one:
-        _trim(one, "decoder_attention_mask", tuple(key for key in one if key.startswith("decoder_")))
+    along_decoder = tuple(key for key in one if key.startswith("decoder_") or key == "labels")
+    along_input = tuple(key for key in one if key not in along_decoder)
+    if not encoder_decoder:
+        _trim(one, "attention_mask", along_input, with_labels=True)
+        return one
+    _trim(one, "attention_mask", along_input, with_labels=False)
+    labels = one.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        mask = one.get("decoder_attention_mask")
+        used = labels[0] != IGNORED
+        used = used | (mask[0] != 0) if isinstance(mask, Tensor) and mask.shape == labels.shape else used
+        end = int(used.nonzero().flatten()[-1]) + 1 if bool(used.any()) else labels.shape[1]
+        width = labels.shape[1]
+        for key in along_decoder:
+            if isinstance(one[key], Tensor) and one[key].dim() >= 2 and one[key].shape[1] == width:
+                one[key] = one[key][:, :end]
     return one
 
 
@@ -101,7 +118,7 @@ def size_of(batch: object) -> int:
     return next((value.shape[0] for value in batch.values() if _has_samples(value)), 0)
 
 
-def _trim(batch: Batch, mask_name: str, names: tuple[str, ...]) -> None:
+def _trim(batch: Batch, mask_name: str, names: tuple[str, ...], *, with_labels: bool) -> None:
     mask = batch.get(mask_name)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(mask.any()):
         return
@@ -109,8 +126,7 @@ def _trim(batch: Batch, mask_name: str, names: tuple[str, ...]) -> None:
     used = mask[0].nonzero().flatten()
     low, high = int(used[0]), int(used[-1]) + 1
     labels = batch.get("labels")
-    # Labels lie along the decoder's tokens where there is a decoder, whose length may differ from the input's.
-    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == width and mask_name == "attention_mask":
+    if with_labels and isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == width:
         names = (*names, "labels")
         kept = (labels[0] != IGNORED).nonzero().flatten()
         if len(kept):

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from headstart.errors import DataError, HeadstartError, LayerError
 from headstart.linalg.sketch import GradientSketch
 from headstart.methods.base import Kronecker, Wanted
-from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples, single_sample
+from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples
 from headstart.statistics.lengths import by_length
 from headstart.statistics.losses import check_labels
-from headstart.statistics.masks import Tokens
+from headstart.statistics.masks import Layout, Tokens, layout_of
 from headstart.statistics.plan import Need, Plan, make_plan, parse_bytes
 from headstart.statistics.processes import Processes, digest, in_step, is_sharded, owners
 from headstart.statistics.quiet import adapters_off, dropout_off, frozen
@@ -114,6 +114,7 @@ class Collector:
         device = next(model.parameters()).device
         modules = {name: layers[name].get_base_layer() for name in wanted}
         tokens: Tokens = next((each.tokens for each in wanted.values()), "attention")
+        self._layouts: dict[str, Layout] = {}
         self._reader = Reader(model, modules, tokens, apart=self._lockstep)
         self._shapes = {
             name: Shape(int(layers[name].out_features), int(layers[name].in_features), each)
@@ -157,7 +158,11 @@ class Collector:
         reached = False
         for names in self.plan.passes:
             sums = Sums(
-                {name: self._shapes[name] for name in names}, self._groups, offload=self._offload, seed=self._seed
+                {name: self._shapes[name] for name in names},
+                self._groups,
+                self._layouts,
+                offload=self._offload,
+                seed=self._seed,
             )
             readings = max(
                 (each.wanted.passes for each in sums.shapes.values() if each.wanted.gradient == "sketch"), default=1
@@ -187,9 +192,14 @@ class Collector:
         if divided:
             share = len(range(self._processes.rank, samples, self._processes.count))
             chunks = _first(chunks, max(share, 1))
-        chunks = by_length(chunks)
+        # Where labels lie along a decoder, a sample has two lengths.
+        chunks = chunks if self._reader.encoder_decoder else by_length(chunks)
         if self._lockstep:
-            chunks = _apart(chunks)
+            chunks = [
+                Samples(self._reader.alone(chunk.batch, row), (chunk.indices[row],))
+                for chunk in chunks
+                for row in range(chunk.size)
+            ]
         return (chunks if divided else self._processes.share(chunks)), chunks[0]
 
     def _probe(self, modules: Mapping[str, nn.Module]) -> tuple[dict[str, int], float]:
@@ -199,7 +209,7 @@ class Collector:
         def hook_for(name: str) -> Any:
             return lambda module, args: seen.setdefault(name, args[0])
 
-        batch = single_sample(self._spare.batch, 0)
+        batch = self._reader.alone(self._spare.batch, 0)
         handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
         try:
             with self._quiet(), torch.no_grad():
@@ -211,6 +221,8 @@ class Collector:
                 handle.remove()
         share = _tokens(batch) or 1
         seconds *= _BACKWARD * sum(_tokens(chunk.batch) or chunk.size for chunk in self._chunks) / share
+        tokens = _tokens(batch)
+        self._layouts = {name: layout_of(seen.get(name), tokens) for name in modules}
         groups = input_groups((name, seen.get(name)) for name in modules)
         return _finest(self._processes.gather(groups)), seconds
 
@@ -221,8 +233,10 @@ class Collector:
         needs = []
         for names in members.values():
             first = self._shapes[names[0]]
-            size = 0 if first.wanted.outputs is None else first.d_in**2 + first.d_in
-            size += sum(_floats(self._shapes[name]) for name in names)
+            if first.wanted.outputs is None:
+                needs += [Need((name,), 4 * _floats(self._shapes[name])) for name in names]
+                continue
+            size = first.d_in**2 + first.d_in + sum(_floats(self._shapes[name]) for name in names)
             needs.append(Need(tuple(names), 4 * size))
         return needs
 
@@ -251,8 +265,11 @@ class Collector:
                 layer.sketch = sums.new_sketch(sums.shapes[name], device)
             for tensor in layer.sketch.tensors():
                 self._processes.sum_to(tensor, None)
-            if not last:
-                layer.sketch.advance()
+            try:
+                if not last:
+                    layer.sketch.advance()
+            except ValueError as error:
+                raise LayerError(f"layer {name!r}: {error}; check the loss and the precision.") from error
 
     def _gathered(self, sums: Sums) -> Statistics:
         """Add the sums of all processes up where each layer is solved, and turn them into means."""
@@ -347,12 +364,6 @@ def together(processes: Processes) -> Iterator[None]:
 
 def _first(chunks: Sequence[Samples], samples: int) -> list[Samples]:
     return list(iterate_samples([chunk.batch for chunk in chunks], samples)) if samples else []
-
-
-def _apart(chunks: Sequence[Samples]) -> list[Samples]:
-    return [
-        Samples(single_sample(chunk.batch, row), (chunk.indices[row],)) for chunk in chunks for row in range(chunk.size)
-    ]
 
 
 def _finest(partitions: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -17,8 +17,9 @@ _WORTH = 0.05
 def by_length(chunks: Sequence[Samples]) -> list[Samples]:
     """Return the samples in batches of like length, where they are tokens with an attention mask; else as they come.
 
-    Batches keep their size, and the side on which they are padded. Nothing is changed where batches hold anything
-    else than one number a sample or one a token, where a mask has holes, or where little padding would be saved.
+    No batch holds more samples or more cells than the largest one given, and all keep the side on which they are
+    padded. Nothing is changed where batches hold anything else than one number a sample or one a token, where a mask
+    has holes, or where little padding would be saved.
     """
     chunks = list(chunks)
     if not chunks or not all(_is_plain(chunk.batch) for chunk in chunks):
@@ -27,10 +28,9 @@ def by_length(chunks: Sequence[Samples]) -> list[Samples]:
         return chunks
     masks = [chunk.batch["attention_mask"] for chunk in chunks]
     lengths = torch.cat([mask.sum(1) for mask in masks])
-    size = max(chunk.size for chunk in chunks)
     cells = sum(mask.numel() for mask in masks)
-    ordered = [lengths[place] for place in lengths.argsort(stable=True).split(size)]
-    if cells - sum(int(part.max()) * len(part) for part in ordered) < _WORTH * cells:
+    parts = _parts(sorted(lengths.tolist()), max(chunk.size for chunk in chunks), max(mask.numel() for mask in masks))
+    if cells - sum(max(part) * len(part) for part in parts) < _WORTH * cells:
         return chunks
     left = any(bool((mask[:, 0] == 0).any()) for mask in masks)
     if left and any(bool((mask[:, -1] == 0).any()) for mask in masks):
@@ -40,10 +40,21 @@ def by_length(chunks: Sequence[Samples]) -> list[Samples]:
     if any(int(one["attention_mask"].sum()) != one["attention_mask"].shape[1] for one, _ in alone):
         return chunks
     alone.sort(key=lambda each: each[0]["attention_mask"].shape[1])
-    return [
-        Samples(_joined([one for one, _ in part], left, fill), tuple(index for _, index in part))
-        for part in (alone[start : start + size] for start in range(0, len(alone), size))
-    ]
+    found, rest = [], iter(alone)
+    for part in parts:
+        taken = [next(rest) for _ in part]
+        found.append(Samples(_joined([one for one, _ in taken], left, fill), tuple(index for _, index in taken)))
+    return found
+
+
+def _parts(lengths: Sequence[int], size: int, cells: int) -> list[list[int]]:
+    """Divide ascending lengths into batches of at most ``size`` samples and ``cells`` cells."""
+    parts: list[list[int]] = [[]]
+    for length in lengths:
+        if len(parts[-1]) == size or (parts[-1] and length * (len(parts[-1]) + 1) > cells):
+            parts.append([])
+        parts[-1].append(length)
+    return parts
 
 
 def _is_plain(batch: Batch) -> bool:

@@ -8,18 +8,19 @@ two samples are run apart and together, and the rule that explains the three los
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from headstart.errors import DataError
-from headstart.statistics.batches import Batch, Samples, label_counts, single_sample, take
+from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, single_sample, take
 
 # How a batch's loss is made of its samples' own: a mean over samples; a mean over all label tokens; the same without
-# the labels in first place (causal language models); none of these, so that samples have to be run one at a time.
-Rule = Literal["samples", "tokens", "shifted tokens", "apart"]
+# the labels in first place (causal language models); their sum; none of these, so that samples have to be run one at
+# a time.
+Rule = Literal["samples", "tokens", "shifted tokens", "sum", "apart"]
 
 Forward = Callable[[Batch], Any]
 
@@ -52,45 +53,48 @@ def check_labels(samples: Samples) -> None:
         )
 
 
-def needs_probe(batch: Batch) -> bool:
-    """Return whether a batch's samples could weigh differently: unequal label counts, padding, or no token labels."""
-    counts = label_counts(batch)
-    mask = batch.get("attention_mask")
-    padded = isinstance(mask, Tensor) and not bool(mask.all())
-    return counts is None or padded or bool((counts != counts[0]).any())
-
-
 @torch.no_grad()
-def measure_rule(forward: Forward, batch: Batch, dtype: torch.dtype) -> Rule:
+def measure_rule(forward: Forward, batch: Batch, dtype: torch.dtype, *, encoder_decoder: bool) -> Rule:
     """Find out how the model weights the samples of a batch, from the two that differ most in their labels.
 
     Args:
         forward: runs the model on a batch.
         batch: at least two samples.
         dtype: of the model; decides how closely the losses must agree.
+        encoder_decoder: whether labels lie along a decoder's tokens, of which none is left out of the loss.
     """
     counts = label_counts(batch)
     if counts is None:
-        low, high = 0, 1
+        low, high = _padding_extremes(batch)
     else:
         low, high = int(counts[:, 0].argmin()), int(counts[:, 0].argmax())
         if low == high:
             low, high = _padding_extremes(batch)
-    apart = [float(loss_of(forward(single_sample(batch, index)), index)) for index in (low, high)]
-    together = float(loss_of(forward(take(batch, [low, high])), low))
+    alone = [single_sample(batch, index, encoder_decoder=encoder_decoder) for index in (low, high)]
+    outputs_apart = [forward(one) for one in alone]
+    pair = take(batch, [low, high])
+    outputs = forward(pair)
+    exact = dtype in (torch.float32, torch.float64)
+    if _padding_matters(outputs_apart, alone, outputs, pair, 1e-3 if exact else 5e-2):
+        return "apart"
+    apart = [float(loss_of(each, index)) for each, index in zip(outputs_apart, (low, high), strict=True)]
+    together = float(loss_of(outputs, low))
     candidates: dict[Rule, tuple[float, float]] = {}
     if counts is not None:
-        candidates["shifted tokens"] = (float(counts[low, 1]), float(counts[high, 1]))
+        if not encoder_decoder:
+            candidates["shifted tokens"] = (float(counts[low, 1]), float(counts[high, 1]))
         candidates["tokens"] = (float(counts[low, 0]), float(counts[high, 0]))
     candidates["samples"] = (1.0, 1.0)
     misfits: dict[Rule, float] = {}
     for rule, (a, b) in candidates.items():
         expected = (a * apart[0] + b * apart[1]) / (a + b) if a + b else float("nan")
         misfits[rule] = abs(expected - together) / max(abs(together), 1e-12)
-    best = min(misfits, key=lambda rule: misfits[rule])
-    # Half precisions round the logits, so the three losses agree to a few units in the third digit only.
-    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 1e-2
-    return best if misfits[best] <= tolerance else "apart"
+    misfits["sum"] = abs(sum(apart) - together) / max(abs(together), 1e-12)
+    # Half precisions round the logits, so the three losses agree to a few units in the third digit only. Rules that
+    # can't be told apart by them are tried in the order in which models use them.
+    tolerance, noise = (1e-4, 2e-6) if exact else (1e-2, 4e-3)
+    likely = max(min(misfits.values()), noise)
+    return next((rule for rule, misfit in misfits.items() if misfit <= min(likely, tolerance)), "apart")
 
 
 def backward_of_sum(outputs: Any, samples: Samples, rule: Rule) -> bool:
@@ -104,6 +108,9 @@ def backward_of_sum(outputs: Any, samples: Samples, rule: Rule) -> bool:
     if not loss.requires_grad:  # no tapped layer took part in this batch
         return True
     counts = label_counts(samples.batch)
+    if rule == "sum":
+        loss.backward()
+        return True
     if rule in ("samples", "apart") or counts is None or bool((counts == counts[0]).all()):
         (loss * samples.size).backward()
         return True
@@ -126,6 +133,38 @@ def model_dtype(model: nn.Module) -> torch.dtype:
         if parameter.is_floating_point():
             return parameter.dtype
     return torch.float32
+
+
+def _padding_matters(apart: Sequence[Any], alone: Sequence[Batch], outputs: Any, pair: Batch, tolerance: float) -> bool:
+    """Return whether a model's logits for a sample depend on the padding beside it; False where that can't be seen."""
+    together = _logits(outputs)
+    if together is None or len(together) != len(apart):
+        return False
+    for row, (each, one) in enumerate(zip(apart, alone, strict=True)):
+        mine = _logits(each)
+        if mine is None or len(mine) != 1 or mine.dim() != together.dim():
+            return False
+        mine, theirs = mine[0].float(), together[row].float()
+        if mine.dim() == 2:
+            # What a sample alone has kept is what the mask, or where logits lie along a decoder the labels, show.
+            for name in ("attention_mask", "labels"):
+                small, large = one.get(name), pair.get(name)
+                if isinstance(small, Tensor) and isinstance(large, Tensor) and large.dim() == 2:
+                    hidden = 0 if name == "attention_mask" else IGNORED
+                    kept, held = small[0] != hidden, large[row] != hidden
+                    if len(kept) == len(mine) and len(held) == len(theirs) and int(kept.sum()) == int(held.sum()):
+                        mine, theirs = mine[kept], theirs[held]
+                        break
+            else:
+                return False
+        if mine.shape == theirs.shape and float((mine - theirs).norm()) > tolerance * float(mine.norm()):
+            return True
+    return False
+
+
+def _logits(outputs: Any) -> Tensor | None:
+    logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
+    return logits if isinstance(logits, Tensor) and logits.dim() in (2, 3) else None
 
 
 def _padding_extremes(batch: Batch) -> tuple[int, int]:

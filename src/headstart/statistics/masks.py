@@ -12,6 +12,9 @@ from headstart.errors import DataError
 from headstart.statistics.batches import IGNORED, Batch
 
 Tokens = Literal["attention", "labels"]
+# How a layer's rows lie: (samples, tokens), (tokens, samples), all tokens of all samples in a row, one row a sample, or
+# otherwise, as for the experts of a mixture, which see some tokens each.
+Layout = Literal["tokens", "tokens first", "flat", "samples", "other"]
 
 
 class Unmatched(Exception):  # noqa: N818 - not an error: it is answered
@@ -88,27 +91,48 @@ class TokenMasks:
             # Encoder and decoder of one length, padded differently: which of them a layer sees, its shape can't say.
             self._masks[shape] = Rows(None, -1)
 
-    def match(self, inputs: Tensor) -> Rows:
-        """Return which rows of a layer's input (..., d_in) count.
+    def match(self, inputs: Tensor, layout: Layout) -> Rows:
+        """Return which rows of a layer's input (..., d_in) count, the layer having the layout that one sample showed.
 
         Raises:
             Unmatched: the batch is padded and the input's shape is no mask's; read the samples one at a time.
         """
         shape = tuple(inputs.shape[:-1])
         every = Rows(None, inputs.shape[:-1].numel())
-        found = self._masks.get(shape)
-        if found is None and len(shape) == 1:
+        found = None
+        if layout == "tokens":
+            found = self._masks.get(shape)
+        elif layout == "tokens first" and len(shape) == 2:
+            found = self._turned(self._masks.get(shape[::-1]), shape)
+        elif layout == "flat" and len(shape) == 1:
             flat = [rows for size, rows in self._masks.items() if size[0] * size[1] == shape[0]]
             found = flat[0] if len(flat) == 1 else None
+        elif layout == "samples" and shape == (self._size,):
+            found = every
         if found is not None and found.count >= 0:
             return found
-        # One row a sample: what pooled layers see.
-        if not self._padded or (shape == (self._size,) and self._size > 1):
+        if not self._padded:
             return every
         if self._alone:
             self.unmatched = True
             return every
         raise Unmatched
+
+    def _turned(self, rows: Rows | None, shape: tuple[int, ...]) -> Rows | None:
+        if rows is None or rows.index is None:
+            return rows
+        length, size = shape
+        return Rows((rows.index % length) * size + rows.index // length, rows.count)
+
+
+def layout_of(inputs: Tensor | None, tokens: int) -> Layout:
+    """Return how a layer lays out its rows, from what it reads of one sample of ``tokens`` tokens."""
+    shape = () if inputs is None else tuple(inputs.shape[:-1])
+    if len(shape) == 2:
+        return "tokens first" if shape[0] > 1 and shape[1] == 1 else "tokens"
+    if len(shape) == 1 and shape[0] == 1 != tokens:
+        return "samples"
+    return "flat" if len(shape) == 1 and shape[0] == tokens else "other"
 
 
 def _mask(value: object) -> Tensor | None:

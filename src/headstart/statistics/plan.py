@@ -99,7 +99,7 @@ def parse_bytes(budget: int | str | None, device: torch.device) -> int:
     if budget is None:
         return int(free_memory(device) * _SHARE_OF_FREE)
     if isinstance(budget, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", budget.lower())
+        found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", budget.lower())
         if found is None or found[2] not in _UNITS:
             raise MethodError(f'memory_budget={budget!r} must be bytes, or a size such as "6GiB" or "800MB".')
         budget = int(float(found[1]) * _UNITS[found[2]])

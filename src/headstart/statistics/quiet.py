@@ -24,7 +24,7 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
     """Switch dropout off within the block, and restore every module's mode after it.
 
     The model is put in evaluation mode, except that gradient checkpointing, where it is on, only works in training
-    mode: then the model trains, with all dropout modules off and all dropout rates that modules keep as numbers at 0.
+    mode: then the model trains, with all dropout modules off and all dropout rates that modules keep at 0.
     """
     modes = [(module, module.training) for module in model.modules()]
     rates: list[tuple[nn.Module, str, float]] = []
@@ -35,6 +35,9 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
             for module in model.modules():
                 if isinstance(module, _DROPOUT):
                     module.eval()
+                    # Some attention code reads the rate, and asks only whether the model trains.
+                    rates.append((module, "p", module.p))
+                    module.p = 0.0
                     continue
                 for name, value in list(vars(module).items()):
                     if "drop" in name and isinstance(value, float) and value > 0:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from headstart.errors import BASE_PREFIX, DataError, not_finite
 from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, single_sample
-from headstart.statistics.losses import Rule, backward_of_sum, loss_of, measure_rule, model_dtype, needs_probe
+from headstart.statistics.losses import Rule, backward_of_sum, loss_of, measure_rule, model_dtype
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.sums import Regroup, Sums
 from headstart.statistics.tap import tapped
@@ -32,7 +32,7 @@ class Reader:
         self._modules = modules
         self._tokens = tokens
         self._device = next(model.parameters()).device
-        self._encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._apart = apart
         self.rule: Rule | None = None
         self.notes: list[str] = []
@@ -41,9 +41,11 @@ class Reader:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
         batch = self.moved(samples.batch)
         samples = Samples(batch, samples.indices)
-        if not self._apart and self.rule is None and samples.size > 1 and needs_probe(batch):
+        if not self._apart and self.rule is None and samples.size > 1:
             # Without taps: only the pass's own backward may reach the sums.
-            self.rule = measure_rule(self.forward, batch, model_dtype(self._model))
+            self.rule = measure_rule(
+                self.forward, batch, model_dtype(self._model), encoder_decoder=self.encoder_decoder
+            )
             if self.rule == "apart":
                 self._read_apart("the loss of a batch is not a mean of its samples' losses in this model")
         names = {name: self._modules[name] for name in sums.shapes}
@@ -54,6 +56,10 @@ class Reader:
         """Run the model on a batch of its own device."""
         return self._model(**batch)
 
+    def alone(self, batch: Batch, row: int) -> Batch:
+        """Return one sample of a batch without its padding."""
+        return single_sample(batch, row, encoder_decoder=self.encoder_decoder)
+
     def moved(self, batch: Batch) -> Batch:
         """Return a batch on the model's device."""
         return {key: value.to(self._device) if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -61,11 +67,11 @@ class Reader:
     def _accumulate(self, samples: Samples, sums: Sums) -> None:
         if self._apart and samples.size > 1:
             for row in range(samples.size):
-                self._accumulate(Samples(single_sample(samples.batch, row), (samples.indices[row],)), sums)
+                self._accumulate(Samples(self.alone(samples.batch, row), (samples.indices[row],)), sums)
             return
         alone = samples.size == 1
         if alone:
-            samples = Samples(single_sample(samples.batch, 0), samples.indices)
+            samples = Samples(self.alone(samples.batch, 0), samples.indices)
         try:
             outputs, masks = self._tapped_forward(samples, sums, alone)
         except Unmatched:
@@ -80,11 +86,9 @@ class Reader:
             self._accumulate(samples, sums)
 
     def _tapped_forward(self, samples: Samples, sums: Sums, alone: bool) -> tuple[Any, TokenMasks]:
-        batch = _told_apart(samples.batch) if self._encoder_decoder else samples.batch
+        batch = _told_apart(samples.batch) if self.encoder_decoder else samples.batch
         while True:
-            masks = TokenMasks(
-                batch, samples.size, self._tokens, encoder_decoder=self._encoder_decoder, alone=alone
-            )
+            masks = TokenMasks(batch, samples.size, self._tokens, encoder_decoder=self.encoder_decoder, alone=alone)
             sums.begin(masks)
             try:
                 outputs = self.forward(batch)
@@ -92,6 +96,7 @@ class Reader:
             except Regroup as found:
                 sums.split(found.group)
             else:
+                sums.replaying = True
                 return outputs, masks
 
     def _read_apart(self, why: str) -> None:

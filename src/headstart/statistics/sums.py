@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headstart.linalg.sketch import GradientSketch
 from headstart.methods.base import Wanted
-from headstart.statistics.masks import Rows, TokenMasks
+from headstart.statistics.masks import Layout, Rows, TokenMasks
 from headstart.statistics.tap import Sink
 
 # Gram matrices are symmetric: beyond this width they are summed in blocks of it, and only the lower ones.
@@ -78,10 +78,19 @@ class Sums:
         shapes: of the layers, by name.
         groups: by layer, the number of the group of layers that share its input.
         offload: keep the sums on the CPU.
+        layouts: by layer, how its rows lie.
         seed: of the sketches' random matrices, which layers of one size share.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], groups: Mapping[str, int], *, offload: bool, seed: int) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, Shape],
+        groups: Mapping[str, int],
+        layouts: Mapping[str, Layout],
+        *,
+        offload: bool,
+        seed: int,
+    ) -> None:
         self._seed = seed
         self.shapes = dict(shapes)
         self.groups = {name: groups[name] for name in shapes}
@@ -90,12 +99,16 @@ class Sums:
         self._offload = offload
         self._masks: TokenMasks | None = None
         self._last: dict[int, _Shared] = {}
+        self._layouts = layouts
         self.muted = False
+        # Recomputed blocks of a checkpointed model may see copies of what they saw in the forward pass.
+        self.replaying = False
 
     def begin(self, masks: TokenMasks) -> None:
         """Prepare for one batch."""
         self._masks = masks
         self._last = {}
+        self.replaying = False
 
     def watch(self, name: str, inputs: Tensor) -> Sink:
         """Return the sink of one forward call of a layer; see :func:`headstart.statistics.tap.tapped`."""
@@ -167,9 +180,10 @@ class Sums:
         ):
             last.readers.add(name)
             return last
-        if last is not None:
+        if last is not None and not self.replaying:
             self._check_readers(group, last)
-        shared = _Shared(weakref.ref(inputs), inputs._version, self._masks.match(inputs), {name})
+        rows = self._masks.match(inputs, self._layouts.get(name, "other"))
+        shared = _Shared(weakref.ref(inputs), inputs._version, rows, {name})
         self._last[group] = shared
         return shared
 
@@ -183,6 +197,8 @@ class Sums:
 
     def _add_gradient(self, name: str, x: Tensor, g: Tensor) -> None:
         mine, shape = self.layers[name], self.shapes[name]
+        if not len(x):  # an expert that no token was sent to
+            return
         mine.reached = True
         if shape.wanted.gradient == "sketch":
             if mine.sketch is None:
@@ -200,6 +216,8 @@ class Sums:
 
     def _add_factors(self, name: str, x: Tensor, g: Tensor, shared: _Shared) -> None:
         mine, shape = self.layers[name], self.shapes[name]
+        if not len(x):
+            return
         mine.reached = True
         place = self._place(x)
         g = shared.rows.of(g).float()

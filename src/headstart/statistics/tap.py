@@ -26,12 +26,13 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, inputs: Tensor, root: Tensor, sink: Sink) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.sink = sink
-        return output.view_as(output)
+        # Not a view: some models overwrite a layer's output in place, which autograd forbids for views made here.
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inputs,) = ctx.saved_tensors
-        ctx.sink(inputs.flatten(0, -2), grads[0].flatten(0, -2))
+        ctx.sink(*(each.reshape(-1, each.shape[-1]) for each in (inputs, grads[0])))
         return grads[0], None, None, None
 
 
