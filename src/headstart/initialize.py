@@ -19,6 +19,7 @@ from headstart.errors import DataError, HeadstartWarning, LayerError, MethodErro
 from headstart.factorise import Facts, finite_weight, known_length, starts_of
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.install import Base, check_base, install
+from headstart.layers.vera import find_vera_layers, install_dictionary, vera_adapter
 from headstart.layers.weights import whole
 from headstart.linalg.product import product_norm
 from headstart.meters import Clock, Memory
@@ -59,7 +60,9 @@ def initialize_(
 
     Args:
         model: what ``peft.get_peft_model`` returned, fresh: its adapter neither trained nor initialised. It may be
-            inside DistributedDataParallel, or its parameters sharded by FSDP2.
+            inside DistributedDataParallel, or its parameters sharded by FSDP2. DoRA layers take methods that keep their
+            start, and get the magnitude that goes with it; the layers of a VeRA adapter get a common dictionary from
+            what the method finds in each (:mod:`headstart.layers.vera`).
         method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``.
         data: for methods that need a gradient: an iterable of batches that the model accepts as keyword arguments and
             returns a loss for, or a tokenised dataset together with ``collator``. Samples are counted, not batches.
@@ -81,7 +84,8 @@ def initialize_(
         A :class:`headstart.Report`; print it.
 
     Raises:
-        LayerError: see :func:`headstart.layers.find.find_layers`; also for NaN or infinity in weights or gradients.
+        LayerError: see :func:`headstart.layers.find.find_layers` and ``find_vera_layers``; also for NaN or infinity in
+            weights or gradients.
         MethodError: an unknown method or setting.
         DataError: data that are missing, empty, or can't be learned from.
     """
@@ -94,7 +98,8 @@ def initialize_(
     memory = Memory(model)
 
     with clock("find"):
-        layers = find_layers(model, resolve_adapter(model, adapter))
+        vera = vera_adapter(model, adapter)
+        layers = find_vera_layers(model, vera) if vera else find_layers(model, resolve_adapter(model, adapter))
     processes = Processes.joined() if method.needs & (Needs.GRADIENT | Needs.FISHER) else Processes()
     shown = progress if processes.rank == 0 or progress is not True else False
     with _shown(shown) as show:
@@ -119,12 +124,15 @@ def initialize_(
         reports = [_layer_report(target, start, facts.seconds[target.name]) for target, start in starts]
     with clock("install"):
         note: dict[str, object] = {"method": str(method), "seed": seed, "base": base, "version": __version__}
-        install(model, starts, base, note)
+        if vera:
+            install_dictionary(starts)
+        else:
+            install(model, starts, base, note)
     for sentence in sentences:
         warnings.warn(sentence, HeadstartWarning, stacklevel=2)
     return Report(
         method=str(method),
-        base=base,
+        base="shared dictionary" if vera else base,
         adapter=layers[0].adapter,
         seed=seed,
         layers=reports,
@@ -134,7 +142,7 @@ def initialize_(
         samples=collector.samples if collector else 0,
         tokens=collector.tokens if collector else 0,
         plan=str(collector.plan) if collector else "",
-        trainable=sum(layer.r * (layer.d_in + layer.d_out) for layer in layers),
+        trainable=sum(layer.trainable for layer in layers),
         warnings=sentences,
     )
 

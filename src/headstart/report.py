@@ -50,7 +50,7 @@ class Report:
 
     Attributes:
         method: the method with the settings that differ from its defaults.
-        base: "anchored" or "residual".
+        base: "anchored" or "residual"; of a VeRA adapter "shared dictionary".
         adapter: the adapter's name.
         seed: as given.
         layers: one report a layer, in the model's order.

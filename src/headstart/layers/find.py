@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -51,6 +52,12 @@ class TargetLayer:
     def scaling(self) -> float:
         """s, the factor in front of B A."""
         return float(self.module.scaling[self.adapter])
+
+    @property
+    def trainable(self) -> int:
+        """The numbers that train: A, B, and DoRA's magnitude where there is one."""
+        magnitude = self.d_out if self.adapter in getattr(self.module, "lora_magnitude_vector", ()) else 0
+        return self.r * (self.d_in + self.d_out) + magnitude
 
     @property
     def kind(self) -> str:
@@ -101,7 +108,7 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
 
     Raises:
         LayerError: there is none, or one is of a kind that can't be initialised (embedding, convolution, tied or
-            merged weights, another LoRA variant such as DoRA), holds a trained or already initialised adapter, or has a
+            merged weights, another LoRA variant than DoRA), holds a trained or already initialised adapter, or has a
             rank over its smaller side. The message names the layer.
     """
     targets = list(lora_layers(model, adapter))
@@ -197,7 +204,7 @@ def _check_state(target: TargetLayer) -> None:
             f"layer {target.name!r}: adapter {adapter!r} is already initialised; to start anew, delete the adapter "
             "(model.delete_adapter) and add it again."
         )
-    if adapter in module.lora_variant:
+    if adapter in module.lora_variant and not isinstance(module.lora_variant[adapter], DoraLinearVariant):
         variant = type(module.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
         raise LayerError(
             f"layer {target.name!r} uses PEFT's variant {variant}, which can't be combined with a headstart start; "

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
 from headstart.layers.find import TargetLayer, set_record, set_residual_owner
-from headstart.layers.weights import assign, fingerprint, oriented, product
+from headstart.layers.weights import assign, base_weight, fingerprint, oriented, product, whole
 from headstart.methods.base import Factors
 
 Base = Literal["anchored", "residual"]
@@ -36,6 +36,16 @@ def check_factors(target: TargetLayer, factors: Factors) -> None:
             raise LayerError(f"layer {target.name!r}: {name} has shape {tuple(matrix.shape)}, not {shape}.")
         if not bool(torch.isfinite(matrix).all()):
             raise LayerError(f"layer {target.name!r}: the method gave NaN or infinity in {name}.")
+    if factors.offset == "subtract" and is_dora(target):
+        raise LayerError(
+            f"layer {target.name!r} uses DoRA, whose norms leave no place for a start that is subtracted again; use a "
+            "method that keeps it, such as lora-da or lora-one."
+        )
+
+
+def is_dora(target: TargetLayer) -> bool:
+    """Return whether the layer splits its weight into magnitude and direction."""
+    return target.adapter in getattr(target.module, "lora_magnitude_vector", ())
 
 
 @torch.no_grad()
@@ -76,6 +86,10 @@ def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: ExitSt
         before = parameter.detach().clone()
         undo.callback(_copy, parameter, before)
         assign(parameter, value)
+    if is_dora(target):
+        magnitude = module.lora_magnitude_vector[adapter].weight
+        undo.callback(_copy, magnitude, magnitude.detach().clone())
+        assign(magnitude, row_norms(module, adapter))
     if factors.offset == "keep":
         return
     undo.callback(drop_anchors, module, adapter)
@@ -111,6 +125,13 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
     start = product(module.lora_B[adapter].weight.to(dtype), module.lora_A[adapter].weight.to(dtype))
     residual = weight.data.to(dtype) - oriented(module, start * target.scaling)
     weight.data = residual.to(weight.dtype)
+
+
+@torch.no_grad()
+def row_norms(module: Any, adapter: str) -> torch.Tensor:
+    """Return the norms of the rows of W + s B A (d_out,): DoRA's magnitude for which nothing is rescaled."""
+    A, B = (whole(factor[adapter].weight.detach()).float() for factor in (module.lora_A, module.lora_B))
+    return torch.linalg.vector_norm(base_weight(module) + module.scaling[adapter] * (B @ A), dim=1)
 
 
 @torch.no_grad()
