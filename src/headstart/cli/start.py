@@ -47,6 +47,9 @@ def init(
     base: Base = BaseForm.ANCHORED,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     max_length: MaxLength = 512,
+    memory_budget: Annotated[
+        str | None, typer.Option("--memory-budget", help="For what a pass over the data sums, such as 6GiB.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a layer would fall back.")] = False,
     force: Force = False,
 ) -> None:
@@ -59,9 +62,13 @@ def init(
 
     loaded, tokenizer, name = resolve_model(model)
     rows: list[dict[str, list[int]]] = []
+    population = None
     if data is not None:
-        examples = load_examples(data, limit=made.sample_count() or None)
-        tokenized = tokenize_examples(examples, tokenizer, max_length=max_length)
+        samples = made.sample_count() or None
+        # The Fisher methods ask how many examples there are in all.
+        examples = load_examples(data, limit=None if Needs.FISHER in made.needs else samples)
+        population = len(examples)
+        tokenized = tokenize_examples(examples[:samples], tokenizer, max_length=max_length)
         if tokenized.dropped or tokenized.truncated:
             console.print(
                 f"warning: {tokenized.dropped} examples were left out and {tokenized.truncated} cut off at "
@@ -87,6 +94,8 @@ def init(
             data=batches(rows, batch_size, tokenizer.pad_token_id) if rows else None,
             seed=seed,
             base=base.word,
+            memory_budget=memory_budget,
+            population=population,
             strict=strict,
             progress=show,
         )

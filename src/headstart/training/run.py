@@ -200,6 +200,7 @@ def _start(
         data=batches(rows, recipe.batch_size, tokenizer.pad_token_id) if rows else None,
         seed=recipe.seed,
         base=recipe.base,
+        population=len(material.train) or None,
         progress=progress,
     )
     return wrapped, report
