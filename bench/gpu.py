@@ -61,7 +61,9 @@ def build(shape: str, length: int, device: torch.device) -> Any:
 def batches(shape: str, samples: int, length: int, size: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, SHAPES[shape]["vocab_size"], (samples, length), generator=generator)
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in ids.split(size)]
+    return [
+        {"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in torch.split(ids, size)
+    ]
 
 
 def plain_pass(model: Any, data: list[dict[str, torch.Tensor]], device: torch.device) -> None:

@@ -161,6 +161,20 @@ def test_the_smallest_eigenvalue_alone_is_seen():
     assert found.damping == pytest.approx(EPS32, rel=0.1) or found.damping == pytest.approx(10 * EPS32, rel=0.1)
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-6, 1.0])
+def test_a_product_that_is_not_symmetric_to_the_last_digit(damping):
+    """Both halves count the same, and what is returned is symmetric."""
+    matrix = of_spectrum(logspace(-3, 0, 12)).float()
+    matrix[0, 1:] *= 1 + 4 * EPS32
+    before = matrix.clone()
+    found = damped_inverse(matrix, damping)
+    assert torch.equal(found.matrix, found.matrix.T) and torch.equal(matrix, before)
+    middle = (matrix.double() + matrix.double().T) / 2
+    check(found, middle, damping)
+    other = damped_inverse(matrix.T.contiguous(), damping)
+    assert torch.equal(found.matrix, other.matrix) and torch.equal(found.inverse, other.inverse)
+
+
 @pytest.mark.parametrize("damping", [0.0, 1e-6])
 def test_an_eigenvalue_below_zero_by_rounding(damping):
     values = logspace(-3, 2, 16)
@@ -240,6 +254,13 @@ def test_it_ends_for_matrices_that_are_no_covariance():
         found = damped_inverse(matrix, 0.0)
         assert found.raised
         check(found, matrix, 0.0)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-6, 1e300])
+def test_no_damping_that_float64_can_hold_is_enough(damping):
+    swap = torch.tensor([[0.0, 1e308], [1e308, 0.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"no damping.*1\.0e\+308"):
+        damped_inverse(swap, damping)
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_any_settings(data):
     assume(expected.norm > 0)
     method = hs.LoRADA(fisher="full" if full else "diagonal", gamma=gamma, population=N, **options)
     found = method.factors(layer(G, Z, Y, r))
-    assert found.repair == "" and found.info["damping"] == damping
+    assert found.repair == "" and found.info["damping"] == found.info["damping_outputs"] == damping
     check(found, expected, r, gamma=gamma)
     # The adapter's scaling s plays no part.
     again = method.factors(layer(G, Z, Y, r, s=7.0))
@@ -546,10 +546,6 @@ def test_layers_left_out_start_as_lora_does(layers, left_out, options):
     assert found.offset == "keep" and found.note == found.repair == ""
 
 
-# T5's decoder is as long as its encoder here: all of its tokens count, and the report says so.
-SAID = dict.fromkeys(ARCHITECTURES, "error") | {"t5": "ignore"}
-
-
 @pytest.mark.parametrize("layers", ["attention", "feed-forward"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_verb_with_layers_left_out(architecture, layers):
@@ -558,7 +554,7 @@ def test_the_verb_with_layers_left_out(architecture, layers):
     models = {}
     methods = {"lora": "lora", "all": hs.LoRADA(samples=4), "some": hs.LoRADA(samples=4, layers=layers)}
     with warnings.catch_warnings():
-        warnings.simplefilter(SAID[architecture], HeadstartWarning)
+        warnings.simplefilter("error", HeadstartWarning)
         for name, method in methods.items():
             models[name] = wrap(make(), target_modules=targets)
             data = None if name == "lora" else [batch_of()]
@@ -670,7 +666,7 @@ def test_inputs_that_cannot_be_inverted_as_they_are(inputs, damping, options):
     assert all(math.isfinite(value) for value in found.info.values())
     used = found.info["damping"]
     assert used >= damping and (used > damping) == ("inputs" in found.repair)
-    assert "output" not in found.repair
+    assert "output" not in found.repair and found.info["damping_outputs"] == damping
     if damping == 0:
         assert found.repair
     if found.repair:
@@ -716,7 +712,7 @@ def test_outputs_that_no_gradient_reached(zeros, damping, options):
     found = hs.LoRADA(damping=damping, **options).factors(layer(G, Z, Y, 3))
     assert bool(torch.isfinite(found.A).all() and torch.isfinite(found.B).all())
     assert not found.B[:zeros].any() and bool(found.B.any())
-    assert ("output gradients" in found.repair) == (damping == 0)
+    assert ("output gradients" in found.repair) == (damping == 0) == (found.info["damping_outputs"] > damping)
     if damping:
         check(found, dense(G, Z, Y, N=256, **options), 3)
 
@@ -729,6 +725,7 @@ def test_full_outputs_of_low_rank():
         assert bool(torch.isfinite(found.A).all() and torch.isfinite(found.B).all() and found.B.any())
         if damping == 0:
             assert "output gradients" in found.repair
+        assert ("output gradients" in found.repair) == (found.info["damping_outputs"] > damping)
     assert hs.LoRADA(damping=1e-3, fisher="full").factors(layer(G, Z, g.T @ g / 2, 3)).repair == ""
 
 
@@ -746,6 +743,13 @@ def test_delta_beyond_the_range_of_float32(case):
         G, Z, Y = G * 1e-30, Z * 1e8, Y * 1e8
     found = hs.LoRADA(**options).factors(layer(G, Z, Y, 3))
     assert float(torch.linalg.matrix_norm(found.B.double(), 2)) == pytest.approx(1 / 32, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_delta_beyond_the_range_of_float64_names_the_layer(normalise):
+    G, Z, Y = draw(6, 8, seed=3)
+    with pytest.raises(hs.LayerError, match=rf"{ATTENTION}.*damping"):
+        hs.LoRADA(damping=1e200, normalise=normalise).factors(layer(G, Z, Y, 3))
 
 
 @pytest.mark.parametrize("scales", [(1e-12, 1e-6, 1e-12), (1e6, 1e6, 1e6), (1e-20, 1.0, 1e-30), (1.0, 1e-20, 1.0)])
@@ -855,9 +859,18 @@ def factors(model, adapter="default"):
     }
 
 
+def reads_decoder(name):
+    """Whether a layer of T5 reads the decoder's tokens."""
+    return name.startswith("decoder.") and not name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+
+
 def statistics(base, batches, names, tokens="attention"):
-    """G, Z and Y in float64 from autograd, one sample at a time without its padding: the definitions."""
+    """G, Z and Y in float64 from autograd, one sample at a time without its padding: the definitions.
+
+    What labels are -100 for is padding to a decoder, which has no mask of its own here.
+    """
     model = copy.deepcopy(base).double().eval()
+    two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
     sums = {name: SimpleNamespace(G=0.0, Z=0.0, Y=0.0, rows=0) for name in names}
     kept = {}
 
@@ -886,7 +899,7 @@ def statistics(base, batches, names, tokens="attention"):
                 x, g = x.reshape(-1, x.shape[-1]), output.grad.reshape(-1, output.shape[-1])
                 found = sums[name]
                 found.G = found.G + g.T @ x
-                if tokens == "labels":
+                if tokens == "labels" or (two_sided and reads_decoder(name)):
                     x, g = (each[one["labels"][0] != -100] for each in (x, g))
                 found.Z, found.Y, found.rows = found.Z + x.T @ x, found.Y + g.T @ g, found.rows + len(x)
     for handle in handles:
@@ -918,7 +931,7 @@ def test_the_verb_against_autograd(architecture, options):
     batches = [batch_of(seed=1), batch_of(seed=2)]
     model = wrap(copy.deepcopy(base), target_modules=targets)
     with warnings.catch_warnings():
-        warnings.simplefilter(SAID[architecture], HeadstartWarning)
+        warnings.simplefilter("error", HeadstartWarning)
         report = hs.initialize_(model, hs.LoRADA(samples=8, damping=1e-2, **options), data=batches)
     found = factors(model)
     truth = statistics(base, batches, list(found))
@@ -946,7 +959,7 @@ def test_tokens_with_a_label(architecture):
         check(SimpleNamespace(A=A, B=B, info={}, offset="keep", core=None, note=""), expected, 4, loose=3e-5)
 
 
-INFO = {"objective", "objective_error", "steps", "dense", "condition", "damping", "sigma"}
+INFO = {"objective", "objective_error", "steps", "dense", "condition", "damping", "damping_outputs", "sigma"}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -955,7 +968,7 @@ def test_the_verb_with_published_settings(architecture):
     model = wrap(make(), target_modules=targets)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
     with warnings.catch_warnings():
-        warnings.simplefilter(SAID[architecture], HeadstartWarning)
+        warnings.simplefilter("error", HeadstartWarning)
         report = hs.initialize_(model, "lora-da:samples=4", data=[batch_of()])
     assert report.method == "lora-da:samples=4"
     assert report.samples == 4
@@ -967,6 +980,7 @@ def test_the_verb_with_published_settings(architecture):
         # The rows of A are orthonormal over 32.
         assert each.norm_A == pytest.approx(2 / 32, rel=1e-5)
         assert 0 < each.norm_B <= (1 + 1e-5) * 2 / 32
+        assert each.info["damping_outputs"] == 1e-6
         assert (each.repair != "") == (each.info["damping"] > 1e-6)
     repaired = [each.name for each in report.layers if each.repair]
     assert all(any(name in sentence for sentence in report.repairs()) for name in repaired)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from headstart.errors import DataError
 from headstart.statistics.batches import Samples, single_sample
 from headstart.statistics.lengths import by_length
-from headstart.statistics.masks import TokenMasks, Unmatched
+from headstart.statistics.masks import TokenMasks, Unmatched, layout_of
 
 PATIENT = settings(deadline=None, max_examples=150)
 
@@ -82,6 +82,7 @@ def test_sorting_by_length_keeps_the_samples(data):
     assert all(chunk.size <= most for chunk in found)
     assert len(found) <= len(chunks)
     assert cells(found) <= cells(chunks)
+    assert max(cells([chunk]) for chunk in found) <= max(cells([chunk]) for chunk in chunks)
     any_padding = any(not bool(chunk.batch["attention_mask"].bool().all()) for chunk in chunks)
     for chunk in found:
         assert chunk.first == chunk.indices[0]
@@ -170,7 +171,6 @@ def test_what_does_not_fit_together_is_left_alone():
     assert unchanged([chunk_of(whole), chunk_of(whole, 2)])
 
 
-@pytest.mark.xfail(strict=True, reason="all batches get the size of the largest, however long their samples are")
 def test_no_batch_gets_much_larger_than_those_given():
     """Batches of about equal numbers of tokens, as memory allows: many short samples, or few long ones."""
     rows = [[10] * 16] + [[80, 2]] * 16
@@ -180,6 +180,22 @@ def test_no_batch_gets_much_larger_than_those_given():
         chunks.append(chunk_of({"input_ids": mask, "attention_mask": mask}, first))
         first += len(lengths)
     assert max(cells([chunk]) for chunk in by_length(chunks)) <= 1.5 * max(cells([chunk]) for chunk in chunks)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_are_full_by_samples_or_by_cells(side):
+    """Of the batches given, the largest has 6 samples, and the largest number of cells is 24."""
+    rows, chunks, first = [[2] * 6, [8, 1, 1], [12, 3], [7, 8, 5], [9, 1]], [], 0
+    for lengths in rows:
+        mask = torch.stack([(torch.arange(max(lengths)) < length).long() for length in lengths])
+        mask = mask if side == "right" else mask.flip(1)
+        chunks.append(chunk_of({"input_ids": mask, "attention_mask": mask}, first))
+        first += len(lengths)
+    found = by_length(chunks)
+    lengths = [chunk.batch["attention_mask"].sum(1).tolist() for chunk in found]
+    assert lengths == [[1, 1, 1, 2, 2, 2], [2, 2, 2, 3], [5, 7, 8], [8, 9], [12]]
+    flat = [length for each in rows for length in each]
+    assert [[flat[index] for index in chunk.indices] for chunk in found] == lengths
 
 
 # Single samples.
@@ -208,13 +224,44 @@ def test_a_single_pair_keeps_its_answer():
     assert one["labels"][0, :5].tolist() == list(range(5)) and not (one["labels"][0, 5:] != -100).any()
 
 
-@pytest.mark.xfail(strict=True, reason="decoder_input_ids are trimmed by the decoder's mask, labels are not")
 def test_a_single_pair_with_a_decoder_mask_fits_together():
     batch = pair()
     batch["decoder_attention_mask"] = (batch["labels"] != -100).long()
     batch["decoder_input_ids"] = batch["labels"].clamp(min=0)
-    one = single_sample(batch, 0)
-    assert one["labels"].shape == one["decoder_input_ids"].shape == one["decoder_attention_mask"].shape
+    for encoder_decoder in (False, True):
+        one = single_sample(batch, 0, encoder_decoder=encoder_decoder)
+        assert one["labels"].shape == one["decoder_input_ids"].shape == one["decoder_attention_mask"].shape
+
+
+@PATIENT
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.booleans(),
+    st.sampled_from([(), ("decoder_attention_mask",), ("decoder_attention_mask", "decoder_input_ids")]),
+)
+def test_a_single_pair_has_no_padding_on_either_side(length, answer, more, wider, flip, given_keys):
+    """Whatever the widths, equal ones among them, and whichever of the two is longer."""
+    batch = pair(9 + more, 9 + wider, (length, 9), (answer, 9))
+    batch["input_ids"] = batch["input_ids"] + 50
+    if flip:
+        batch["input_ids"], batch["attention_mask"] = batch["input_ids"].flip(1), batch["attention_mask"].flip(1)
+    batch |= {key: (batch["labels"] != -100).long() for key in given_keys}
+    one = single_sample(batch, 0, encoder_decoder=True)
+    assert one["input_ids"].tolist() == [sorted(range(50, 50 + length), reverse=flip)]
+    assert one["attention_mask"].tolist() == [[1] * length]
+    assert one["labels"].tolist() == [list(range(answer))]
+    assert all(one[key].tolist() == [[1] * answer] for key in given_keys)
+
+
+def test_a_single_pair_keeps_what_the_decoders_own_mask_shows():
+    batch = pair()
+    batch["decoder_attention_mask"] = torch.tensor([[1] * 7 + [0], [1] * 8])
+    one = single_sample(batch, 0, encoder_decoder=True)
+    assert one["labels"].tolist() == [[0, 1, 2, 3, 4, -100, -100]]
+    assert one["decoder_attention_mask"].tolist() == [[1] * 7]
 
 
 # Masks.
@@ -234,38 +281,93 @@ MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
 COUNTED = [0, 1, 2, 4, 8, 9, 10, 11]
 
 
+LAYOUTS = ["tokens", "tokens first", "flat", "samples", "other"]
+# The input of a layer for three samples of four tokens, by layout.
+FITTING = {"tokens": (3, 4, 5), "tokens first": (4, 3, 5), "flat": (12, 5), "samples": (3, 5)}
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 4, 5), (12, 5)])
-def test_padding_is_left_out(shape, dtype):
-    found = masks({"attention_mask": MASK.to(dtype)}).match(torch.zeros(shape))
+@pytest.mark.parametrize(("layout", "shape"), [("tokens", (3, 4, 5)), ("flat", (12, 5))])
+def test_padding_is_left_out(layout, shape, dtype):
+    found = masks({"attention_mask": MASK.to(dtype)}).match(torch.zeros(shape), layout)
     assert found.count == 8
     assert rows_of(found, 12) == COUNTED
 
 
+@pytest.mark.parametrize("square", [False, True])
+def test_padding_is_left_out_where_the_sequence_comes_first(square):
+    """Where there are as many tokens as samples, the shape is that of samples first as well."""
+    mask = torch.cat([MASK, torch.tensor([[0, 1, 1, 1]])]) if square else MASK
+    values = torch.arange(mask.numel()).reshape(mask.shape)
+    found = masks({"attention_mask": mask}).match(values.T[..., None], "tokens first")
+    assert found.count == mask.sum()
+    assert found.of(values.T.flatten()).sort().values.tolist() == values[mask.bool()].tolist()
+    whole = masks({"attention_mask": torch.ones_like(mask)}).match(values.T[..., None], "tokens first")
+    assert whole.index is None and whole.count == mask.numel()
+
+
 def test_one_row_a_sample_counts():
-    found = masks({"attention_mask": MASK}).match(torch.zeros(3, 5))
+    found = masks({"attention_mask": MASK}).match(torch.zeros(3, 5), "samples")
     assert found.count == 3 and rows_of(found, 3) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (4, 3, 5), (3, 2, 4, 5), (3, 5, 5), (1, 5)])
-def test_other_rows_are_not_guessed_at(shape):
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        (layout, shape)
+        for layout in LAYOUTS
+        for shape in [(7, 5), (4, 3, 5), (3, 2, 4, 5), (3, 5, 5), (1, 5), (3, 4, 5), (12, 5), (3, 5)]
+        if FITTING.get(layout) != shape
+    ],
+)
+def test_other_rows_are_not_guessed_at(layout, shape):
+    """Nor are rows of another layout than one sample showed, though they may be as many as there are tokens."""
     with pytest.raises(Unmatched):
-        masks({"attention_mask": MASK}).match(torch.zeros(shape))
+        masks({"attention_mask": MASK}).match(torch.zeros(shape), layout)
     # Without padding there is nothing to guess.
-    found = masks({"attention_mask": torch.ones(3, 4)}).match(torch.zeros(shape))
+    found = masks({"attention_mask": torch.ones(3, 4)}).match(torch.zeros(shape), layout)
     assert found.index is None and found.count == torch.zeros(shape).numel() // 5
     # Nor is there another way where the sample is alone, which is told.
     alone = masks({"attention_mask": torch.tensor([[1, 1, 0, 1]])}, alone=True)
-    assert alone.match(torch.zeros(shape)).index is None
-    assert alone.unmatched
+    assert alone.match(torch.zeros(shape), layout).index is None
+    assert alone.unmatched == ((layout, shape) != ("samples", (1, 5)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "layout"),
+    [
+        ((1, 7, 5), 7, "tokens"),
+        ((1, 1, 5), 1, "tokens"),
+        # Of another length than the tokens that were given: a decoder's, or patches of an image.
+        ((1, 9, 5), 7, "tokens"),
+        ((1, 9, 5), 0, "tokens"),
+        ((7, 1, 5), 7, "tokens first"),
+        ((9, 1, 5), 7, "tokens first"),
+        ((7, 5), 7, "flat"),
+        ((1, 5), 7, "samples"),
+        ((1, 5), 0, "samples"),
+        ((3, 5), 7, "other"),
+        ((9, 5), 7, "other"),
+        ((1, 7, 2, 5), 7, "other"),
+        ((5,), 7, "other"),
+    ],
+)
+def test_the_layout_that_one_sample_shows(shape, tokens, layout):
+    assert layout_of(torch.zeros(shape), tokens) == layout
+
+
+def test_the_layout_of_a_layer_that_one_sample_did_not_reach():
+    assert layout_of(None, 7) == "other"
+    with pytest.raises(Unmatched):
+        masks({"attention_mask": MASK}).match(torch.zeros(3, 4, 5), layout_of(None, 7))
 
 
 def test_labels_count_where_they_are_asked_for():
     labels = torch.where(MASK.bool(), torch.arange(4), -100)
     labels[:, 0] = -100
-    found = masks({"attention_mask": MASK, "labels": labels}, "labels").match(torch.zeros(3, 4, 5))
+    found = masks({"attention_mask": MASK, "labels": labels}, "labels").match(torch.zeros(3, 4, 5), "tokens")
     assert rows_of(found, 12) == [1, 2, 9, 10, 11]
-    found = masks({"attention_mask": MASK, "labels": labels}).match(torch.zeros(3, 4, 5))
+    found = masks({"attention_mask": MASK, "labels": labels}).match(torch.zeros(3, 4, 5), "tokens")
     assert rows_of(found, 12) == COUNTED
 
 
@@ -279,16 +381,16 @@ def test_no_labels_of_tokens(labels):
 def test_encoder_and_decoder_are_told_apart_by_length():
     labels = torch.tensor([[5, 6, -100], [5, 6, 7], [5, -100, -100]])
     both = masks({"attention_mask": MASK, "labels": labels}, encoder_decoder=True)
-    assert rows_of(both.match(torch.zeros(3, 4, 5)), 12) == COUNTED
-    assert rows_of(both.match(torch.zeros(3, 3, 5)), 9) == [0, 1, 3, 4, 5, 6]
+    assert rows_of(both.match(torch.zeros(3, 4, 5), "tokens"), 12) == COUNTED
+    assert rows_of(both.match(torch.zeros(3, 3, 5), "tokens"), 9) == [0, 1, 3, 4, 5, 6]
     # A mask of the decoder says more than its labels do.
     decoder = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0]])
     both = masks({"attention_mask": MASK, "labels": labels, "decoder_attention_mask": decoder}, encoder_decoder=True)
-    assert both.match(torch.zeros(3, 3, 5)).count == 7
+    assert both.match(torch.zeros(3, 3, 5), "tokens").count == 7
     # Of one length but with different padding nothing tells them apart.
     wide = functional.pad(labels, (0, 1), value=-100)
     with pytest.raises(Unmatched):
-        masks({"attention_mask": MASK, "labels": wide}, encoder_decoder=True).match(torch.zeros(3, 4, 5))
+        masks({"attention_mask": MASK, "labels": wide}, encoder_decoder=True).match(torch.zeros(3, 4, 5), "tokens")
     same = torch.where(MASK.bool(), 5, -100)
-    found = masks({"attention_mask": MASK, "labels": same}, encoder_decoder=True).match(torch.zeros(3, 4, 5))
+    found = masks({"attention_mask": MASK, "labels": same}, encoder_decoder=True).match(torch.zeros(3, 4, 5), "tokens")
     assert rows_of(found, 12) == COUNTED

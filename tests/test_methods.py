@@ -62,7 +62,7 @@ def everything(d_out=24, d_in=20, r=4, s=1.5, seed=0, name=NAME):
     x, g = normal(4 * d_in, d_in, seed=13), normal(4 * d_in, d_out, seed=14, std=1e-2)
     Z, Y = x.T @ x / len(x), g.square().mean(0)
     kronecker = Kronecker(inputs=Z, outputs=Y, mean_input=x.mean(0), mean_output=g.mean(0), tokens=len(x))
-    return of_weight(W, r, s=s, gradient=G, seed=seed, name=name, kronecker=kronecker, population=1000)
+    return of_weight(W, r, s=s, gradient=G, first_lr=1e-3, seed=seed, name=name, kronecker=kronecker, population=1000)
 
 
 def best(W, r):

@@ -17,12 +17,15 @@ from headstart.errors import (
 from headstart.initialize import initialize_
 from headstart.layers import peft_hooks
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
+from headstart.layers.core import optimal_gradient
 from headstart.layers.export import save_lora
 from headstart.methods import Factors, LayerInputs, Method, Needs, get_method, method_names, register
 from headstart.methods.gradient import LoRAGA, LoRAOne
 from headstart.methods.inilora import IniLoRA
 from headstart.methods.inilora_random import IniLoRAAlpha, IniLoRABeta
 from headstart.methods.lora_da import LoRADA
+from headstart.methods.lora_sb import LoRASB
+from headstart.methods.lora_xs import LoRAXS
 from headstart.methods.nonzero import InitAB, InitABPlus
 from headstart.methods.spectral import MiLoRA, OLoRA, PiSSA
 from headstart.methods.zero import Gaussian, InitA, InitB, LoRA, Orthogonal
@@ -50,6 +53,8 @@ __all__ = [
     "LoRADA",
     "LoRAGA",
     "LoRAOne",
+    "LoRASB",
+    "LoRAXS",
     "Method",
     "MethodError",
     "MiLoRA",
@@ -64,6 +69,7 @@ __all__ = [
     "initialize_",
     "load_checkpoint",
     "method_names",
+    "optimal_gradient",
     "register",
     "save_checkpoint",
     "save_lora",

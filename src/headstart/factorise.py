@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
 from headstart.progress import Show
 from headstart.statistics.batches import size_of
 from headstart.statistics.collect import Collector, Statistics, together
-from headstart.statistics.processes import Processes
+from headstart.statistics.processes import Processes, digest
 
 # Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
 _BATCH_BYTES = 256 * 2**20
@@ -33,6 +33,7 @@ class Facts:
     seed: int
     moments: dict[str, Moments]
     population: int | None
+    first_lr: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -130,6 +131,8 @@ def _inputs(method: Method, layer: TargetLayer, facts: Facts, statistics: Statis
         sketch=sketch,
         kronecker=statistics.kronecker.get(layer.name),
         population=facts.population,
+        samples=statistics.samples or None,
+        first_lr=facts.first_lr,
     )
 
 
@@ -146,11 +149,14 @@ def finite_weight(layer: TargetLayer) -> torch.Tensor:
     return weight
 
 
-def known_length(data: Iterable[Any] | None, collator: object, collector: Collector | None) -> int | None:
+def known_length(data: Iterable[Any] | None, collator: object, processes: Processes) -> int | None:
     """Return how many samples the data hold, where that can be known without reading them."""
     if collator is None and isinstance(data, list | tuple):
-        size = sum(size_of(batch) for batch in data)
-        return collector.over_all(size) if collector is not None else size
+        # The lists of several processes may be the same one, or parts of it.
+        first = digest(dict(data[0])) if processes.several and data and isinstance(data[0], Mapping) else ""
+        sizes = processes.gather((sum(size_of(batch) for batch in data), first))
+        same = len({each for _, each in sizes}) == 1
+        return sizes[0][0] if same else sum(size for size, _ in sizes)
     # The length of a loader itself is a number of batches; the data set of one that is divided is whole.
     counted = data if collator is not None else getattr(data, "dataset", None)
     return len(counted) if isinstance(counted, Sized) else None

@@ -46,6 +46,7 @@ def initialize_(
     memory_budget: int | str | None = None,
     offload: Literal["cpu"] | None = None,
     population: int | None = None,
+    first_lr: float | None = None,
     strict: bool = False,
     progress: Show | bool = True,
 ) -> Report:
@@ -76,6 +77,7 @@ def initialize_(
         offload: "cpu" keeps these sums in CPU memory, for models that leave no room beside them.
         population: N, how many samples the training set holds, for methods that ask; by default the length of ``data``
             where it has one.
+        first_lr: the rate of the first optimizer step to come, for methods that ask (lora-sb).
         strict: raise where a layer can't be started as asked for, instead of falling back with a warning.
         progress: True draws bars in a terminal or notebook once a second has gone by, False draws none; or a function
             that is called with (step, done, total).
@@ -116,8 +118,9 @@ def initialize_(
                 seed=seed,
                 processes=processes,
             )
-            collector = _collector(method, layers, data, collect)
-        facts = Facts(seed, moments, population or known_length(data, collator, collector))
+            size = population or known_length(data, collator, processes)
+            collector = _collector(method, layers, data, size, collect)
+        facts = Facts(seed, moments, size, first_lr)
         starts, notes = starts_of(method, layers, facts, collector, processes, clock, show)
         sentences = _fallbacks(starts, strict) + notes
     with clock("report"):
@@ -160,7 +163,11 @@ def _collect_moments(method: Method, layers: Sequence[TargetLayer]) -> dict[str,
 
 
 def _collector(
-    method: Method, layers: Sequence[TargetLayer], data: Iterable[Any] | None, collect: Callable[..., Collector]
+    method: Method,
+    layers: Sequence[TargetLayer],
+    data: Iterable[Any] | None,
+    population: int | None,
+    collect: Callable[..., Collector],
 ) -> Collector | None:
     wanted = {layer.name: method.wanted(layer.name) for layer in layers}
     asked = {name: each for name, each in wanted.items() if each is not None}
@@ -168,7 +175,7 @@ def _collector(
         raise DataError(f"method {method.name!r} needs data: give batches with labels as data=.")
     if Needs.GRADIENT in method.needs and not asked:
         raise MethodError(f"method '{method}' leaves out every layer that the adapter has; change its setting layers.")
-    return collect(asked, data, method.sample_count()) if asked else None
+    return collect(asked, data, method.sample_count(population)) if asked else None
 
 
 def _fallbacks(starts: Sequence[tuple[TargetLayer, Factors]], strict: bool) -> list[str]:

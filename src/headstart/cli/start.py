@@ -47,6 +47,9 @@ def init(
     base: Base = BaseForm.ANCHORED,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     max_length: MaxLength = 512,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="The rate of the first optimizer step to come; lora-sb asks for it.")
+    ] = None,
     memory_budget: Annotated[
         str | None, typer.Option("--memory-budget", help="For what a pass over the data sums, such as 6GiB.")
     ] = None,
@@ -64,11 +67,10 @@ def init(
     rows: list[dict[str, list[int]]] = []
     population = None
     if data is not None:
-        samples = made.sample_count() or None
-        # The Fisher methods ask how many examples there are in all.
-        examples = load_examples(data, limit=None if Needs.FISHER in made.needs else samples)
-        population = len(examples)
-        tokenized = tokenize_examples(examples[:samples], tokenizer, max_length=max_length)
+        every = load_examples(data, limit=None if made.asks_population else made.sample_count() or None)
+        population = len(every)
+        samples = made.sample_count(population) or None
+        tokenized = tokenize_examples(every[:samples], tokenizer, max_length=max_length)
         if tokenized.dropped or tokenized.truncated:
             console.print(
                 f"warning: {tokenized.dropped} examples were left out and {tokenized.truncated} cut off at "
@@ -96,6 +98,7 @@ def init(
             base=base.word,
             memory_budget=memory_budget,
             population=population,
+            first_lr=lr,
             strict=strict,
             progress=show,
         )

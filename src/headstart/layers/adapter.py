@@ -14,12 +14,13 @@ from torch import Tensor
 
 from headstart.errors import BASE_PREFIX, CheckpointError
 from headstart.layers.anchored import ANCHOR_NAMES
+from headstart.layers.core import CORE
 from headstart.linalg.product import product_norm, truncate_product
 
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """One layer's tensors: A (r, d_in), B (d_out, r), the anchors where there are any, and s."""
+    """One layer's tensors: A (r, d_in), B (d_out, r), the anchors or the core where there are any, and s."""
 
     A: Tensor
     B: Tensor
@@ -27,12 +28,16 @@ class AdapterLayer:
     B0: Tensor | None
     scaling: float
     kind: str = "lora"
+    core: Tensor | None = None
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """Return (A_out, B_out) of the plain LoRA that does the same on the untouched base model.
 
-        That is (A, B) itself, or of an anchored or residual layer A_out = [A; A - A0] and B_out = [B - B0, B0].
+        That is (A, B) itself, or of an anchored or residual layer A_out = [A; A - A0] and B_out = [B - B0, B0], or of
+        a core layer A and B R.
         """
+        if self.core is not None:
+            return self.A, (self.B.float() @ self.core.float()).to(self.B.dtype)
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
         return torch.cat((self.A, self.A - self.A0)), torch.cat((self.B - self.B0, self.B0), dim=1)
@@ -46,7 +51,7 @@ def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, 
     """
     parts: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
-    roles = {"lora_A.weight": "A", "lora_B.weight": "B"}
+    roles = {"lora_A.weight": "A", "lora_B.weight": "B", CORE: "core"}
     for kind, (name_A, name_B) in ANCHOR_NAMES.items():
         roles |= {name_A: f"{kind} A0", name_B: f"{kind} B0"}
     for key, tensor in tensors.items():
@@ -62,18 +67,22 @@ def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, 
 def _layer(name: str, found: dict[str, Tensor], config: LoraConfig) -> AdapterLayer:
     kind = next((kind for kind in ANCHOR_NAMES if any(role.startswith(kind) for role in found)), "lora")
     roles = ["A", "B"] if kind == "lora" else ["A", "B", f"{kind} A0", f"{kind} B0"]
+    if kind == "lora" and "core" in found:
+        kind = "core"
     missing = [role for role in roles if role not in found]
     if missing:
         raise CheckpointError(f"the adapter's layer {name!r} lacks {', '.join(missing)}: the file is not complete.")
     A, B = found["A"], found["B"]
-    A0, B0 = (found[role] for role in roles[2:]) if kind != "lora" else (None, None)
+    A0, B0 = (found[role] for role in roles[2:]) if kind in ANCHOR_NAMES else (None, None)
+    core = found.get("core")
     shapes_fit = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
+    shapes_fit = shapes_fit and (core is None or tuple(core.shape) == (A.shape[0], A.shape[0]))
     if not shapes_fit or (A0 is not None and (A0.shape != A.shape or (B0 is not None and B0.shape != B.shape))):
         raise CheckpointError(f"the adapter's layer {name!r} has tensors whose shapes don't fit together.")
     rank = A.shape[0]
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
     scaling = alpha / rank**0.5 if config.use_rslora else alpha / rank
-    return AdapterLayer(A, B, A0, B0, float(scaling), kind)
+    return AdapterLayer(A, B, A0, B0, float(scaling), kind, core)
 
 
 @dataclass(frozen=True)

@@ -34,30 +34,35 @@ ANCHOR_NAMES: dict[str, tuple[str, str]] = {
 }
 
 
-class _Merging(LoraVariant):
-    """What the two forms share: both merge their :func:`delta_weight`."""
+class Merging(LoraVariant):
+    """What headstart's forms share: they merge what :meth:`delta` returns."""
+
+    @staticmethod
+    def delta(module: LoraLayer, adapter: str) -> Tensor:
+        """Return what the adapter adds to the layer's weight, in the orientation in which that is stored."""
+        return delta_weight(module, adapter)
 
     def supports_lora_conversion(self) -> bool:
         """Say no to PEFT's conversion, which reads B A alone and knows no anchors; ``save_lora`` does it."""
         return False
 
-    @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    @classmethod
+    def merge_safe(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the weight with the adapter in it."""
-        return orig_weight + delta_weight(module, active_adapter).to(orig_weight.dtype)
+        return orig_weight + cls.delta(module, active_adapter).to(orig_weight.dtype)
 
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: nn.Parameter) -> None:
+    @classmethod
+    def merge_unsafe(cls, module: LoraLayer, active_adapter: str, orig_weight: nn.Parameter) -> None:
         """Add the adapter to the weight in place."""
-        orig_weight.data += delta_weight(module, active_adapter).to(orig_weight.dtype)
+        orig_weight.data += cls.delta(module, active_adapter).to(orig_weight.dtype)
 
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    @classmethod
+    def unmerge(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the weight with the adapter taken out."""
-        return orig_weight.data - delta_weight(module, active_adapter).to(orig_weight.dtype)
+        return orig_weight.data - cls.delta(module, active_adapter).to(orig_weight.dtype)
 
 
-class AnchoredVariant(_Merging):
+class AnchoredVariant(Merging):
     """The anchored form; see the module's docstring."""
 
     @staticmethod
@@ -76,7 +81,7 @@ class AnchoredVariant(_Merging):
         return result + functional.linear(inner, torch.cat((B - B0, B0), dim=1))
 
 
-class ResidualVariant(_Merging):
+class ResidualVariant(Merging):
     """The papers' form: the frozen weight is W - s B0 A0, and the layer is a plain LoRA layer on it.
 
     The anchors are kept beside the factors, unused by the layer, because a plain LoRA for the untouched base model

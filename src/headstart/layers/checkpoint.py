@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from headstart._version import __version__
 from headstart.errors import CheckpointError
 from headstart.layers.adapter import AdapterLayer, split
-from headstart.layers.anchored import anchor_kind, anchors, drop_anchors, set_anchors
+from headstart.layers.anchored import anchors, drop_anchors, set_anchors
+from headstart.layers.core import core_of, drop_core, form_of, set_core
 from headstart.layers.export import adapter_tensors, portable_config, save_config
 from headstart.layers.files import (
     CONFIG,
@@ -263,7 +264,7 @@ def _check_targets(targets: dict[str, TargetLayer], layers: dict[str, AdapterLay
 
 def check_form(target: TargetLayer, layer: AdapterLayer) -> None:
     """Raise CheckpointError where a layer's tensors can't be loaded into the form that the layer has."""
-    held = anchor_kind(target.module, target.adapter)
+    held = form_of(target.module, target.adapter)
     if held is not None and layer.kind != held:
         there = "plain" if layer.kind == "lora" else layer.kind
         raise CheckpointError(
@@ -282,6 +283,13 @@ def check_form(target: TargetLayer, layer: AdapterLayer) -> None:
 def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) -> None:
     """Give a layer the anchors that the checkpoint's tensors go with, and a residual one its residual weight."""
     module, adapter = target.module, target.adapter
+    if layer.core is not None:
+        mine = core_of(module, adapter)
+        if mine is None:
+            undo.callback(drop_core, module, adapter)
+            set_core(module, adapter, layer.core)
+        else:
+            undo.callback(mine.data.copy_, mine.detach().clone())
     if layer.A0 is None or layer.B0 is None:
         return
     held = anchors(module, adapter)

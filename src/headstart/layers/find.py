@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraLayer
@@ -13,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import BASE_PREFIX, LayerError, nearest
-from headstart.layers.anchored import anchor_kind
+from headstart.layers.core import core_of, form_of
 
 _RECORD = "headstart_record"
 _RESIDUAL = "headstart_residual_of"
@@ -55,7 +56,9 @@ class TargetLayer:
 
     @property
     def trainable(self) -> int:
-        """The numbers that train: A, B, and DoRA's magnitude where there is one."""
+        """The numbers that train: A, B, and DoRA's magnitude where there is one; of a core layer R alone."""
+        if core_of(self.module, self.adapter) is not None:
+            return self.r**2
         magnitude = self.d_out if self.adapter in getattr(self.module, "lora_magnitude_vector", ()) else 0
         return self.r * (self.d_in + self.d_out) + magnitude
 
@@ -86,8 +89,7 @@ def resolve_adapter(model: nn.Module, adapter: str | None) -> str:
             "the model has no LoRA layer: wrap it first, with peft.get_peft_model(model, LoraConfig(...))."
         )
     if adapter is None:
-        active = getattr(model, "active_adapters", None)
-        active = list(active() if callable(active) else active or configs)
+        active = active_adapters(model)
         if len(active) != 1:
             raise LayerError(
                 f"{len(active)} adapters are active ({', '.join(active)}): name the one to work on with adapter=."
@@ -128,6 +130,12 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
                 f"{target.d_out} x {target.d_in}); lower r, or set this layer's in rank_pattern."
             )
     return targets
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the active adapters of a PEFT model, or of a Transformers model with adapters of its own."""
+    active: Any = getattr(model, "active_adapters", None)
+    return list(active() if callable(active) else active or getattr(model, "peft_config", None) or ())
 
 
 def record(target: TargetLayer) -> dict[str, object] | None:
@@ -199,7 +207,7 @@ def _check_state(target: TargetLayer) -> None:
             f"layer {target.name!r}: its frozen weight was made residual by adapter {owner!r} and isn't the base "
             "model's any more; load the base model again."
         )
-    if record(target) is not None or anchor_kind(module, adapter) is not None:
+    if record(target) is not None or form_of(module, adapter) is not None:
         raise LayerError(
             f"layer {target.name!r}: adapter {adapter!r} is already initialised; to start anew, delete the adapter "
             "(model.delete_adapter) and add it again."

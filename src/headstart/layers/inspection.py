@@ -17,7 +17,7 @@ class LayerDescription:
     Attributes:
         name: the layer's name in the base model.
         d_out, d_in, r: its shape and rank.
-        form: "lora", "anchored" or "residual".
+        form: "lora", "anchored", "residual" or "core".
         scaling: s.
         norm: Frobenius norm of what the layer adds to the base model's weight.
         singular_values: of the same, largest first (2 r of them in anchored and residual layers).
@@ -122,7 +122,10 @@ def inspect_adapter(found: AdapterFolder) -> Description:
         method=", ".join(methods) or None,
         version=found.record.get("version"),
         checked_against_base=any("weight" in record for record in records),
-        parameters=sum(layer.A.numel() + layer.B.numel() for layer in found.layers.values()),
+        parameters=sum(
+            layer.A.numel() + layer.B.numel() if layer.core is None else layer.core.numel()
+            for layer in found.layers.values()
+        ),
         other_tensors=sorted(found.rest),
         layers=layers,
     )

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
+from headstart.layers.core import drop_core, set_core
 from headstart.layers.find import TargetLayer, set_record, set_residual_owner
 from headstart.layers.weights import assign, base_weight, fingerprint, oriented, product, whole
 from headstart.methods.base import Factors
@@ -36,11 +37,25 @@ def check_factors(target: TargetLayer, factors: Factors) -> None:
             raise LayerError(f"layer {target.name!r}: {name} has shape {tuple(matrix.shape)}, not {shape}.")
         if not bool(torch.isfinite(matrix).all()):
             raise LayerError(f"layer {target.name!r}: the method gave NaN or infinity in {name}.")
+    if factors.core is not None:
+        _check_core(target, factors)
     if factors.offset == "subtract" and is_dora(target):
         raise LayerError(
             f"layer {target.name!r} uses DoRA, whose norms leave no place for a start that is subtracted again; use a "
             "method that keeps it, such as lora-da or lora-one."
         )
+
+
+def _check_core(target: TargetLayer, factors: Factors) -> None:
+    core = factors.core
+    if core is None or tuple(core.shape) != (target.r, target.r) or not bool(torch.isfinite(core).all()):
+        raise LayerError(f"layer {target.name!r}: the method gave a core that is not a finite {target.r} x {target.r}.")
+    if is_dora(target):
+        raise LayerError(
+            f"layer {target.name!r} uses DoRA, which trains A and B, and a core layer freezes them; use one of the two."
+        )
+    if factors.offset != "keep":
+        raise LayerError(f"layer {target.name!r}: a core layer keeps its start, and the method subtracts it.")
 
 
 def is_dora(target: TargetLayer) -> bool:
@@ -65,13 +80,13 @@ def install(model: Any, starts: Sequence[tuple[TargetLayer, Factors]], base: Bas
             _install_one(target, factors, base, undo)
             undo.callback(set_record, target, None)
             set_record(target, {**note, "offset": factors.offset, "weight": prints[target.name]})
-        if any(factors.offset == "subtract" for _, factors in starts):
+        if any(factors.offset == "subtract" or factors.core is not None for _, factors in starts):
             mark_config(model, starts[0][0].adapter, undo)
         undo.pop_all()
 
 
 def mark_config(model: Any, adapter: str, undo: ExitStack) -> None:
-    """Let a copy of the adapter's config say that it is anchored; the user's own object may serve other models."""
+    """Let a copy of the adapter's config say that it is no plain LoRA; the user's own object may serve other models."""
     config = model.peft_config[adapter]
     undo.callback(model.peft_config.__setitem__, adapter, config)
     marked = copy.copy(config)
@@ -86,6 +101,9 @@ def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: ExitSt
         before = parameter.detach().clone()
         undo.callback(_copy, parameter, before)
         assign(parameter, value)
+    if factors.core is not None:
+        undo.callback(drop_core, module, adapter)
+        set_core(module, adapter, factors.core)
     if is_dora(target):
         magnitude = module.lora_magnitude_vector[adapter].weight
         undo.callback(_copy, magnitude, magnitude.detach().clone())

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from headstart.errors import CheckpointError, LayerError
 from headstart.layers.adapter import split
-from headstart.layers.anchored import anchor_kind, set_anchors
+from headstart.layers.anchored import set_anchors
 from headstart.layers.checkpoint import check_form
+from headstart.layers.core import CORE, form_of, set_core
 from headstart.layers.find import lora_layers
 from headstart.layers.install import mark_config
 
@@ -38,8 +39,10 @@ def prepare(model: Any, config: Any, adapter: str, tensors: Mapping[str, Tensor]
             one's is untouched or was made residual with another start.
     """
     targets = list(lora_layers(model, adapter))
-    anchored = any(anchor_kind(target.module, adapter) for target in targets)
-    if not anchored and not any(".lora_anchor_" in key or ".lora_residual_" in key for key in tensors):
+    formed = any(form_of(target.module, adapter) for target in targets)
+    if not formed and not any(
+        ours in key for key in tensors for ours in (".lora_anchor_", ".lora_residual_", f".{CORE}")
+    ):
         return
     found, _ = split(tensors, config)
     fresh = False
@@ -48,7 +51,10 @@ def prepare(model: Any, config: Any, adapter: str, tensors: Mapping[str, Tensor]
         if layer is None:
             continue
         check_form(target, layer)
-        if anchor_kind(target.module, adapter) is not None or layer.A0 is None or layer.B0 is None:
+        if layer.core is not None and form_of(target.module, adapter) is None:
+            set_core(target.module, adapter, layer.core)
+            fresh = True
+        if form_of(target.module, adapter) is not None or layer.A0 is None or layer.B0 is None:
             continue
         if layer.kind == "residual":
             raise CheckpointError(
@@ -64,10 +70,10 @@ def prepare(model: Any, config: Any, adapter: str, tensors: Mapping[str, Tensor]
 
 
 def refuse_combining(model: nn.Module, adapters: Sequence[str]) -> None:
-    """Raise LayerError where one of the adapters to combine is anchored or residual."""
+    """Raise LayerError where one of the adapters to combine is anchored, residual or a core."""
     for adapter in adapters:
         for target in lora_layers(model, adapter):
-            kind = anchor_kind(target.module, adapter)
+            kind = form_of(target.module, adapter)
             if kind is not None:
                 raise LayerError(
                     f"adapter {adapter!r} is {kind} (layer {target.name!r}), PEFT combines B A alone: write it with "

@@ -16,7 +16,7 @@ from peft.tuners.vera.layer import Linear
 from torch import Tensor, nn
 
 from headstart.errors import BASE_PREFIX, LayerError
-from headstart.layers.find import TargetLayer
+from headstart.layers.find import TargetLayer, active_adapters
 from headstart.methods.base import Factors
 
 
@@ -42,9 +42,9 @@ class VeraTarget(TargetLayer):
 
 def vera_adapter(model: nn.Module, adapter: str | None) -> str | None:
     """Return the adapter to work on if it is one of VeRA, else None."""
-    configs = getattr(model, "peft_config", {})
-    name = adapter or next(iter(getattr(model, "active_adapters", ()) or configs), None)
-    return name if isinstance(configs.get(name), VeraConfig) else None
+    configs = getattr(model, "peft_config", None) or {}
+    active = [adapter] if adapter is not None or not configs else active_adapters(model)
+    return active[0] if len(active) == 1 and isinstance(configs.get(active[0]), VeraConfig) else None
 
 
 def find_vera_layers(model: Any, adapter: str) -> list[TargetLayer]:

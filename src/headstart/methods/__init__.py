@@ -13,7 +13,7 @@ from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
 from headstart.methods.registry import get_method, method_class, method_names, parse_method, register
 
 # The order of the tables: random, spectral, approximation, gradient, Fisher. A file that is not named comes last.
-_FAMILIES = ("zero", "nonzero", "inilora_random", "spectral", "inilora", "gradient", "lora_da")
+_FAMILIES = ("zero", "nonzero", "inilora_random", "spectral", "lora_xs", "inilora", "gradient", "lora_sb", "lora_da")
 _found = [module.name for module in pkgutil.iter_modules(__path__)]
 for _name in [*_FAMILIES, *(name for name in _found if name not in _FAMILIES)]:
     importlib.import_module(f"{__name__}.{_name}")

@@ -103,6 +103,8 @@ class LayerInputs:
         sketch: thin products of G, of the sum over samples, where those were asked for instead.
         kronecker: the Fisher information's two factors, for methods that need them.
         population: N, how many samples the training set holds, as far as that is known.
+        samples: how many samples were read.
+        first_lr: the rate of the first optimizer step of the fine-tuning to come, as far as that is known.
     """
 
     name: str
@@ -117,6 +119,8 @@ class LayerInputs:
     sketch: GradientSketch | None = None
     kronecker: Kronecker | None = None
     population: int | None = None
+    samples: int | None = None
+    first_lr: float | None = None
 
     def generator(self) -> torch.Generator:
         """Return a fresh CPU generator; the same seed and name give the same draws in any process, in any order."""
@@ -177,6 +181,7 @@ class Method(ABC):
         cost: a few words on what the start costs, for the tables.
         together: which layers are worth handing over together: none, those of one shape and rank, or those that read
             the same input.
+        asks_population: the size of the training set matters.
     """
 
     name: ClassVar[str]
@@ -184,6 +189,7 @@ class Method(ABC):
     source: ClassVar[str] = ""
     cost: ClassVar[str] = "a draw"
     together: ClassVar[Literal["none", "shape", "input"]] = "none"
+    asks_population: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check that every setting has the type that its field declares; subclasses go on to check ranges."""
@@ -206,8 +212,11 @@ class Method(ABC):
         """Return what the pass over the data must collect for the layer of this name; None for nothing."""
         return Wanted() if Needs.GRADIENT in self.needs else None
 
-    def sample_count(self) -> int:
-        """Return how many samples of the data the method reads: its setting ``samples``, 0 where it has none."""
+    def sample_count(self, population: int | None = None) -> int:
+        """Return how many samples of the data the method reads: its setting ``samples``, 0 where it has none.
+
+        ``population`` is the size of the training set, as far as that is known.
+        """
         return int(getattr(self, "samples", 0))
 
     def settings(self) -> dict[str, object]:

@@ -67,6 +67,8 @@ class LoRADA(GradientMethod):
     cost: ClassVar[str] = "a gradient pass over the samples, an inverse and an eigenproblem a layer"
     together: ClassVar[Literal["none", "shape", "input"]] = "input"
 
+    asks_population: ClassVar[bool] = True
+
     damping: float = 1e-6
     population: int | None = None
     fisher: Literal["diagonal", "full", "none"] = "diagonal"

@@ -182,13 +182,9 @@ class Collector:
                     )
             yield found
 
-    def over_all(self, count: int) -> int:
-        """Return a count of this process's data for those of all processes: their sum where the data are divided."""
-        return sum(self._processes.gather(count)) if self._divided else count
-
     def _share(self, chunks: list[Samples], samples: int) -> tuple[list[Samples], Samples]:
         """Return the batches that this process reads, and one to keep in step with when there are no more."""
-        divided = self._divided = len(set(self._processes.gather(digest(chunks[0].batch)))) > 1
+        divided = len(set(self._processes.gather(digest(chunks[0].batch)))) > 1
         if divided:
             share = len(range(self._processes.rank, samples, self._processes.count))
             chunks = _first(chunks, max(share, 1))

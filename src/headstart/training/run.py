@@ -55,6 +55,16 @@ class Recipe:
     max_length: int = 512
     max_new_tokens: int | None = None
 
+    @property
+    def warmup_steps(self) -> int:
+        """The steps over which the rate rises."""
+        return math.ceil(self.warmup * self.steps)
+
+    @property
+    def first_lr(self) -> float:
+        """The rate of the first step: the peak over the steps of the warm-up, as LoRA-SB's published code has it."""
+        return self.lr / max(1, self.warmup_steps)
+
 
 @dataclass(frozen=True)
 class Material:
@@ -192,7 +202,7 @@ def _start(
         task_type="CAUSAL_LM",
     )
     made = parse_method(method)
-    samples = made.sample_count()
+    samples = made.sample_count(len(material.train))
     rows = sorted(material.train[:samples], key=lambda row: len(row["input_ids"]))
     report = initialize_(
         wrapped,
@@ -201,6 +211,7 @@ def _start(
         seed=recipe.seed,
         base=recipe.base,
         population=len(material.train) or None,
+        first_lr=recipe.first_lr,
         progress=progress,
     )
     return wrapped, report
@@ -249,7 +260,7 @@ def _train(
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(recipe.warmup * recipe.steps),
+        warmup_steps=recipe.warmup_steps,
         weight_decay=0.0,
         logging_steps=1,
         save_steps=max(10, math.ceil(recipe.steps / 4)),

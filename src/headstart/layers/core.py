@@ -1,0 +1,115 @@
+"""Core layers, the form of LoRA-XS and LoRA-SB: y = W x + s B R A x, of which only R (r, r) is trained.
+
+Like an anchored layer, a core layer is a :class:`peft.tuners.lora.layer.LoraVariant`: ``lora_A`` and ``lora_B`` are
+PEFT's own, frozen, and R is a parameter beside them that PEFT trains, moves, saves and deletes with the adapter. What
+it adds is a LoRA of rank r, exactly: A and B R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headstart.layers.anchored import Merging, anchor_kind
+from headstart.layers.weights import oriented, product, whole
+
+# The name of the parameter that holds R, in layers and in files.
+CORE = "lora_core"
+_FROZEN = ("lora_A", "lora_B")
+
+
+class CoreVariant(Merging):
+    """The core form; see the module's docstring."""
+
+    @staticmethod
+    def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """Add the adapter's part to the base layer's output."""
+        R = getattr(module, CORE)[active_adapter]
+        inner = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        # Scaling in between touches r numbers a token, and not d_out.
+        return result + module.lora_B[active_adapter](functional.linear(inner, R) * module.scaling[active_adapter])
+
+    @staticmethod
+    def delta(module: LoraLayer, adapter: str) -> Tensor:
+        """Return s B R A, in the orientation in which the base layer stores its weight."""
+        A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        delta = product(product(B, getattr(module, CORE)[adapter].to(B.dtype)), A)
+        return oriented(module, delta * module.scaling[adapter])
+
+
+def core_of(module: LoraLayer, adapter: str) -> nn.Parameter | None:
+    """Return R of a core layer, None for any other."""
+    held = getattr(module, CORE, None)
+    return held[adapter] if held is not None and adapter in held else None
+
+
+def form_of(module: LoraLayer, adapter: str) -> str | None:
+    """Return "core", "anchored" or "residual", None for a plain LoRA layer."""
+    return "core" if core_of(module, adapter) is not None else anchor_kind(module, adapter)
+
+
+def set_core(module: LoraLayer, adapter: str, R: Tensor) -> None:
+    """Make a LoRA layer a core layer with this R (r, r), held in the dtype and on the device of the factors."""
+    if not hasattr(module, CORE):
+        setattr(module, CORE, nn.ParameterDict())
+        # What these names list, PEFT trains, moves and deletes with the adapter.
+        module.adapter_layer_names = (*module.adapter_layer_names, CORE)
+    held = core_of(module, adapter)
+    trained = module.lora_B[adapter].weight.requires_grad or (held is not None and held.requires_grad)
+    # A dictionary of its own, not the class's; PEFT keeps frozen what it lists, whatever is switched on and off.
+    module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter: _FROZEN}
+    module._freeze_non_trainable_peft_weights(adapter)
+    like = module.lora_A[adapter].weight
+    value = whole(R.detach()).to(device=like.device, dtype=like.dtype).clone()
+    getattr(module, CORE)[adapter] = nn.Parameter(value, requires_grad=trained)
+    module.lora_variant[adapter] = CoreVariant()
+
+
+def drop_core(module: LoraLayer, adapter: str) -> None:
+    """Make the layer a plain LoRA layer again (the inverse of :func:`set_core`)."""
+    held = getattr(module, CORE, {})
+    if adapter not in held:
+        return
+    trained = held[adapter].requires_grad
+    del held[adapter]
+    module.lora_variant.pop(adapter, None)
+    module.frozen_peft_weight_names.pop(adapter, None)
+    for factor in (module.lora_A, module.lora_B):
+        factor[adapter].requires_grad_(trained)
+
+
+@contextmanager
+def optimal_gradient(model: nn.Module, adapter: str = "default") -> Iterator[None]:
+    """Within the block, R's gradients are those whose B g A is the best image of the full gradient.
+
+    That is ``g* = (B'B)^-1 g (AA')^-1 / s^2`` (LoRA-SB, Theorem 3), put in place of g as soon as backward has it, so
+    that any optimizer works with it. Where B'B = AA' = s = 1, as in LoRA-SB's own start, it changes nothing.
+
+    Raises:
+        LinAlgError: a layer's A or B has no full rank.
+    """
+    handles = []
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        R = core_of(module, adapter)
+        if R is None:
+            continue
+        A, B = (whole(factor[adapter].weight.detach()).double() for factor in (module.lora_A, module.lora_B))
+        left, right = torch.linalg.inv(B.T @ B) / module.scaling[adapter] ** 2, torch.linalg.inv(A @ A.T)
+
+        def corrected(g: Tensor, left: Tensor = left, right: Tensor = right) -> Tensor:
+            return (left @ g.double() @ right).to(g.dtype)
+
+        handles.append(R.register_hook(corrected))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,126 @@
+"""LoRA-SB: a core that starts at the best low-rank image of full fine-tuning's first step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from headstart.errors import LayerError, MethodError
+from headstart.linalg.svd import truncated_svd
+from headstart.methods.base import Factors, LayerInputs, check_positive
+from headstart.methods.gradient import GradientMethod
+from headstart.methods.registry import register
+
+
+@register("lora-sb")
+@dataclass(frozen=True)
+class LoRASB(GradientMethod):
+    """LoRA-SB: y = W x + s B R A x with B = U_r, A = V_r', R = S_r / s from Delta = U S V'; only R trains; kept.
+
+    Delta is the first update that full fine-tuning would make with the mean gradient G: -eta sign(G) with AdamW,
+    -eta G with SGD. As B'B = AA' = I, the gradient that R sees is the best one (Theorem 3).
+
+    Source: LoRA-SB, section 3, Algorithm 1; the ablations from its section on initialisation.
+
+    Settings:
+        samples: how many samples G is averaged over; None for ``share`` of the training set.
+        share: 0.1 % in the paper.
+        optimizer: whose first step Delta is.
+        lr: eta, the rate of that step; None for what the verb is told (``first_lr``; ``headstart compare`` computes it
+            from its recipe's schedule, as the published code does: the peak rate over the number of warm-up steps).
+        split: "orthonormal" as above, or "suboptimal": B = U_r S_r, A = V_r', R = I / s, the same product.
+        source_matrix: what is decomposed: the "update"; the update with "noise" of ``noise`` times its own standard
+            deviation; or a "kaiming" matrix, uniform with variance 1 / (3 d_in), scaled to the update's norm.
+        noise: see there.
+    """
+
+    source: ClassVar[str] = "LoRA-SB, section 3, Algorithm 1"
+    cost: ClassVar[str] = "a gradient pass over the samples, a truncated SVD a layer; trains r² numbers a layer"
+
+    asks_population: ClassVar[bool] = True
+
+    samples: int | None = None  # type: ignore[assignment] # None: a share of the training set
+    share: float = 0.001
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float | None = None
+    split: Literal["orthonormal", "suboptimal"] = "orthonormal"
+    source_matrix: Literal["update", "noise", "kaiming"] = "update"
+    noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self.name, share=self.share, lr=self.lr, noise=self.noise)
+        if self.share > 1:
+            raise MethodError(f"method {self.name!r}: share={self.share!r} is more than the whole training set.")
+        if self.gradients == "sketch" and (self.optimizer != "sgd" or self.source_matrix != "update"):
+            raise MethodError(f"method {self.name!r}: a sketch knows nothing of signs or noise; use gradients='exact'.")
+
+    def sample_count(self, population: int | None = None) -> int:
+        """Return ``samples``, or ``share`` of the training set, at least one.
+
+        Raises:
+            MethodError: neither is known.
+        """
+        if self.samples is not None:
+            return self.samples
+        if population is None:
+            raise MethodError(
+                f"method {self.name!r} reads {self.share:.2%} of the training set, whose size these data don't tell: "
+                "give samples, or population= to the verb."
+            )
+        return max(1, math.ceil(self.share * population))
+
+    def factors(self, layer: LayerInputs) -> Factors:
+        """Decompose the first update."""
+        eta = self.lr or layer.first_lr
+        if eta is None:
+            raise MethodError(
+                f"method {self.name!r} needs the rate of the first optimizer step: give lr, or first_lr= to the verb."
+            )
+        if layer.sketch is not None:
+            svd, info = self.decompose(layer, layer.r)
+            if svd is None:
+                return self._unreached(layer)
+            # -G = U S (-V)'; what was sketched is the sum over the samples.
+            samples = layer.samples or 1
+            return self._split(layer, svd.U, eta / samples * svd.S, -svd.V, info)
+        G = layer.require_gradient()
+        if not bool(G.count_nonzero()):
+            return self._unreached(layer)
+        delta = self._matrix(layer, -eta * (G.sign() if self.optimizer == "adamw" else G))
+        found = truncated_svd(delta, layer.r)
+        share = float(found.S.double().square().sum() / delta.double().square().sum())
+        return self._split(layer, found.U, found.S, found.V, {"residual": found.residual, "share": share, "lr": eta})
+
+    def _matrix(self, layer: LayerInputs, delta: Tensor) -> Tensor:
+        if self.source_matrix == "update":
+            return delta
+        generator = layer.generator()
+        if self.source_matrix == "noise":
+            drawn = torch.randn(layer.d_out, layer.d_in, generator=generator).to(delta.device)
+            return delta + self.noise * delta.std(correction=0) * drawn
+        drawn = (2 * torch.rand(layer.d_out, layer.d_in, generator=generator) - 1).to(delta.device)
+        return drawn * (delta.norm() / drawn.norm())
+
+    def _split(self, layer: LayerInputs, U: Tensor, S: Tensor, V: Tensor, info: dict[str, float]) -> Factors:
+        if not float(S[-1]) > 0:
+            raise LayerError(
+                f"layer {layer.name!r}: the first update has rank below {layer.r}, which leaves a part of the core "
+                "that could not train; lower r, or read more samples."
+            )
+        if self.split == "suboptimal":
+            eye = torch.eye(layer.r, device=U.device)
+            return Factors(V.T, U * S, core=eye / layer.scaling, offset="keep", info=info)
+        return Factors(V.T.contiguous(), U, core=torch.diag(S) / layer.scaling, offset="keep", info=info)
+
+    def _unreached(self, layer: LayerInputs) -> Factors:
+        """Where no gradient came, the core is zero between random directions, and can still train."""
+        generator = layer.generator()
+        B = torch.linalg.qr(torch.randn(layer.d_out, layer.r, generator=generator)).Q
+        A = torch.linalg.qr(torch.randn(layer.d_in, layer.r, generator=generator)).Q.T
+        note = "no gradient reached this layer in the samples; its core starts at zero between random directions"
+        return Factors(A.contiguous(), B, core=torch.zeros(layer.r, layer.r), offset="keep", note=note)
