@@ -19,8 +19,8 @@ from headstart.meters import Clock
 from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
 from headstart.progress import Show
 from headstart.statistics.batches import size_of
-from headstart.statistics.collect import Collector, Statistics, together
-from headstart.statistics.processes import Processes, digest
+from headstart.statistics.collect import Collector, Statistics
+from headstart.statistics.processes import Processes, digest, together
 
 # Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
 _BATCH_BYTES = 256 * 2**20

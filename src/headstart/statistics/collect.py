@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from headstart.errors import DataError, HeadstartError, LayerError
+from headstart.errors import DataError, LayerError
 from headstart.linalg.sketch import GradientSketch
 from headstart.methods.base import Kronecker, Wanted
 from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples
@@ -22,7 +22,7 @@ from headstart.statistics.lengths import by_length
 from headstart.statistics.losses import check_labels
 from headstart.statistics.masks import Layout, Tokens, layout_of
 from headstart.statistics.plan import Need, Plan, make_plan, parse_bytes
-from headstart.statistics.processes import Processes, digest, in_step, is_sharded, owners
+from headstart.statistics.processes import Processes, digest, in_step, is_sharded, owners, together
 from headstart.statistics.quiet import adapters_off, dropout_off, frozen
 from headstart.statistics.reader import Reader
 from headstart.statistics.sums import Shape, Sums, input_groups, symmetric
@@ -199,28 +199,42 @@ class Collector:
         return (chunks if divided else self._processes.share(chunks)), chunks[0]
 
     def _probe(self, modules: Mapping[str, nn.Module]) -> tuple[dict[str, int], float]:
-        """Run one sample forward: which layers read the same input, and how long a reading of all samples takes."""
+        """Run two samples forward, each alone: which layers read the same input, how their rows lie, how long it takes.
+
+        The longest sample shows most; a second one of another length, what holds for all lengths.
+        """
+        rows = [(chunk, row) for chunk in self._chunks or [self._spare] for row in range(chunk.size)]
+        lengths = [_tokens({key: value[row : row + 1] for key, value in _masks(chunk)}) for chunk, row in rows]
+        longest = max(range(len(rows)), key=lambda place: lengths[place])
+        other = next((place for place, length in enumerate(lengths) if length != lengths[longest]), longest)
+        partitions, layouts = [], []
+        for place in (other, longest):
+            chunk, row = rows[place]
+            batch = self._reader.alone(chunk.batch, row)
+            began = time.perf_counter()
+            seen = self._inputs_of(modules, batch)
+            seconds = time.perf_counter() - began
+            layouts.append({name: layout_of(seen.get(name), _tokens(batch)) for name in modules})
+            partitions.append(input_groups((name, seen.get(name)) for name in modules))
+            del seen
+        self._layouts = {name: one if one == layouts[1][name] else "other" for name, one in layouts[0].items()}
+        seconds *= _BACKWARD * sum(_tokens(chunk.batch) or chunk.size for chunk in self._chunks) / (_tokens(batch) or 1)
+        return _finest([each for found in self._processes.gather(partitions) for each in found]), seconds
+
+    def _inputs_of(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
         seen: dict[str, Tensor] = {}
 
         def hook_for(name: str) -> Any:
             return lambda module, args: seen.setdefault(name, args[0])
 
-        batch = self._reader.alone(self._spare.batch, 0)
         handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
         try:
             with self._quiet(), torch.no_grad():
-                began = time.perf_counter()
                 self._reader.forward(self._reader.moved(batch))
-                seconds = time.perf_counter() - began
         finally:
             for handle in handles:
                 handle.remove()
-        share = _tokens(batch) or 1
-        seconds *= _BACKWARD * sum(_tokens(chunk.batch) or chunk.size for chunk in self._chunks) / share
-        tokens = _tokens(batch)
-        self._layouts = {name: layout_of(seen.get(name), tokens) for name in modules}
-        groups = input_groups((name, seen.get(name)) for name in modules)
-        return _finest(self._processes.gather(groups)), seconds
+        return seen
 
     def _needs(self) -> list[Need]:
         members: dict[int, list[str]] = defaultdict(list)
@@ -340,24 +354,6 @@ class Collector:
         return notes
 
 
-@contextmanager
-def together(processes: Processes) -> Iterator[None]:
-    """Let a failure of one process fail all of them, with its own words, and none wait for what won't come."""
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-        if not processes.several:
-            raise
-    words = processes.gather(None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for rank, sentence in enumerate(words):
-        if sentence is not None:
-            raise HeadstartError(f"process {rank} failed: {sentence}")
-
-
 def _first(chunks: Sequence[Samples], samples: int) -> list[Samples]:
     return list(iterate_samples([chunk.batch for chunk in chunks], samples)) if samples else []
 
@@ -383,6 +379,11 @@ def _floats(shape: Shape) -> int:
     gradient = {"exact": shape.d_out * shape.d_in, "sketch": wanted.width * (shape.d_out + shape.d_in), "no": 0}
     outputs = {None: 0, "diagonal": 2 * shape.d_out, "full": shape.d_out**2 + shape.d_out}
     return gradient[wanted.gradient] + outputs[wanted.outputs]
+
+
+def _masks(chunk: Samples) -> list[tuple[str, Tensor]]:
+    found = [(name, chunk.batch.get(name)) for name in ("attention_mask", "input_ids")]
+    return [(name, value) for name, value in found if isinstance(value, Tensor)]
 
 
 def _tokens(batch: Batch) -> int:

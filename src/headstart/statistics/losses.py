@@ -53,15 +53,43 @@ def check_labels(samples: Samples) -> None:
         )
 
 
+# In the order in which models use them; "apart" is what is left where none fits.
+RULES: tuple[Rule, ...] = ("shifted tokens", "tokens", "samples", "sum")
+
+
+def tells_apart(rules: Sequence[Rule], batch: Batch, size: int) -> bool:
+    """Return whether a batch's samples would weigh differently under some of these rules."""
+    weights = [_weights(rule, batch, size) for rule in rules]
+    return any(not torch.allclose(each, weights[0]) for each in weights[1:])
+
+
+def _weights(rule: Rule, batch: Batch, size: int) -> Tensor:
+    """Return how much each sample's own loss weighs in the batch's."""
+    counts = label_counts(batch)
+    if rule == "sum":
+        return torch.ones(size, dtype=torch.float64)
+    if rule == "samples" or counts is None:
+        return torch.full((size,), 1 / size, dtype=torch.float64)
+    used = counts[:, 1 if rule == "shifted tokens" else 0].double()
+    return used / used.sum()
+
+
 @torch.no_grad()
-def measure_rule(forward: Forward, batch: Batch, dtype: torch.dtype, *, encoder_decoder: bool) -> Rule:
+def fitting_rules(
+    forward: Forward, batch: Batch, dtype: torch.dtype, rules: Sequence[Rule], *, encoder_decoder: bool
+) -> list[Rule]:
     """Find out how the model weights the samples of a batch, from the two that differ most in their labels.
 
     Args:
         forward: runs the model on a batch.
         batch: at least two samples.
         dtype: of the model; decides how closely the losses must agree.
+        rules: those to choose from, in this order.
         encoder_decoder: whether labels lie along a decoder's tokens, of which none is left out of the loss.
+
+    Returns:
+        The rules that explain the two samples' losses apart and together; none where samples depend on each other, or
+        on the padding beside them.
     """
     counts = label_counts(batch)
     if counts is None:
@@ -76,25 +104,23 @@ def measure_rule(forward: Forward, batch: Batch, dtype: torch.dtype, *, encoder_
     outputs = forward(pair)
     exact = dtype in (torch.float32, torch.float64)
     if _padding_matters(outputs_apart, alone, outputs, pair, 1e-3 if exact else 5e-2):
-        return "apart"
-    apart = [float(loss_of(each, index)) for each, index in zip(outputs_apart, (low, high), strict=True)]
+        return []
+    apart = torch.tensor(
+        [float(loss_of(each, index)) for each, index in zip(outputs_apart, (low, high), strict=True)],
+        dtype=torch.float64,
+    )
     together = float(loss_of(outputs, low))
-    candidates: dict[Rule, tuple[float, float]] = {}
-    if counts is not None:
-        if not encoder_decoder:
-            candidates["shifted tokens"] = (float(counts[low, 1]), float(counts[high, 1]))
-        candidates["tokens"] = (float(counts[low, 0]), float(counts[high, 0]))
-    candidates["samples"] = (1.0, 1.0)
     misfits: dict[Rule, float] = {}
-    for rule, (a, b) in candidates.items():
-        expected = (a * apart[0] + b * apart[1]) / (a + b) if a + b else float("nan")
-        misfits[rule] = abs(expected - together) / max(abs(together), 1e-12)
-    misfits["sum"] = abs(sum(apart) - together) / max(abs(together), 1e-12)
-    # Half precisions round the logits, so the three losses agree to a few units in the third digit only. Rules that
-    # can't be told apart by them are tried in the order in which models use them.
-    tolerance, noise = (1e-4, 2e-6) if exact else (1e-2, 4e-3)
-    likely = max(min(misfits.values()), noise)
-    return next((rule for rule, misfit in misfits.items() if misfit <= min(likely, tolerance)), "apart")
+    for rule in rules:
+        skipped = counts is None and rule in ("tokens", "shifted tokens")
+        if not skipped and not (encoder_decoder and rule == "shifted tokens"):
+            expected = float(_weights(rule, pair, 2) @ apart)
+            misfits[rule] = abs(expected - together) / max(abs(together), 1e-12)
+    # Half precisions round the logits, so the three losses agree to a few units in the third digit only. What they
+    # can't tell apart is left open.
+    tolerance, noise = (2e-5, 2e-6) if exact else (1e-2, 4e-3)
+    likely = min(max(min(misfits.values(), default=0.0), noise), tolerance)
+    return [rule for rule, misfit in misfits.items() if misfit <= likely]
 
 
 def backward_of_sum(outputs: Any, samples: Samples, rule: Rule) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from headstart.errors import HeadstartError
 from headstart.statistics.batches import Batch
 
 T = TypeVar("T")
@@ -75,6 +77,24 @@ class Processes:
             dist.reduce(moved, dst=owner)
         if moved is not tensor:
             tensor.copy_(moved)
+
+
+@contextmanager
+def together(processes: Processes) -> Iterator[None]:
+    """Let a failure of one process fail all of them, with its own words, and none wait for what won't come."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+        if not processes.several:
+            raise
+    words = processes.gather(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, sentence in enumerate(words):
+        if sentence is not None:
+            raise HeadstartError(f"process {rank} failed: {sentence}")
 
 
 def owners(costs: Mapping[T, float], count: int) -> dict[T, int]:

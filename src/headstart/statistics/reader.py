@@ -11,14 +11,14 @@ from torch.nn import functional
 
 from headstart.errors import BASE_PREFIX, DataError, not_finite
 from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, single_sample
-from headstart.statistics.losses import Rule, backward_of_sum, loss_of, measure_rule, model_dtype
+from headstart.statistics.losses import RULES, Rule, backward_of_sum, fitting_rules, loss_of, model_dtype, tells_apart
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.sums import Regroup, Sums
 from headstart.statistics.tap import tapped
 
 
 class Reader:
-    """Reads batches into sums, weighting samples by the rule measured on the first batch that can tell.
+    """Reads batches into sums, weighting samples by the rule measured on the batches that can tell.
 
     Args:
         model: called with each batch as keyword arguments.
@@ -33,20 +33,30 @@ class Reader:
         self._tokens = tokens
         self._device = next(model.parameters()).device
         self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        config = getattr(model, "config", None)
+        self._longest = getattr(config, "max_position_embeddings", None) or math.inf
         self._apart = apart
-        self.rule: Rule | None = None
+        # Which rules of weighting fit all that was measured so far.
+        self._rules: list[Rule] = list(RULES)
+        self._measured = False
         self.notes: list[str] = []
 
     def read(self, samples: Samples, sums: Sums) -> None:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
         batch = self.moved(samples.batch)
         samples = Samples(batch, samples.indices)
-        if not self._apart and self.rule is None and samples.size > 1:
+        open_rules = self._rules
+        if (
+            not self._apart
+            and samples.size > 1
+            and (not self._measured or tells_apart(open_rules, batch, samples.size))
+        ):
             # Without taps: only the pass's own backward may reach the sums.
-            self.rule = measure_rule(
-                self.forward, batch, model_dtype(self._model), encoder_decoder=self.encoder_decoder
+            self._measured = True
+            self._rules = fitting_rules(
+                self.forward, batch, model_dtype(self._model), open_rules, encoder_decoder=self.encoder_decoder
             )
-            if self.rule == "apart":
+            if not self._rules:
                 self._read_apart("the loss of a batch is not a mean of its samples' losses in this model")
         names = {name: self._modules[name] for name in sums.shapes}
         with tapped(names, sums.watch):
@@ -81,12 +91,12 @@ class Reader:
         if masks.unmatched:
             self._note("some layers see other rows than the batch's tokens: all of theirs count")
         _check_finite(self._model, outputs, samples)
-        if not backward_of_sum(outputs, samples, self.rule or "samples"):
+        if not backward_of_sum(outputs, samples, self._rules[0] if self._rules else "apart"):
             self._read_apart("the loss is not a function of the logits that the model returns")
             self._accumulate(samples, sums)
 
     def _tapped_forward(self, samples: Samples, sums: Sums, alone: bool) -> tuple[Any, TokenMasks]:
-        batch = _told_apart(samples.batch) if self.encoder_decoder else samples.batch
+        batch = _told_apart(samples.batch, self._longest) if self.encoder_decoder else samples.batch
         while True:
             masks = TokenMasks(batch, samples.size, self._tokens, encoder_decoder=self.encoder_decoder, alone=alone)
             sums.begin(masks)
@@ -108,15 +118,24 @@ class Reader:
             self.notes.append(sentence)
 
 
-def _told_apart(batch: Batch) -> Batch:
-    """Make a decoder's labels one longer where they are as long as the encoder's input: layers are told by length.
+def _told_apart(batch: Batch, longest: float) -> Batch:
+    """Give a decoder's labels another length where they are as long as the encoder's input: layers are told by length.
 
-    What is added is padding at the end, which no loss and no other token sees.
+    Padding at the end, which no loss and no other token sees, is added or left out. Where neither can be, samples have
+    to be read one at a time.
+
+    Args:
+        batch: of an encoder-decoder.
+        longest: how many positions the model knows.
     """
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or labels.shape != mask.shape:
         return batch
     if any(key.startswith("decoder_") for key in batch):
+        return batch
+    if bool((labels[:, -1] == IGNORED).all()):
+        return batch | {"labels": labels[:, :-1]}
+    if labels.shape[1] >= longest:
         return batch
     return batch | {"labels": functional.pad(labels, (0, 1), value=IGNORED)}
 
