@@ -19,6 +19,7 @@ from headstart.layers import peft_hooks
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
 from headstart.layers.core import optimal_gradient
 from headstart.layers.export import save_lora
+from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import Factors, LayerInputs, Method, Needs, get_method, method_names, register
 from headstart.methods.gradient import LoRAGA, LoRAOne
 from headstart.methods.inilora import IniLoRA
@@ -68,6 +69,7 @@ __all__ = [
     "get_method",
     "initialize_",
     "load_checkpoint",
+    "lora_fa_",
     "method_names",
     "optimal_gradient",
     "register",
