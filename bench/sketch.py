@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-import headstart as hs
-from bench.gradient import RANK, SAMPLES, config
+from bench.gradient import RANK, config
 from bench.harness import paragraph, table, token_batches, write
 from headstart.layers.find import TargetLayer, lora_layers
 from headstart.linalg.svd import truncated_svd
@@ -19,13 +18,14 @@ from headstart.statistics.collect import Collector
 from headstart.training.models import resolve_model
 
 PASSES = (1, 2, 3)
-WIDTH = hs.LoRAOne().width
+WIDTH = 2 * RANK + 4
+SAMPLES = 16
 
 
 def statistics_of(model: Any, targets: list[TargetLayer], data: list[dict[str, torch.Tensor]], method: str) -> Any:
     """Return the method's statistics of all layers, and the seconds that reading took."""
     made = parse_method(method)
-    wanted = {target.name: made.wanted(target.name) for target in targets}
+    wanted = {target.name: made.wanted(target.name, target.r) for target in targets}
     asked = {name: each for name, each in wanted.items() if each is not None}
     layers = {target.name: target.module for target in targets}
     began = time.perf_counter()
@@ -54,6 +54,9 @@ def main() -> None:
         found, seconds = statistics_of(model, targets, data, method)
         left, right, estimated = [], [], []
         held = sum(sketch.bytes_held for sketch in found.sketches.values())
+        # Random matrices are shared by layers of one size; they are gone after the first of several passes.
+        shared = {sketch.shape: sketch.bytes_shared for sketch in found.sketches.values()}
+        held += sum(shared.values())
         for name, sketch in found.sketches.items():
             svd = sketch.finish(RANK)
             left.append(sine(svd.U, decompositions[name].U))

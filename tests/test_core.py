@@ -337,7 +337,7 @@ def test_the_rate_is_needed():
 def test_a_sketch_gives_about_the_same_start_with_sgd(samples):
     settings = f"samples={samples},lr=0.1,optimizer=sgd"
     exact, sketched = (
-        start(tiny_llama(), f"lora-sb:{settings}{more}")[0] for more in ("", ",gradients=sketch,passes=4")
+        start(tiny_llama(), f"lora-sb:{settings}{more}")[0] for more in ("", ",gradients=sketch,passes=4,width=22")
     )
     for mine, theirs in zip(lora_layers(sketched, "default"), lora_layers(exact, "default"), strict=True):
         products = []
@@ -359,6 +359,31 @@ def test_layers_without_gradient_can_still_train():
     found = hs.LoRASB(samples=1, lr=1.0).factors(layer_of(torch.zeros(9, 7)))
     assert "no gradient" in found.note
     assert not found.core.any() and found.A.any() and found.B.any()
+
+
+def test_the_report_speaks_of_what_is_added():
+    _, xs = start(tiny_llama(), "lora-xs")
+    assert all(layer.relative_product < 1e-3 for layer in xs.layers)
+
+
+def test_a_core_is_asked_for():
+    with pytest.raises(hs.LayerError, match="has no core layer"), hs.optimal_gradient(wrap(tiny_llama())):
+        pass
+
+
+def test_an_interrupted_core_leaves_no_trace(monkeypatch):
+    import headstart.layers.core as cores_file
+
+    model = wrap(tiny_llama())
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def fail(self, adapter):
+        raise MemoryError
+
+    monkeypatch.setattr(cores_file.LoraLayer, "_freeze_non_trainable_peft_weights", fail)
+    with pytest.raises(MemoryError):
+        hs.initialize_(model, "lora-xs", progress=False)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
 def test_combining_is_refused():

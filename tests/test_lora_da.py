@@ -499,9 +499,9 @@ def test_real_names_are_sorted_into_attention_and_the_rest(architecture):
             assert name.rpartition(".")[2] in ("lm_head", "classifier", "dense"), name
         assert not all(kinds)
         seen += kinds[0]
-        assert (hs.LoRADA(layers="attention").wanted(name) is not None) == kinds[0], name
-        assert (hs.LoRADA(layers="feed-forward").wanted(name) is not None) == (not kinds[0]), name
-        assert hs.LoRADA().wanted(name) is not None
+        assert (hs.LoRADA(layers="attention").wanted(name, 2) is not None) == kinds[0], name
+        assert (hs.LoRADA(layers="feed-forward").wanted(name, 2) is not None) == (not kinds[0]), name
+        assert hs.LoRADA().wanted(name, 2) is not None
     assert seen >= 4
 
 
@@ -534,7 +534,7 @@ LOOK_ALIKES = {
 
 @pytest.mark.parametrize(("name", "attention"), [*MORE_NAMES.items(), *LOOK_ALIKES.items()])
 def test_names_of_other_architectures(name, attention):
-    assert (hs.LoRADA(layers="attention").wanted(name) is not None) == attention
+    assert (hs.LoRADA(layers="attention").wanted(name, 2) is not None) == attention
 
 
 @pytest.mark.parametrize("options", [{}, dict(fisher="none", variance=0)])
@@ -839,11 +839,11 @@ def test_round_trip_through_text(method):
 
 
 def test_what_is_collected():
-    assert hs.LoRADA().wanted(ATTENTION).outputs == "diagonal"
-    assert hs.LoRADA(fisher="full", tokens="labels").wanted(ATTENTION).outputs == "full"
-    assert hs.LoRADA(tokens="labels").wanted(ATTENTION).tokens == "labels"
-    assert hs.LoRADA(fisher="none", variance=0).wanted(ATTENTION).outputs is None
-    assert hs.LoRADA(fisher="none", variance=0, gradients="sketch").wanted(ATTENTION).gradient == "sketch"
+    assert hs.LoRADA().wanted(ATTENTION, 2).outputs == "diagonal"
+    assert hs.LoRADA(fisher="full", tokens="labels").wanted(ATTENTION, 2).outputs == "full"
+    assert hs.LoRADA(tokens="labels").wanted(ATTENTION, 2).tokens == "labels"
+    assert hs.LoRADA(fisher="none", variance=0).wanted(ATTENTION, 2).outputs is None
+    assert hs.LoRADA(fisher="none", variance=0, gradients="sketch").wanted(ATTENTION, 2).gradient == "sketch"
 
 
 # The verb.

@@ -134,6 +134,42 @@ def fails(rank, method):
     return None
 
 
+def infinite(rank, sharded):
+    """One process's data give a loss that is not a number, the other's are fine."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = wrap(tiny_llama())
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    every = [{key: value[i : i + 1] for key, value in batches()[0].items()} for i in range(3)] + batches()[1:]
+    if rank == 1:
+        model.register_forward_hook(lambda module, args, output: output.update(loss=output.loss * float("nan")))
+    try:
+        hs.initialize_(model, METHODS[0], data=every, progress=False)
+    except hs.DataError as error:
+        return str(error)
+    return None
+
+
+def different_memory(rank):
+    """Each process has its own idea of what is free."""
+    from headstart.statistics import plan
+
+    plan.free_memory = lambda device: 100_000 if rank else 10**9
+    made, report = alone(METHODS[0])
+    return made, report.plan
+
+
+def core_too_late(rank):
+    model = torch.nn.parallel.DistributedDataParallel(wrap(tiny_llama()))
+    try:
+        hs.initialize_(model, "lora-xs", progress=False)
+    except hs.LayerError as error:
+        return str(error)
+    return None
+
+
 def in_fsdp(rank, methods):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -230,6 +266,25 @@ def test_a_failure_in_one_process_ends_all(tmp_path):
     first, second = together(tmp_path, fails, METHODS[0])
     assert "process 1 failed: sample" in first
     assert "has no label left" in second
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_loss_that_is_not_finite_in_one_process(tmp_path, sharded):
+    first, second = together(tmp_path, infinite, sharded)
+    assert "the loss is nan" in first
+    assert "the loss is nan" in second
+
+
+def test_one_plan_for_all(tmp_path):
+    expected, report = alone(METHODS[0])
+    first, second = together(tmp_path, different_memory)
+    assert first[1].split(", about")[0] == second[1].split(", about")[0] != report.plan.split(", about")[0]
+    for made, _ in (first, second):
+        check(made, expected, report)
+
+
+def test_a_core_comes_before_ddp(tmp_path):
+    assert all("before it is wrapped" in words for words in together(tmp_path, core_too_late))
 
 
 def test_torchrun(tmp_path):

@@ -6,7 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from headstart.meters import Clock
 from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
 from headstart.progress import Show
 from headstart.statistics.batches import size_of
-from headstart.statistics.collect import Collector, Statistics
+from headstart.statistics.collect import Collector
+from headstart.statistics.gather import Statistics
 from headstart.statistics.processes import Processes, digest, together
 
 # Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
@@ -66,10 +67,17 @@ def starts_of(
             factorise(method, mine, facts, statistics, made, show)
         notes += statistics.notes
     with clock("factorise"):
-        for theirs, seconds in processes.gather((made, facts.seconds)) if processes.several else ():
+        sent = {name: _on_cpu(factors) for name, factors in made.items() if name in asked} if processes.several else {}
+        for theirs, seconds in processes.gather((sent, facts.seconds)) if processes.several else ():
             made |= theirs
             facts.seconds |= seconds
     return [(layer, made[layer.name]) for layer in layers], notes
+
+
+def _on_cpu(factors: Factors) -> Factors:
+    """Return factors that another process can receive, whichever devices it sees."""
+    core = None if factors.core is None else factors.core.cpu()
+    return replace(factors, A=factors.A.cpu(), B=factors.B.cpu(), core=core)
 
 
 def factorise(
@@ -83,13 +91,14 @@ def factorise(
     """Add the factors of ``layers`` to ``made``."""
     for group in _groups(method, layers, statistics):
         began = time.perf_counter()
-        inputs = [_inputs(method, layer, facts, statistics) for layer in group]
+        held: dict[int, torch.Tensor] = {}
+        inputs = [_inputs(method, layer, facts, statistics, held) for layer in group]
         for layer, factors in zip(group, method.factors_batch(inputs, show), strict=True):
             check_factors(layer, factors)
             made[layer.name] = factors
             # Freed as soon as they are used: they are the largest thing held.
-            for held in (statistics.gradients, statistics.sketches, statistics.kronecker):
-                held.pop(layer.name, None)
+            for found in (statistics.gradients, statistics.sketches, statistics.kronecker):
+                found.pop(layer.name, None)
         for layer in group:
             facts.seconds[layer.name] = (time.perf_counter() - began) / len(group)
         show("factorising", len(made), max(len(layers), len(made)))
@@ -112,9 +121,18 @@ def _groups(method: Method, layers: Sequence[TargetLayer], statistics: Statistic
             yield group[start : start + size]
 
 
-def _inputs(method: Method, layer: TargetLayer, facts: Facts, statistics: Statistics) -> LayerInputs:
+def _inputs(
+    method: Method, layer: TargetLayer, facts: Facts, statistics: Statistics, held: dict[int, torch.Tensor]
+) -> LayerInputs:
+    """Return what is known of a layer, on the layer's device; ``held`` keeps what several of them share."""
+    device = layer.module.get_base_layer().weight.device
     gradient, sketch = statistics.gradients.get(layer.name), statistics.sketches.get(layer.name)
-    wanted = method.wanted(layer.name)
+    gradient = None if gradient is None else gradient.to(device)
+    kronecker = statistics.kronecker.get(layer.name)
+    if kronecker is not None:
+        shared = held.setdefault(id(kronecker.inputs), kronecker.inputs.to(device))
+        kronecker = replace(kronecker, inputs=shared, outputs=kronecker.outputs.to(device))
+    wanted = method.wanted(layer.name, layer.r)
     if wanted is not None and layer.name not in statistics.groups:
         # Nothing reached the layer: to the method that is a gradient of zero.
         gradient = torch.zeros(layer.d_out, layer.d_in)
@@ -129,7 +147,7 @@ def _inputs(method: Method, layer: TargetLayer, facts: Facts, statistics: Statis
         moments=facts.moments.get(layer.kind),
         gradient=gradient,
         sketch=sketch,
-        kronecker=statistics.kronecker.get(layer.name),
+        kronecker=kronecker,
         population=facts.population,
         samples=statistics.samples or None,
         first_lr=facts.first_lr,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from headstart._version import __version__
@@ -19,18 +20,19 @@ from headstart.errors import DataError, HeadstartWarning, LayerError, MethodErro
 from headstart.factorise import Facts, finite_weight, known_length, starts_of
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.install import Base, check_base, install
-from headstart.layers.vera import find_vera_layers, install_dictionary, vera_adapter
+from headstart.layers.vera import VeraTarget, find_vera_layers, install_dictionary, vera_adapter
 from headstart.layers.weights import whole
 from headstart.linalg.product import product_norm
+from headstart.linalg.sketch import GradientSketch
 from headstart.meters import Clock, Memory
-from headstart.methods.base import Factors, Method, Moments, Needs
+from headstart.methods.base import Factors, Method, Moments, Needs, Wanted
 from headstart.methods.registry import parse_method
 from headstart.progress import Show, progress_bars, silent
 from headstart.report import LayerReport, Report
 from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Collector
 from headstart.statistics.moments import kind_moments
-from headstart.statistics.processes import Processes
+from headstart.statistics.processes import Processes, is_sharded
 
 
 def initialize_(
@@ -63,7 +65,8 @@ def initialize_(
         model: what ``peft.get_peft_model`` returned, fresh: its adapter neither trained nor initialised. It may be
             inside DistributedDataParallel, or its parameters sharded by FSDP2. DoRA layers take methods that keep their
             start, and get the magnitude that goes with it; the layers of a VeRA adapter get a common dictionary from
-            what the method finds in each (:mod:`headstart.layers.vera`).
+            what the method finds in each (:mod:`headstart.layers.vera`). Methods that train a core (lora-xs, lora-sb)
+            have to come before DDP or FSDP2.
         method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``.
         data: for methods that need a gradient: an iterable of batches that the model accepts as keyword arguments and
             returns a loss for, or a tokenised dataset together with ``collator``. Samples are counted, not batches.
@@ -95,7 +98,10 @@ def initialize_(
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
     check_base(base)
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    model = _unwrapped(model, method)
+    _check_numbers(offload, batch_size, population, first_lr)
+    if lacking := method.missing(first_lr):
+        raise MethodError(lacking)
     clock = Clock()
     memory = Memory(model)
 
@@ -150,6 +156,51 @@ def initialize_(
     )
 
 
+def _unwrapped(model: nn.Module, method: Method) -> nn.Module:
+    """Return the PEFT model inside DistributedDataParallel.
+
+    Raises:
+        LayerError: it is wrapped in a way in which its layers can't be read, or a core would come too late.
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in model.parameters()
+    ):
+        raise LayerError(
+            "the model is sharded by FSDP1 or DeepSpeed, whose parts can't be read layer by layer: initialise it "
+            "before that, or use FSDP2."
+        )
+    inside = model.module if isinstance(model, DistributedDataParallel) else model
+    if method.trains_core and (inside is not model or is_sharded(inside)):
+        raise LayerError(
+            f"method {method.name!r} adds a parameter to each layer, which DistributedDataParallel and FSDP2 would not "
+            "know of: initialise the model before it is wrapped."
+        )
+    return inside
+
+
+def _check_numbers(offload: str | None, batch_size: int, population: int | None, first_lr: float | None) -> None:
+    if offload not in (None, "cpu"):
+        raise MethodError(f"offload={offload!r} is not one of None, 'cpu'.")
+    for name, value in (("batch_size", batch_size), ("population", population), ("first_lr", first_lr)):
+        if value is not None and not value > 0:
+            raise MethodError(f"{name}={value!r} must be positive.")
+
+
+def _check_sketch(layer: TargetLayer, wanted: Wanted | None) -> None:
+    """Raise LayerError where a sketch would be too narrow, before any data are read."""
+    if wanted is None or wanted.gradient != "sketch":
+        return
+    try:
+        limit = GradientSketch(layer.d_out, layer.d_in, wanted.width, wanted.passes).rank_limit
+    except ValueError as error:
+        raise LayerError(f"layer {layer.name!r}: {error}; raise width.") from error
+    if limit < wanted.vectors:
+        raise LayerError(
+            f"layer {layer.name!r}: a sketch of width {wanted.width} gives {limit} singular vectors at most, and "
+            f"{wanted.vectors} are needed; raise width."
+        )
+
+
 def _shown(progress: Show | bool) -> AbstractContextManager[Show]:
     if progress is True:
         return progress_bars()
@@ -169,10 +220,12 @@ def _collector(
     population: int | None,
     collect: Callable[..., Collector],
 ) -> Collector | None:
-    wanted = {layer.name: method.wanted(layer.name) for layer in layers}
+    wanted = {layer.name: method.wanted(layer.name, layer.r) for layer in layers}
     asked = {name: each for name, each in wanted.items() if each is not None}
     if Needs.GRADIENT in method.needs and data is None:
         raise DataError(f"method {method.name!r} needs data: give batches with labels as data=.")
+    for layer in layers:
+        _check_sketch(layer, asked.get(layer.name))
     if Needs.GRADIENT in method.needs and not asked:
         raise MethodError(f"method '{method}' leaves out every layer that the adapter has; change its setting layers.")
     return collect(asked, data, method.sample_count(population)) if asked else None
@@ -192,6 +245,13 @@ def _fallbacks(starts: Sequence[tuple[TargetLayer, Factors]], strict: bool) -> l
     return sentences
 
 
+def _norm_of_product(target: TargetLayer, factors: Factors) -> float:
+    if isinstance(target, VeraTarget):
+        return 0.0
+    B = factors.B if factors.core is None else factors.B @ factors.core
+    return target.scaling * product_norm(B, factors.A)
+
+
 def _layer_report(target: TargetLayer, factors: Factors, seconds: float) -> LayerReport:
     weight = whole(target.module.get_base_layer().weight.detach())
     norm_weight = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
@@ -204,7 +264,7 @@ def _layer_report(target: TargetLayer, factors: Factors, seconds: float) -> Laye
         r=target.r,
         norm_A=float(torch.linalg.matrix_norm(factors.A)),
         norm_B=float(torch.linalg.matrix_norm(factors.B)),
-        norm_product=target.scaling * product_norm(factors.B, factors.A),
+        norm_product=_norm_of_product(target, factors),
         norm_weight=norm_weight,
         seconds=seconds,
         info=dict(factors.info),

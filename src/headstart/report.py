@@ -17,7 +17,7 @@ class LayerReport:
         name: the layer's name in the base model.
         d_out, d_in, r: its shape and the adapter's rank.
         norm_A, norm_B: Frobenius norms of the factors.
-        norm_product: Frobenius norm of s B A.
+        norm_product: Frobenius norm of s B A; of a core layer, of s B R A; 0 in a VeRA layer, which adds nothing yet.
         norm_weight: Frobenius norm of W.
         seconds: time spent on its factors (a batch's time is divided evenly among its layers).
         info: the method's own numbers, such as ``error`` and ``bound`` (squared Frobenius), ``steps``, ``residual``.
@@ -108,10 +108,23 @@ class Report:
         if self.plan:
             yield f"data: {self.plan}"
         yield self._table()
+        if worst := self._worst():
+            yield worst
         for repair in self.repairs():
             yield f"repaired: {repair}"
         for warning in self.warnings:
             yield f"warning: {warning}"
+
+    def _worst(self) -> str:
+        """Return the largest of the errors that layers report, in one line; empty where there are none."""
+        words = {
+            "objective_error": "relative error of an eigenproblem's objective",
+            "angle_left": "estimated sine of the angle to the exact left space",
+            "angle_right": "to the exact right space",
+        }
+        found = {key: [layer.info[key] for layer in self.layers if key in layer.info] for key in words}
+        parts = [f"{words[key]} {max(values):.1e}" for key, values in found.items() if values]
+        return f"largest over the layers: {', '.join(parts)}" if parts else ""
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)

@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from headstart.errors import LayerError
 from headstart.layers.anchored import Merging, anchor_kind
 from headstart.layers.weights import oriented, product, whole
 
@@ -62,12 +63,13 @@ def set_core(module: LoraLayer, adapter: str, R: Tensor) -> None:
         module.adapter_layer_names = (*module.adapter_layer_names, CORE)
     held = core_of(module, adapter)
     trained = module.lora_B[adapter].weight.requires_grad or (held is not None and held.requires_grad)
-    # A dictionary of its own, not the class's; PEFT keeps frozen what it lists, whatever is switched on and off.
-    module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter: _FROZEN}
-    module._freeze_non_trainable_peft_weights(adapter)
     like = module.lora_A[adapter].weight
     value = whole(R.detach()).to(device=like.device, dtype=like.dtype).clone()
+    # First R, so that drop_core finds something to undo; then A and B. The dictionary is one of its own, not the
+    # class's; PEFT keeps frozen what it lists, whatever is switched on and off.
     getattr(module, CORE)[adapter] = nn.Parameter(value, requires_grad=trained)
+    module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter: _FROZEN}
+    module._freeze_non_trainable_peft_weights(adapter)
     module.lora_variant[adapter] = CoreVariant()
 
 
@@ -92,6 +94,7 @@ def optimal_gradient(model: nn.Module, adapter: str = "default") -> Iterator[Non
     that any optimizer works with it. Where B'B = AA' = s = 1, as in LoRA-SB's own start, it changes nothing.
 
     Raises:
+        LayerError: the adapter has no core.
         LinAlgError: a layer's A or B has no full rank.
     """
     handles = []
@@ -108,6 +111,8 @@ def optimal_gradient(model: nn.Module, adapter: str = "default") -> Iterator[Non
             return (left @ g.double() @ right).to(g.dtype)
 
         handles.append(R.register_hook(corrected))
+    if not handles:
+        raise LayerError(f"adapter {adapter!r} has no core layer: start it with lora-xs or lora-sb.")
     try:
         yield
     finally:

@@ -77,12 +77,13 @@ class Wanted:
         gradient: the mean gradient whole ("exact"), its leading singular triplets only ("sketch"), or not ("no").
         outputs: the diagonal of Y or all of it, with Z and the moments; None for no Kronecker factors.
         tokens: which tokens Z and Y are means over: those of the attention mask, or those with a label.
-        width, passes: of the sketch: thin columns held in all, and passes over the data.
+        vectors, width, passes: of the sketch: singular vectors needed, thin columns held in all, passes over the data.
     """
 
     gradient: Literal["exact", "sketch", "no"] = "exact"
     outputs: Literal["diagonal", "full"] | None = None
     tokens: Literal["attention", "labels"] = "attention"
+    vectors: int = 0
     width: int = 0
     passes: int = 1
 
@@ -182,6 +183,7 @@ class Method(ABC):
         together: which layers are worth handing over together: none, those of one shape and rank, or those that read
             the same input.
         asks_population: the size of the training set matters.
+        trains_core: its layers get a parameter of their own, R.
     """
 
     name: ClassVar[str]
@@ -190,6 +192,7 @@ class Method(ABC):
     cost: ClassVar[str] = "a draw"
     together: ClassVar[Literal["none", "shape", "input"]] = "none"
     asks_population: ClassVar[bool] = False
+    trains_core: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check that every setting has the type that its field declares; subclasses go on to check ranges."""
@@ -208,8 +211,8 @@ class Method(ABC):
         """
         return [self.factors(layer) for layer in layers]
 
-    def wanted(self, layer: str) -> Wanted | None:
-        """Return what the pass over the data must collect for the layer of this name; None for nothing."""
+    def wanted(self, layer: str, rank: int) -> Wanted | None:
+        """Return what the pass over the data must collect for the layer of this name and rank; None for nothing."""
         return Wanted() if Needs.GRADIENT in self.needs else None
 
     def sample_count(self, population: int | None = None) -> int:
@@ -218,6 +221,10 @@ class Method(ABC):
         ``population`` is the size of the training set, as far as that is known.
         """
         return int(getattr(self, "samples", 0))
+
+    def missing(self, first_lr: float | None) -> str:
+        """Return a sentence about what the method lacks to begin with; empty where it lacks nothing."""
+        return ""
 
     def settings(self) -> dict[str, object]:
         """Return the settings by name."""

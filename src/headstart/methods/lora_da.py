@@ -100,12 +100,12 @@ class LoRADA(GradientMethod):
         if self.fisher != "none" and self.gradients == "sketch":
             raise MethodError(f"method {self.name!r}: gradients='sketch' needs fisher='none'.")
 
-    def wanted(self, layer: str) -> Wanted | None:
+    def wanted(self, layer: str, rank: int) -> Wanted | None:
         """Return what to collect for a layer: nothing where it starts as 'lora' does."""
         if not self._chosen(layer):
             return None
         if self.fisher == "none":
-            return super().wanted(layer)
+            return super().wanted(layer, rank)
         return Wanted(outputs=self.fisher, tokens=self.tokens)
 
     def factors(self, layer: LayerInputs) -> Factors:

@@ -42,6 +42,7 @@ class LoRASB(GradientMethod):
     cost: ClassVar[str] = "a gradient pass over the samples, a truncated SVD a layer; trains r² numbers a layer"
 
     asks_population: ClassVar[bool] = True
+    trains_core: ClassVar[bool] = True
 
     samples: int | None = None  # type: ignore[assignment] # None: a share of the training set
     share: float = 0.001
@@ -74,13 +75,17 @@ class LoRASB(GradientMethod):
             )
         return max(1, math.ceil(self.share * population))
 
+    def missing(self, first_lr: float | None) -> str:
+        """Return a sentence where the rate is not known."""
+        if self.lr or first_lr:
+            return ""
+        return f"method {self.name!r} needs the rate of the first optimizer step: give lr, or first_lr= to the verb."
+
     def factors(self, layer: LayerInputs) -> Factors:
         """Decompose the first update."""
         eta = self.lr or layer.first_lr
         if eta is None:
-            raise MethodError(
-                f"method {self.name!r} needs the rate of the first optimizer step: give lr, or first_lr= to the verb."
-            )
+            raise MethodError(self.missing(None))
         if layer.sketch is not None:
             svd, info = self.decompose(layer, layer.r)
             if svd is None:

@@ -29,6 +29,8 @@ class LoRAXS(Method):
     source: ClassVar[str] = "LoRA-XS (Bałazy et al. 2024), section 3"
     cost: ClassVar[str] = "a truncated SVD of each weight; trains r² numbers a layer"
 
+    trains_core: ClassVar[bool] = True
+
     std: float = 1e-5
     scale: Literal["output", "input"] = "output"
 

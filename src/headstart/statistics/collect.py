@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,50 +14,24 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from headstart.errors import DataError, LayerError
-from headstart.linalg.sketch import GradientSketch
-from headstart.methods.base import Kronecker, Wanted
+from headstart.methods.base import Wanted
 from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples
+from headstart.statistics.gather import Statistics, anywhere, finest, gathered
 from headstart.statistics.lengths import by_length
 from headstart.statistics.losses import check_labels
 from headstart.statistics.masks import Layout, Tokens, layout_of
 from headstart.statistics.plan import Need, Plan, make_plan, parse_bytes
-from headstart.statistics.processes import Processes, digest, in_step, is_sharded, owners, together
+from headstart.statistics.processes import Processes, digest, in_step, is_sharded, together
 from headstart.statistics.quiet import adapters_off, dropout_off, frozen
 from headstart.statistics.reader import Reader
-from headstart.statistics.sums import Shape, Sums, input_groups, symmetric
+from headstart.statistics.sums import Shape, Sums, input_groups
 
 Progress = Callable[[str, int, int], None]
 
+logger = logging.getLogger(__name__)
+
 # A backward pass through frozen weights costs as much as the forward pass, and the sums about as much again.
 _BACKWARD = 3.0
-
-
-@dataclass
-class Statistics:
-    """What one planned pass found, for the layers that this process is to solve.
-
-    Attributes:
-        layers: the layers of this pass, whoever solves them.
-        owners: by layer, the process that has its sums.
-        gradients: by layer, G (d_out, d_in) in float32: the mean over samples of each sample's own loss gradient.
-            A layer that no gradient reached is missing, here and below.
-        sketches: the same as sketches.
-        kronecker: by layer, the factors of its Fisher information.
-        groups: by layer, the number of the group of layers that read the same input.
-        samples: how many samples were read, in all processes together.
-        tokens: how many tokens they held, padding not counted (0 where the data are no tokens).
-        notes: sentences for the report, where something was not as asked for.
-    """
-
-    layers: tuple[str, ...] = ()
-    owners: dict[str, int] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    sketches: dict[str, GradientSketch] = field(default_factory=dict)
-    kronecker: dict[str, Kronecker] = field(default_factory=dict)
-    groups: dict[str, int] = field(default_factory=dict)
-    samples: int = 0
-    tokens: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 class Collector:
@@ -115,12 +88,15 @@ class Collector:
         modules = {name: layers[name].get_base_layer() for name in wanted}
         tokens: Tokens = next((each.tokens for each in wanted.values()), "attention")
         self._layouts: dict[str, Layout] = {}
-        self._reader = Reader(model, modules, tokens, apart=self._lockstep)
+        in_step_with = self._processes if self._lockstep else None
+        self._reader = Reader(model, modules, tokens, in_step_with=in_step_with)
         self._shapes = {
             name: Shape(int(layers[name].out_features), int(layers[name].in_features), each)
             for name, each in wanted.items()
         }
-        budget = parse_bytes(memory_budget, torch.device("cpu") if self._offload else device)
+        place = torch.device("cpu") if self._offload else device
+        # One plan for all, though each has its own idea of what is free.
+        budget = min(self._processes.gather(parse_bytes(memory_budget, place)))
         with together(self._processes):
             chunks = list(iterate_samples(data, samples, collator=collator, batch_size=batch_size))
             for chunk in chunks:
@@ -132,6 +108,7 @@ class Collector:
         self._groups, seconds = self._probe(modules)
         repeats = max((each.passes for each in wanted.values() if each.gradient == "sketch"), default=1)
         self.plan: Plan = make_plan(self._needs(), budget, readings_a_pass=repeats, seconds=seconds)
+        logger.info("data: %s", self.plan)
 
     def passes(self, progress: Progress | None = None) -> Iterator[Statistics]:
         """Yield the statistics of one planned pass after another; free them before asking for the next.
@@ -172,7 +149,7 @@ class Collector:
                 with together(self._processes):
                     self._read(sums, rounds, advanced)
                 self._add_up_sketches(sums, last=reading == readings - 1)
-            found = self._gathered(sums)
+            found = gathered(sums, self._processes, self.samples, self.tokens)
             reached |= bool(found.groups)
             if names == self.plan.passes[-1]:
                 found.notes += self._notes()
@@ -212,14 +189,17 @@ class Collector:
             chunk, row = rows[place]
             batch = self._reader.alone(chunk.batch, row)
             began = time.perf_counter()
-            seen = self._inputs_of(modules, batch)
+            with together(self._processes):
+                seen = self._inputs_of(modules, batch)
             seconds = time.perf_counter() - began
             layouts.append({name: layout_of(seen.get(name), _tokens(batch)) for name in modules})
-            partitions.append(input_groups((name, seen.get(name)) for name in modules))
+            # Were a group found not to be one, a process would have to run a batch again, out of step.
+            shared = {} if self._lockstep else seen
+            partitions.append(input_groups((name, shared.get(name)) for name in modules))
             del seen
         self._layouts = {name: one if one == layouts[1][name] else "other" for name, one in layouts[0].items()}
         seconds *= _BACKWARD * sum(_tokens(chunk.batch) or chunk.size for chunk in self._chunks) / (_tokens(batch) or 1)
-        return _finest([each for found in self._processes.gather(partitions) for each in found]), seconds
+        return finest([each for found in self._processes.gather(partitions) for each in found]), seconds
 
     def _inputs_of(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
         seen: dict[str, Tensor] = {}
@@ -265,7 +245,7 @@ class Collector:
 
     def _add_up_sketches(self, sums: Sums, *, last: bool) -> None:
         wanted = [name for name, shape in sums.shapes.items() if shape.wanted.gradient == "sketch"]
-        reached = _any(self._processes, {name for name in wanted if sums.layers[name].sketch is not None})
+        reached = anywhere(self._processes, {name for name in wanted if sums.layers[name].sketch is not None})
         device = next(self._model.parameters()).device
         for name in wanted:
             if name not in reached:
@@ -281,72 +261,13 @@ class Collector:
             except ValueError as error:
                 raise LayerError(f"layer {name!r}: {error}; check the loss and the precision.") from error
 
-    def _gathered(self, sums: Sums) -> Statistics:
-        """Add the sums of all processes up where each layer is solved, and turn them into means."""
-        processes = self._processes
-        sums.regroup(_finest(processes.gather(sums.groups)))
-        names = list(sums.shapes)
-        reached = _any(processes, {name for name in names if sums.layers[name].reached})
-        costs: dict[int, float] = defaultdict(float)
-        for name in names:
-            shape = sums.shapes[name]
-            costs[sums.groups[name]] += float(shape.d_in) ** 2 * (shape.d_in + shape.d_out)
-        by_group = owners(costs, processes.count)
-        result = Statistics(
-            layers=tuple(names),
-            owners={name: by_group[sums.groups[name]] for name in names},
-            groups={name: sums.groups[name] for name in names if name in reached},
-            samples=self.samples,
-            tokens=self.tokens,
-        )
-        counted = processes.gather(
-            ({n: sums.layers[n].tokens for n in names}, {g: i.tokens for g, i in sums.inputs.items()})
-        )
-        grams: dict[int, tuple[Tensor, Tensor]] = {}
-        for name in names:
-            if name not in reached:
-                continue
-            owner, shape, layer = result.owners[name], sums.shapes[name], sums.layers[name]
-            if shape.wanted.gradient == "exact":
-                total = sums.gradient(name)
-                processes.sum_to(total, owner)
-                layer.gradient = None
-                if owner == processes.rank:
-                    result.gradients[name] = _finite(total.div_(self.samples), name, "gradient")
-            elif shape.wanted.gradient == "sketch" and layer.sketch is not None:
-                result.sketches[name] = layer.sketch
-            if shape.wanted.outputs is None:
-                continue
-            group = sums.groups[name]
-            if group not in grams:
-                held = sums.input(name)
-                processes.sum_to(held.gram, owner)
-                processes.sum_to(held.total, owner)
-                tokens = sum(each[1].get(group, 0) for each in counted)
-                if owner == processes.rank:
-                    _finite(held.gram, name, "input")
-                    grams[group] = symmetric(held.gram.div_(max(tokens, 1))), held.total.div_(max(tokens, 1))
-                del sums.inputs[group]
-                grams.setdefault(group, (held.gram, held.total))
-            gram, total = sums.outputs(name)
-            processes.sum_to(gram, owner)
-            processes.sum_to(total, owner)
-            layer.gram = layer.total = None
-            if owner == processes.rank:
-                tokens = sum(each[0][name] for each in counted)
-                result.kronecker[name] = Kronecker(
-                    inputs=grams[group][0],
-                    outputs=_finite(symmetric(gram) if gram.dim() == 2 else gram, name, "output gradient").div_(
-                        max(tokens, 1)
-                    ),
-                    mean_input=grams[group][1],
-                    mean_output=total.div_(max(tokens, 1)),
-                    tokens=tokens,
-                )
-        return result
-
     def _notes(self) -> list[str]:
         notes = []
+        over = [names[0] for names in self.plan.over]
+        if over:
+            notes.append(
+                f"layer {over[0]!r} alone needs more than memory_budget; it was collected in a pass of its own"
+            )
         if self.samples < self._asked:
             notes.append(f"the data held {self.samples} samples, {self._asked} were asked for")
         for more in self._processes.gather(self._reader.notes):
@@ -356,22 +277,6 @@ class Collector:
 
 def _first(chunks: Sequence[Samples], samples: int) -> list[Samples]:
     return list(iterate_samples([chunk.batch for chunk in chunks], samples)) if samples else []
-
-
-def _finest(partitions: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Return the groups of layers that are together in every process."""
-    numbers: dict[tuple[int, ...], int] = {}
-    return {name: numbers.setdefault(tuple(each[name] for each in partitions), len(numbers)) for name in partitions[0]}
-
-
-def _any(processes: Processes, names: set[str]) -> set[str]:
-    return set().union(*processes.gather(names))
-
-
-def _finite(value: Tensor, name: str, what: str) -> Tensor:
-    if not math.isfinite(float(value.abs().max())):
-        raise LayerError(f"layer {name!r}: its {what} has NaN or infinity; check the loss and the precision.")
-    return value
 
 
 def _floats(shape: Shape) -> int:

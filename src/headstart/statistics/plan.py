@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -16,6 +18,8 @@ _UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024), ("", 1024))
 }
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 # Activations and the factorisation need room beside the statistics.
 _SHARE_OF_FREE = 0.5
@@ -39,6 +43,7 @@ class Plan:
         budget: bytes that it was planned for.
         readings: how often the data are read in all (a sketch may read them more than once a pass).
         seconds: expected for all readings, None where not known.
+        over: layers that are larger than the budget by themselves.
     """
 
     passes: tuple[tuple[str, ...], ...]
@@ -46,6 +51,7 @@ class Plan:
     budget: int
     readings: int
     seconds: float | None = None
+    over: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
         count = f"{self.readings} pass" + ("es" if self.readings != 1 else "")
@@ -82,6 +88,7 @@ def make_plan(needs: Sequence[Need], budget: int, *, readings_a_pass: int = 1, s
         budget=budget,
         readings=readings,
         seconds=None if seconds is None else seconds * readings,
+        over=tuple(need.names for need in needs if need.bytes > budget),
     )
 
 
@@ -114,7 +121,19 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         # What PyTorch holds but doesn't use is free to this program.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
+    # Processes on one machine share what is free there.
+    return _free_here() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _free_here() -> int:
+    free = int(psutil.virtual_memory().available)
+    try:
+        # Within a container, its own limit counts.
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - used))
 
 
 def _duration(seconds: float) -> str:

@@ -55,14 +55,6 @@ class Processes:
         dist.all_gather_object(found, value)
         return found
 
-    def broadcast(self, value: T, source: int) -> T:
-        """Return what process ``source`` passed in."""
-        if not self.several:
-            return value
-        held: list[Any] = [value]
-        dist.broadcast_object_list(held, src=source)
-        return held[0]
-
     def sum_to(self, tensor: Tensor, owner: int | None) -> None:
         """Sum a tensor over the processes in place: for process ``owner``, or for all of them where that is None.
 
@@ -81,7 +73,13 @@ class Processes:
 
 @contextmanager
 def together(processes: Processes) -> Iterator[None]:
-    """Let a failure of one process fail all of them, with its own words, and none wait for what won't come."""
+    """Let a failure of one process fail all of them, with its own words, and none wait for what won't come.
+
+    Nothing within the block may wait for another process.
+
+    Raises:
+        HeadstartError: another process failed; of the same kind as its own error, where that is one of headstart's.
+    """
     failure: Exception | None = None
     try:
         yield
@@ -89,12 +87,13 @@ def together(processes: Processes) -> Iterator[None]:
         failure = error
         if not processes.several:
             raise
-    words = processes.gather(None if failure is None else str(failure))
+    kind = type(failure) if isinstance(failure, HeadstartError) else HeadstartError
+    found = processes.gather(None if failure is None else (kind, str(failure)))
     if failure is not None:
         raise failure
-    for rank, sentence in enumerate(words):
-        if sentence is not None:
-            raise HeadstartError(f"process {rank} failed: {sentence}")
+    for rank, theirs in enumerate(found):
+        if theirs is not None:
+            raise theirs[0](f"process {rank} failed: {theirs[1]}")
 
 
 def owners(costs: Mapping[T, float], count: int) -> dict[T, int]:

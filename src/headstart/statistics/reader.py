@@ -11,8 +11,19 @@ from torch.nn import functional
 
 from headstart.errors import BASE_PREFIX, DataError, not_finite
 from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, single_sample
-from headstart.statistics.losses import RULES, Rule, backward_of_sum, fitting_rules, loss_of, model_dtype, tells_apart
+from headstart.statistics.losses import (
+    RULES,
+    Rule,
+    backward_of_sum,
+    fitting_rules,
+    has_padding,
+    loss_of,
+    model_dtype,
+    only_first_label,
+    tells_apart,
+)
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
+from headstart.statistics.processes import Processes
 from headstart.statistics.sums import Regroup, Sums
 from headstart.statistics.tap import tapped
 
@@ -24,10 +35,13 @@ class Reader:
         model: called with each batch as keyword arguments.
         modules: the base layers to tap, by name.
         tokens: which tokens count in Kronecker factors.
-        apart: read samples one at a time from the start.
+        in_step_with: processes that must run the model in step, because its parameters are sharded over them: samples
+            are then read one at a time, and what one process finds wrong, all do.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], tokens: Tokens, *, apart: bool) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], tokens: Tokens, *, in_step_with: Processes | None
+    ) -> None:
         self._model = model
         self._modules = modules
         self._tokens = tokens
@@ -35,29 +49,21 @@ class Reader:
         self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         config = getattr(model, "config", None)
         self._longest = getattr(config, "max_position_embeddings", None) or math.inf
-        self._apart = apart
+        self._apart = in_step_with is not None
+        self._in_step_with = in_step_with
+        self._dtype = model_dtype(model)
         # Which rules of weighting fit all that was measured so far.
         self._rules: list[Rule] = list(RULES)
         self._measured = False
+        self._padding_measured = False
         self.notes: list[str] = []
 
     def read(self, samples: Samples, sums: Sums) -> None:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
         batch = self.moved(samples.batch)
         samples = Samples(batch, samples.indices)
-        open_rules = self._rules
-        if (
-            not self._apart
-            and samples.size > 1
-            and (not self._measured or tells_apart(open_rules, batch, samples.size))
-        ):
-            # Without taps: only the pass's own backward may reach the sums.
-            self._measured = True
-            self._rules = fitting_rules(
-                self.forward, batch, model_dtype(self._model), open_rules, encoder_decoder=self.encoder_decoder
-            )
-            if not self._rules:
-                self._read_apart("the loss of a batch is not a mean of its samples' losses in this model")
+        if not self._apart and samples.size > 1:
+            self._measure(batch, samples.size)
         names = {name: self._modules[name] for name in sums.shapes}
         with tapped(names, sums.watch):
             self._accumulate(samples, sums)
@@ -73,6 +79,18 @@ class Reader:
     def moved(self, batch: Batch) -> Batch:
         """Return a batch on the model's device."""
         return {key: value.to(self._device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _measure(self, batch: Batch, size: int) -> None:
+        """Narrow down the rules on the first batch, the first padded one, and those that can tell open rules apart."""
+        padding = has_padding(batch) and not self._padding_measured
+        if self._measured and not padding and not tells_apart(self._rules, batch, size, self._dtype):
+            return
+        self._measured = True
+        self._padding_measured |= padding
+        # Without taps: only the pass's own backward may reach the sums.
+        self._rules = fitting_rules(self.forward, batch, self._dtype, self._rules, encoder_decoder=self.encoder_decoder)
+        if not self._rules:
+            self._read_apart("the loss of a batch is not a mean of its samples' losses in this model")
 
     def _accumulate(self, samples: Samples, sums: Sums) -> None:
         if self._apart and samples.size > 1:
@@ -90,7 +108,7 @@ class Reader:
             return
         if masks.unmatched:
             self._note("some layers see other rows than the batch's tokens: all of theirs count")
-        _check_finite(self._model, outputs, samples)
+        self._check_finite(outputs, samples)
         if not backward_of_sum(outputs, samples, self._rules[0] if self._rules else "apart"):
             self._read_apart("the loss is not a function of the logits that the model returns")
             self._accumulate(samples, sums)
@@ -108,6 +126,20 @@ class Reader:
             else:
                 sums.replaying = True
                 return outputs, masks
+
+    def _check_finite(self, outputs: Any, samples: Samples) -> None:
+        loss = float(loss_of(outputs, samples.first).detach())
+        failure = None if math.isfinite(loss) else _infinite(loss, samples)
+        if self._in_step_with is not None:
+            words = next((each for each in self._in_step_with.gather(failure and str(failure)) if each), None)
+            if words is not None:
+                raise DataError(words)
+        if failure is None:
+            return
+        for name, parameter in self._model.named_parameters():
+            if not math.isfinite(float(parameter.detach().abs().max())):
+                raise not_finite(name.removeprefix(BASE_PREFIX).replace(".base_layer", "").rpartition(".")[0])
+        raise failure
 
     def _read_apart(self, why: str) -> None:
         self._apart = True
@@ -140,20 +172,10 @@ def _told_apart(batch: Batch, longest: float) -> Batch:
     return batch | {"labels": functional.pad(labels, (0, 1), value=IGNORED)}
 
 
-def _check_finite(model: nn.Module, outputs: Any, samples: Samples) -> None:
-    loss = float(loss_of(outputs, samples.first).detach())
-    if math.isfinite(loss):
-        return
-    for name, parameter in model.named_parameters():
-        if not math.isfinite(float(parameter.detach().abs().max())):
-            raise not_finite(name.removeprefix(BASE_PREFIX).replace(".base_layer", "").rpartition(".")[0])
+def _infinite(loss: float, samples: Samples) -> DataError:
     counts = label_counts(samples.batch)
     if counts is not None and bool((counts[:, 1] == 0).any()):
-        index = samples.indices[int((counts[:, 1] == 0).nonzero()[0])]
-        raise DataError(
-            f"the loss is {loss}: sample {index} has its only label in first place, which a causal language model "
-            "never uses; drop the sample, or raise the maximum length."
-        )
+        return DataError(f"the loss is {loss}: {only_first_label(samples)}")
     low, high = min(samples.indices), max(samples.indices)
     if samples.size == 1:
         which = f"sample {low}"
@@ -161,4 +183,4 @@ def _check_finite(model: nn.Module, outputs: Any, samples: Samples) -> None:
         which = f"samples {low} to {high}"
     else:
         which = "samples " + ", ".join(map(str, sorted(samples.indices)))
-    raise DataError(f"the loss is {loss} on {which}: check the labels, and the model's precision.")
+    return DataError(f"the loss is {loss} on {which}: check the labels, and the model's precision.")

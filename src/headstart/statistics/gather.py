@@ -1,0 +1,166 @@
+"""Adding up the sums of all processes where each layer is solved, and turning them into means."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from headstart.errors import LayerError
+from headstart.linalg.sketch import GradientSketch
+from headstart.methods.base import Kronecker
+from headstart.statistics.processes import Processes, owners, together
+from headstart.statistics.sums import InputSum, Sums, symmetric
+
+
+@dataclass
+class Statistics:
+    """What one planned pass found, for the layers that this process is to solve.
+
+    Attributes:
+        layers: the layers of this pass, whoever solves them.
+        owners: by layer, the process that has its sums.
+        gradients: by layer, G (d_out, d_in) in float32: the mean over samples of each sample's own loss gradient.
+            A layer that no gradient reached is missing, here and below.
+        sketches: the same as sketches.
+        kronecker: by layer, the factors of its Fisher information.
+        groups: by layer, the number of the group of layers that read the same input.
+        samples: how many samples were read, in all processes together.
+        tokens: how many tokens they held, padding not counted (0 where the data are no tokens).
+        notes: sentences for the report, where something was not as asked for.
+    """
+
+    layers: tuple[str, ...] = ()
+    owners: dict[str, int] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    sketches: dict[str, GradientSketch] = field(default_factory=dict)
+    kronecker: dict[str, Kronecker] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def finest(partitions: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Return the groups of layers that are together in every process."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return {name: numbers.setdefault(tuple(each[name] for each in partitions), len(numbers)) for name in partitions[0]}
+
+
+def anywhere(processes: Processes, names: set[str]) -> set[str]:
+    """Return the names that any process has."""
+    return set().union(*processes.gather(names))
+
+
+def gathered(sums: Sums, processes: Processes, samples: int, tokens: int) -> Statistics:
+    """Return the statistics of one planned pass; ``sums`` is used up.
+
+    Args:
+        sums: of this process.
+        processes: all that summed.
+        samples, tokens: read by all of them together.
+
+    Raises:
+        LayerError: a sum is not finite; names the layer. All processes raise it.
+    """
+    sums.regroup(finest(processes.gather(sums.groups)))
+    names = list(sums.shapes)
+    reached = anywhere(processes, {name for name in names if sums.layers[name].reached})
+    by_group = owners(_costs(sums), processes.count)
+    result = Statistics(
+        layers=tuple(names),
+        owners={name: by_group[sums.groups[name]] for name in names},
+        groups={name: sums.groups[name] for name in names if name in reached},
+        samples=samples,
+        tokens=tokens,
+    )
+    counts = _Counts(processes, sums)
+    inputs: dict[int, InputSum] = {}
+    failures: list[LayerError] = []
+    for name in names:
+        if name not in reached:
+            continue
+        owner, layer, wanted = result.owners[name], sums.layers[name], sums.shapes[name].wanted
+        mine = owner == processes.rank
+        if wanted.gradient == "exact":
+            total = sums.gradient(name)
+            processes.sum_to(total, owner)
+            layer.gradient = None
+            if mine:
+                result.gradients[name] = total.div_(samples)
+                _check(total, name, "gradient", failures)
+        elif wanted.gradient == "sketch" and layer.sketch is not None and mine:
+            result.sketches[name] = layer.sketch
+        if wanted.outputs is None:
+            continue
+        group = sums.groups[name]
+        if group not in inputs:
+            inputs[group] = _input_mean(sums, name, processes, owner, counts)
+            if mine:
+                _check(inputs[group].gram, name, "input", failures)
+        gram, total = sums.outputs(name)
+        for tensor in (gram, total):
+            processes.sum_to(tensor, owner)
+        layer.gram = layer.total = None
+        if mine:
+            _check(gram, name, "output gradient", failures)
+            count = counts.of_layer(name)
+            result.kronecker[name] = Kronecker(
+                inputs=inputs[group].gram,
+                outputs=(symmetric(gram) if gram.dim() == 2 else gram).div_(count),
+                mean_input=inputs[group].total,
+                mean_output=total.div_(count),
+                tokens=count,
+            )
+    # Only now, so that no process waits for a sum that another one won't send.
+    with together(processes):
+        if failures:
+            raise failures[0]
+    return result
+
+
+class _Counts:
+    """Tokens that were summed over, in all processes."""
+
+    def __init__(self, processes: Processes, sums: Sums) -> None:
+        layers = {name: layer.tokens for name, layer in sums.layers.items()}
+        inputs = {group: held.tokens for group, held in sums.inputs.items()}
+        self._found = processes.gather((layers, inputs))
+
+    def of_layer(self, name: str) -> int:
+        """Return those of a layer, at least 1 to divide by."""
+        return max(1, sum(layers[name] for layers, _ in self._found))
+
+    def of_input(self, group: int) -> int:
+        """Return those of an input, at least 1 to divide by."""
+        return max(1, sum(inputs.get(group, 0) for _, inputs in self._found))
+
+
+def _input_mean(sums: Sums, name: str, processes: Processes, owner: int, counts: _Counts) -> InputSum:
+    held, group = sums.input(name), sums.groups[name]
+    del sums.inputs[group]
+    for tensor in (held.gram, held.total):
+        processes.sum_to(tensor, owner)
+    if owner != processes.rank:
+        # An empty stand-in: what was summed here is no longer needed.
+        return InputSum(held.gram.new_empty(0), held.total.new_empty(0))
+    count = counts.of_input(group)
+    return InputSum(symmetric(held.gram).div_(count), held.total.div_(count), count)
+
+
+def _costs(sums: Sums) -> dict[int, float]:
+    """Return what solving each group of layers costs, in multiplications."""
+    costs: dict[int, float] = defaultdict(float)
+    for name, shape in sums.shapes.items():
+        costs[sums.groups[name]] += float(shape.d_in) ** 2 * (shape.d_in + shape.d_out)
+    return costs
+
+
+def _check(value: Tensor, name: str, what: str, failures: list[LayerError]) -> None:
+    if not math.isfinite(float(value.abs().max())):
+        failures.append(
+            LayerError(f"layer {name!r}: its {what} has NaN or infinity; check the loss and the precision.")
+        )
