@@ -330,7 +330,9 @@ def test_notes_come_once():
     layers = {target.name: target.module for target in lora_layers(model, "default")}
     wanted = dict.fromkeys(layers, Wanted(outputs="diagonal"))
     passes = list(Collector(model, layers, wanted, [token_batch()], 9, memory_budget=1).passes())
-    assert [note for passed in passes for note in passed.notes] == ["the data held 4 samples, 9 were asked for"]
+    over, short = (note for passed in passes for note in passed.notes)
+    assert "q_proj' alone needs more than memory_budget" in over
+    assert short == "the data held 4 samples, 9 were asked for"
 
 
 # Through the verb.

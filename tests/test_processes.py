@@ -134,6 +134,11 @@ def fails(rank, method):
     return None
 
 
+def spoil(module, args, output):
+    output["loss"] = output.loss * float("nan")
+    return output
+
+
 def infinite(rank, sharded):
     """One process's data give a loss that is not a number, the other's are fine."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -144,7 +149,7 @@ def infinite(rank, sharded):
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     every = [{key: value[i : i + 1] for key, value in batches()[0].items()} for i in range(3)] + batches()[1:]
     if rank == 1:
-        model.register_forward_hook(lambda module, args, output: output.update(loss=output.loss * float("nan")))
+        model.register_forward_hook(spoil)
     try:
         hs.initialize_(model, METHODS[0], data=every, progress=False)
     except hs.DataError as error:
