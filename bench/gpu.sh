@@ -6,8 +6,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-"$PYTHON" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || {
-    echo "no GPU here: nothing is measured" >&2
+"$PYTHON" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" 2>/dev/null || {
+    echo "no GPU, or no torch that sees one, in $PYTHON: nothing is measured" >&2
     exit 1
 }
 "$PYTHON" -c "import peft, transformers, accelerate, rich, typer, psutil" 2>/dev/null ||
