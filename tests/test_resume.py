@@ -47,7 +47,7 @@ def weights(model):
 
 
 @pytest.mark.parametrize("prepared", ["initialised again", "fresh"])
-@pytest.mark.parametrize("method", ["pissa", "init-ab-plus"])
+@pytest.mark.parametrize("method", ["pissa", "init-ab-plus", "lora-xs:std=0.01"])
 def test_trainer_resumes(method, prepared, tmp_path):
     whole = Trainer(started(tiny_llama(), method, lora_dropout=0.1), arguments(tmp_path / "run"), train_dataset=Rows())
     whole.train()
