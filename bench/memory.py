@@ -27,21 +27,24 @@ def ours(method: str) -> Side:
     return start
 
 
-SIDES: dict[str, Side] = {
-    "plain gradient pass": plain_pass,
-    "headstart lora-one": ours("lora-one"),
-    "headstart lora-one, sketched": ours("lora-one:gradients=sketch"),
-    "headstart lora-da": ours("lora-da"),
-    "PEFT lora_ga": peft_lora_ga,
+# What is run, and the samples in a batch.
+SIDES: dict[str, tuple[Side, int]] = {
+    "plain gradient pass": (plain_pass, 8),
+    "headstart lora-one": (ours("lora-one"), 8),
+    "headstart lora-one, sketched": (ours("lora-one:gradients=sketch"), 8),
+    "headstart lora-da": (ours("lora-da"), 8),
+    "PEFT lora_ga": (peft_lora_ga, 8),
+    "headstart lora-da, one sample a batch": (ours("lora-da"), 1),
 }
 
 
 def one(name: str) -> None:
     """Run one side and print the growth of the peak resident set, in MiB, since model and data were there."""
     base, tokenizer, _ = resolve_model("smollm2")
-    data, what = token_batches(SAMPLES, 8, tokenizer)
+    side, size = SIDES[name]
+    data, what = token_batches(SAMPLES, size, tokenizer)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    SIDES[name](base, data)
+    side(base, data)
     print(before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, what, sep="\t")
 
 
@@ -49,7 +52,8 @@ def main() -> None:
     rows, what = [], ""
     for name in SIDES:
         done = subprocess.run([sys.executable, "-m", "bench.memory", name], check=True, capture_output=True, text=True)
-        before, after, what = done.stdout.strip().splitlines()[-1].split("\t")
+        before, after, found = done.stdout.strip().splitlines()[-1].split("\t")
+        what = what or found
         rows.append([name, before, after, str(int(after) - int(before))])
     write(
         "memory",
