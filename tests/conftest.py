@@ -39,6 +39,26 @@ def tiny_llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
 
 
+def tiny_mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            output_router_logits=True,
+            router_aux_loss_coef=0.5,
+            experts_implementation="eager",
+        )
+    )
+
+
 def tiny_gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 

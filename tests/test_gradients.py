@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import headstart as hs
-from conftest import ARCHITECTURES, class_batch, tiny_gpt2, tiny_llama, token_batch, wrap
+from conftest import ARCHITECTURES, class_batch, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch, wrap
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Wanted
 from headstart.statistics.collect import Collector
@@ -103,23 +103,7 @@ def test_left_padding_without_positions_is_read_one_sample_at_a_time():
 
 def test_mixture_of_experts_with_auxiliary_loss():
     """The auxiliary loss mixes the samples of a batch, so no weighting explains it: samples are read apart."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    base = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            output_router_logits=True,
-            router_aux_loss_coef=0.5,
-            experts_implementation="eager",
-        )
-    )
+    base = tiny_mixtral()
     batch = token_batch(4, 12)
     model = wrap(copy.deepcopy(base), target_modules=["q_proj", "v_proj"])
     found = collect(model, [batch], 4)

@@ -22,6 +22,7 @@ from conftest import (
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
+    tiny_mixtral,
     tiny_t5,
     tiny_vit,
     token_batch,
@@ -794,26 +795,6 @@ def test_the_first_batch_may_not_tell_how_samples_weigh(make, first):
     found = collect(lora(base, ["body.0"]), data)
     assert_exact(found, exact_factors(base, data, ["body.0"]))
     assert found.notes == []
-
-
-def tiny_mixtral():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            output_router_logits=True,
-            router_aux_loss_coef=0.5,
-            experts_implementation="eager",
-        )
-    )
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,18 @@ from headstart.layers.vera import principal_directions
 DORA_METHODS = ["lora-da:samples=4", "lora-one:samples=4", "lora", "init-ab-plus"]
 
 
+def assert_it_trains(model, lr):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(**token_batch()).loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
 def dora(base, **changes):
     return wrap(base, use_dora=True, **changes)
 
@@ -45,14 +57,7 @@ def test_dora_trains_and_is_read_by_plain_peft(tmp_path):
     model = dora(copy.deepcopy(base))
     report = hs.initialize_(model, "lora-da:samples=4", data=[token_batch()], progress=False)
     assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    before = float(model(**token_batch()).loss.detach())
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = model(**token_batch()).loss
-        loss.backward()
-        optimizer.step()
-    assert float(loss.detach()) < before
+    assert_it_trains(model, lr=1e-2)
     expected = logits(model.eval(), token_batch())
     hs.save_lora(model, tmp_path / "lora")
     model.save_pretrained(tmp_path / "peft")
@@ -114,14 +119,7 @@ def test_vera_trains_and_is_read_by_plain_peft(tmp_path):
     base = tiny_llama().eval()
     model = vera(copy.deepcopy(base))
     hs.initialize_(model, "lora-da:samples=4", data=[token_batch()], progress=False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
-    before = float(model(**token_batch()).loss.detach())
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = model(**token_batch()).loss
-        loss.backward()
-        optimizer.step()
-    assert float(loss.detach()) < before
+    assert_it_trains(model, lr=1e-1)
     model.save_pretrained(tmp_path / "vera")
     found = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "vera").eval()
     assert torch.allclose(logits(found, token_batch()), logits(model.eval(), token_batch()), atol=1e-5)

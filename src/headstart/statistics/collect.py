@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -141,9 +141,7 @@ class Collector:
                 offload=self._offload,
                 seed=self._seed,
             )
-            readings = max(
-                (each.wanted.passes for each in sums.shapes.values() if each.wanted.gradient == "sketch"), default=1
-            )
+            readings = self.plan.readings // len(self.plan.passes)
             rounds = max(self._processes.gather(len(self._chunks))) if self._lockstep else len(self._chunks)
             for reading in range(readings):
                 with together(self._processes):
@@ -164,7 +162,7 @@ class Collector:
         divided = len(set(self._processes.gather(digest(chunks[0].batch)))) > 1
         if divided:
             share = len(range(self._processes.rank, samples, self._processes.count))
-            chunks = _first(chunks, max(share, 1))
+            chunks = list(iterate_samples([chunk.batch for chunk in chunks], max(share, 1)))
         # Where labels lie along a decoder, a sample has two lengths.
         chunks = chunks if self._reader.encoder_decoder else by_length(chunks)
         if self._lockstep:
@@ -263,20 +261,14 @@ class Collector:
 
     def _notes(self) -> list[str]:
         notes = []
-        over = [names[0] for names in self.plan.over]
-        if over:
-            notes.append(
-                f"layer {over[0]!r} alone needs more than memory_budget; it was collected in a pass of its own"
-            )
+        if self.plan.over:
+            name = self.plan.over[0][0]
+            notes.append(f"layer {name!r} alone needs more than memory_budget; it was collected in a pass of its own")
         if self.samples < self._asked:
             notes.append(f"the data held {self.samples} samples, {self._asked} were asked for")
         for more in self._processes.gather(self._reader.notes):
             notes += [note for note in more if note not in notes]
         return notes
-
-
-def _first(chunks: Sequence[Samples], samples: int) -> list[Samples]:
-    return list(iterate_samples([chunk.batch for chunk in chunks], samples)) if samples else []
 
 
 def _floats(shape: Shape) -> int:

@@ -172,12 +172,7 @@ class Sums:
         assert self._masks is not None
         group = self.groups[name]
         last = self._last.get(group)
-        if (
-            last is not None
-            and last.tensor() is inputs
-            and last.version == inputs._version
-            and name not in last.readers
-        ):
+        if last is not None and last.is_of(inputs) and name not in last.readers:
             last.readers.add(name)
             return last
         if last is not None and not self.replaying:
