@@ -1,6 +1,6 @@
-"""LoRA-DA, its parts, LoRA-One and LoRA on two GLUE tasks with a small encoder, several seeds and rates.
+"""Methods on two GLUE tasks with a small encoder, several seeds and rates.
 
-``python -m bench.study_glue --out runs/lora_da_glue``; cut off, the same command goes on where it was.
+``python -m bench.study_glue --study lora_da``; cut off, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from transformers.utils import logging
 
 import headstart as hs
 from bench.harness import write
-from bench.study_tables import Run, arguments, measured, paragraphs, read_runs, run_all, summary
+from bench.study_tables import TITLES as STUDIES
+from bench.study_tables import Run, arguments, measured, paragraphs, read_runs, run_all, spelled, summary
 from headstart.methods import parse_method
 from headstart.training.evaluate import evaluating
 from headstart.training.wrap import accelerator, wrap_lora
@@ -95,8 +96,11 @@ def training_batches(order: Sequence[Row], steps: int, padding: int, draw: rando
     return found
 
 
-def fresh_model(base: Any, seed: int) -> Any:
-    """Return the encoder with the seed's random head and LoRA layers; the head is the same for every method."""
+def fresh_model(base: Any, seed: int, **changes: Any) -> Any:
+    """Return the encoder with the seed's random head and LoRA layers; the head is the same for every method.
+
+    ``changes`` are of :data:`LORA`.
+    """
     model = copy.deepcopy(base)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -104,7 +108,7 @@ def fresh_model(base: Any, seed: int) -> Any:
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * model.config.initializer_range)
         head.bias.zero_()
     torch.manual_seed(seed)
-    return wrap_lora(model.to(accelerator()), TARGETS, modules_to_save=["classifier"], **LORA)
+    return wrap_lora(model.to(accelerator()), TARGETS, modules_to_save=["classifier"], **(LORA | changes))
 
 
 def on_device(batch: Batch) -> Batch:
@@ -175,14 +179,24 @@ class Study:
 
     def run(self, settings: Run) -> Run:
         """Start, measure, train, measure."""
-        task, method, seed = settings["task"], settings["method"], settings["seed"]
+        task, seed = settings["task"], settings["seed"]
+        method, changes = spelled(settings["method"])
         draw, steps = random.Random(seed), settings["steps"]
         order = shuffled(self._train[task], steps * BATCH, draw)
         data = training_batches(order, steps, self._padding, draw)
-        samples = order[: parse_method(method).sample_count() or 1]
-        model = fresh_model(self._base, seed)
-        report = hs.initialize_(model, method, data=cut(samples, self._padding), seed=seed, progress=False)
-        start = self._start_loss(settings)
+        population = len(self._train[task])
+        samples = order[: parse_method(method).sample_count(population) or 1]
+        model = fresh_model(self._base, seed, **changes)
+        report = hs.initialize_(
+            model,
+            method,
+            data=cut(samples, self._padding),
+            seed=seed,
+            population=population,
+            first_lr=settings["lr"] / math.ceil(WARMUP * steps),
+            progress=False,
+        )
+        start = None if method.startswith("lora-sb") else self._start_loss(settings)  # there the rate sets the start
         if start is None:
             start = measure(model, self._dev[task])[0]
         began = time.perf_counter()
@@ -197,6 +211,7 @@ class Study:
             "accuracy": right / total,
             "training_loss": sum(losses) / len(losses),
             "losses": losses,
+            "trainable": report.trainable,
             "startup_seconds": report.seconds,
             "training_seconds": seconds,
             "warnings": report.warnings,
@@ -213,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.study_glue", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TITLES), default=list(TITLES))
     parser.add_argument("--mrpc-steps", type=int, help="of MRPC, where not as many as --steps")
-    chosen = arguments(parser, page="lora_da_glue", steps=40, samples=64, rates=(5e-4, 1e-3))
+    chosen = arguments(parser, data="glue", steps=40, samples=64, rates=(5e-4, 1e-3))
     steps = {"sst2": chosen.steps, "mrpc": chosen.mrpc_steps or chosen.steps}
     # Seeds outermost: what a time limit leaves is whole for the seeds that are done.
     plan = [
@@ -225,7 +240,7 @@ def main() -> None:
     lines = paragraphs(
         "The encoder all-MiniLM-L6-v2 (6 layers, width 384) with a random two-way head on its pooler. LoRA on query, "
         "key, value and the dense layers of attention and feed-forward, "
-        f"rank {LORA['r']}, alpha {LORA['lora_alpha']}, rsLoRA, "
+        f"rank {LORA['r']}, alpha {LORA['lora_alpha']}, rsLoRA (core layers: their rank as named, s = 1), "
         "no LoRA dropout (the encoder's own, 0.1, stays); the head is trained along at the same rate. AdamW without "
         f"weight decay, batches of {BATCH} examples of like length, cut at {LENGTH} tokens, cosine with "
         f"{100 * WARMUP:g} % warm-up. A seed sets the factors, the head, the dropout and the data order, whose first "
@@ -244,7 +259,7 @@ def main() -> None:
         share = f"{steps[task]} steps each. The commoner label is {100 * study.majority(task):.1f} % of the rows."
         lines += [f"## {TITLES[task]}", "", f"{done} {share}", ""]
         lines += [*summary(mine, chosen.methods), ""] if mine else []
-    write(chosen.page, "LoRA-DA on GLUE", lines)
+    write(chosen.page, f"{STUDIES[chosen.study]} on GLUE", lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""LoRA-DA, its parts, LoRA-One and LoRA on GSM8K with SmolLM2-135M, several seeds.
+"""Methods on GSM8K with SmolLM2-135M, several seeds.
 
-``python -m bench.study_gsm8k --out runs/lora_da_gsm8k``; cut off, the same command goes on where it was, in the middle
+``python -m bench.study_gsm8k --study lora_da``; cut off, the same command goes on where it was, in the middle
 of a run too.
 """
 
@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 import headstart as hs
 from bench.harness import table, write
-from bench.study_tables import Run, arguments, measured, paragraphs, path_of, pooled, run_all, summary
+from bench.study_tables import TITLES, Run, arguments, measured, paragraphs, path_of, pooled, run_all, spelled, summary
 from headstart.methods import parse_method
 from headstart.statistics.batches import IGNORED
 from headstart.training.data import Example, batches, load_examples, tokenize_examples
@@ -70,11 +70,12 @@ class Study:
 
     def run(self, settings: Run) -> Run:
         """Start, train and measure with headstart's own runner; then count the tokens that are predicted right."""
-        method, seed, steps = settings["method"], settings["seed"], settings["steps"]
+        seed, steps = settings["seed"], settings["steps"]
+        method, changes = spelled(settings["method"])
         count = max(steps * RECIPE.batch_size, parse_method(method).sample_count())
         # The seed's own examples: those that are trained on, the first of them the samples of the start.
         train = self._tokenized(random.Random(seed).sample(self._examples, count))
-        recipe = Recipe(**{**vars(RECIPE), "steps": steps, "lr": settings["lr"], "seed": seed})
+        recipe = Recipe(**{**vars(RECIPE), "steps": steps, "lr": settings["lr"], "seed": seed, **changes})
         material = Material(train=train, held_out=self._started, graded=self._graded, max_new_tokens=192)
         folder = path_of(self._out / "unfinished", settings).with_suffix("")
         found = run_method(method, recipe, material, self._load, folder)
@@ -90,6 +91,7 @@ class Study:
             "accuracy": right / total,
             "training_loss": sum(found.losses) / len(found.losses),
             "losses": found.losses,
+            "trainable": found.trainable,
             "startup_seconds": found.startup_seconds,
             "training_seconds": found.training_seconds,
             "answers_right": found.right,
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument(
         "--graded", type=int, default=0, help="answers to generate and grade a run (default none: slow)"
     )
-    chosen = arguments(parser, page="lora_da_gsm8k", steps=20, samples=32, rates=(3e-4,))
+    chosen = arguments(parser, data="gsm8k", steps=20, samples=32, rates=(3e-4,))
     if not DATA.is_dir():
         sys.exit(f"there is no {DATA}")
     plan: list[Run] = [
@@ -140,10 +142,11 @@ def main() -> None:
         else "There is one rate for all methods, which was tuned for none of them."
     )
     lines = paragraphs(
-        f"SmolLM2-135M-Instruct, all seven linear kinds, rank {RECIPE.r}, alpha {RECIPE.lora_alpha}, rsLoRA, no "
-        f"dropout. GSM8K: {chosen.steps} steps of {RECIPE.batch_size} training examples, AdamW without weight decay, "
-        f"cosine with {100 * RECIPE.warmup:g} % warm-up. A seed sets the factors, which examples are trained on, their "
-        "order, and the samples of the gradient methods, which are among them, alike for every method.",
+        f"SmolLM2-135M-Instruct, all seven linear kinds, rank {RECIPE.r}, alpha {RECIPE.lora_alpha}, rsLoRA (core "
+        f"layers: their rank as named, s = 1), no dropout. GSM8K: {chosen.steps} steps of {RECIPE.batch_size} training "
+        f"examples, AdamW without weight decay, cosine with {100 * RECIPE.warmup:g} % warm-up. A seed sets the "
+        "factors, which examples are trained on, their order, and the samples of the gradient methods, which are among "
+        "them, alike for every method.",
         f"Final loss (nats a completion token) and accuracy are of the first {chosen.held_out} test examples; start "
         f"loss is of the first {chosen.start_examples} of them: compare it between methods, not with the final loss. "
         "Accuracy is of tokens: the share of completion tokens that the model ranks first, given the true ones before "
@@ -153,7 +156,7 @@ def main() -> None:
     )
     lines += [measured(runs, len(plan)), ""]
     lines += [*summary(runs, chosen.methods), *graded(runs, chosen.methods)] if runs else []
-    write(chosen.page, "LoRA-DA on GSM8K", lines)
+    write(chosen.page, f"{TITLES[chosen.study]} on GSM8K", lines)
 
 
 if __name__ == "__main__":

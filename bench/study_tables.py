@@ -30,35 +30,54 @@ BASELINE = "lora"
 Run = dict[str, Any]
 
 
-def methods_of(samples: int) -> list[str]:
-    """Return the baseline, LoRA-One, and LoRA-DA whole and with each of its parts left out."""
+def methods_of(study: str, samples: int) -> list[str]:
+    """Return what a study compares.
+
+    ``lora_da``: the baseline, LoRA-One, and LoRA-DA whole and with each of its parts left out. ``core``: the baseline,
+    and both methods of core layers at three ranks.
+    """
+    if study == "core":
+        cores = ("lora-xs", f"lora-sb:samples={samples}")
+        return [BASELINE, *(f"{method} r={rank}" for method in cores for rank in (16, 32, 64))]
     whole = f"lora-da:samples={samples}"
     parts = ("", ",bias=0", ",variance=0", ",variance=0,fisher=none")
     return [BASELINE, f"lora-one:samples={samples}", *(whole + part for part in parts)]
+
+
+TITLES = {"lora_da": "LoRA-DA", "core": "LoRA-SB and LoRA-XS"}
+
+
+def spelled(label: str) -> tuple[str, dict[str, Any]]:
+    """Return the method of a label and the settings of LoRA that it changes: "lora-xs r=16" has rank 16 and s = 1."""
+    method, _, rank = label.partition(" r=")
+    return method, {"r": int(rank), "lora_alpha": int(rank), "use_rslora": False} if rank else {}
 
 
 # The runs and their files.
 
 
 def arguments(
-    parser: argparse.ArgumentParser, *, page: str, steps: int, samples: int, rates: Sequence[float]
+    parser: argparse.ArgumentParser, *, data: str, steps: int, samples: int, rates: Sequence[float]
 ) -> argparse.Namespace:
     """Read the command line that both studies have, and refuse unknown methods before anything is run."""
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs") / page, help="one JSON file a run; a run that is there is not redone")
+    add("--study", choices=list(TITLES), default="lora_da", help="which methods are compared (default lora_da)")
+    add("--out", type=Path, help="one JSON file a run; a run that is there is not redone (default runs/STUDY_DATA)")
     add("--steps", type=int, default=steps, help=f"of training, for every method (default {steps})")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    add("--methods", nargs="+", help="default: lora, lora-one, and lora-da with its ablations")
+    add("--methods", nargs="+", help="in place of the study's; such as lora, or lora-xs at a rank: 'lora-xs r=16'")
     add("--samples", type=int, default=samples, help=f"the samples of the default methods (default {samples})")
     add("--rates", type=float, nargs="+", default=list(rates), help="learning rates; each method is judged at its best")
     add("--threads", type=int, default=1, help="of PyTorch; two processes with other --seeds do more than two")
     add("--limit-minutes", type=float, default=math.inf, help="start no run after that long; 0 only writes the tables")
-    add("--page", default=page, help="the page in docs/results, or a path without .md")
+    add("--page", help="the page in docs/results, or a path without .md")
     chosen = parser.parse_args()
-    chosen.methods = chosen.methods or methods_of(chosen.samples)
+    chosen.methods = chosen.methods or methods_of(chosen.study, chosen.samples)
+    chosen.page = chosen.page or f"{chosen.study}_{data}"
+    chosen.out = chosen.out or Path("runs") / f"{chosen.study}_{data}"
     try:
         for method in chosen.methods:
-            parse_method(method)
+            parse_method(spelled(method)[0])
     except MethodError as error:
         sys.exit(str(error))
     torch.set_num_threads(chosen.threads)
@@ -224,11 +243,12 @@ def summary(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
     for method, found in chosen.items():
         figures = [mean(found, "start_loss").text(), *(figure.of(found) for figure in FIGURES)]
         seconds = f"{mean(found, 'startup_seconds').value:.2f}"
-        rows.append([*_first(method, found), *figures, pooled(found, "right", "total"), seconds])
+        size = f"{found[0]['trainable']:,}" if "trainable" in found[0] else "-"
+        rows.append([*_first(method, found), size, *figures, pooled(found, "right", "total"), seconds])
         for rate, group in at_rates(runs, method).items():
             others = at_rates(runs, BASELINE).get(rate, []) if method != BASELINE else []
             every.append([*_first(method, group), *(f.of(group) for f in FIGURES), LOSS.against(group, others)])
-    titles = [*FIRST, "start loss", *(figure.name for figure in FIGURES), "pooled (Wilson)", "start-up s"]
+    titles = [*FIRST, "parameters", "start loss", *(figure.name for figure in FIGURES), "pooled (Wilson)", "start-up s"]
     lines = ["Each method at its best rate:", "", *table(titles, rows), ""]
     whole = next((method for method in chosen if method.startswith("lora-da") and not _ablated(method)), None)
     for reference in filter(None, (BASELINE, whole)):

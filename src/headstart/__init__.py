@@ -18,10 +18,12 @@ from headstart.initialize import initialize_
 from headstart.layers import peft_hooks
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
 from headstart.layers.core import optimal_gradient
+from headstart.layers.decay import decay_to_anchor_
 from headstart.layers.export import save_lora
 from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import Factors, LayerInputs, Method, Needs, get_method, method_names, register
 from headstart.methods.gradient import LoRAGA, LoRAOne
+from headstart.methods.handed import EVA, CorDA, LoftQ, MiCA, PiSSANiter
 from headstart.methods.inilora import IniLoRA
 from headstart.methods.inilora_random import IniLoRAAlpha, IniLoRABeta
 from headstart.methods.lora_da import LoRADA
@@ -35,7 +37,9 @@ from headstart.report import LayerReport, Report
 peft_hooks.register()
 
 __all__ = [
+    "EVA",
     "CheckpointError",
+    "CorDA",
     "DataError",
     "Factors",
     "Gaussian",
@@ -56,16 +60,20 @@ __all__ = [
     "LoRAOne",
     "LoRASB",
     "LoRAXS",
+    "LoftQ",
     "Method",
     "MethodError",
+    "MiCA",
     "MiLoRA",
     "ModelError",
     "Needs",
     "OLoRA",
     "Orthogonal",
     "PiSSA",
+    "PiSSANiter",
     "Report",
     "__version__",
+    "decay_to_anchor_",
     "get_method",
     "initialize_",
     "load_checkpoint",

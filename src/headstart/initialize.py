@@ -19,13 +19,15 @@ from headstart._version import __version__
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError, not_finite
 from headstart.factorise import Facts, finite_weight, known_length, starts_of
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
+from headstart.layers.handed import peft_starts
 from headstart.layers.install import Base, check_base, install
 from headstart.layers.vera import VeraTarget, find_vera_layers, install_dictionary, vera_adapter
-from headstart.layers.weights import whole
+from headstart.layers.weights import dense
 from headstart.linalg.product import product_norm
 from headstart.linalg.sketch import GradientSketch
 from headstart.meters import Clock, Memory
 from headstart.methods.base import Factors, Method, Moments, Needs, Wanted
+from headstart.methods.handed import HandedOver
 from headstart.methods.registry import parse_method
 from headstart.progress import Show, progress_bars, silent
 from headstart.report import LayerReport, Report
@@ -108,6 +110,8 @@ def initialize_(
     with clock("find"):
         vera = vera_adapter(model, adapter)
         layers = find_vera_layers(model, vera) if vera else find_layers(model, resolve_adapter(model, adapter))
+        if vera and isinstance(method, HandedOver):
+            raise MethodError(f"method {method.name!r} is PEFT's own, which knows no VeRA; use one of headstart's.")
     processes = Processes.joined() if method.needs & (Needs.GRADIENT | Needs.FISHER) else Processes()
     shown = progress if processes.rank == 0 or progress is not True else False
     with _shown(shown) as show:
@@ -127,10 +131,16 @@ def initialize_(
             size = population or known_length(data, collator, processes)
             collector = _collector(method, layers, data, size, collect)
         facts = Facts(seed, moments, size, first_lr)
-        starts, notes = starts_of(method, layers, facts, collector, processes, clock, show)
+        notes: list[str] = []
+        if isinstance(method, HandedOver):
+            with clock("factorise"):
+                read = {"collator": collator, "batch_size": batch_size}
+                starts = peft_starts(method, model, layers, data, seed, show, **read)
+        else:
+            starts, notes = starts_of(method, layers, facts, collector, processes, clock, show)
         sentences = _fallbacks(starts, strict) + notes
     with clock("report"):
-        reports = [_layer_report(target, start, facts.seconds[target.name]) for target, start in starts]
+        reports = [_layer_report(target, start, facts.seconds.get(target.name, 0.0)) for target, start in starts]
     with clock("install"):
         note: dict[str, object] = {"method": str(method), "seed": seed, "base": base, "version": __version__}
         if vera:
@@ -151,7 +161,7 @@ def initialize_(
         samples=collector.samples if collector else 0,
         tokens=collector.tokens if collector else 0,
         plan=str(collector.plan) if collector else "",
-        trainable=sum(layer.trainable for layer in layers),
+        trainable=sum(layer.trainable for layer, _ in starts),
         warnings=sentences,
     )
 
@@ -253,8 +263,7 @@ def _norm_of_product(target: TargetLayer, factors: Factors) -> float:
 
 
 def _layer_report(target: TargetLayer, factors: Factors, seconds: float) -> LayerReport:
-    weight = whole(target.module.get_base_layer().weight.detach())
-    norm_weight = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    norm_weight = float(torch.linalg.vector_norm(dense(target.module.get_base_layer()), dtype=torch.float64))
     if not math.isfinite(norm_weight):
         raise not_finite(target.name)
     return LayerReport(
@@ -270,4 +279,5 @@ def _layer_report(target: TargetLayer, factors: Factors, seconds: float) -> Laye
         info=dict(factors.info),
         note=factors.note,
         repair=factors.repair,
+        history=[list(point) for point in factors.history],
     )

@@ -31,6 +31,7 @@ from headstart.layers.files import (
     write_tensors,
 )
 from headstart.layers.find import TargetLayer, lora_layers, record, residual_owner, resolve_adapter, set_record
+from headstart.layers.frozen import freeze_factors
 from headstart.layers.install import mark_config, subtract_product
 from headstart.layers.weights import fingerprint, linear_shape
 
@@ -100,11 +101,15 @@ def load_checkpoint(
         for name, layer in layers.items():
             _prepare_layer(targets[name], layer, undo)
         result = set_peft_model_state_dict(wrapped, read.tensors, adapter_name=adapter)
-        if result.unexpected_keys:
-            raise CheckpointError(f"{folder / WEIGHTS}: no place in the model for {result.unexpected_keys[0]!r}.")
+        # With bias="all" PEFT writes the bias of a trained head twice, once under a name that it can't read again.
+        unplaced = [key for key in result.unexpected_keys if ".modules_to_save." not in key]
+        if unplaced:
+            raise CheckpointError(f"{folder / WEIGHTS}: no place in the model for {unplaced[0]!r}.")
         for name, found in records.items():
             if found is not None:
                 set_record(targets[name], found)
+                if frozen := found.get("frozen"):
+                    freeze_factors(targets[name].module, adapter, frozen)
         if any(layer.kind != "lora" for layer in layers.values()):
             mark_config(wrapped, adapter, undo)
         undo.pop_all()

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import BASE_PREFIX, LayerError, nearest
 from headstart.layers.core import core_of, form_of
+from headstart.layers.frozen import frozen_factors
 
 _RECORD = "headstart_record"
 _RESIDUAL = "headstart_residual_of"
@@ -59,8 +60,10 @@ class TargetLayer:
         """The numbers that train: A, B, and DoRA's magnitude where there is one; of a core layer R alone."""
         if core_of(self.module, self.adapter) is not None:
             return self.r**2
+        frozen = frozen_factors(self.module, self.adapter)
+        A, B = (width if name not in frozen else 0 for name, width in (("lora_A", self.d_in), ("lora_B", self.d_out)))
         magnitude = self.d_out if self.adapter in getattr(self.module, "lora_magnitude_vector", ()) else 0
-        return self.r * (self.d_in + self.d_out) + magnitude
+        return self.r * (A + B) + magnitude
 
     @property
     def kind(self) -> str:
@@ -169,10 +172,19 @@ def set_residual_owner(module: LoraLayer, adapter: str | None) -> None:
 
 def _check_kind(target: TargetLayer) -> None:
     base = target.module.get_base_layer()
-    if not isinstance(target.module, Linear) or not isinstance(base, (nn.Linear, Conv1D)):
+    if isinstance(target.module, ParamWrapper):
         raise LayerError(
-            f"layer {target.name!r} is {_article(type(base).__name__)}: only nn.Linear and Conv1D layers can be "
-            "initialised; leave it out of target_modules."
+            f"layer {target.name.replace('.base_layer', '')!r} is adapted through its parameter "
+            f"{target.module.parameter_name!r} (PEFT's target_parameters, as for the experts that some mixtures hold "
+            "in one tensor): only whole linear layers can be initialised. Name those in target_modules, such as "
+            "['q_proj', 'v_proj'], because 'all-linear' takes such parameters too."
+        )
+    # PEFT's layers on bitsandbytes' can't be imported where that isn't installed.
+    known = isinstance(target.module, Linear) or type(target.module).__module__ == "peft.tuners.lora.bnb"
+    if not known or not isinstance(base, (nn.Linear, Conv1D)):
+        raise LayerError(
+            f"layer {target.name!r} is {_article(type(base).__name__)}: only nn.Linear, Conv1D and bitsandbytes layers "
+            "can be initialised; leave it out of target_modules."
         )
     if target.module.lora_bias.get(target.adapter):
         raise LayerError(f"layer {target.name!r} has lora_bias=True, which is not supported; set lora_bias=False.")

@@ -15,7 +15,8 @@ from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
 from headstart.layers.core import drop_core, set_core
 from headstart.layers.find import TargetLayer, set_record, set_residual_owner
-from headstart.layers.weights import assign, base_weight, fingerprint, oriented, product, whole
+from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
+from headstart.layers.weights import assign, base_weight, fingerprint, oriented, product, quantisation, whole
 from headstart.methods.base import Factors
 
 Base = Literal["anchored", "residual"]
@@ -39,6 +40,13 @@ def check_factors(target: TargetLayer, factors: Factors) -> None:
             raise LayerError(f"layer {target.name!r}: the method gave NaN or infinity in {name}.")
     if factors.core is not None:
         _check_core(target, factors)
+    freezes_A = "lora_A" in frozen_factors(target.module, target.adapter)
+    if freezes_A and (factors.core is not None or not factors.A.count_nonzero()):
+        raise LayerError(
+            f"layer {target.name!r}: LoRA-FA has frozen its A and trains B, but the method "
+            + ("freezes B as well, for a core." if factors.core is not None else "starts A at zero, so B can't matter.")
+            + " Use another method, or one without lora_fa_."
+        )
     if factors.offset == "subtract" and is_dora(target):
         raise LayerError(
             f"layer {target.name!r} uses DoRA, whose norms leave no place for a start that is subtracted again; use a "
@@ -79,7 +87,8 @@ def install(model: Any, starts: Sequence[tuple[TargetLayer, Factors]], base: Bas
         for target, factors in starts:
             _install_one(target, factors, base, undo)
             undo.callback(set_record, target, None)
-            set_record(target, {**note, "offset": factors.offset, "weight": prints[target.name]})
+            frozen = {"frozen": list(factors.frozen)} if factors.frozen else {}
+            set_record(target, {**note, "offset": factors.offset, "weight": prints[target.name], **frozen})
         if any(factors.offset == "subtract" or factors.core is not None for _, factors in starts):
             mark_config(model, starts[0][0].adapter, undo)
         undo.pop_all()
@@ -101,6 +110,9 @@ def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: ExitSt
         before = parameter.detach().clone()
         undo.callback(_copy, parameter, before)
         assign(parameter, value)
+    if factors.frozen:
+        undo.callback(thaw_factors, module, adapter, B.requires_grad)
+        freeze_factors(module, adapter, factors.frozen)
     if factors.core is not None:
         undo.callback(drop_core, module, adapter)
         set_core(module, adapter, factors.core)
@@ -121,7 +133,8 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
     """Replace the frozen weight by W - s B A, from the factors as the layer holds them, in float32 or better.
 
     Raises:
-        LayerError: another adapter lives on the same weight, and would be changed with it.
+        LayerError: another adapter lives on the same weight, and would be changed with it; or the weight is quantised,
+            or sharded over processes.
     """
     module, adapter = target.module, target.adapter
     others = [name for name in module.lora_A if name != adapter]
@@ -131,6 +144,11 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
             'base="anchored".'
         )
     weight = module.get_base_layer().weight
+    if kind := quantisation(module.get_base_layer()):
+        raise LayerError(
+            f"layer {target.name!r} is quantised ({kind}), and nothing can be subtracted from its weight; use "
+            'base="anchored", which leaves it alone.'
+        )
     if isinstance(weight, DTensor):
         raise LayerError(
             f"layer {target.name!r} is sharded over processes, and residual weights have to be made before that; "

@@ -7,6 +7,7 @@ from torch import nn
 from headstart.errors import LayerError
 from headstart.layers.core import core_of
 from headstart.layers.find import lora_layers, resolve_adapter
+from headstart.layers.frozen import freeze_factors, frozen_factors
 
 
 def lora_fa_(model: nn.Module, adapter: str | None = None) -> int:
@@ -34,11 +35,10 @@ def lora_fa_(model: nn.Module, adapter: str | None = None) -> int:
                 f"layer {target.name!r} trains a core alone, between an A and a B that are both frozen: LoRA-FA, which "
                 "trains B, means nothing there."
             )
+        if "lora_B" in frozen_factors(target.module, adapter):
+            raise LayerError(f"layer {target.name!r}: its B is frozen by its start already, so nothing would train.")
         if not bool(target.module.lora_A[adapter].weight.count_nonzero()):
             raise LayerError(f"layer {target.name!r}: its A is zero, and frozen it would keep B from mattering.")
     for target in targets:
-        module = target.module
-        # A dictionary of its own, not the class's.
-        module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter: ("lora_A",)}
-        module._freeze_non_trainable_peft_weights(adapter)
+        freeze_factors(target.module, adapter, ("lora_A",))
     return sum(target.r * target.d_out for target in targets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
@@ -17,8 +17,28 @@ def is_transposed(layer: LoraLayer) -> bool:
 
 def base_weight(layer: LoraLayer, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return W (d_out, d_in), detached, in ``dtype``; a view of the parameter where nothing had to be converted."""
-    weight = whole(dequantize_module_weight(layer.get_base_layer()).detach())
-    return oriented(layer, weight).to(dtype)
+    return oriented(layer, dense(layer.get_base_layer())).to(dtype)
+
+
+def dense(base: nn.Module) -> Tensor:
+    """Return a base layer's weight, detached and in its own storage order; whole, and dequantised where it has to be.
+
+    bitsandbytes' 4-bit layers are reordered for inference when they run on a CPU in evaluation mode; saving the state
+    is what puts them back in the order that can be dequantised.
+    """
+    weight = base.get_parameter("weight")
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        base.state_dict()
+    if quantisation(base) == "8-bit":
+        # PEFT's function for modules would also put a new weight there, and lose what the next forward pass needs.
+        return dequantize_bnb_weight(weight, state=base.state).detach()
+    return whole(dequantize_module_weight(base).detach())
+
+
+def quantisation(base: nn.Module) -> str | None:
+    """Return "4-bit" or "8-bit" for a layer of bitsandbytes, None for any other."""
+    found = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
+    return found.get(type(base.get_parameter("weight")).__name__)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -29,10 +49,15 @@ def whole(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole value into a parameter, each process its own part of one that is sharded."""
-    value = value.to(device=parameter.device, dtype=parameter.dtype)
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(value)
+    parameter.copy_(laid_out(value, parameter))
+
+
+def laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """Return a whole value on the device, in the dtype and, where that is one of FSDP2's, sharded as ``like`` is."""
+    value = value.to(device=like.device, dtype=like.dtype)
+    if isinstance(like, DTensor):
+        value = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value
 
 
 def oriented(layer: LoraLayer, matrix: Tensor) -> Tensor:
@@ -49,13 +74,14 @@ def product(B: Tensor, A: Tensor) -> Tensor:
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:
     """Return (d_out, d_in) of an nn.Linear or a Conv1D."""
-    weight: Tensor = base.get_parameter("weight")
-    rows, columns = weight.shape
+    if isinstance(base, nn.Linear):
+        return base.out_features, base.in_features  # a quantised weight has another shape
+    rows, columns = base.get_parameter("weight").shape
     return (columns, rows) if isinstance(base, Conv1D) else (rows, columns)
 
 
 def fingerprint(base: nn.Module, values: int = 8) -> list[float]:
     """Return a few of a base layer's weights, evenly spread over it: enough to tell one base model from another."""
-    flat = whole(dequantize_module_weight(base).detach()).reshape(-1)
+    flat = dense(base).reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, values, dtype=torch.float64).long()
     return [float(value) for value in flat[places.to(flat.device)].float()]

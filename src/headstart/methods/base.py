@@ -30,6 +30,7 @@ class Needs(enum.Flag):
     MOMENTS = enum.auto()
     GRADIENT = enum.auto()
     FISHER = enum.auto()
+    INPUTS = enum.auto()
 
     def __str__(self) -> str:
         names = {
@@ -37,6 +38,7 @@ class Needs(enum.Flag):
             Needs.MOMENTS: "moments",
             Needs.GRADIENT: "gradient",
             Needs.FISHER: "Fisher factors",
+            Needs.INPUTS: "inputs",
         }
         return " + ".join(text for flag, text in names.items() if flag in self) or "shapes"
 
@@ -160,6 +162,8 @@ class Factors:
         info: numbers for the report, such as ``error``, ``bound``, ``steps``.
         note: one sentence for the report where something had to be done differently, else empty.
         repair: one sentence for the report where arithmetic had to be made safer (damping raised), else empty.
+        frozen: which of "lora_A" and "lora_B" must not train.
+        history: of a descent, (step, mean squared error) on the way; empty for all else.
     """
 
     A: Tensor
@@ -169,6 +173,8 @@ class Factors:
     info: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     repair: str = ""
+    frozen: tuple[str, ...] = ()
+    history: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,7 @@ class Method(ABC):
             the same input.
         asks_population: the size of the training set matters.
         trains_core: its layers get a parameter of their own, R.
+        draws: the factors depend on the seed and the layer's name.
     """
 
     name: ClassVar[str]
@@ -193,6 +200,7 @@ class Method(ABC):
     together: ClassVar[Literal["none", "shape", "input"]] = "none"
     asks_population: ClassVar[bool] = False
     trains_core: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check that every setting has the type that its field declares; subclasses go on to check ranges."""

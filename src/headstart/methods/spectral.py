@@ -18,6 +18,7 @@ from headstart.progress import Show, silent
 class _SingularTriplets(Method):
     needs: ClassVar[Needs] = Needs.WEIGHT
     together: ClassVar[Literal["none", "shape", "input"]] = "shape"
+    draws: ClassVar[bool] = False
     which: ClassVar[Literal["largest", "smallest"]]
 
     def factors(self, layer: LayerInputs) -> Factors:
@@ -76,6 +77,7 @@ class OLoRA(Method):
     source: ClassVar[str] = "OLoRA (Büyükakyüz 2024), section 3"
     cost: ClassVar[str] = "a thin QR of each weight"
     needs: ClassVar[Needs] = Needs.WEIGHT
+    draws: ClassVar[bool] = False
 
     def factors(self, layer: LayerInputs) -> Factors:
         """Decompose the first r columns."""

@@ -17,6 +17,7 @@ _DROPOUT = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
+_QUANTISED = ("Params4bit", "Int8Params")
 
 
 @contextlib.contextmanager
@@ -24,13 +25,20 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
     """Switch dropout off within the block, and restore every module's mode after it.
 
     The model is put in evaluation mode, except that gradient checkpointing, where it is on, only works in training
-    mode: then the model trains, with all dropout modules off and all dropout rates that modules keep at 0.
+    mode: then the model trains, with all dropout modules off and all dropout rates that modules keep at 0. Quantised
+    layers are always in training mode: in the other, bitsandbytes may compute with them what has no gradient.
     """
     modes = [(module, module.training) for module in model.modules()]
     rates: list[tuple[nn.Module, str, float]] = []
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     try:
         model.train(checkpointing)
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if type(weight).__name__ in _QUANTISED:
+                module.training = True
+                if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+                    module.state_dict()  # saving undoes the reordering for inference
         if checkpointing:
             for module in model.modules():
                 if isinstance(module, _DROPOUT):

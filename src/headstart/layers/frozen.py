@@ -1,0 +1,29 @@
+"""Factors that never train, whatever adapter is switched on or off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft.tuners.lora.layer import LoraLayer
+
+
+def freeze_factors(module: LoraLayer, adapter: str, names: Sequence[str]) -> None:
+    """Freeze "lora_A" or "lora_B" of a layer, or both, for good: PEFT keeps frozen what it finds listed."""
+    # A dictionary of its own, not the class's.
+    module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter: tuple(names)}
+    module._freeze_non_trainable_peft_weights(adapter)
+
+
+def thaw_factors(module: LoraLayer, adapter: str, trained: bool) -> None:
+    """Undo :func:`freeze_factors`."""
+    names = module.frozen_peft_weight_names.get(adapter, ())
+    module.frozen_peft_weight_names = {
+        key: value for key, value in module.frozen_peft_weight_names.items() if key != adapter
+    }
+    for name in names:
+        getattr(module, name)[adapter].requires_grad_(trained)
+
+
+def frozen_factors(module: LoraLayer, adapter: str) -> tuple[str, ...]:
+    """Return which of "lora_A" and "lora_B" are frozen for good."""
+    return tuple(module.frozen_peft_weight_names.get(adapter, ()))

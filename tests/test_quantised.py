@@ -1,0 +1,181 @@
+"""Starts on bases whose weights bitsandbytes holds in 4 or 8 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional
+
+import headstart as hs
+from conftest import perturb, tiny_llama, token_batch, wrap
+from headstart.errors import LayerError
+from headstart.layers.find import lora_layers
+from headstart.layers.weights import dense
+from headstart.methods import method_class, method_names, parse_method
+from headstart.methods.handed import HandedOver
+
+pytest.importorskip("bitsandbytes")
+
+BITS = ("4-bit", "8-bit")
+SETTINGS = {"inilora": ":steps=20", "lora-sb": ":samples=4,lr=0.001"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    # bitsandbytes' blocks want widths of their own size.
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(path)
+    return path
+
+
+def quantised(folder, bits, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if bits == "4-bit":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"}, dtype=dtype)
+
+
+def dense_copy(model):
+    """A float32 model with the weights that the quantised ones stand for."""
+    twin = tiny_llama(hidden_size=64, intermediate_size=128)
+    twin.load_state_dict(
+        {
+            name: value
+            for name, value in model.state_dict().items()
+            if value.dtype == torch.float32
+            and name in twin.state_dict()
+            and value.shape == twin.state_dict()[name].shape
+        },
+        strict=False,
+    )
+    found = dict(model.named_modules())
+    with torch.no_grad():
+        for name, module in twin.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                module.weight.copy_(dense(found[name]))
+    return twin
+
+
+def trained_logits(model, batch):
+    """Of a model in training mode, in which bitsandbytes computes what has a gradient; there is no dropout."""
+    model.train()
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", [name for name in method_names() if not issubclass(method_class(name), HandedOver)])
+def test_every_start_leaves_or_moves_the_quantised_base_as_it_says(folder, bits, name):
+    base, batch = quantised(folder, bits), token_batch()
+    before, held = trained_logits(base, batch), {n: p.clone() for n, p in base.named_parameters()}
+    model = wrap(base)
+    method = name + SETTINGS.get(name, ":samples=4" if parse_method(name).sample_count(100) else "")
+    report = hs.initialize_(model, method, data=[batch])
+    after = trained_logits(model, batch)
+    kept = {layer.name for layer in report.layers if layer.norm_product > 0}
+    starts = [target.module.headstart_record["default"]["offset"] for target in lora_layers(model, "default")]
+    if kept and starts[0] == "keep":
+        assert not torch.equal(before, after)
+    else:
+        assert torch.equal(before, after)
+    for target in lora_layers(model, "default"):
+        weight = target.module.get_base_layer().weight
+        assert torch.equal(weight, held[f"{target.name}.weight"]), target.name
+    model(**batch).loss.backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "pissa",
+        "olora",
+        "inilora:solver=svd",
+        "lora-xs",
+        "lora-one:samples=4",
+        "lora-da:samples=4",
+        "lora-sb:samples=4,lr=0.001",
+    ],
+)
+def test_the_factors_are_those_of_the_dequantised_model(folder, bits, method):
+    base, batch = quantised(folder, bits), token_batch()
+    twin = wrap(dense_copy(base))
+    model = wrap(base)
+    for each in (model, twin):
+        hs.initialize_(each, method, data=[batch])
+    assert torch.allclose(trained_logits(model, batch), trained_logits(twin, batch), atol=2e-3)
+    for mine, theirs in zip(lora_layers(model, "default"), lora_layers(twin, "default"), strict=True):
+        ours, plain = (
+            each.module.get_delta_weight("default")
+            if method[:7] not in ("lora-xs", "lora-sb")
+            else each.module.lora_variant["default"].delta(each.module, "default")
+            for each in (mine, theirs)
+        )
+        assert functional.cosine_similarity(ours.flatten(), plain.flatten(), dim=0) > 0.98, mine.name
+
+
+def test_a_model_that_has_served_in_evaluation_mode_can_still_be_read(folder):
+    base, batch = quantised(folder, "4-bit", torch.bfloat16), token_batch()
+    base.eval()
+    with torch.no_grad():
+        base(**batch)
+    model = wrap(base)
+    report = hs.initialize_(model, "lora-one:samples=4", data=[batch])
+    assert all(layer.norm_B > 0 for layer in report.layers)
+    assert not report.warnings
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_residual_weights_are_refused(folder, bits):
+    model = wrap(quantised(folder, bits))
+    with pytest.raises(LayerError, match=f"is quantised \\({bits}\\).*anchored"):
+        hs.initialize_(model, "pissa", base="residual")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("method", ["pissa", "lora-xs", "init-ab-plus"])
+def test_an_exported_adapter_does_the_same_on_the_quantised_base(folder, bits, method, tmp_path):
+    batch = token_batch()
+    model = wrap(quantised(folder, bits))
+    hs.initialize_(model, method)
+    perturb(model)
+    hs.save_lora(model, tmp_path / "out")
+    loaded = PeftModel.from_pretrained(quantised(folder, bits), tmp_path / "out")
+    assert torch.allclose(trained_logits(model, batch), trained_logits(loaded, batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("method", ["pissa", "lora-xs"])
+def test_a_checkpoint_comes_back_on_the_quantised_base(folder, bits, method, tmp_path):
+    batch = token_batch()
+    model = wrap(quantised(folder, bits))
+    hs.initialize_(model, method)
+    perturb(model)
+    hs.save_checkpoint(model, tmp_path / "out")
+    loaded = hs.load_checkpoint(quantised(folder, bits), tmp_path / "out")
+    assert torch.equal(trained_logits(model, batch), trained_logits(loaded, batch))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("method", ["pissa", "lora-xs"])
+def test_merging_requantises_base_and_adapter_together(folder, bits, method):
+    model = wrap(quantised(folder, bits))
+    hs.initialize_(model, method)
+    perturb(model)
+    wanted = {}
+    for target in lora_layers(model, "default"):
+        variant = target.module.lora_variant["default"]
+        wanted[target.name] = dense(target.module.get_base_layer()) + variant.delta(target.module, "default")
+    model.merge_adapter()
+    for target in lora_layers(model, "default"):
+        found, exact = dense(target.module.get_base_layer()), wanted[target.name]
+        # Half of NF4's widest gap, or of a step of 1/127 of the half-precision number that is quantised; of a block's
+        # largest entry, bounded by the whole matrix's.
+        step = 0.155 if bits == "4-bit" else 0.5 / 127 + 2**-11
+        assert (found - exact).abs().max() <= step * exact.abs().max(), target.name
