@@ -194,6 +194,7 @@ class Study:
             seed=seed,
             population=population,
             first_lr=settings["lr"] / math.ceil(WARMUP * steps),
+            cache=False,  # what a start takes is shown
             progress=False,
         )
         start = None if method.startswith("lora-sb") else self._start_loss(settings)  # there the rate sets the start

@@ -34,8 +34,12 @@ def methods_of(study: str, samples: int) -> list[str]:
     """Return what a study compares.
 
     ``lora_da``: the baseline, LoRA-One, and LoRA-DA whole and with each of its parts left out. ``core``: the baseline,
-    and both methods of core layers at three ranks.
+    and both methods of core layers at three ranks. ``inilora``: the baseline, PiSSA (the balanced gauge), and IniLoRA
+    by its path, by the path stopped early, and in closed form in the other two gauges.
     """
+    if study == "inilora":
+        closed = (f"inilora:solver=svd,gauge={gauge}" for gauge in ("aligned", "random"))
+        return [BASELINE, "pissa", "inilora", "inilora:tolerance=0.001", *closed]
     if study == "core":
         cores = ("lora-xs", f"lora-sb:samples={samples}")
         return [BASELINE, *(f"{method} r={rank}" for method in cores for rank in (16, 32, 64))]
@@ -44,7 +48,7 @@ def methods_of(study: str, samples: int) -> list[str]:
     return [BASELINE, f"lora-one:samples={samples}", *(whole + part for part in parts)]
 
 
-TITLES = {"lora_da": "LoRA-DA", "core": "LoRA-SB and LoRA-XS"}
+TITLES = {"lora_da": "LoRA-DA", "core": "LoRA-SB and LoRA-XS", "inilora": "IniLoRA's path and its closed form"}
 
 
 def spelled(label: str) -> tuple[str, dict[str, Any]]:

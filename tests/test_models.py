@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from headstart.cache.folder import cache_folder
 from headstart.errors import ModelError
 from headstart.training import models as conversion
 from headstart.training.models import resolve_model
-from headstart.training.paths import cache_folder
 
 WORDS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
 SPECIALS = ["<s>", "</s>"]

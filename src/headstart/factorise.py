@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
+from headstart.cache import Store, cacheable, description, layer_key, weight_digest
 from headstart.errors import not_finite
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import check_factors
-from headstart.layers.weights import base_weight
+from headstart.layers.weights import base_weight, dense, is_transposed
 from headstart.meters import Clock
 from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
 from headstart.progress import Show
 from headstart.statistics.batches import size_of
 from headstart.statistics.collect import Collector
 from headstart.statistics.gather import Statistics
-from headstart.statistics.processes import Processes, digest, together
+from headstart.statistics.processes import Processes, digest, is_sharded, together
 
 # Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
 _BATCH_BYTES = 256 * 2**20
@@ -46,14 +47,21 @@ def starts_of(
     processes: Processes,
     clock: Clock,
     show: Show,
+    store: Store | None = None,
 ) -> tuple[list[tuple[TargetLayer, Factors]], list[str]]:
-    """Make the factors of all layers: of those that no data are needed for, and pass by pass of the others."""
+    """Make the factors of all layers: of those that no data are needed for, and pass by pass of the others.
+
+    ``store`` is asked first for what depends on weights alone, and keeps what it did not have.
+    """
     asked = set(collector.layers) if collector else set()
     made: dict[str, Factors] = {}
     notes: list[str] = []
     with clock("factorise"):
         rest = [layer for layer in layers if layer.name not in asked]
-        factorise(method, rest, facts, Statistics(), made, show)
+        if store is not None and cacheable(method) and not any(is_sharded(layer.module) for layer in rest):
+            made |= _from_store(store, method, rest, facts, show)
+        else:
+            factorise(method, rest, facts, Statistics(), made, show)
     if collector is None:
         return [(layer, made[layer.name]) for layer in layers], notes
     passes = collector.passes(show)
@@ -72,6 +80,33 @@ def starts_of(
             made |= theirs
             facts.seconds |= seconds
     return [(layer, made[layer.name]) for layer in layers], notes
+
+
+def _from_store(
+    store: Store, method: Method, layers: Sequence[TargetLayer], facts: Facts, show: Show
+) -> dict[str, Factors]:
+    """Return the factors that the store has, and compute those that it lacks."""
+    known = [_inputs(method, layer, facts, Statistics(), {}, weight=False) for layer in layers]
+    keys = []
+    for layer, inputs in zip(layers, known, strict=True):
+        weight = dense(layer.module.get_base_layer())
+        digest, turned = weight_digest(weight), is_transposed(layer.module)
+        keys.append(layer_key(method, inputs, digest, device=weight.device, transposed=turned))
+        show("hashing", len(keys), len(layers))
+
+    def compute(positions: Sequence[int]) -> list[Factors]:
+        fresh: dict[str, Factors] = {}
+        factorise(method, [layers[position] for position in positions], facts, Statistics(), fresh, show)
+        return [fresh[layers[position].name] for position in positions]
+
+    places = {layer.name: position for position, layer in enumerate(layers)}
+    groups = [[places[layer.name] for layer in group] for group in _groups(method, layers, Statistics())]
+    found = store.fetch(
+        keys, compute, groups=groups, describe=lambda position: description(method, known[position]), show=show
+    )
+    for layer, factors in zip(layers, found, strict=True):
+        check_factors(layer, factors)
+    return {layer.name: factors for layer, factors in zip(layers, found, strict=True)}
 
 
 def _on_cpu(factors: Factors) -> Factors:
@@ -122,7 +157,13 @@ def _groups(method: Method, layers: Sequence[TargetLayer], statistics: Statistic
 
 
 def _inputs(
-    method: Method, layer: TargetLayer, facts: Facts, statistics: Statistics, held: dict[int, torch.Tensor]
+    method: Method,
+    layer: TargetLayer,
+    facts: Facts,
+    statistics: Statistics,
+    held: dict[int, torch.Tensor],
+    *,
+    weight: bool = True,
 ) -> LayerInputs:
     """Return what is known of a layer, on the layer's device; ``held`` keeps what several of them share."""
     device = layer.module.get_base_layer().weight.device
@@ -143,7 +184,7 @@ def _inputs(
         r=layer.r,
         scaling=layer.scaling,
         seed=facts.seed,
-        weight=finite_weight(layer) if Needs.WEIGHT in method.needs else None,
+        weight=finite_weight(layer) if weight and Needs.WEIGHT in method.needs else None,
         moments=facts.moments.get(layer.kind),
         gradient=gradient,
         sketch=sketch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from headstart._version import __version__
+from headstart.cache import open_store
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError, not_finite
 from headstart.factorise import Facts, finite_weight, known_length, starts_of
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
@@ -51,6 +53,7 @@ def initialize_(
     offload: Literal["cpu"] | None = None,
     population: int | None = None,
     first_lr: float | None = None,
+    cache: bool | str | os.PathLike[str] = True,
     strict: bool = False,
     progress: Show | bool = True,
 ) -> Report:
@@ -83,6 +86,8 @@ def initialize_(
         population: N, how many samples the training set holds, for methods that ask; by default the length of ``data``
             where it has one.
         first_lr: the rate of the first optimizer step to come, for methods that ask (lora-sb).
+        cache: where to look factors up that depend on weights alone (inilora, pissa, milora, olora, lora-xs), and to
+            keep them: True for the user's own folder (``HEADSTART_CACHE``), a folder, or False to compute them anew.
         strict: raise where a layer can't be started as asked for, instead of falling back with a warning.
         progress: True draws bars in a terminal or notebook once a second has gone by, False draws none; or a function
             that is called with (step, done, total).
@@ -132,12 +137,14 @@ def initialize_(
             collector = _collector(method, layers, data, size, collect)
         facts = Facts(seed, moments, size, first_lr)
         notes: list[str] = []
+        store = open_store(cache, notes.append)
         if isinstance(method, HandedOver):
             with clock("factorise"):
                 read = {"collator": collator, "batch_size": batch_size}
                 starts = peft_starts(method, model, layers, data, seed, show, **read)
         else:
-            starts, notes = starts_of(method, layers, facts, collector, processes, clock, show)
+            starts, read_notes = starts_of(method, layers, facts, collector, processes, clock, show, store)
+            notes += read_notes
         sentences = _fallbacks(starts, strict) + notes
     with clock("report"):
         reports = [_layer_report(target, start, facts.seconds.get(target.name, 0.0)) for target, start in starts]
@@ -161,6 +168,7 @@ def initialize_(
         samples=collector.samples if collector else 0,
         tokens=collector.tokens if collector else 0,
         plan=str(collector.plan) if collector else "",
+        cached=store.served if store else 0,
         trainable=sum(layer.trainable for layer, _ in starts),
         warnings=sentences,
     )

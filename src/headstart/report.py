@@ -23,6 +23,7 @@ class LayerReport:
         info: the method's own numbers, such as ``error`` and ``bound`` (squared Frobenius), ``steps``, ``residual``.
         note: what had to be done differently, else empty.
         repair: what was done to make its arithmetic safe, else empty.
+        history: of a descent, [step, mean squared error] on the way; empty for all else.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LayerReport:
     info: dict[str, float] = field(default_factory=dict)
     note: str = ""
     repair: str = ""
+    history: list[list[float]] = field(default_factory=list)
 
     @property
     def relative_product(self) -> float:
@@ -58,6 +60,7 @@ class Report:
         peak_memory: bytes; on an accelerator the most that was allocated there, else the process's peak resident set.
         samples, tokens: read from the data; padding is not counted.
         plan: passes over the data, the bytes that they held and the seconds that were expected, in words.
+        cached: layers whose factors were found in the cache.
         trainable: parameters of the adapter's layers that train; heads beside it (modules_to_save) are not counted.
         warnings: sentences about what was not as asked for.
     """
@@ -73,6 +76,7 @@ class Report:
     samples: int = 0
     tokens: int = 0
     plan: str = ""
+    cached: int = 0
     trainable: int = 0
     warnings: list[str] = field(default_factory=list)
 
@@ -91,6 +95,7 @@ class Report:
     def summary(self) -> str:
         """Return one sentence."""
         data = f", {self.samples} samples ({self.tokens:,} tokens)" if self.samples else ""
+        data += f", {self.cached} layers from the cache" if self.cached else ""
         return (
             f"{self.method}: {len(self.layers)} layers, {self.trainable:,} trainable parameters, "
             f"{self.base}, {self.seconds:.2f} s{data}, peak memory {self.peak_memory / 2**30:.2f} GiB"

@@ -212,6 +212,8 @@ def _start(
         base=recipe.base,
         population=len(material.train) or None,
         first_lr=recipe.first_lr,
+        # A comparison tells what each start takes; one that was made before would seem free.
+        cache=False,
         progress=progress,
     )
     return wrapped, report
@@ -293,8 +295,16 @@ def _train(
 def _last_save(output: Path, steps: int) -> str | None:
     """Return the last whole save to go on from: the Trainer writes its state last, and the final step is no start."""
     saves = {int(path.name.rpartition("-")[2]): path for path in output.glob("checkpoint-*")}
-    whole = [step for step, path in saves.items() if step < steps and (path / "trainer_state.json").is_file()]
+    whole = [step for step, path in saves.items() if step < steps and _holds_json(path / "trainer_state.json")]
     return str(saves[max(whole)]) if whole else None
+
+
+def _holds_json(path: Path) -> bool:
+    """Return whether the file is there to its end: the Trainer writes it in place, so a kill may leave half of it."""
+    try:
+        return _read_json(path) is not None
+    except ValueError:
+        return False
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, list[int]]]):

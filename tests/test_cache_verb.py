@@ -1,0 +1,120 @@
+"""The verb with the cache: looked up before it is computed, and the same to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import headstart as hs
+from conftest import started, tiny_gpt2, tiny_llama, token_batch, wrap
+from headstart.cache import open_store
+from headstart.errors import HeadstartWarning
+from headstart.layers.find import lora_layers
+
+KEPT = ["pissa", "milora", "olora", "lora-xs", "inilora:steps=30", "inilora:solver=svd"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("HEADSTART_CACHE_LIMIT")
+    return tmp_path / "cache"
+
+
+def factors(model):
+    found = {}
+    for target in lora_layers(model, "default"):
+        for name, part in (("A", target.module.lora_A), ("B", target.module.lora_B)):
+            found[target.name, name] = part["default"].weight.detach().clone()
+        if hasattr(target.module, "lora_core"):
+            found[target.name, "R"] = target.module.lora_core["default"].detach().clone()
+    return found
+
+
+def run(base, method, folder, **settings):
+    model = wrap(base)
+    report = hs.initialize_(model, method, cache=folder, **settings)
+    return factors(model), report
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("method", KEPT)
+def test_what_is_served_is_what_would_be_computed(folder, base, method):
+    anew, never = run(base(), method, False)
+    first, made = run(base(), method, folder)
+    second, served = run(base(), method, folder)
+    assert same(anew, first) and same(first, second)
+    assert (never.cached, made.cached, served.cached) == (0, 0, len(served.layers))
+    assert "layers from the cache" in served.summary() and "cache" not in made.summary()
+    for one, other in zip(made.layers, served.layers, strict=True):
+        assert one.info == other.info
+
+
+def test_a_changed_weight_setting_rank_or_scaling_is_computed_anew(folder):
+    run(tiny_llama(), "pissa", folder)
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-3
+    count = len(run(tiny_llama(), "milora", False)[1].layers)
+    assert run(changed, "pissa", folder)[1].cached == count - 1
+    for settings in ({"r": 2}, {"lora_alpha": 4}):
+        model = wrap(tiny_llama(), **settings)
+        assert hs.initialize_(model, "pissa", cache=folder).cached == 0
+    assert run(tiny_llama(), "lora-xs", folder)[1].cached == 0
+    assert run(tiny_llama(), "lora-xs:scale=input", folder)[1].cached == 0
+
+
+def test_the_seed_matters_where_it_draws(folder):
+    run(tiny_llama(), "pissa", folder, seed=0)
+    assert run(tiny_llama(), "pissa", folder, seed=1)[1].cached > 0
+    run(tiny_llama(), "inilora:steps=5", folder, seed=0)
+    assert run(tiny_llama(), "inilora:steps=5", folder, seed=1)[1].cached == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "init-ab", "inilora-alpha"])
+def test_draws_are_not_kept(folder, method):
+    run(tiny_llama(), method, folder)
+    assert not folder.exists()
+
+
+def test_data_driven_starts_are_not_kept(folder):
+    run(tiny_llama(), "lora-one:samples=4", folder, data=[token_batch()])
+    assert not folder.exists()
+
+
+def test_a_flipped_bit_is_found_and_reported(folder):
+    first, _ = run(tiny_llama(), "pissa", folder)
+    entry = open_store(folder).entries()[0]
+    content = bytearray(entry.path.read_bytes())
+    content[-3] ^= 4
+    entry.path.write_bytes(content)
+    model = wrap(tiny_llama())
+    with pytest.warns(HeadstartWarning, match="damaged"):
+        report = hs.initialize_(model, "pissa", cache=folder)
+    assert any("damaged" in warning for warning in report.warnings)
+    assert report.cached == len(report.layers) - 1
+    assert same(first, factors(model))
+    assert run(tiny_llama(), "pissa", folder)[1].cached == len(report.layers)
+
+
+def test_layers_that_are_alike_are_computed_once(folder):
+    base = tiny_llama()
+    with torch.no_grad():
+        base.model.layers[1].self_attn.q_proj.weight.copy_(base.model.layers[0].self_attn.q_proj.weight)
+    _, report = run(base, "pissa", folder)
+    assert len(open_store(folder).entries()) == len(report.layers) - 1
+
+
+def test_a_limit_of_zero_switches_it_off(folder, monkeypatch):
+    monkeypatch.setenv("HEADSTART_CACHE_LIMIT", "0")
+    run(tiny_llama(), "pissa", folder)
+    assert not folder.exists()
+
+
+def test_the_users_folder_is_used_by_default(folder, monkeypatch):
+    monkeypatch.setenv("HEADSTART_CACHE", str(folder))
+    started(tiny_llama(), "pissa")
+    assert open_store(True).entries()
