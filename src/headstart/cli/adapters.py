@@ -44,19 +44,24 @@ def export(
     model: Annotated[
         str | None, typer.Option("--model", help="The base model; by default the one it was made on.")
     ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="One rank and scaling for all layers, as engines read them (lora only)."),
+    ] = False,
     force: Force = False,
 ) -> None:
     """Write a plain LoRA that any program can load, or merge the adapter into its base model."""
     check_free(out, force)
     found = read_adapter(adapter)
     if to is Form.LORA:
-        plain = make_plain(found.layers, found.rest, found.config, rank)
+        plain = make_plain(found.layers, found.rest, found.config, rank, uniform=uniform)
         write_plain(plain, out, force=force)
         lost = f", relative error {plain.relative_error:.3g}" if rank is not None else ""
         output.print(f"wrote {out}: rank {plain.config.r}{lost}", markup=False, highlight=False)
         return
-    if rank is not None:
-        raise CheckpointError("--rank goes with --to lora; a merged model holds the whole update.")
+    if rank is not None or uniform:
+        option = "--uniform" if rank is None else "--rank"
+        raise CheckpointError(f"{option} goes with --to lora; a merged model holds the whole update.")
     base, tokenizer, _ = resolve_model(_base_name(model, found.config.base_model_name_or_path, adapter))
     write_merged(load_checkpoint(base, adapter, trainable=False), tokenizer, out, force=force)
     output.print(f"wrote {out}: the whole model, merged", markup=False, highlight=False)

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
+from torch.nn.functional import pad
 
 from headstart.errors import BASE_PREFIX, CheckpointError
 from headstart.layers.anchored import ANCHOR_NAMES
@@ -85,6 +86,10 @@ def _layer(name: str, found: dict[str, Tensor], config: LoraConfig) -> AdapterLa
     return AdapterLayer(A, B, A0, B0, float(scaling), kind, core)
 
 
+# What is said of any plain adapter: that PEFT draws its factors before it reads them, and that it is not for training.
+_WRITTEN: dict[str, Any] = {"init_lora_weights": True, "inference_mode": True}
+
+
 @dataclass(frozen=True)
 class PlainAdapter:
     """A plain LoRA: tensors with PEFT's names, a config that fits them, and what truncation lost.
@@ -98,22 +103,31 @@ class PlainAdapter:
 
 
 def make_plain(
-    layers: Mapping[str, AdapterLayer], rest: Mapping[str, Tensor], config: LoraConfig, rank: int | None
+    layers: Mapping[str, AdapterLayer],
+    rest: Mapping[str, Tensor],
+    config: LoraConfig,
+    rank: int | None,
+    *,
+    uniform: bool = False,
 ) -> PlainAdapter:
     """Turn layers into a plain LoRA for the untouched base model.
+
+    Its config says ``use_rslora=False`` and has an alpha that gives the same scaling, because llama.cpp divides alpha
+    by the rank whatever the config says. (Not so where LoRA tensors of other than linear layers come along.)
 
     Args:
         layers, rest: from :func:`split`.
         config: of the adapter; the returned one is a copy with rank, alpha and patterns that fit.
         rank: truncate every layer's update to at most this rank, by SVD of the product; None keeps it whole.
+        uniform: give all layers one rank and one scaling, in place of patterns: smaller ranks are filled up with
+            zeros, and what differs in scaling goes into B. vLLM reads neither pattern, llama.cpp no alpha_pattern.
 
     Raises:
         CheckpointError: ``rank`` is not positive.
     """
     if rank is not None and rank < 1:
         raise CheckpointError(f"rank={rank} must be at least 1.")
-    tensors: dict[str, Tensor] = dict(rest)
-    ranks: dict[str, int] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     lost = whole = 0.0
     for name, layer in layers.items():
         A, B = layer.plain()
@@ -123,37 +137,65 @@ def make_plain(
             lost, whole = lost + (error * norm) ** 2, whole + norm**2
         elif rank is not None:
             whole += (layer.scaling * product_norm(B, A)) ** 2
+        factors[name] = A, B
+    scalings = {name: layer.scaling for name, layer in layers.items()}
+    if uniform:
+        factors, scalings = _uniform(factors, scalings)
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    stranded = next((key for key in rest if "lora_" in key), None)
+    fits = all(ranks[name] == each.A.shape[0] and scalings[name] == each.scaling for name, each in layers.items())
+    if stranded and not fits:
+        raise CheckpointError(
+            f"{stranded!r} can't be given another rank or scaling: only linear layers are exported at 2 r or less."
+        )
+    tensors: dict[str, Tensor] = dict(rest)
+    for name, (A, B) in factors.items():
         tensors[f"{BASE_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{BASE_PREFIX}{name}.lora_B.weight"] = B
-        ranks[name] = A.shape[0]
-    stranded = next((key for key in rest if "lora_" in key), None)
-    if stranded and any(ranks[name] != layer.A.shape[0] for name, layer in layers.items()):
-        raise CheckpointError(
-            f"{stranded!r} can't be given another rank: only linear layers are exported at 2 r or less."
-        )
-    plain = _fitting_config(config, layers, ranks)
-    return PlainAdapter(tensors, plain, (lost / whole) ** 0.5 if whole else 0.0)
+    if stranded:
+        fitting = replace(config, **_WRITTEN)
+    else:
+        fitting = _fitting_config(config, layers, ranks, scalings, patterns=not uniform)
+    return PlainAdapter(tensors, fitting, (lost / whole) ** 0.5 if whole else 0.0)
 
 
-def _fitting_config(config: LoraConfig, layers: Mapping[str, AdapterLayer], ranks: dict[str, int]) -> LoraConfig:
-    """Return a config that gives every layer its rank and the scaling that it had."""
-    alphas = {
-        name: _tidy(layer.scaling * (ranks[name] ** 0.5 if config.use_rslora else ranks[name]))
-        for name, layer in layers.items()
-    }
-    fields = {"init_lora_weights": True, "inference_mode": True}
+def _uniform(
+    factors: Mapping[str, tuple[Tensor, Tensor]], scalings: Mapping[str, float]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+    """Return factors that do the same at the largest rank and the most common scaling."""
+    if not factors:
+        return {}, {}
+    rank, scaling = max(A.shape[0] for A, _ in factors.values()), _most_common(scalings)
+    found = {}
+    for name, (A, B) in factors.items():
+        more = rank - A.shape[0]
+        if scalings[name] != scaling:
+            B = (B.float() * (scalings[name] / scaling)).to(B.dtype)
+        found[name] = pad(A, (0, 0, 0, more)), pad(B, (0, more))
+    return found, dict.fromkeys(factors, scaling)
+
+
+def _fitting_config(
+    config: LoraConfig,
+    layers: Mapping[str, AdapterLayer],
+    ranks: dict[str, int],
+    scalings: Mapping[str, float],
+    *,
+    patterns: bool,
+) -> LoraConfig:
+    """Return a config that gives every layer its rank and scaling, where ``patterns`` by the user's own patterns."""
+    alphas = {name: _tidy(scalings[name] * rank) for name, rank in ranks.items()}
     factors = {ranks[name] / layer.A.shape[0] for name, layer in layers.items()}
-    if len(factors) == 1:
+    if len(factors) == 1 and patterns and not config.use_rslora:
         # All layers grew alike (by 1 or by 2), so the user's own patterns stay readable: scale their values.
         factor = factors.pop()
-        grow = factor**0.5 if config.use_rslora else factor
         return replace(
             config,
             r=round(config.r * factor),
-            lora_alpha=_tidy(config.lora_alpha * grow),
+            lora_alpha=_tidy(config.lora_alpha * factor),
             rank_pattern={key: round(value * factor) for key, value in config.rank_pattern.items()},
-            alpha_pattern={key: _tidy(value * grow) for key, value in config.alpha_pattern.items()},
-            **fields,
+            alpha_pattern={key: _tidy(value * factor) for key, value in config.alpha_pattern.items()},
+            **_WRITTEN,
         )
     r, alpha = _most_common(ranks), _most_common(alphas)
     return replace(
@@ -162,7 +204,8 @@ def _fitting_config(config: LoraConfig, layers: Mapping[str, AdapterLayer], rank
         lora_alpha=alpha,
         rank_pattern={name: value for name, value in ranks.items() if value != r},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
-        **fields,
+        use_rslora=False,
+        **_WRITTEN,
     )
 
 

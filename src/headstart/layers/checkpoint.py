@@ -18,7 +18,7 @@ from headstart.errors import CheckpointError
 from headstart.layers.adapter import AdapterLayer, split
 from headstart.layers.anchored import anchors, drop_anchors, set_anchors
 from headstart.layers.core import core_of, drop_core, form_of, set_core
-from headstart.layers.export import adapter_tensors, portable_config, save_config
+from headstart.layers.export import adapter_tensors, portable_config, save_config, writes
 from headstart.layers.files import (
     CONFIG,
     RECORD,
@@ -45,7 +45,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, adapter: str | None =
     can't load it, and PEFT says so; :func:`headstart.save_lora` writes what they can.
 
     Args:
-        model: the PEFT model.
+        model: the PEFT model. Of one that FSDP2 has sharded, every process must call this, and the first one writes.
         path: the folder to write, whole or not at all.
         adapter: the adapter's name; the active one by default.
         force: overwrite an existing folder.
@@ -55,15 +55,18 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, adapter: str | None =
         CheckpointError: the path exists.
     """
     adapter = resolve_adapter(model, adapter)
-    layers = list(lora_layers(model, adapter))
+    tensors = adapter_tensors(model, adapter)
+    records = {layer.name: _record_to_save(layer) for layer in lora_layers(model, adapter)}
+    if not writes(model):
+        return
     with whole_folder(path, force=force) as folder:
-        digest = write_tensors(adapter_tensors(model, adapter), folder / WEIGHTS)
+        digest = write_tensors(tensors, folder / WEIGHTS)
         save_config(portable_config(model, adapter), folder)
         content = {
             "format": _FORMAT,
             "version": __version__,
             "sha256": {WEIGHTS: digest},
-            "layers": {layer.name: _record_to_save(layer) for layer in layers},
+            "layers": records,
         }
         write_json(content, folder / RECORD)
 

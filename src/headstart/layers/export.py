@@ -6,12 +6,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from headstart.layers.adapter import PlainAdapter, make_plain, split
 from headstart.layers.files import WEIGHTS, whole_folder, write_tensors
 from headstart.layers.find import resolve_adapter
+from headstart.layers.weights import whole
 
 
 def save_lora(
@@ -22,6 +25,7 @@ def save_lora(
     adapter: str | None = None,
     force: bool = False,
     save_embedding_layers: bool = False,
+    uniform: bool = False,
 ) -> float:
     """Write a plain LoRA adapter: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
@@ -30,12 +34,14 @@ def save_lora(
     forming it.
 
     Args:
-        model: the PEFT model.
+        model: the PEFT model. Of one that FSDP2 has sharded, every process must call this, and the first one writes.
         path: the folder to write, whole or not at all.
         rank: None for the exact adapter.
         adapter: the adapter's name; the active one by default.
         force: overwrite an existing adapter.
         save_embedding_layers: write the embeddings too, as they must be after ``resize_token_embeddings``.
+        uniform: one rank and one scaling for all layers, in place of ``rank_pattern`` and ``alpha_pattern``, which
+            serving engines don't read.
 
     Returns:
         The relative error of the truncation over all layers (Frobenius norm of what is missing over that of the
@@ -48,8 +54,9 @@ def save_lora(
     adapter = resolve_adapter(model, adapter)
     config = portable_config(model, adapter)
     layers, rest = split(adapter_tensors(model, adapter, save_embedding_layers), config)
-    plain = make_plain(layers, rest, config, rank)
-    write_plain(plain, path, force=force)
+    plain = make_plain(layers, rest, config, rank, uniform=uniform)
+    if writes(model):
+        write_plain(plain, path, force=force)
     return plain.relative_error
 
 
@@ -69,11 +76,16 @@ def write_merged(model: Any, tokenizer: Any, path: str | Path, *, force: bool = 
 
 
 def adapter_tensors(model: nn.Module, adapter: str, save_embedding_layers: bool = False) -> dict[str, Tensor]:
-    """Return an adapter's tensors by the names that PEFT gives them in files, anchors included."""
+    """Return an adapter's tensors by the names that PEFT gives them in files, anchors included; sharded ones whole."""
     tensors: dict[str, Tensor] = get_peft_model_state_dict(
         model, adapter_name=adapter, save_embedding_layers=save_embedding_layers
     )
-    return tensors
+    return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+def writes(model: nn.Module) -> bool:
+    """Return whether this process is to write what it holds: of a model that FSDP2 has sharded, only the first is."""
+    return dist.get_rank() == 0 if any(isinstance(p, DTensor) for p in model.parameters()) else True
 
 
 def portable_config(model: Any, adapter: str) -> LoraConfig:

@@ -1,4 +1,4 @@
-"""Two steps of PEFT that must know of anchors, extended so that nothing is dropped or misread in silence.
+"""Three steps of PEFT that must know of anchors, extended so that nothing is dropped or misread in silence.
 
 Loading: a ``Trainer`` resumes by ``model.load_adapter(folder, name)``. On a model that ``initialize_`` prepared, the
 anchors are parameters like others and are loaded like others. On a fresh one they would have no place, and PEFT drops
@@ -6,7 +6,10 @@ what has no place without a word; so the place is made first, in the step in whi
 
 Combining: ``add_weighted_adapter`` reads B A, which of an anchored adapter is not what it does; it is refused.
 
-Both steps are PEFT's own business and may be renamed; importing headstart then fails with a sentence that says so.
+Hot-swapping: ``hotswap_adapter`` copies factors into a live adapter and sets to zero what a file lacks, such as a
+core's R or the anchors of a residual base model; into any but a plain adapter it is refused.
+
+These steps are PEFT's own business and may be renamed; importing headstart then fails with a sentence that says so.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from peft.tuners.lora.model import LoraModel
+from peft.utils import hotswap
 from torch import Tensor, nn
 
 from headstart.errors import CheckpointError, LayerError
@@ -29,6 +33,7 @@ from headstart.layers.install import mark_config
 
 _LOADING = "_remap_adapter_state_dict_for_load"
 _COMBINING = "_check_add_weighted_adapter"
+_SWAPPING = "hotswap_adapter_from_state_dict"
 
 
 def prepare(model: Any, config: Any, adapter: str, tensors: Mapping[str, Tensor]) -> None:
@@ -81,8 +86,19 @@ def refuse_combining(model: nn.Module, adapters: Sequence[str]) -> None:
                 )
 
 
+def refuse_swapping(model: nn.Module, adapter: str) -> None:
+    """Raise LayerError where the adapter to swap out is anchored, residual or a core."""
+    for target in lora_layers(model, adapter):
+        kind = form_of(target.module, adapter)
+        if kind is not None:
+            raise LayerError(
+                f"adapter {adapter!r} is {kind} (layer {target.name!r}), PEFT swaps A and B alone: write the adapters "
+                "with save_lora, load one of those, and swap the others in."
+            )
+
+
 def register() -> None:
-    """Extend PEFT's two steps, once.
+    """Extend PEFT's three steps, once.
 
     Raises:
         ImportError: this version of PEFT has no such step.
@@ -90,7 +106,12 @@ def register() -> None:
     for name in (_LOADING, _COMBINING):
         if not hasattr(LoraModel, name):
             raise ImportError(f"headstart can't work with this version of PEFT, which has no LoraModel.{name}.")
+    if not hasattr(hotswap, _SWAPPING):
+        raise ImportError(
+            f"headstart can't work with this version of PEFT, which has no peft.utils.hotswap.{_SWAPPING}."
+        )
     loading, combining = getattr(LoraModel, _LOADING).__func__, getattr(LoraModel, _COMBINING)
+    swapping = getattr(hotswap, _SWAPPING)
     if getattr(loading, "knows_anchors", False):
         return
 
@@ -106,6 +127,12 @@ def register() -> None:
         refuse_combining(self, adapters)
         return combining(self, adapters, *args, **kwargs)
 
+    @functools.wraps(swapping)
+    def swap(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        refuse_swapping(model, adapter_name)
+        swapping(model, state_dict, adapter_name, *args, **kwargs)
+
     load.knows_anchors = True  # type: ignore[attr-defined]
     setattr(LoraModel, _LOADING, classmethod(load))
     setattr(LoraModel, _COMBINING, combine)
+    setattr(hotswap, _SWAPPING, swap)
