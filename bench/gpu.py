@@ -1,4 +1,4 @@
-"""Start-up on a GPU: lora-da and lora-one against a plain gradient pass, on random Llama models in bfloat16."""
+"""Start-up on a GPU: lora-da and lora-one against a plain gradient pass, on random Llama models; IniLoRA's solvers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import headstart as hs
 from bench.harness import paragraph, table, write
+from bench.inilora import on_device
 
 RANK = 8
 SHAPES: dict[str, dict[str, int]] = {
@@ -44,6 +45,8 @@ SHAPES: dict[str, dict[str, int]] = {
         vocab_size=256,
     ),
 }
+# Size and count of q and v, and the steps of IniLoRA.
+INILORA = {"1B": (2048, 32, 20_000), "7B": (4096, 64, 20_000), "tiny": (64, 4, 300)}
 SIDES = ("plain gradient pass", "lora-one", "lora-da")
 
 
@@ -136,10 +139,13 @@ def main() -> None:
             if "plan" in each:
                 steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in each["steps"].items())
                 notes.append(f"- {shape}, {side}: planned {each['plan']}; {steps}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = [line for shape in arguments.shapes for line in ("", *on_device(device, *INILORA[shape]))]
     if arguments.anywhere:
         print(
             *table(["model", "side", "seconds", "over the plain pass", "peak GiB", "over the model"], rows),
             *notes,
+            *weights,
             sep="\n",
         )
         return
@@ -157,6 +163,7 @@ def main() -> None:
             *table(["model", "side", "seconds", "over the plain pass", "peak GiB", "over the model"], rows),
             "",
             *notes,
+            *weights,
         ],
     )
 

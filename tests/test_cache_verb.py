@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import headstart as hs
 from conftest import started, tiny_gpt2, tiny_llama, token_batch, wrap
 from headstart.cache import open_store
 from headstart.errors import HeadstartWarning
 from headstart.layers.find import lora_layers
+from headstart.stream import stream_start
 
 KEPT = ["pissa", "milora", "olora", "lora-xs", "inilora:steps=30", "inilora:solver=svd"]
 
@@ -118,3 +120,25 @@ def test_the_users_folder_is_used_by_default(folder, monkeypatch):
     monkeypatch.setenv("HEADSTART_CACHE", str(folder))
     started(tiny_llama(), "pissa")
     assert open_store(True).entries()
+
+
+@pytest.mark.parametrize("method", KEPT)
+def test_streaming_and_memory_serve_each_other(folder, method, tmp_path, monkeypatch):
+    from headstart.cache import digests
+
+    monkeypatch.setattr(digests, "_SETTLED", -1.0)
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    _, report = run(base, method, folder)
+    count = len(report.layers)
+    streamed = stream_start(tmp_path / "base", method, config, tmp_path / "one", cache=folder, progress=False)
+    assert streamed.cached == count
+    # What a file holds is known from the first time.
+    monkeypatch.setattr(digests, "weight_digest", None)
+    again = stream_start(tmp_path / "base", method, config, tmp_path / "two", cache=folder, progress=False)
+    assert again.cached == count
+    anew = stream_start(tmp_path / "base", method, config, tmp_path / "three", cache=False, progress=False)
+    assert anew.cached == 0
+    files = [(tmp_path / each / "adapter_model.safetensors").read_bytes() for each in ("one", "two", "three")]
+    assert files[0] == files[1] == files[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,17 +25,20 @@ from headstart.statistics.gather import Statistics
 from headstart.statistics.processes import Processes, digest, is_sharded, together
 
 # Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
-_BATCH_BYTES = 256 * 2**20
+BATCH_BYTES = 256 * 2**20
+# On a CPU each takes one thread, so that more than a few for each bring nothing, and a kill would lose them all.
+_EACH_THREAD = 4
 
 
 @dataclass
 class Facts:
-    """What holds for all layers, and the seconds that each one's factors took."""
+    """What holds for all layers, the bytes of weights to hold together, and the seconds that each start took."""
 
     seed: int
     moments: dict[str, Moments]
     population: int | None
     first_lr: float | None = None
+    batch_bytes: int = BATCH_BYTES
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -59,7 +62,7 @@ def starts_of(
     with clock("factorise"):
         rest = [layer for layer in layers if layer.name not in asked]
         if store is not None and cacheable(method) and not any(is_sharded(layer.module) for layer in rest):
-            made |= _from_store(store, method, rest, facts, show)
+            made |= from_store(store, method, rest, facts, show)
         else:
             factorise(method, rest, facts, Statistics(), made, show)
     if collector is None:
@@ -82,16 +85,25 @@ def starts_of(
     return [(layer, made[layer.name]) for layer in layers], notes
 
 
-def _from_store(
-    store: Store, method: Method, layers: Sequence[TargetLayer], facts: Facts, show: Show
+def from_store(
+    store: Store,
+    method: Method,
+    layers: Sequence[TargetLayer],
+    facts: Facts,
+    show: Show,
+    digest_of: Callable[[TargetLayer], str] | None = None,
 ) -> dict[str, Factors]:
-    """Return the factors that the store has, and compute those that it lacks."""
+    """Return the factors that the store has, and compute those that it lacks.
+
+    ``digest_of`` gives the digest of a layer's weight where that may be known already.
+    """
     known = [_inputs(method, layer, facts, Statistics(), {}, weight=False) for layer in layers]
     keys = []
     for layer, inputs in zip(layers, known, strict=True):
-        weight = dense(layer.module.get_base_layer())
-        digest, turned = weight_digest(weight), is_transposed(layer.module)
-        keys.append(layer_key(method, inputs, digest, device=weight.device, transposed=turned))
+        base = layer.module.get_base_layer()
+        digest = digest_of(layer) if digest_of else weight_digest(dense(base))
+        turned = is_transposed(layer.module)
+        keys.append(layer_key(method, inputs, digest, device=base.weight.device, transposed=turned))
         show("hashing", len(keys), len(layers))
 
     def compute(positions: Sequence[int]) -> list[Factors]:
@@ -100,7 +112,9 @@ def _from_store(
         return [fresh[layers[position].name] for position in positions]
 
     places = {layer.name: position for position, layer in enumerate(layers)}
-    groups = [[places[layer.name] for layer in group] for group in _groups(method, layers, Statistics())]
+    groups = [
+        [places[layer.name] for layer in group] for group in _groups(method, layers, Statistics(), facts.batch_bytes)
+    ]
     found = store.fetch(
         keys, compute, groups=groups, describe=lambda position: description(method, known[position]), show=show
     )
@@ -124,7 +138,7 @@ def factorise(
     show: Show,
 ) -> None:
     """Add the factors of ``layers`` to ``made``."""
-    for group in _groups(method, layers, statistics):
+    for group in _groups(method, layers, statistics, facts.batch_bytes):
         began = time.perf_counter()
         held: dict[int, torch.Tensor] = {}
         inputs = [_inputs(method, layer, facts, statistics, held) for layer in group]
@@ -139,7 +153,9 @@ def factorise(
         show("factorising", len(made), max(len(layers), len(made)))
 
 
-def _groups(method: Method, layers: Sequence[TargetLayer], statistics: Statistics) -> Iterator[list[TargetLayer]]:
+def _groups(
+    method: Method, layers: Sequence[TargetLayer], statistics: Statistics, batch_bytes: int
+) -> Iterator[list[TargetLayer]]:
     """Yield what the method wants together: layers of one shape and rank, within a memory limit, or of one input."""
     if method.together == "none":
         yield from ([layer] for layer in layers)
@@ -150,7 +166,10 @@ def _groups(method: Method, layers: Sequence[TargetLayer], statistics: Statistic
         shape = (layer.d_out, layer.d_in, layer.r, device)
         alike[shape if method.together == "shape" else statistics.groups.get(layer.name, layer.name)].append(layer)
     for group in alike.values():
-        fitting = max(1, _BATCH_BYTES // (4 * group[0].d_out * group[0].d_in))
+        fitting = max(1, batch_bytes // (4 * group[0].d_out * group[0].d_in))
+        if group[0].module.get_base_layer().weight.device.type == "cpu":
+            threads = torch.get_num_threads()
+            fitting = max(threads, min(fitting, _EACH_THREAD * threads))
         size = fitting if method.together == "shape" else len(group)
         for start in range(0, len(group), size):
             yield group[start : start + size]

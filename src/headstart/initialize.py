@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from headstart._version import __version__
 from headstart.cache import open_store
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError, not_finite
-from headstart.factorise import Facts, finite_weight, known_length, starts_of
+from headstart.factorise import BATCH_BYTES, Facts, finite_weight, known_length, starts_of
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.handed import peft_starts
 from headstart.layers.install import Base, check_base, install
@@ -36,6 +36,7 @@ from headstart.report import LayerReport, Report
 from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Collector
 from headstart.statistics.moments import kind_moments
+from headstart.statistics.plan import parse_bytes
 from headstart.statistics.processes import Processes, is_sharded
 
 
@@ -81,7 +82,8 @@ def initialize_(
         adapter: the adapter's name; the active one by default.
         collator, batch_size: how a dataset of single samples becomes batches.
         memory_budget: bytes for what a pass over the data sums, or a string such as "6GiB"; by default half of what is
-            free. Where not everything fits, the data are read in several passes; the report says how many.
+            free. Where not everything fits, the data are read in several passes; the report says how many. Without
+            data, it bounds the weights that are decomposed together (256 MiB by default).
         offload: "cpu" keeps these sums in CPU memory, for models that leave no room beside them.
         population: N, how many samples the training set holds, for methods that ask; by default the length of ``data``
             where it has one.
@@ -135,7 +137,9 @@ def initialize_(
             )
             size = population or known_length(data, collator, processes)
             collector = _collector(method, layers, data, size, collect)
-        facts = Facts(seed, moments, size, first_lr)
+        # Approximations hold a weight twice: as it is, and divided by the scaling.
+        batch_bytes = BATCH_BYTES if memory_budget is None else parse_bytes(memory_budget, torch.device("cpu")) // 2
+        facts = Facts(seed, moments, size, first_lr, batch_bytes)
         notes: list[str] = []
         store = open_store(cache, notes.append)
         if isinstance(method, HandedOver):
@@ -147,7 +151,7 @@ def initialize_(
             notes += read_notes
         sentences = _fallbacks(starts, strict) + notes
     with clock("report"):
-        reports = [_layer_report(target, start, facts.seconds.get(target.name, 0.0)) for target, start in starts]
+        reports = [layer_report(target, start, facts.seconds.get(target.name, 0.0)) for target, start in starts]
     with clock("install"):
         note: dict[str, object] = {"method": str(method), "seed": seed, "base": base, "version": __version__}
         if vera:
@@ -270,7 +274,8 @@ def _norm_of_product(target: TargetLayer, factors: Factors) -> float:
     return target.scaling * product_norm(B, factors.A)
 
 
-def _layer_report(target: TargetLayer, factors: Factors, seconds: float) -> LayerReport:
+def layer_report(target: TargetLayer, factors: Factors, seconds: float) -> LayerReport:
+    """Return a layer's line in the report: the norms of its start and of its weight, before that is installed."""
     norm_weight = float(torch.linalg.vector_norm(dense(target.module.get_base_layer()), dtype=torch.float64))
     if not math.isfinite(norm_weight):
         raise not_finite(target.name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from peft import LoraConfig
 
 from headstart.cli.app import app
 from headstart.cli.console import console, output
@@ -26,8 +28,9 @@ from headstart.errors import DataError
 from headstart.initialize import initialize_
 from headstart.layers.checkpoint import save_checkpoint
 from headstart.layers.files import check_free
-from headstart.methods import Needs, parse_method
-from headstart.progress import progress_bars
+from headstart.methods import Method, Needs, parse_method
+from headstart.progress import progress_bars, silent
+from headstart.stream import FOLDER, Crew, stream_start, task_type
 from headstart.training.data import batches, load_examples, tokenize_examples
 from headstart.training.models import resolve_model
 from headstart.training.wrap import accelerator, wrap_lora
@@ -53,14 +56,27 @@ def init(
     memory_budget: Annotated[
         str | None, typer.Option("--memory-budget", help="For what a pass over the data sums, such as 6GiB.")
     ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Look up, and keep, what depends on weights alone.")
+    ] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a layer would fall back.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read the folder's shards layer by layer; never build the model.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Initialise an adapter and write it as a checkpoint (headstart.load_checkpoint reads it)."""
     # What can be refused is refused before the model is loaded.
     made = parse_method(method)
+    if stream:
+        if data is not None:
+            raise DataError(
+                "--data is read through the whole model, which --stream never builds: leave one of them out."
+            )
+        _stream(model, made, out, rank, alpha, rslora, targets, seed, base, cache, force)
+        return
     check_free(out, force)
-    if Needs.GRADIENT in made.needs and data is None:
+    if made.needs & (Needs.GRADIENT | Needs.INPUTS) and data is None:
         raise DataError(f"method {made.name!r} needs data: give a JSONL file with --data.")
 
     loaded, tokenizer, name = resolve_model(model)
@@ -99,9 +115,54 @@ def init(
             memory_budget=memory_budget,
             population=population,
             first_lr=lr,
+            cache=cache,
             strict=strict,
             progress=show,
         )
     save_checkpoint(wrapped, out, force=force)
     output.print(report)
     output.print(f"wrote {out}", markup=False)
+
+
+def _stream(
+    model: str,
+    method: Method,
+    out: Path,
+    rank: int,
+    alpha: int,
+    rslora: bool,
+    targets: str,
+    seed: int,
+    base: BaseForm,
+    cache: bool,
+    force: bool,
+) -> None:
+    folder = Path(model).expanduser()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        target_modules=modules if isinstance(modules := target_modules(targets), str) else list(modules),
+        task_type=task_type(folder),
+    )
+    crew = Crew.here()
+    with progress_bars(console) if crew.rank == 0 else nullcontext(silent) as show:
+        report = stream_start(
+            folder,
+            method,
+            config,
+            out,
+            seed=seed,
+            base=base.word,
+            name=model,
+            device=crew.device(accelerator()),
+            cache=cache,
+            force=force,
+            progress=show,
+        )
+    if report is not None:
+        output.print(report)
+        output.print(
+            f"wrote {out}" + (f", and the residual model in {out / FOLDER}" if base.word == "residual" else ""),
+            markup=False,
+        )

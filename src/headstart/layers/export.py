@@ -103,5 +103,9 @@ def portable_config(model: Any, adapter: str) -> LoraConfig:
 
 
 def save_config(config: LoraConfig, folder: Path) -> None:
-    """Write ``adapter_config.json``."""
+    """Write ``adapter_config.json``, the same bytes for the same adapter: PEFT's sets have no order of their own."""
+    config = copy.copy(config)
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(found := getattr(config, name, None), set):
+            setattr(config, name, sorted(found))
     config.save_pretrained(str(folder), auto_mapping_dict=config.auto_mapping if config.task_type is None else None)

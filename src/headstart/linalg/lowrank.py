@@ -7,13 +7,17 @@ the gauge; descent fixes it through its start, the closed form by a rotation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Event
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from headstart.linalg.adam import Path, Schedule, Stop, descend
 from headstart.linalg.svd import TruncatedSVD
 
 Gauge = Literal["balanced", "aligned", "random"]
@@ -28,17 +32,20 @@ class LowRankFit:
         B: (n, d_out, r), likewise.
         error: (n,) squared Frobenius norms of ``W - B A``, in float64.
         steps: (n,) Adam steps taken, int64.
+        history: of each matrix, about a hundred (step, mean over the entries of ``(W - B A)^2``) on the way, the
+            start and the end among them.
     """
 
     A: Tensor
     B: Tensor
     error: Tensor
     steps: Tensor
+    history: list[list[tuple[int, float]]]
 
 
 @torch.no_grad()
 def adam_lowrank(
-    W: Tensor,
+    W: Tensor | Sequence[Tensor],
     A0: Tensor,
     B0: Tensor,
     *,
@@ -59,8 +66,13 @@ def adam_lowrank(
     ``2/(d_out d_in) (B (A A') - W A')`` for B and ``2/(d_out d_in) ((B'B) A - B'W)`` for A, so no residual of
     the size of W is formed. Defaults are those of IniLoRA (section 4.1 and the published code).
 
+    On a processor, as many matrices run at once as torch has threads, each on one thread from its first step to its
+    last, which keeps it in that core's cache: what comes out for a matrix is the same bit for bit, whatever comes with
+    it and however many threads there are. Elsewhere all run as one stack, in batched products.
+
     Args:
-        W: (n, d_out, d_in), float32 or float64; all is computed in this type, but for the errors (float64).
+        W: (n, d_out, d_in), float32 or float64, or a sequence of such matrices; all is computed in this type, but for
+            the errors (float64).
         A0: (n, r, d_in), the start.
         B0: (n, d_out, r), the start.
         steps: the most steps; 0 returns the start.
@@ -73,51 +85,114 @@ def adam_lowrank(
             None takes them all.
         optimum: (n,) the smallest possible squared errors (`eckart_young_tail`); needed with ``tolerance``.
         check_every: steps between looks at the error, and between calls of ``progress``.
-        progress: called with (steps done, ``steps``).
+        progress: called with (steps done, ``steps``), the first averaged over the matrices; an exception that it
+            raises ends the descent.
 
     Raises:
         ValueError: where shapes or types don't fit, or a setting is out of its range.
     """
-    _check_fit(W, A0, B0, steps, decay_every, check_every, tolerance, optimum)
-    fitted_A, fitted_B = A0.detach().to(W, copy=True), B0.detach().to(W, copy=True)
-    taken = torch.full((len(W),), steps, dtype=torch.int64, device=W.device)
-    active = torch.arange(len(W), device=W.device)
-    target, state = W.detach(), _Adam(fitted_A.clone(), fitted_B.clone(), betas, eps)
-    for step in range(steps):
-        if step % check_every == 0:
-            if progress is not None:
-                progress(step, steps)
-            if tolerance is not None and optimum is not None:
-                bound = (1 + tolerance) * optimum.to(W.device, torch.float64)[active]
-                done = squared_error(target, state.A, state.B) <= bound
-                if bool(done.any()):
-                    fitted_A[active[done]], fitted_B[active[done]] = state.A[done], state.B[done]
-                    taken[active[done]] = step
-                    active, target = active[~done], target[~done]
-                    state.keep(~done)
-        if not len(active):
-            break
-        state.step(target, lr * decay ** (step // decay_every))
-    fitted_A[active], fitted_B[active] = state.A, state.B
-    if progress is not None:
-        progress(steps, steps)
-    return LowRankFit(fitted_A, fitted_B, squared_error(W, fitted_A, fitted_B), taken)
+    _check_fit(W, A0, B0, steps, lr, decay_every, check_every, tolerance, optimum)
+    schedule = Schedule(steps, lr, decay, decay_every, betas, eps)
+    good_enough = None
+    if tolerance is not None and optimum is not None:
+        good_enough = (1 + tolerance) * optimum.to(W[0].device, torch.float64)
+    # Of the looks, as many as leave a hundred.
+    keep_every = check_every * max(1, math.ceil(steps / (100 * check_every)))
+
+    @torch.no_grad()
+    def run(chosen: slice, tell: Callable[[int], None], stop: Stop) -> LowRankFit:
+        # A copy: it begins where vector instructions like it, as the same matrix alone would.
+        stack = torch.stack([w.detach() for w in W[chosen]])
+        path = descend(
+            stack,
+            A0[chosen].detach(),
+            B0[chosen].detach(),
+            schedule,
+            good_enough=None if good_enough is None else good_enough[chosen],
+            check_every=check_every,
+            keep_every=keep_every,
+            tell=tell,
+            stop=stop,
+        )
+        errors = squared_error(stack, path.A, path.B)
+        return LowRankFit(path.A, path.B, errors, torch.tensor(path.steps), _history(path, errors, W[0].numel()))
+
+    n = len(W)
+    alone = W[0].device.type == "cpu"
+    fits = _run_all(run, [slice(i, i + 1) for i in range(n)] if alone else [slice(0, n)], steps, progress)
+    return LowRankFit(
+        A=torch.cat([fit.A for fit in fits]),
+        B=torch.cat([fit.B for fit in fits]),
+        error=torch.cat([fit.error for fit in fits]),
+        steps=torch.cat([fit.steps for fit in fits]).to(W[0].device),
+        history=[history for fit in fits for history in fit.history],
+    )
 
 
-def squared_error(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def _history(path: Path, errors: Tensor, entries: int) -> list[list[tuple[int, float]]]:
+    """Return each matrix's means over the entries, the end last."""
+    return [
+        [(step, error / entries) for step, error in way if step < last] + [(last, end / entries)]
+        for way, last, end in zip(path.history, path.steps, errors.tolist(), strict=True)
+    ]
+
+
+def _run_all(
+    run: Callable[[slice, Callable[[int], None], Stop], LowRankFit],
+    slices: Sequence[slice],
+    steps: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[LowRankFit]:
+    """Run the descents, as many at once as torch has threads, each on one; ``progress`` is called in this thread."""
+    threads, stop = torch.get_num_threads(), Event()
+    messages: SimpleQueue[tuple[int, int]] = SimpleQueue()
+    done = [0] * len(slices)
+
+    def one(i: int) -> LowRankFit:
+        try:
+            return run(slices[i], lambda step: messages.put((i, step)), stop.is_set)
+        finally:
+            messages.put((i, -1))
+
+    try:
+        workers = min(threads, len(slices))
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = [pool.submit(one, i) for i in range(len(slices))]
+            try:
+                ended = 0
+                while ended < len(futures):
+                    i, step = messages.get()
+                    if step < 0:
+                        ended, step = ended + 1, steps
+                        futures[i].result()
+                    done[i] = step
+                    if progress is not None:
+                        progress(sum(done) // len(done), steps)
+            except BaseException:
+                # Whatever it was, an interrupt too: nothing goes on behind the caller's back.
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            return [future.result() for future in futures]
+    finally:
+        # The workers' setting is also what threads started later would begin with.
+        torch.set_num_threads(threads)
+
+
+def squared_error(W: Tensor | Sequence[Tensor], A: Tensor, B: Tensor) -> Tensor:
     """Return the squared Frobenius norms of ``W - B A``, (n,) in float64.
 
     As ``||W||^2 - 2 <W A', B> + <B'B, A A'>``: good to about 1e-15 times ``||W||^2``, and never below zero.
 
     Args:
-        W: (n, d_out, d_in).
+        W: (n, d_out, d_in), or a sequence of n matrices.
         A: (n, r, d_in).
         B: (n, d_out, r).
     """
-    errors = W.new_zeros(len(W), dtype=torch.float64)
-    # One at a time, so that a single matrix is held in float64.
-    for i, (w, a, b) in enumerate(zip(W.detach(), A.detach().double(), B.detach().double(), strict=True)):
-        w = w.double()
+    errors = torch.zeros(len(W), dtype=torch.float64, device=A.device)
+    # One at a time, so that a single matrix is held in float64; copies, so that each is aligned as it would be alone.
+    for i, (w, a, b) in enumerate(zip(W, A, B, strict=True)):
+        w, a, b = (each.detach().to(torch.float64, copy=True) for each in (w, a, b))
         cross = ((a @ w.mT) * b.mT).sum()
         errors[i] = w.square().sum() - 2 * cross + ((b.mT @ b) * (a @ a.mT)).sum()
     return errors.clamp_min(0.0)
@@ -176,52 +251,27 @@ def _haar(size: int, generator: torch.Generator | None) -> Tensor:
     return turned
 
 
-class _Adam:
-    """torch.optim.Adam's update of a stack of factor pairs, of which some can be dropped on the way."""
-
-    def __init__(self, A: Tensor, B: Tensor, betas: tuple[float, float], eps: float) -> None:
-        self.A, self.B = A, B
-        self.betas, self.eps, self.count = betas, eps, 0
-        self.means = [torch.zeros_like(A), torch.zeros_like(B)]
-        self.squares = [torch.zeros_like(A), torch.zeros_like(B)]
-
-    def keep(self, chosen: Tensor) -> None:
-        self.A, self.B = self.A[chosen], self.B[chosen]
-        self.means = [mean[chosen] for mean in self.means]
-        self.squares = [square[chosen] for square in self.squares]
-
-    def step(self, W: Tensor, lr: float) -> None:
-        scale = 2.0 / (W.shape[-2] * W.shape[-1])
-        # As rows times a matrix, (W A')' = A W': thin blocks run faster so on a processor.
-        grad_A = (self.B.mT @ self.B @ self.A).sub_(self.B.mT @ W).mul_(scale)
-        grad_B = (self.B @ (self.A @ self.A.mT)).sub_((self.A @ W.mT).mT).mul_(scale)
-        self.count += 1
-        beta1, beta2 = self.betas
-        rate = lr / (1 - beta1**self.count)
-        root = math.sqrt(1 - beta2**self.count)
-        parameters = (self.A, self.B)
-        for parameter, grad, mean, square in zip(parameters, (grad_A, grad_B), self.means, self.squares, strict=True):
-            mean.lerp_(grad, 1 - beta1)
-            square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            parameter.addcdiv_(mean, square.sqrt().div_(root).add_(self.eps), value=-rate)
-
-
 def _check_fit(
-    W: Tensor,
+    W: Tensor | Sequence[Tensor],
     A0: Tensor,
     B0: Tensor,
     steps: int,
+    lr: float,
     decay_every: int,
     check_every: int,
     tolerance: float | None,
     optimum: Tensor | None,
 ) -> None:
-    if W.ndim != 3 or W.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"expected (n, d_out, d_in) in float32 or float64, got {tuple(W.shape)}, {W.dtype}")
-    n, d_out, d_in = W.shape
+    kinds = {(w.shape, w.dtype, w.device) for w in W}
+    if len(kinds) != 1 or W[0].ndim != 2 or W[0].dtype not in (torch.float32, torch.float64):
+        found = ", ".join(f"{tuple(shape)} {dtype} {device}" for shape, dtype, device in kinds)
+        raise ValueError(f"expected matrices of one shape and device in float32 or float64, got {found or 'none'}")
+    n, (d_out, d_in) = len(W), W[0].shape
     if A0.ndim != 3 or B0.shape != (n, d_out, A0.shape[1]) or (A0.shape[0], A0.shape[2]) != (n, d_in):
-        raise ValueError(f"A0 {tuple(A0.shape)} and B0 {tuple(B0.shape)} don't fit W {tuple(W.shape)}")
+        raise ValueError(f"A0 {tuple(A0.shape)} and B0 {tuple(B0.shape)} don't fit {n} of {d_out}x{d_in}")
     if steps < 0 or decay_every < 1 or check_every < 1:
         raise ValueError("steps can't be negative, and decay_every and check_every must be at least 1")
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")
     if tolerance is not None and (optimum is None or optimum.shape != (n,)):
         raise ValueError("tolerance needs optimum, the smallest possible squared error of each matrix")

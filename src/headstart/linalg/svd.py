@@ -129,7 +129,8 @@ def truncated_svd_batch(
     """Return `truncated_svd` of each of ``matrices``, the same up to rounding.
 
     On a processor, as many matrices run at once as torch has threads, each on one thread: products with thin
-    blocks and decompositions of small matrices gain little from several.
+    blocks and decompositions of small matrices gain little from several. A single matrix takes one thread too,
+    so that its triplets are the same bit for bit whatever comes with it and however many threads there are.
 
     Args:
         matrices: (n, d_out, d_in), or a sequence of matrices, which need no copy then.
@@ -150,9 +151,9 @@ def truncated_svd_batch(
         return truncated_svd(matrix, k, which=which, tol=tol, max_iterations=max_iterations, seed=seed)
 
     threads = torch.get_num_threads()
-    workers = min(threads, len(matrices)) if all(matrix.device.type == "cpu" for matrix in matrices) else 1
-    if workers <= 1:
+    if threads == 1 or not matrices or any(matrix.device.type != "cpu" for matrix in matrices):
         return [one(matrix) for matrix in matrices]
+    workers = min(threads, len(matrices))
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(one, matrices))

@@ -69,12 +69,13 @@ class IniLoRA(Method):
         return self.factors_batch([layer])[0]
 
     def factors_batch(self, layers: Sequence[LayerInputs], show: Show = silent) -> list[Factors]:
-        """Approximate the weights of several layers of one shape and rank together."""
-        rank = layers[0].r
-        targets = torch.stack([layer.require_weight() / layer.scaling for layer in layers])
+        """Approximate the weights of several layers of one shape and rank together; each as it would be alone."""
+        rank, device = layers[0].r, layers[0].require_weight().device
+        targets = [layer.require_weight() / layer.scaling for layer in layers]
         draws = [self._draw(layer) for layer in layers]
         svds = truncated_svd_batch(targets, rank)
         bounds = [_bound(target, svd) for target, svd in zip(targets, svds, strict=True)]
+        histories: list[list[tuple[int, float]]] = [[] for _ in layers]
         if self.solver == "svd":
             pairs = []
             for layer, svd, (A0, B0) in zip(layers, svds, draws, strict=True):
@@ -86,21 +87,21 @@ class IniLoRA(Method):
         else:
             fit = adam_lowrank(
                 targets,
-                torch.stack([A0 for A0, _ in draws]).to(targets.device),
-                torch.stack([B0 for _, B0 in draws]).to(targets.device),
+                torch.stack([A0 for A0, _ in draws]).to(device),
+                torch.stack([B0 for _, B0 in draws]).to(device),
                 steps=self.steps,
                 lr=self.lr,
                 decay=self.decay,
                 decay_every=self.decay_every,
                 tolerance=self.tolerance,
-                optimum=torch.tensor(bounds, dtype=torch.float64, device=targets.device),
+                optimum=torch.tensor(bounds, dtype=torch.float64, device=device),
                 progress=partial(show, f"Adam, {len(layers)} of {layers[0].d_out}x{layers[0].d_in}"),
             )
             pairs = list(zip(fit.A, fit.B, strict=True))
-            errors, steps = fit.error.tolist(), fit.steps.tolist()
+            errors, steps, histories = fit.error.tolist(), fit.steps.tolist(), fit.history
         return [
-            Factors(A, B, info={"error": error, "bound": bound, "steps": taken})
-            for (A, B), error, bound, taken in zip(pairs, errors, bounds, steps, strict=True)
+            Factors(A, B, info={"error": error, "bound": bound, "steps": taken}, history=history)
+            for (A, B), error, bound, taken, history in zip(pairs, errors, bounds, steps, histories, strict=True)
         ]
 
     def _draw(self, layer: LayerInputs) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,134 @@
+"""Making the pieces: one layer's weight read, its factors found and put in a layer of its own, and the result kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from headstart._version import __version__
+from headstart.cache import FileDigests, Store, cacheable, weight_digest
+from headstart.errors import BASE_PREFIX
+from headstart.factorise import Facts, factorise, finite_weight, from_store
+from headstart.initialize import layer_report
+from headstart.layers.export import adapter_tensors
+from headstart.layers.find import TargetLayer, record
+from headstart.layers.install import Base, install
+from headstart.methods.base import Method, Moments
+from headstart.progress import Show, silent
+from headstart.statistics.gather import Statistics
+from headstart.statistics.moments import kind_moments
+from headstart.stream.parts import Part
+from headstart.stream.skeleton import ADAPTER, Skeleton
+from headstart.stream.source import Source
+
+
+@dataclass
+class Maker:
+    """What all pieces have in common.
+
+    Attributes:
+        source, skeleton: the checkpoint, and the model without its weights.
+        method, base, seed: as the verb was given them.
+        device: where factors are computed.
+        store: where to look factors up and keep them, None for nowhere.
+        digests: what is known of the weights' content from before, where there is a store.
+        moments: by kind, once they are known.
+    """
+
+    source: Source
+    skeleton: Skeleton
+    method: Method
+    base: Base
+    seed: int
+    device: torch.device
+    store: Store | None = None
+    digests: FileDigests | None = None
+    moments: dict[str, Moments] = field(default_factory=dict)
+
+    def filled(self, layer: TargetLayer) -> TargetLayer:
+        """Return a layer like the skeleton's that holds the checkpoint's weight, and zeros for its factors."""
+        module = copy.deepcopy(layer.module)
+        # As in the model, which the layer was copied out of without its hooks.
+        base = module.get_base_layer()
+        weight = self.source.read(self.skeleton.keys[f"{layer.name}.weight"]).to(self.device)
+        base.weight = nn.Parameter(weight, requires_grad=False)
+        for held in (module.lora_A, module.lora_B, getattr(module, "lora_magnitude_vector", {})):
+            if ADAPTER in held:
+                own: Any = held[ADAPTER]
+                zeros = torch.zeros(own.weight.shape, dtype=own.weight.dtype, device=self.device)
+                own.weight = nn.Parameter(zeros)
+        return replace(layer, module=module)
+
+    def starts(self, layers: Sequence[TargetLayer], show: Show = silent) -> Iterator[tuple[dict[str, Tensor], Any]]:
+        """Yield what to keep of each of a few layers of one shape: the adapter's tensors by name, and facts."""
+        filled = [self.filled(layer) for layer in layers]
+        facts = Facts(self.seed, self.moments, None)
+        made: dict[str, Any] = {}
+        if self.store is not None and cacheable(self.method):
+            made = from_store(self.store, self.method, filled, facts, show, self._digest)
+        else:
+            factorise(self.method, filled, facts, Statistics(), made, show)
+        while filled:
+            target = filled.pop(0)
+            factors = made.pop(target.name)
+            report = layer_report(target, factors, facts.seconds.get(target.name, 0.0))
+            config = self.skeleton.model.peft_config[ADAPTER]
+            holder = _holder(target, config)
+            note: dict[str, object] = {
+                "method": str(self.method),
+                "seed": self.seed,
+                "base": self.base,
+                "version": __version__,
+            }
+            install(holder, [(target, factors)], self.base, note)
+            yield (
+                adapter_tensors(holder, ADAPTER),
+                {
+                    "report": asdict(report),
+                    "record": record(target),
+                    "marked": holder.peft_config[ADAPTER] is not config,
+                    "trainable": target.trainable,
+                },
+            )
+
+    def _digest(self, layer: TargetLayer) -> str:
+        weight = layer.module.get_base_layer().weight.detach()
+        if self.digests is None:
+            return weight_digest(weight)
+        key = self.skeleton.keys[f"{layer.name}.weight"]
+        return self.digests.digest_of(self.source.path(key), key, lambda: weight)
+
+    def layer_moments(self, layer: TargetLayer) -> Moments:
+        """Return mean and standard deviation of one layer's weight."""
+        found = kind_moments([(layer.kind, finite_weight(self.filled(layer)))])
+        return found[layer.kind]
+
+
+def _holder(target: TargetLayer, config: LoraConfig) -> Any:
+    """Return a model of this one layer, under the names that it has in the whole one."""
+    holder: Any = nn.Module()
+    holder.peft_config = {target.adapter: config}
+    at = holder
+    *path, last = f"{BASE_PREFIX}{target.name}".split(".")
+    for name in path:
+        at.add_module(name, nn.Module())
+        at = getattr(at, name)
+    at.add_module(last, target.module)
+    return holder
+
+
+def averaged(kinds: Sequence[str], parts: Sequence[Part]) -> dict[str, Moments]:
+    """Return each kind's moments from those of its layers, in the model's order, as ``kind_moments`` sums them."""
+    found: dict[str, list[Part]] = {}
+    for kind, part in zip(kinds, parts, strict=True):
+        found.setdefault(kind, []).append(part)
+    return {
+        kind: Moments(*(sum(part.facts[which] for part in own) / len(own) for which in ("mean", "std")))
+        for kind, own in found.items()
+    }

@@ -1,0 +1,303 @@
+"""The verb: read the headers, build the skeleton, make what is missing, put it together."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import LoraConfig
+
+from headstart._version import __version__
+from headstart.cache import FileDigests, open_store
+from headstart.errors import CheckpointError, MethodError
+from headstart.layers.files import check_free
+from headstart.layers.find import TargetLayer
+from headstart.layers.install import Base, check_base
+from headstart.meters import Clock, Memory
+from headstart.methods.base import Method, Needs
+from headstart.methods.handed import HandedOver
+from headstart.methods.registry import method_class, method_names, parse_method
+from headstart.progress import Show, progress_bars, silent
+from headstart.report import LayerReport, Report
+from headstart.stream.assemble import assemble
+from headstart.stream.parts import Work
+from headstart.stream.pieces import Maker, averaged
+from headstart.stream.residual import finished_shard, make_shard
+from headstart.stream.skeleton import ADAPTER, build
+from headstart.stream.source import Source
+
+_POLL = 0.2
+_PATIENCE = 120.0
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes that share one start, as ``torchrun`` numbers them in the environment."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def here(cls) -> Crew:
+        """Return this process's place; alone where nothing is said."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+    def device(self, device: torch.device) -> torch.device:
+        """Return this process's own accelerator of that type; the CPU is everyone's."""
+        local = os.environ.get("LOCAL_RANK")
+        return device if device.type == "cpu" or local is None else torch.device(device.type, int(local))
+
+
+def stream_start(
+    folder: str | Path,
+    method: Method | str,
+    config: LoraConfig,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    base: Base = "anchored",
+    name: str | None = None,
+    device: torch.device | str = "cpu",
+    cache: bool | str | os.PathLike[str] = True,
+    force: bool = False,
+    progress: Show | bool = True,
+) -> Report | None:
+    """Make a start from a checkpoint's shards and write it as a checkpoint to train from, never building the model.
+
+    The folder is the one that ``initialize_`` and ``save_checkpoint`` would write, bit for bit. At most two layers'
+    weights are held at a time. What is finished is kept beside ``out`` (in ``.NAME.stream-...``), and the same call
+    goes on from there after a kill. Under ``torchrun`` the processes share the layers through that folder, and each
+    takes over what another left; the first one puts everything together.
+
+    Args:
+        folder: a folder with config.json and safetensors shards.
+        method: one that needs only shapes, weights or their moments, or its name with settings.
+        config: PEFT's; targets, ranks and patterns are resolved as PEFT does.
+        out: the folder to write. With ``base="residual"`` the residual model is in ``base`` in it
+            (:func:`headstart.stream.load_residual` loads both).
+        seed: the same seed gives the same factors.
+        base: "anchored" leaves the checkpoint alone; "residual" writes W - s B A, in the shards' own type, as well.
+        name: the base model's name for the adapter's config; ``folder`` by default.
+        device: where factors are computed.
+        cache: as in ``initialize_``; the content of a file is hashed once, and known from then on.
+        force: overwrite an existing adapter.
+        progress: as in ``initialize_``.
+
+    Returns:
+        The report; None in all processes but the first.
+
+    Raises:
+        MethodError: an unknown method, or one that reads data.
+        LayerError: see :func:`headstart.layers.find.find_layers`; also for NaN or infinity in weights.
+        ModelError, CheckpointError: the checkpoint is damaged or not one; the path exists; or the disk is full.
+    """
+    method = parse_method(method) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
+    _check_method(method)
+    check_base(base)
+    crew, clock = Crew.here(), Clock()
+    out = Path(out)
+    if crew.rank == 0:
+        check_free(out, force)
+    _check_apart(Path(folder), out)
+    with clock("find"):
+        source = Source.open(Path(folder))
+        skeleton = build(source, config, name)
+        notes: list[str] = []
+        store = open_store(cache, notes.append)
+        digests = FileDigests(store.folder) if store else None
+        maker = Maker(source, skeleton, method, base, seed, torch.device(device), store, digests)
+        work = Work(out, _key(maker))
+    if crew.rank == 0:
+        work.create()
+    elif not _invited(work, out):
+        return None
+    memory = Memory(skeleton.model)
+    with _shown(progress, crew) as show:
+        try:
+            _make_all(maker, work, crew, clock, show)
+        except CheckpointError:
+            if crew.rank and not work.folder.exists():
+                return None  # the first process has put everything together
+            raise
+        finally:
+            if digests:
+                digests.save()
+        if crew.rank:
+            return None
+        source.check_unchanged()
+        with clock("write"):
+            parts = assemble(maker, work, out, force)
+    reports = [LayerReport(**facts["report"]) for facts in parts]
+    return Report(
+        method=str(method),
+        base=base,
+        adapter=ADAPTER,
+        seed=seed,
+        layers=reports,
+        seconds=clock.total(),
+        seconds_by_step=clock.seconds,
+        peak_memory=memory.peak(),
+        trainable=sum(facts["trainable"] for facts in parts),
+        cached=store.served if store else 0,
+        warnings=[f"{each.name}: {each.note}" for each in reports if each.note] + notes,
+    )
+
+
+def layer_name(place: int) -> str:
+    """Return the name of a layer's finished piece."""
+    return f"layer-{place:05d}"
+
+
+def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show) -> None:
+    layers = maker.skeleton.layers
+    if Needs.MOMENTS in maker.method.needs:
+        names = [f"moments-{place:05d}" for place in range(len(layers))]
+
+        def moments(group: Sequence[int], _: Show) -> None:
+            for place in group:
+                found = maker.layer_moments(layers[place])
+                work.put(names[place], {}, {"mean": found.mean, "std": found.std})
+
+        with clock("moments"):
+            groups = [[place] for place in range(len(layers))]
+            share(groups, lambda place: work.get(names[place]) is not None, moments, "moments", work, crew, show)
+            parts = [work.get(name) for name in names]
+            found = [part for part in parts if part is not None]
+            maker.moments = averaged([layer.kind for layer in layers], found)
+
+    def start(group: Sequence[int], inner: Show) -> None:
+        for place, (tensors, facts) in zip(group, maker.starts([layers[place] for place in group], inner), strict=True):
+            work.put(layer_name(place), tensors, facts)
+
+    with clock("factorise"):
+        groups = _groups(maker, layers)
+        share(groups, lambda place: work.get(layer_name(place)) is not None, start, "layer", work, crew, show)
+    if maker.base == "residual":
+        shards = list(maker.source.shards)
+
+        def shard(group: Sequence[int], _: Show) -> None:
+            for place in group:
+                make_shard(maker, work, shards[place])
+
+        with clock("residual"):
+            groups = [[place] for place in range(len(shards))]
+            share(groups, lambda place: finished_shard(work, shards[place]), shard, "shard", work, crew, show)
+
+
+def share(
+    groups: Sequence[Sequence[int]],
+    finished: Callable[[int], bool],
+    make: Callable[[Sequence[int], Show], None],
+    what: str,
+    work: Work,
+    crew: Crew,
+    show: Show,
+) -> None:
+    """Make all that is not finished, together with the other processes; return when everything is there.
+
+    A piece that another process has claimed is left to it, and looked at again later: should that process die, its
+    claim is free.
+    """
+    total = sum(map(len, groups))
+    first = len(groups) * crew.rank // crew.count
+    left = [*groups[first:], *groups[:first]]
+    done = 0
+
+    def inner(step: str, count: int, of: int) -> None:
+        if step != "factorising":  # the layers of this group alone
+            show(step, count, of)
+
+    while left:
+        waiting = []
+        for group in left:
+            with work.claim(f"{what}-{group[0]:05d}") as mine:
+                missing = [place for place in group if not finished(place)]
+                if missing and mine:
+                    make(missing, inner)
+            if missing and not mine:
+                waiting.append(group)
+                continue
+            done += len(group)
+            show(f"streaming: {what}s", done, total)
+        if len(waiting) == len(left):
+            time.sleep(_POLL)
+        left = waiting
+
+
+def _groups(maker: Maker, layers: Sequence[TargetLayer]) -> list[list[int]]:
+    """Return which layers to hold together: two of one shape where both can be decomposed at once, else one."""
+    pairs = maker.method.together == "shape" and maker.device.type == "cpu" and torch.get_num_threads() > 1
+    groups: list[list[int]] = []
+    open_groups: dict[tuple[int, int, int], list[int]] = {}
+    for place, layer in enumerate(layers):
+        shape = (layer.d_out, layer.d_in, layer.r)
+        if pairs and shape in open_groups:
+            open_groups.pop(shape).append(place)
+            continue
+        groups.append([place])
+        open_groups[shape] = groups[-1]
+    return groups
+
+
+def _key(maker: Maker) -> dict[str, Any]:
+    """Return all that finished pieces depend on."""
+    config = maker.skeleton.model.peft_config[ADAPTER].to_dict()
+    config.pop("base_model_name_or_path", None)
+    return {
+        "format": 1,
+        "versions": [__version__, torch.__version__],
+        "method": [maker.method.name, {name: repr(value) for name, value in maker.method.settings().items()}],
+        "seed": maker.seed,
+        "base": maker.base,
+        "device": maker.device.type,
+        "config": {name: repr(sorted(value) if isinstance(value, set) else value) for name, value in config.items()},
+        "checkpoint": maker.source.identity(),
+        "layers": [[layer.name, layer.r, layer.scaling] for layer in maker.skeleton.layers],
+    }
+
+
+def _check_method(method: Method) -> None:
+    if _reads_data(type(method)):
+        able = [name for name in method_names() if not _reads_data(method_class(name))]
+        raise MethodError(
+            f"method {method.name!r} needs the whole model, which streaming never builds; initialise in memory, or use "
+            f"one of {', '.join(able)}."
+        )
+
+
+def _reads_data(method: type[Method]) -> bool:
+    return bool(method.needs & ~(Needs.WEIGHT | Needs.MOMENTS)) or issubclass(method, HandedOver)
+
+
+def _check_apart(folder: Path, out: Path) -> None:
+    if out.resolve() == folder.resolve() or folder.resolve().is_relative_to(out.resolve()):
+        raise CheckpointError(f"{out} holds the checkpoint itself: choose another folder to write.")
+
+
+def _invited(work: Work, out: Path) -> bool:
+    """Wait for the first process to open the folder; False where it has finished everything, or doesn't come."""
+    began = time.monotonic()
+    born = psutil.Process().create_time()
+    while time.monotonic() - began < _PATIENCE:
+        if work.folder.is_dir():
+            return True
+        record = out / "headstart.json"
+        if record.is_file() and record.stat().st_mtime >= born:
+            return False
+        time.sleep(_POLL)
+    return False
+
+
+def _shown(progress: Show | bool, crew: Crew) -> Any:
+    if progress is True and crew.rank == 0:
+        return progress_bars()
+    return nullcontext(silent if isinstance(progress, bool) else progress)

@@ -1,0 +1,204 @@
+"""The model without its weights: PEFT resolves targets, ranks and scalings on it, and its names find the tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from headstart.errors import CheckpointError, LayerError, ModelError
+from headstart.layers.find import TargetLayer, find_layers, lora_layers
+from headstart.stream.source import Source
+from headstart.training.wrap import wrap_lora
+
+ADAPTER = "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class Skeleton:
+    """A PEFT model on the meta device.
+
+    Attributes:
+        model: the PEFT model; it holds no numbers.
+        layers: the layers to initialise, checked, in the model's order.
+        keys: the checkpoint's tensor by the model's parameter, for the layers and for heads that are saved beside them.
+    """
+
+    model: Any
+    layers: list[TargetLayer]
+    keys: dict[str, str]
+
+
+def model_class(folder: Path, config: Any) -> Any:
+    """Return the class to build: the causal language model, as it is loaded in memory, else what config.json names.
+
+    Raises:
+        ModelError: Transformers has no such class (custom code is not run).
+    """
+    names = list(config.architectures or [])
+    causal: set[str] = set()
+    for found in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        causal.update([found] if isinstance(found, str) else found)
+    if not causal.isdisjoint(names) or (not names and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return AutoModelForCausalLM
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None or not hasattr(found, "_from_config"):
+        raise ModelError(f"{folder} is a {names[0] if names else config.model_type}, which Transformers doesn't have.")
+    return found
+
+
+def task_type(folder: Path) -> str | None:
+    """Return PEFT's task type for a folder's model: "CAUSAL_LM", or None for any other kind."""
+    return "CAUSAL_LM" if model_class(folder, _config(folder)) is AutoModelForCausalLM else None
+
+
+def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton:
+    """Build the model on the meta device, put PEFT's layers on it, and find their tensors in the checkpoint.
+
+    Args:
+        source: the checkpoint.
+        lora: target modules, ranks and all the rest.
+        name: the base model's name for the adapter's config; the folder by default.
+
+    Raises:
+        ModelError: the model can't be built.
+        LayerError: a target is of a kind that can't be initialised; see ``find_layers``.
+        CheckpointError: a target layer's weight is not in the checkpoint, or not as the model holds it.
+    """
+    for field in ("layer_replication", "trainable_token_indices"):
+        if getattr(lora, field, None):
+            raise LayerError(f"{field} can't be streamed, because its layers are not the checkpoint's; leave it out.")
+    config = _config(source.folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{source.folder} is a quantised checkpoint; streaming reads whole weights only.")
+    dtype = next((entry.dtype for shard in source.shards.values() for entry in shard.entries.values()), None)
+    dtype = dtype if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
+    cls = model_class(source.folder, config)
+    try:
+        with torch.device("meta"), _silenced():
+            base = cls.from_config(config, dtype=dtype) if cls is AutoModelForCausalLM else _from(cls, config, dtype)
+            base.tie_weights()
+    except Exception as error:  # each architecture raises its own kinds for a config that it can't take
+        reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+        raise ModelError(f"The model in {source.folder} can't be built from its config.json ({reason}).") from error
+    # PEFT copies the model's name into the adapter's config, from the instance itself.
+    base.name_or_path = base.config._name_or_path = name or str(source.folder)
+    names = checkpoint_keys(base, source)
+    with torch.device("meta"), _silenced():
+        model = _wrapped(base, lora)
+    for target in lora_layers(model, ADAPTER):
+        # What find_layers looks at: B is zero, and one number holds it.
+        for held in (target.module.lora_B, target.module.lora_embedding_B):
+            if ADAPTER in held:
+                _set_zero(held, ADAPTER)
+    layers = find_layers(model, ADAPTER)
+    keys = {}
+    for layer in layers:
+        keys[f"{layer.name}.weight"] = _key(layer, names, source)
+    return Skeleton(model, layers, {**names, **keys})
+
+
+def checkpoint_keys(base: Any, source: Source) -> dict[str, str]:
+    """Return the checkpoint's tensor by the model's parameter, for all that are stored as the model holds them.
+
+    Names are mapped as Transformers maps them when it loads; what it would convert (fuse, split, permute) has no entry.
+    """
+    held = base.state_dict()
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        transforms = list(get_model_conversion_mapping(base))
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if not isinstance(each, WeightRenaming)]
+        found: dict[str, str] = {}
+        for key in source.places:
+            name, converter = rename_source_key(key, renamings, converters, base.base_model_prefix, held)
+            if converter is None:
+                found[name] = key
+    except (ImportError, TypeError):  # Transformers' own business, which other versions have elsewhere or otherwise
+        prefix = f"{base.base_model_prefix}."
+        found = {}
+        for key in source.places:
+            for name in (key, key.removeprefix(prefix), prefix + key):
+                if name in held:
+                    found.setdefault(name, key)
+    return found
+
+
+def _key(layer: TargetLayer, names: dict[str, str], source: Source) -> str:
+    key = names.get(f"{layer.name}.weight")
+    if key is None:
+        raise CheckpointError(
+            f"layer {layer.name!r}: {source.folder} has no tensor of its own for its weight (the checkpoint may be "
+            "fused, quantised, or lack it); leave the layer out of target_modules, or initialise in memory."
+        )
+    entry = source.entry(key)
+    shape = tuple(layer.module.get_base_layer().weight.shape)
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"layer {layer.name!r}: tensor {key!r} has shape {entry.shape}, and the model's is {shape}: config.json "
+            "and shards don't belong together, or the checkpoint is quantised."
+        )
+    if entry.dtype is None or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
+        raise CheckpointError(
+            f"layer {layer.name!r}: tensor {key!r} has type {entry.dtype_name}; streaming reads whole weights only "
+            "(float32, bfloat16, float16 or float64)."
+        )
+    return key
+
+
+def _wrapped(base: Any, lora: LoraConfig) -> Any:
+    settings = {each.name: getattr(lora, each.name) for each in dataclasses.fields(lora) if each.init}
+    targets = settings.pop("target_modules")
+    if targets is None:
+        return get_peft_model(base, dataclasses.replace(lora))
+    return wrap_lora(base, targets if isinstance(targets, str) else sorted(targets), **settings)
+
+
+def _set_zero(held: Any, adapter: str) -> None:
+    part = held[adapter]
+    like: torch.Tensor = part.get_parameter("weight") if isinstance(part, nn.Module) else part
+    zero = nn.Parameter(torch.zeros((), dtype=like.dtype).expand(like.shape), requires_grad=False)
+    if isinstance(part, nn.Module):
+        part.weight = zero
+    else:
+        held[adapter] = zero
+
+
+def _from(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    return cls._from_config(config, dtype=dtype)
+
+
+def _config(folder: Path) -> Any:
+    try:
+        with _silenced():
+            return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # Transformers, the hub library and json each raise their own kinds
+        reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+        raise ModelError(f"{folder / 'config.json'} can't be read ({reason}).") from error
+
+
+class _silenced(warnings.catch_warnings):  # noqa: N801 - used as a with statement
+    """Silence Python warnings and Transformers' log."""
+
+    def __enter__(self) -> None:
+        """Begin."""
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        log = transformers.utils.logging
+        self._verbosity = log.get_verbosity()
+        log.set_verbosity_error()
+
+    def __exit__(self, *error: Any) -> None:
+        """Give back what was set."""
+        transformers.utils.logging.set_verbosity(self._verbosity)
+        super().__exit__(*error)
