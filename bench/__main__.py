@@ -1,11 +1,11 @@
-"""``python -m bench`` runs all of them; ``python -m bench spectral step`` some."""
+"""``python -m bench`` runs all of them; ``python -m bench spectral layers`` some."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-ALL = ("spectral", "gradient", "lora_da", "memory", "sketch", "step")
+ALL = ("spectral", "gradient", "lora_da", "memory", "sketch", "layers", "bfloat16")
 
 for name in sys.argv[1:] or ALL:
     if name not in ALL:

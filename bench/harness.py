@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import platform
@@ -59,9 +60,14 @@ def paired_ratio(timings: Mapping[str, Timing], name: str, baseline: str) -> flo
     return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
-def write(name: str, title: str, lines: Sequence[str]) -> None:
+def shared_copy(model: Any) -> Any:
+    """Return a copy of a model whose parameters are the model's own, for sides that leave them alone."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def write(name: str, title: str, lines: Sequence[str], *, precision: str = "float32") -> None:
     """Write a result page, and print it."""
-    text = "\n".join([f"# {title}", "", machine(), "", *lines, ""])
+    text = "\n".join([f"# {title}", "", machine(precision), "", *lines, ""])
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
@@ -78,12 +84,13 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return head + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def machine() -> str:
+def machine(precision: str = "float32") -> str:
     """Return what the figures were measured on."""
     from importlib.metadata import version
 
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "transformers"))
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, float32; {packages}."
+    cores = f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
+    return f"{cores}, {precision}; {packages}."
 
 
 def gsm8k_or_problems(count: int) -> tuple[list[Example], str]:

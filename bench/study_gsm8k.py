@@ -60,6 +60,7 @@ class Study:
 
     def __init__(self, chosen: argparse.Namespace) -> None:
         self._out: Path = chosen.out
+        self._targets = ("q_proj", "v_proj") if chosen.study == "inilora" else RECIPE.target_modules
         logging.set_verbosity_error()
         self._base, self._tokenizer, _ = resolve_model("smollm2")
         self._examples = load_examples(DATA)
@@ -75,7 +76,16 @@ class Study:
         count = max(steps * RECIPE.batch_size, parse_method(method).sample_count())
         # The seed's own examples: those that are trained on, the first of them the samples of the start.
         train = self._tokenized(random.Random(seed).sample(self._examples, count))
-        recipe = Recipe(**{**vars(RECIPE), "steps": steps, "lr": settings["lr"], "seed": seed, **changes})
+        recipe = Recipe(
+            **{
+                **vars(RECIPE),
+                "target_modules": self._targets,
+                "steps": steps,
+                "lr": settings["lr"],
+                "seed": seed,
+                **changes,
+            }
+        )
         material = Material(train=train, held_out=self._started, graded=self._graded, max_new_tokens=192)
         folder = path_of(self._out / "unfinished", settings).with_suffix("")
         found = run_method(method, recipe, material, self._load, folder)
@@ -142,7 +152,8 @@ def main() -> None:
         else "There is one rate for all methods, which was tuned for none of them."
     )
     lines = paragraphs(
-        f"SmolLM2-135M-Instruct, all seven linear kinds, rank {RECIPE.r}, alpha {RECIPE.lora_alpha}, rsLoRA (core "
+        f"SmolLM2-135M-Instruct, {'q_proj and v_proj' if chosen.study == 'inilora' else 'all seven linear kinds'}, "
+        f"rank {RECIPE.r}, alpha {RECIPE.lora_alpha}, rsLoRA (core "
         f"layers: their rank as named, s = 1), no dropout. GSM8K: {chosen.steps} steps of {RECIPE.batch_size} training "
         f"examples, AdamW without weight decay, cosine with {100 * RECIPE.warmup:g} % warm-up. A seed sets the "
         "factors, which examples are trained on, their order, and the samples of the gradient methods, which are among "

@@ -35,10 +35,10 @@ def methods_of(study: str, samples: int) -> list[str]:
 
     ``lora_da``: the baseline, LoRA-One, and LoRA-DA whole and with each of its parts left out. ``core``: the baseline,
     and both methods of core layers at three ranks. ``inilora``: the baseline, PiSSA (the balanced gauge), and IniLoRA
-    by its path, by the path stopped early, and in closed form in the other two gauges.
+    by its path, by the path stopped early, and in closed form in the other gauges.
     """
     if study == "inilora":
-        closed = (f"inilora:solver=svd,gauge={gauge}" for gauge in ("aligned", "random"))
+        closed = (f"inilora:solver=svd,gauge={gauge}" for gauge in ("aligned", "flow", "random"))
         return [BASELINE, "pissa", "inilora", "inilora:tolerance=0.001", *closed]
     if study == "core":
         cores = ("lora-xs", f"lora-sb:samples={samples}")
