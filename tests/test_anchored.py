@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig
 
 import headstart as hs
-from conftest import ARCHITECTURES, logits, perturb, started, tiny_gpt2, tiny_llama, wrap
-from headstart.layers.anchored import anchors
+from conftest import ARCHITECTURES, logits, perturb, started, tiny_gpt2, tiny_llama, token_batch, wrap
+from headstart.layers.anchored import _Anchored, anchors
 from headstart.layers.find import lora_layers
 
 SUBTRACTING = [
@@ -262,3 +262,47 @@ def test_anchors_get_no_gradient_even_if_unfrozen(batch):
     model(**batch).loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == ("lora_A" not in name and "lora_B" not in name), name
+
+
+def kept_for_backward(model, batch):
+    """Bytes that a forward pass keeps for backward, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch).loss.backward()
+    return sum(size for size, _ in seen.values())
+
+
+@pytest.mark.parametrize("freeze_A", [False, True])
+def test_an_anchored_layer_keeps_no_more_for_backward_than_a_plain_one(freeze_A):
+    batch = token_batch()
+    sizes = {}
+    for method in ("lora", "pissa"):
+        model = started(tiny_llama(), method, lora_dropout=0.0).train()
+        if freeze_A:
+            hs.lora_fa_(model)
+        sizes[method] = kept_for_backward(model, batch)
+    assert sizes["pissa"] <= sizes["lora"]
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+def test_the_written_out_backward_is_autograds(shape):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    x, A, B, A0, B0 = drawn(*shape), drawn(2, 5), drawn(4, 2), drawn(2, 5).detach(), drawn(4, 2).detach()
+    assert torch.autograd.gradcheck(lambda x, A, B: _Anchored.apply(x, A, B, A0, B0, 1.5), (x, A, B))
+    out = _Anchored.apply(x, A, B, A0, B0, 1.5)
+    torch.testing.assert_close(out, 1.5 * x @ (B @ A - B0 @ A0).T)
+    (grad,) = torch.autograd.grad(out.square().sum(), A, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -266,7 +266,7 @@ def small_svd(dtype: torch.dtype = torch.float32) -> tuple[TruncatedSVD, Tensor,
     return truncated_svd(W[0], 4), W[0], A0[0], B0[0]
 
 
-@pytest.mark.parametrize("gauge", ["balanced", "aligned", "random"])
+@pytest.mark.parametrize("gauge", ["balanced", "aligned", "flow", "random"])
 def test_every_gauge_has_the_same_product(gauge: str) -> None:
     svd, W, A0, B0 = small_svd()
     generator = torch.Generator().manual_seed(1)
@@ -275,8 +275,9 @@ def test_every_gauge_has_the_same_product(gauge: str) -> None:
     torch.testing.assert_close(B @ A, (svd.U * svd.S) @ svd.V.mT)
     bound = eckart_young_tail(W, svd)
     assert float((W - B @ A).square().sum()) == pytest.approx(bound, rel=1e-5)
-    # A rotation keeps the two Grams equal.
-    torch.testing.assert_close(B.mT @ B, A @ A.mT)
+    # A rotation keeps the two Grams equal; flow keeps the difference that they have in the draw.
+    delta = float(B0.square().sum() - A0.square().sum()) / 4 if gauge == "flow" else 0.0
+    torch.testing.assert_close(B.mT @ B, A @ A.mT + delta * torch.eye(4), rtol=1e-5, atol=1e-5)
 
 
 def test_balanced_factors() -> None:
@@ -319,6 +320,34 @@ def test_aligned_brings_a_turned_start_back() -> None:
     A, B = svd_lowrank_factors(svd, "aligned", A0=A0, B0=B0)
     torch.testing.assert_close(A, A0, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(B, B0, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("delta", [0.7, -0.4])
+def test_flow_has_the_norms_that_gradient_descent_ends_in(delta: float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    W = torch.randn(9, 7, generator=generator, dtype=torch.float64)
+    # A start whose B'B - AA' is delta I, which small steps of descent leave as it is.
+    A = torch.linalg.qr(torch.randn(7, 3, generator=generator, dtype=torch.float64)).Q.mT * 0.2**0.5
+    B = torch.linalg.qr(torch.randn(9, 3, generator=generator, dtype=torch.float64)).Q * 0.2**0.5
+    A, B = (A, B * ((0.2 + delta) / 0.2) ** 0.5) if delta > 0 else (A * ((0.2 - delta) / 0.2) ** 0.5, B)
+    A0, B0 = A, B
+    for _ in range(30_000):
+        residual = W - B @ A
+        A, B = A + 1e-3 * B.mT @ residual, B + 1e-3 * residual @ A.mT
+    svd = truncated_svd(W.float(), 3)
+    found_A, found_B = (x.double() for x in svd_lowrank_factors(svd, "flow", A0=A0.float(), B0=B0.float()))
+    torch.testing.assert_close(found_B @ found_A, B @ A, rtol=1e-4, atol=1e-4)
+    for mine, theirs in ((found_A, A), (found_B, B)):
+        torch.testing.assert_close(torch.linalg.svdvals(mine), torch.linalg.svdvals(theirs), rtol=2e-3, atol=2e-3)
+
+
+def test_flow_of_a_matrix_of_lower_rank() -> None:
+    W = torch.outer(torch.arange(1.0, 6.0), torch.ones(4))
+    svd = truncated_svd(W, 2)
+    for scale in (0.1, 10.0):
+        A, B = svd_lowrank_factors(svd, "flow", A0=torch.full((2, 4), 0.3), B0=torch.full((5, 2), 0.3 * scale))
+        assert bool(torch.isfinite(A).all() and torch.isfinite(B).all())
+        torch.testing.assert_close(B @ A, W, rtol=1e-5, atol=1e-5)
 
 
 def test_random_gauge_is_haar() -> None:

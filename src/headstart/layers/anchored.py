@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from headstart.layers.weights import oriented, product, whole
@@ -62,6 +63,40 @@ class Merging(LoraVariant):
         return orig_weight.data - cls.delta(module, active_adapter).to(orig_weight.dtype)
 
 
+class _Anchored(torch.autograd.Function):
+    """s [(B - B0) (A x) + B0 ((A - A0) x)] for x (..., d_in), keeping for backward what a plain LoRA layer keeps.
+
+    That is x and r numbers a token; left to autograd, the stacked factors and 2 r numbers would be kept as well.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, scaling: float) -> Tensor:
+        # One product with the stacked factors reads x once. Scaling in between touches 2 r numbers a token, not d_out.
+        inner = functional.linear(x, torch.cat((A, A - A0))) * scaling
+        _, A_trains, B_trains, *_ = ctx.needs_input_grad
+        kept = inner[..., : len(A)].contiguous() if B_trains else None
+        ctx.save_for_backward(x if A_trains else None, kept, A, B, A0, B0)
+        ctx.scaling = scaling
+        return functional.linear(inner, torch.cat((B - B0, B0), dim=1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, A, B, A0, B0 = ctx.saved_tensors
+        r = len(A)
+        rows = grad.reshape(-1, grad.shape[-1])
+        # Under autocast all products of the forward pass were in the gradient's type.
+        grad_inner = rows @ torch.cat((B - B0, B0), dim=1).to(grad.dtype) * ctx.scaling
+        grad_x = grad_A = grad_B = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_inner @ torch.cat((A, A - A0)).to(grad.dtype)).reshape(*grad.shape[:-1], -1)
+        if x is not None:
+            grad_A = (grad_inner[:, :r] + grad_inner[:, r:]).T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
+        if inner is not None:
+            grad_B = rows.T @ inner.reshape(-1, r)
+        return grad_x, grad_A, grad_B, None, None, None
+
+
 class AnchoredVariant(Merging):
     """The anchored form; see the module's docstring."""
 
@@ -75,10 +110,7 @@ class AnchoredVariant(Merging):
         A0 = module.lora_anchor_A[active_adapter].detach().to(A.dtype)
         B0 = module.lora_anchor_B[active_adapter].detach().to(B.dtype)
         x = module.lora_dropout[active_adapter](x)
-        # One product with the stacked factors reads x once: [A; A - A0] first, then [B - B0, B0]. Scaling in between
-        # touches 2 r numbers a token, and not d_out.
-        inner = functional.linear(x, torch.cat((A, A - A0))) * module.scaling[active_adapter]
-        return result + functional.linear(inner, torch.cat((B - B0, B0), dim=1))
+        return result + _Anchored.apply(x, A, B, A0, B0, module.scaling[active_adapter])
 
 
 class ResidualVariant(Merging):

@@ -20,7 +20,7 @@ from torch import Tensor
 from headstart.linalg.adam import Path, Schedule, Stop, descend
 from headstart.linalg.svd import TruncatedSVD
 
-Gauge = Literal["balanced", "aligned", "random"]
+Gauge = Literal["balanced", "aligned", "flow", "random"]
 
 
 @dataclass(frozen=True)
@@ -206,42 +206,58 @@ def svd_lowrank_factors(
     B0: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(A, B)``, A (k, d_in) and B (d_out, k), with ``B A = U diag(S) V'``, in one of three gauges.
+    """Return ``(A, B)``, A (k, d_in) and B (d_out, k), with ``B A = U diag(S) V'``, in one of four gauges.
 
     - "balanced": ``B = U sqrt(S)``, ``A = sqrt(S) V'``.
     - "aligned": ``B Q`` and ``Q'A`` of these, with the orthogonal Q that brings them nearest to a start: it
       minimises ``||B Q - B0||^2 + ||Q'A - A0||^2``. Q changes no norm, which leaves
       ``tr(Q' (B'B0 + A A0'))`` to maximise: an orthogonal Procrustes problem, solved by ``Q = X Y'`` for the
       SVD ``X diag(.) Y'`` of the k by k matrix ``B'B0 + A A0'`` (Schönemann, 1966).
-    - "random": likewise with Q uniform (Haar) among the orthogonal matrices.
+    - "flow": aligned, with the norms that gradient flow from the start would leave. Flow conserves ``B'B - A A'``, in
+      the start near ``delta I``, ``delta = (||B0||^2 - ||A0||^2) / k``; the columns of B get squared norms
+      ``g = (delta + sqrt(delta^2 + 4 S^2)) / 2`` and the rows of A ``S^2 / g``, whose difference is delta.
+    - "random": balanced, with Q uniform (Haar) among the orthogonal matrices.
 
     Args:
         svd: of the matrix to approximate.
         gauge: one of the above.
-        A0: (k, d_in), for "aligned".
-        B0: (d_out, k), for "aligned".
+        A0: (k, d_in), for "aligned" and "flow".
+        B0: (d_out, k), likewise.
         generator: for "random", on the CPU; None takes torch's own.
 
     Returns:
         A and B in float32.
 
     Raises:
-        ValueError: for an unknown gauge, or "aligned" without a fitting A0 and B0.
+        ValueError: for an unknown gauge, or "aligned" or "flow" without a fitting A0 and B0.
     """
-    root = svd.S.double().sqrt()
-    A, B = root[:, None] * svd.V.double().mT, svd.U.double() * root
-    if gauge == "aligned":
-        if A0 is None or B0 is None or A0.shape != A.shape or B0.shape != B.shape:
-            raise ValueError(f'gauge "aligned" needs A0 {tuple(A.shape)} and B0 {tuple(B.shape)}')
-        X, _, Yh = torch.linalg.svd(B.mT @ B0.detach().to(B) + A @ A0.detach().to(A).mT)
+    U, S, V = svd.U.double(), svd.S.double(), svd.V.double()
+    Q, delta = torch.eye(len(S)).to(U), S.new_zeros(())
+    if gauge in ("aligned", "flow"):
+        shapes = (len(S), len(V)), (len(U), len(S))
+        if A0 is None or B0 is None or (A0.shape, B0.shape) != shapes:
+            raise ValueError(f'gauge "{gauge}" needs A0 {shapes[0]} and B0 {shapes[1]}')
+        A0, B0 = A0.detach().to(V), B0.detach().to(U)
+        if gauge == "flow":
+            delta = (B0.square().sum() - A0.square().sum()) / len(S)
+        columns, rows = _norms(S, delta)
+        X, _, Yh = torch.linalg.svd((U * columns).mT @ B0 + rows[:, None] * V.mT @ A0.mT)
         Q = X @ Yh
-        A, B = Q.mT @ A, B @ Q
     elif gauge == "random":
-        Q = _haar(len(root), generator).to(A)
-        A, B = Q.mT @ A, B @ Q
+        Q = _haar(len(S), generator).to(U)
     elif gauge != "balanced":
-        raise ValueError(f'gauge must be "balanced", "aligned" or "random", got {gauge!r}')
-    return A.float(), B.float()
+        raise ValueError(f'gauge must be "balanced", "aligned", "flow" or "random", got {gauge!r}')
+    columns, rows = _norms(S, delta)
+    A, B = rows[:, None] * V.mT, U * columns
+    return (Q.mT @ A).float(), (B @ Q).float()
+
+
+def _norms(S: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return norms (k,) of B's columns and A's rows whose products are S and whose squares differ by delta."""
+    # The larger one is a sum; the smaller one would be a difference of like numbers.
+    larger = (delta.abs() / 2 + (delta.square() / 4 + S.square()).sqrt()).sqrt()
+    smaller = torch.where(larger > 0, S / larger, 0.0)
+    return (larger, smaller) if delta >= 0 else (smaller, larger)
 
 
 def _haar(size: int, generator: torch.Generator | None) -> Tensor:

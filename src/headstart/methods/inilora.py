@@ -38,7 +38,8 @@ class IniLoRA(Method):
         tolerance: stop a layer early once its squared error is within (1 + tolerance) of the smallest possible
             (Eckart-Young) one; None takes all steps, as published.
         gauge: for "svd", which of the equivalent factors: "aligned" (nearest to the draw, by orthogonal Procrustes),
-            "random" (a random rotation), "balanced" (PiSSA's).
+            "flow" (aligned, with the norms that descent from the draw leaves), "random" (a random rotation),
+            "balanced" (PiSSA's).
         std: the standard deviation of the draw in place of sigma_bar.
     """
 
@@ -53,7 +54,7 @@ class IniLoRA(Method):
     decay: float = 0.9
     decay_every: int = 5_000
     tolerance: float | None = None
-    gauge: Literal["aligned", "random", "balanced"] = "aligned"
+    gauge: Literal["aligned", "flow", "random", "balanced"] = "aligned"
     std: float | None = None
 
     def __post_init__(self) -> None:
