@@ -158,7 +158,7 @@ def one(folder: Path, method: str, targets: str) -> None:
         before = peak_kib()
         config = LoraConfig(r=RANK, lora_alpha=16, target_modules=targets.split(","), task_type="CAUSAL_LM")
         began = time.perf_counter()
-        report = stream_start(folder, method, config, Path(work) / "out", progress=False)
+        report = stream_start(folder, method, config, Path(work) / "out", cache=False, progress=False)
         seconds = time.perf_counter() - began
     assert report is not None
     peak = peak_kib()
