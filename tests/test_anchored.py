@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 import headstart as hs
 from conftest import ARCHITECTURES, logits, perturb, started, tiny_gpt2, tiny_llama, token_batch, wrap
@@ -306,3 +307,12 @@ def test_the_written_out_backward_is_autograds(shape):
     (grad,) = torch.autograd.grad(out.square().sum(), A, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_no_tokens_at_all_train_like_any_others():
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 24)), LoraConfig(r=4, target_modules=["0"]))
+    hs.initialize_(model, "pissa")
+    x = torch.zeros(0, 16, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.shape == (0, 16)
+    assert not model.base_model.model[0].lora_A["default"].weight.grad.count_nonzero()

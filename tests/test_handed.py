@@ -38,7 +38,7 @@ def test_the_start_is_the_base_model_and_can_train(method):
     modes = [module.training for module in model.modules()]
     report = hs.initialize_(model, method, data=[batch])
     assert torch.allclose(logits(model, batch), before, atol=1e-6)
-    assert [module.training for module in model.modules()][: len(modes)] == modes or "eva" in method
+    assert [module.training for module in model.modules()][: len(modes)] == modes or method == "eva:samples=8"
     for target in lora_layers(model, "default"):
         assert torch.equal(target.module.get_base_layer().weight, held[f"{target.name}.weight"])
         assert not hasattr(target.module.get_base_layer(), "eigens")
@@ -195,3 +195,56 @@ def test_loftq_brings_a_four_bit_base_nearer_to_its_original(tmp_path):
         W, Q = weights[target.name].weight.detach(), base_weight(target.module)
         B, A = (part["default"].weight.detach() for part in (target.module.lora_B, target.module.lora_A))
         assert torch.linalg.matrix_norm(W - Q - B @ A) < 0.9 * torch.linalg.matrix_norm(W - Q), target.name
+
+
+@pytest.mark.parametrize("method", ["eva:samples=8", "corda:samples=8"])
+@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, KeyboardInterrupt])
+def test_a_failure_in_the_data_leaves_nothing_behind(method, error):
+    model = wrap(tiny_llama()).train()
+    model.base_model.model.model.embed_tokens.eval()
+
+    def fail(*_):
+        raise error("in the model")
+
+    handle = model.base_model.model.lm_head.register_forward_hook(fail)
+    modes = [module.training for module in model.modules()]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    notes = [set(vars(target.module.get_base_layer())) for target in lora_layers(model, "default")]
+    with pytest.raises(MethodError if error is ValueError else error):
+        hs.initialize_(model, method, data=[big_batch()], progress=False)
+    assert [module.training for module in model.modules()] == modes
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert [set(vars(target.module.get_base_layer())) for target in lora_layers(model, "default")] == notes
+    handle.remove()
+    hs.initialize_(model, method, data=[big_batch()], progress=False)
+
+
+def test_what_a_layer_cannot_take_is_refused():
+    with pytest.raises(LayerError, match="DoRA"):
+        hs.initialize_(wrap(tiny_llama(), use_dora=True), "pissa-niter")
+    model = wrap(tiny_llama())
+    hs.lora_fa_(model)
+    with pytest.raises(LayerError, match="LoRA-FA"):
+        hs.initialize_(model, "mica")
+
+
+def test_eva_leaves_modes_and_the_config_alone():
+    model = wrap(tiny_llama(), init_lora_weights="gaussian").train()
+    model.base_model.model.model.embed_tokens.eval()
+    modes = [module.training for module in model.modules()]
+    hs.initialize_(model, "eva:samples=8,rho=1", data=[big_batch()])
+    assert [module.training for module in model.modules()] == modes
+    assert model.peft_config["default"].init_lora_weights == "gaussian"
+
+
+def test_no_two_weights_are_held_twice_at_a_time():
+    model = wrap(tiny_llama())
+    held = {target.name: target.module.get_base_layer().weight.data_ptr() for target in lora_layers(model, "default")}
+    changed = []
+
+    def look(step, done, total):
+        now = {t.name: t.module.get_base_layer().weight.data_ptr() for t in lora_layers(model, "default")}
+        changed.append(sum(now[name] != held[name] for name in held))
+
+    hs.initialize_(model, "pissa-niter", progress=look)
+    assert len(changed) == len(held) and not any(changed)

@@ -852,3 +852,12 @@ def test_fallbacks_warn():
 
     with pytest.warns(HeadstartWarning, match="3 samples, 9 were asked for"):
         hs.initialize_(wrap(tiny_llama()), "lora-one:samples=9", data=[token_batch(3)])
+
+
+@pytest.mark.parametrize("form", ["anchored", "residual"])
+def test_autocast_around_the_verb_rounds_nothing(form):
+    plain = started(tiny_llama(), "olora", form=form)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = started(tiny_llama(), "olora", form=form)
+    for (name, mine), theirs in zip(plain.named_parameters(), cast.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name

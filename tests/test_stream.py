@@ -369,3 +369,18 @@ def test_processes_share_the_layers(folders, tmp_path):
 def test_methods_that_need_no_weight_say_so_in_one_list():
     for method in METHODS:
         assert str(method_class(method.partition(":")[0]).needs) in ("shapes", "weight", "weight + moments")
+
+
+def test_a_name_with_brackets_leaves_no_pieces(folders, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    other = tmp_path / ".run1.stream-0123456789abcdef"  # what the pattern run[1] would match
+    other.mkdir()
+    stream_start(folders("llama"), "pissa", config, tmp_path / "run[1]", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "run[1]"]
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_are_refused(folders, tmp_path, bias):
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias=bias)
+    with pytest.raises(LayerError, match=bias):
+        stream_start(folders("gpt2"), "pissa", config, tmp_path / "out", progress=False)

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_llama
+from headstart.cache import FileDigests
 from headstart.errors import CheckpointError, HeadstartError, LayerError, ModelError
 from headstart.stream import parts, run, stream_start, tensors
 from headstart.stream.parts import Work
@@ -448,3 +449,26 @@ def test_locks_are_the_systems(tmp_path):
         assert (first, second, other) == (True, False, True)
     with work.claim("a") as again:
         assert again
+
+
+def test_factors_of_a_file_that_was_replaced_are_not_kept_under_the_new_ones_key(tmp_path, monkeypatch):
+    monkeypatch.delenv("HEADSTART_CACHE_LIMIT", raising=False)
+    folder, other = tmp_path / "model", tmp_path / "other"
+    tiny_llama().save_pretrained(folder)
+    model = tiny_llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    model.save_pretrained(other)
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    cache, looked = tmp_path / "cache", FileDigests.digest_of
+
+    def replaced(self, file, name, load):
+        shutil.copy(other / "model.safetensors", folder / "model.safetensors")
+        return looked(self, file, name, lambda: load_file(file)[name])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileDigests, "digest_of", replaced)
+        with pytest.raises(CheckpointError, match="changed"):
+            stream_start(folder, "pissa", config, tmp_path / "a", cache=cache, progress=False)
+    assert not list(cache.glob("factors/*/*.safetensors"))

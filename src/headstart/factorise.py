@@ -15,7 +15,7 @@ from headstart.cache import Store, cacheable, description, layer_key, weight_dig
 from headstart.errors import not_finite
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import check_factors
-from headstart.layers.weights import base_weight, dense, is_transposed
+from headstart.layers.weights import base_weight, dense, full_precision, is_transposed
 from headstart.meters import Clock
 from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
 from headstart.progress import Show
@@ -142,7 +142,10 @@ def factorise(
         began = time.perf_counter()
         held: dict[int, torch.Tensor] = {}
         inputs = [_inputs(method, layer, facts, statistics, held) for layer in group]
-        for layer, factors in zip(group, method.factors_batch(inputs, show), strict=True):
+        # A program's autocast is for its model: here it would round what is solved, and what the cache keeps.
+        with full_precision(layer.module for layer in group):
+            found_factors = method.factors_batch(inputs, show)
+        for layer, factors in zip(group, found_factors, strict=True):
             check_factors(layer, factors)
             made[layer.name] = factors
             # Freed as soon as they are used: they are the largest thing held.

@@ -89,7 +89,7 @@ class _Anchored(torch.autograd.Function):
         grad_inner = rows @ torch.cat((B - B0, B0), dim=1).to(grad.dtype) * ctx.scaling
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_inner @ torch.cat((A, A - A0)).to(grad.dtype)).reshape(*grad.shape[:-1], -1)
+            grad_x = (grad_inner @ torch.cat((A, A - A0)).to(grad.dtype)).reshape(*grad.shape[:-1], A.shape[1])
         if x is not None:
             grad_A = (grad_inner[:, :r] + grad_inner[:, r:]).T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
         if inner is not None:

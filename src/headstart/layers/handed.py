@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from headstart.errors import BASE_PREFIX, DataError, HeadstartError, LayerError, MethodError
 from headstart.layers.find import TargetLayer, lora_layers
-from headstart.layers.weights import quantisation
+from headstart.layers.install import check_factors
+from headstart.layers.weights import full_precision, quantisation
 from headstart.methods.base import Factors, Needs
 from headstart.methods.handed import EVA, CorDA, HandedOver, LoftQ, MiCA, PiSSANiter
 from headstart.progress import Show
@@ -31,6 +32,9 @@ from headstart.statistics.quiet import adapters_off, dropout_off
 Starts = list[tuple[TargetLayer, Factors]]
 # EVA reads its data again and again until its vectors stand still; more often than this, they never will.
 _EVA_PASSES = 100
+# Whose forward hooks PEFT leaves behind where an error ends its start, and what CorDA notes on base layers.
+_HOOKING = ("peft.tuners.lora.eva", "peft.tuners.lora.corda")
+_NOTES = ("sample_count", "covariance_matrix", "corda_method", "rank", "eigens")
 
 
 @torch.no_grad()
@@ -57,20 +61,30 @@ def peft_starts(
         if data is None:
             raise DataError(f"method {method.name!r} needs data: give batches as data=.")
         batches = [each.batch for each in iterate_samples(data, method.sample_count(), **reading)]
-    with _weights_kept(layers), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _weights_kept(layers), _modules_kept(model, layers):
         try:
-            if isinstance(method, EVA):
-                return _eva(method, model, layers, batches)
-            if isinstance(method, CorDA):
-                _covariances(method, model, layers, batches)
-            elif isinstance(method, LoftQ):
-                _loftq(method, model, layers)
-            return _one_by_one(method, layers, show)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                starts = _starts(method, model, layers, batches, show)
+            for layer, factors in starts:
+                check_factors(layer, factors)
+            return starts
         except HeadstartError:
             raise
         except (ValueError, TypeError, OSError, RuntimeError, LookupError, AssertionError) as error:
             raise MethodError(f"method {method.name!r}: PEFT says: {str(error).rstrip('.')}.") from error
+
+
+def _starts(
+    method: HandedOver, model: nn.Module, layers: Sequence[TargetLayer], batches: Sequence[Batch], show: Show
+) -> Starts:
+    if isinstance(method, EVA):
+        return _eva(method, model, layers, batches)
+    if isinstance(method, CorDA):
+        _covariances(method, model, layers, batches)
+    elif isinstance(method, LoftQ):
+        _loftq(method, model, layers)
+    return _one_by_one(method, layers, show)
 
 
 def _check_dense(method: HandedOver, layers: Sequence[TargetLayer]) -> None:
@@ -98,6 +112,26 @@ def _weights_kept(layers: Sequence[TargetLayer]) -> Iterator[None]:
             parameter.data = before
 
 
+@contextmanager
+def _modules_kept(model: nn.Module, layers: Sequence[TargetLayer]) -> Iterator[None]:
+    """Put every module's mode back after the block, and remove the hooks and notes that PEFT left, done or not."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    bases = [layer.module.get_base_layer() for layer in layers]
+    fresh = [[name for name in _NOTES if name not in vars(base)] for base in bases]
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__module__", None) in _HOOKING:
+                    del module._forward_hooks[key]
+        for base, names in zip(bases, fresh, strict=True):
+            for name in names:
+                vars(base).pop(name, None)
+
+
 def _one_by_one(method: HandedOver, layers: Sequence[TargetLayer], show: Show) -> Starts:
     """Let PEFT make each layer's factors, and copy them."""
     starts: dict[type[HandedOver], Callable[[Any, str], None]] = {
@@ -108,9 +142,11 @@ def _one_by_one(method: HandedOver, layers: Sequence[TargetLayer], show: Show) -
     }
     made: Starts = []
     for layer in layers:
-        starts[type(method)](layer.module, layer.adapter)
-        parts = (layer.module.lora_A, layer.module.lora_B)
-        A, B = (part[layer.adapter].weight.detach().float().clone() for part in parts)
+        # Layer by layer, so that one weight is held twice, not all.
+        with _weights_kept([layer]), full_precision([layer.module]):
+            starts[type(method)](layer.module, layer.adapter)
+            parts = (layer.module.lora_A, layer.module.lora_B)
+            A, B = (part[layer.adapter].weight.detach().float().clone() for part in parts)
         keeps = isinstance(method, MiCA | LoftQ)
         frozen = ("lora_B",) if isinstance(method, MiCA) else ()
         made.append((layer, Factors(A, B, offset="keep" if keeps else "subtract", frozen=frozen)))
@@ -181,10 +217,10 @@ def _eva(method: EVA, model: Any, layers: Sequence[TargetLayer], batches: Sequen
         named = {f"{BASE_PREFIX}{layer.name}": layer for layer in layers}
         if any(len(found[name]) != layer.r for name, layer in named.items() if name in found):
             initialize_lora_eva_weights(model, eva_state_dict=dict(found), adapter_name=adapter)
+            config.init_lora_weights = True
             before = config
     finally:
         model.peft_config[adapter] = before
-        before.init_lora_weights = True
     made: Starts = []
     for layer in lora_layers(model, adapter):
         A = found[f"{BASE_PREFIX}{layer.name}"].float()
@@ -206,24 +242,17 @@ def _eva_vectors(model: Any, adapter: str, batches: Sequence[Batch]) -> dict[str
         return model(**inputs)
 
     masked = "attention_mask" in batches[0]
-    try:
-        # A mask by tokens where the data have one; else every position of every input counts.
-        rest: dict[str, Any] = {} if masked else {"prepare_layer_inputs_fn": _all_positions}
-        return get_eva_state_dict(
-            model,
-            list(batches),
-            adapter_name=adapter,
-            forward_fn=forward,
-            prepare_model_inputs_fn=prepare_model_inputs_fn_language_modeling if masked else None,
-            show_progress_bar=False,
-            **rest,
-        )
-    except BaseException:
-        for module in model.modules():
-            for key, hook in list(module._forward_hooks.items()):
-                if type(hook).__module__ == "peft.tuners.lora.eva":
-                    del module._forward_hooks[key]
-        raise
+    # A mask by tokens where the data have one; else every position of every input counts.
+    rest: dict[str, Any] = {} if masked else {"prepare_layer_inputs_fn": _all_positions}
+    return get_eva_state_dict(
+        model,
+        list(batches),
+        adapter_name=adapter,
+        forward_fn=forward,
+        prepare_model_inputs_fn=prepare_model_inputs_fn_language_modeling if masked else None,
+        show_progress_bar=False,
+        **rest,
+    )
 
 
 def _all_positions(inputs: Any, model_inputs: Any, name: str) -> Tensor:

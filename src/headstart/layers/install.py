@@ -16,7 +16,16 @@ from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
 from headstart.layers.core import drop_core, set_core
 from headstart.layers.find import TargetLayer, set_record, set_residual_owner
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
-from headstart.layers.weights import assign, base_weight, fingerprint, oriented, product, quantisation, whole
+from headstart.layers.weights import (
+    assign,
+    base_weight,
+    fingerprint,
+    full_precision,
+    oriented,
+    product,
+    quantisation,
+    whole,
+)
 from headstart.methods.base import Factors
 
 Base = Literal["anchored", "residual"]
@@ -85,7 +94,8 @@ def install(model: Any, starts: Sequence[tuple[TargetLayer, Factors]], base: Bas
     with ExitStack() as undo:
         prints = {target.name: fingerprint(target.module.get_base_layer()) for target, _ in starts}
         for target, factors in starts:
-            _install_one(target, factors, base, undo)
+            with full_precision([target.module]):
+                _install_one(target, factors, base, undo)
             undo.callback(set_record, target, None)
             frozen = {"frozen": list(factors.frozen)} if factors.frozen else {}
             set_record(target, {**note, "offset": factors.offset, "weight": prints[target.name], **frozen})

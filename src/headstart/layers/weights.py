@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
@@ -63,6 +66,16 @@ def laid_out(value: Tensor, like: Tensor) -> Tensor:
 def oriented(layer: LoraLayer, matrix: Tensor) -> Tensor:
     """Turn a matrix in the base layer's storage order into (d_out, d_in) order, or back; the map is its own inverse."""
     return matrix.T if is_transposed(layer) else matrix
+
+
+@contextmanager
+def full_precision(layers: Iterable[LoraLayer]) -> Iterator[None]:
+    """Switch autocast off within the block, on the devices that the layers are on."""
+    with ExitStack() as stack:
+        for kind in {layer.get_base_layer().get_parameter("weight").device.type for layer in layers}:
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def product(B: Tensor, A: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ share the pieces through locks on files, which the system takes from a process t
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import shutil
@@ -109,7 +110,7 @@ class Work:
 
     def clear(self) -> None:
         """Remove the folder, and those that other starts into the same place have left, once nothing needs them."""
-        for folder in self.folder.parent.glob(f"{self._prefix}*"):
+        for folder in self.folder.parent.glob(f"{glob.escape(self._prefix)}*"):
             if folder.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
 

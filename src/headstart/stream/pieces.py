@@ -102,7 +102,10 @@ class Maker:
         if self.digests is None:
             return weight_digest(weight)
         key = self.skeleton.keys[f"{layer.name}.weight"]
-        return self.digests.digest_of(self.source.path(key), key, lambda: weight)
+        digest = self.digests.digest_of(self.source.path(key), key, lambda: weight)
+        # The weight was read before: it may not be what the file holds, and the digest is of, by now.
+        self.source.check_unchanged(key)
+        return digest
 
     def layer_moments(self, layer: TargetLayer) -> Moments:
         """Return mean and standard deviation of one layer's weight."""

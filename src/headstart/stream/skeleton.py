@@ -76,6 +76,8 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
     for field in ("layer_replication", "trainable_token_indices"):
         if getattr(lora, field, None):
             raise LayerError(f"{field} can't be streamed, because its layers are not the checkpoint's; leave it out.")
+    if lora.bias != "none":
+        raise LayerError(f"bias={lora.bias!r} can't be streamed, which reads weights alone; initialise in memory.")
     config = _config(source.folder)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{source.folder} is a quantised checkpoint; streaming reads whole weights only.")

@@ -85,9 +85,9 @@ class Source:
             found.append([name, shard.size, shard.changed, hashlib.sha256(shard.header).hexdigest()])
         return found
 
-    def check_unchanged(self) -> None:
-        """Raise CheckpointError where a shard was changed since its header was read."""
-        for shard in self.shards.values():
+    def check_unchanged(self, tensor: str | None = None) -> None:
+        """Raise CheckpointError where a shard, or a tensor's own, was changed since its header was read."""
+        for shard in self.shards.values() if tensor is None else [self.shards[self.places[tensor]]]:
             with shard.path.open("rb") as file:
                 shard.check_unchanged(file)
 
