@@ -248,3 +248,31 @@ def test_no_two_weights_are_held_twice_at_a_time():
 
     hs.initialize_(model, "pissa-niter", progress=look)
     assert len(changed) == len(held) and not any(changed)
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_eva_leaves_a_four_bit_base_as_it_computes(tmp_path, served):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    batch = big_batch()
+    model = wrap(base, target_modules=["q_proj", "v_proj"]).train(not served)
+    with torch.no_grad():
+        before = model(**batch).logits
+        hs.initialize_(model, "eva:samples=8,rho=1", data=[batch])
+        after = model(**batch).logits
+    assert torch.equal(before, after)
+
+
+def test_what_peft_says_on_the_way_is_not_passed_on(capsys, recwarn):
+    batch = big_batch()
+    hs.initialize_(wrap(tiny_llama()), "corda:samples=8", data=[batch])
+    with pytest.raises(DataError, match="did not stand still"):
+        hs.initialize_(wrap(tiny_llama()), "eva:samples=1,rho=4", data=[{k: v[:1, :6] for k, v in batch.items()}])
+    assert "skipping" not in capsys.readouterr().out
+    assert not [each for each in recwarn if "corda_config" in str(each.message)]

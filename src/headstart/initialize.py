@@ -61,11 +61,12 @@ def initialize_(
     """Initialise the LoRA factors of a PEFT model in place.
 
     Rank, scaling, patterns and targets are read from the model. A failure half-way, Ctrl-C included, leaves the model
-    as it was.
+    as it was (but for ranks that EVA has moved).
 
     Under ``torchrun`` or ``accelerate launch`` call it in every process with the same seed. Methods that read data
     share the work: each process reads its part of the samples (of the same data, or of data that are already divided)
-    and solves its part of the layers, and all end with the factors that one process would find, to rounding.
+    and solves its part of the layers, and all end with the factors that one process would find, to rounding. Those of
+    PEFT's own that read data are refused there.
 
     Args:
         model: what ``peft.get_peft_model`` returned, fresh: its adapter neither trained nor initialised. It may be
@@ -292,5 +293,6 @@ def layer_report(target: TargetLayer, factors: Factors, seconds: float) -> Layer
         info=dict(factors.info),
         note=factors.note,
         repair=factors.repair,
+        form="core" if factors.core is not None else "kept" if factors.offset == "keep" else "subtracted",
         history=[list(point) for point in factors.history],
     )

@@ -23,6 +23,7 @@ class LayerReport:
         info: the method's own numbers, such as ``error`` and ``bound`` (squared Frobenius), ``steps``, ``residual``.
         note: what had to be done differently, else empty.
         repair: what was done to make its arithmetic safe, else empty.
+        form: "core", "kept" (the start is part of the model), or "subtracted" again, in the form that ``base`` names.
         history: of a descent, [step, mean squared error] on the way; empty for all else.
     """
 
@@ -38,6 +39,7 @@ class LayerReport:
     info: dict[str, float] = field(default_factory=dict)
     note: str = ""
     repair: str = ""
+    form: str = "subtracted"
     history: list[list[float]] = field(default_factory=list)
 
     @property
@@ -84,6 +86,14 @@ class Report:
         """Return everything as plain types, ready for JSON."""
         return asdict(self)
 
+    @property
+    def form(self) -> str:
+        """What the layers are: "anchored", "residual", "kept" (plain LoRA), "core" or "shared dictionary"."""
+        if self.base == "shared dictionary":
+            return self.base
+        forms = sorted({each.form for each in self.layers})
+        return ", ".join(self.base if form == "subtracted" else form for form in forms)
+
     def repairs(self) -> list[str]:
         """Return what was done to make the arithmetic safe, a sentence a kind of repair, with its layers."""
         by_repair: dict[str, list[str]] = {}
@@ -98,7 +108,7 @@ class Report:
         data += f", {self.cached} layers from the cache" if self.cached else ""
         return (
             f"{self.method}: {len(self.layers)} layers, {self.trainable:,} trainable parameters, "
-            f"{self.base}, {self.seconds:.2f} s{data}, peak memory {self.peak_memory / 2**30:.2f} GiB"
+            f"{self.form}, {self.seconds:.2f} s{data}, peak memory {self.peak_memory / 2**30:.2f} GiB"
         )
 
     def __str__(self) -> str:

@@ -66,7 +66,8 @@ class Merging(LoraVariant):
 class _Anchored(torch.autograd.Function):
     """s [(B - B0) (A x) + B0 ((A - A0) x)] for x (..., d_in), keeping for backward what a plain LoRA layer keeps.
 
-    That is x and r numbers a token; left to autograd, the stacked factors and 2 r numbers would be kept as well.
+    That is x and r numbers a token; left to autograd, the stacked factors and 2 r numbers would be kept as well. A
+    second derivative, or ``torch.func``, gets an error from PyTorch.
     """
 
     @staticmethod

@@ -6,7 +6,9 @@ installed like any other start: anchored by default, so that all methods of a co
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,7 @@ from headstart.methods.base import Factors, Needs
 from headstart.methods.handed import EVA, CorDA, HandedOver, LoftQ, MiCA, PiSSANiter
 from headstart.progress import Show
 from headstart.statistics.batches import Batch, iterate_samples, single_sample
+from headstart.statistics.processes import is_sharded
 from headstart.statistics.quiet import adapters_off, dropout_off
 
 Starts = list[tuple[TargetLayer, Factors]]
@@ -34,6 +37,7 @@ Starts = list[tuple[TargetLayer, Factors]]
 _EVA_PASSES = 100
 # Whose forward hooks PEFT leaves behind where an error ends its start, and what CorDA notes on base layers.
 _HOOKING = ("peft.tuners.lora.eva", "peft.tuners.lora.corda")
+_REORDERS = "support_avx512bf16_for_cpu"
 _NOTES = ("sample_count", "covariance_matrix", "corda_method", "rank", "eigens")
 
 
@@ -49,13 +53,15 @@ def peft_starts(
 ) -> Starts:
     """Return the layers with the factors that PEFT computes; ``reading`` goes to ``iterate_samples``.
 
-    EVA may have changed ranks, or taken a layer's adapter away: the layers returned are those that are left.
+    EVA may have changed ranks, or taken a layer's adapter away: the layers returned are those that are left. Then, and
+    only then, an error later on finds the model changed.
 
     Raises:
         MethodError, LayerError, DataError: the model, a layer or the data are not what PEFT's start works on.
     """
     if Needs.WEIGHT in method.needs:
         _check_dense(method, layers)
+    _check_processes(method, model)
     batches: list[Batch] = []
     if Needs.INPUTS in method.needs:
         if data is None:
@@ -85,6 +91,15 @@ def _starts(
     elif isinstance(method, LoftQ):
         _loftq(method, model, layers)
     return _one_by_one(method, layers, show)
+
+
+def _check_processes(method: HandedOver, model: nn.Module) -> None:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_sharded(model) or (Needs.INPUTS in method.needs and several and torch.distributed.get_world_size() > 1):
+        raise MethodError(
+            f"method {method.name!r} is PEFT's own, which does not share its work between processes: initialise in "
+            "one, before the model is sharded, and load the checkpoint in the others."
+        )
 
 
 def _check_dense(method: HandedOver, layers: Sequence[TargetLayer]) -> None:
@@ -117,11 +132,17 @@ def _modules_kept(model: nn.Module, layers: Sequence[TargetLayer]) -> Iterator[N
     """Put every module's mode back after the block, and remove the hooks and notes that PEFT left, done or not."""
     modules = list(model.modules())
     modes = [module.training for module in modules]
+    # bitsandbytes would reorder 4-bit weights for evaluation on a CPU, and compute with them what training doesn't.
+    reordering = [module for module in modules if getattr(module, _REORDERS, False)]
     bases = [layer.module.get_base_layer() for layer in layers]
     fresh = [[name for name in _NOTES if name not in vars(base)] for base in bases]
     try:
+        for module in reordering:
+            setattr(module, _REORDERS, False)
         yield
     finally:
+        for module in reordering:
+            setattr(module, _REORDERS, True)
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
             for key, hook in list(module._forward_hooks.items()):
@@ -166,11 +187,9 @@ def _covariances(method: CorDA, model: Any, layers: Sequence[TargetLayer], batch
         raise MethodError(f"method 'corda' needs the package attrs ({error}): pip install attrs.") from error
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = [f"{layer.name}.base_layer" for layer in layers]
-    config = LoraConfig(
-        target_modules=names,
-        rank_pattern={name: layer.r for name, layer in zip(names, layers, strict=True)},
-        corda_config=CordaConfig(corda_method=method.mode),
-    )
+    ranks = {name: layer.r for name, layer in zip(names, layers, strict=True)}
+    config = LoraConfig(target_modules=names, rank_pattern=ranks)
+    config.corda_config = CordaConfig(corda_method=method.mode)
 
     def read() -> None:
         for batch in batches:
@@ -213,7 +232,8 @@ def _eva(method: EVA, model: Any, layers: Sequence[TargetLayer], batches: Sequen
     config.init_lora_weights = "eva"
     before, model.peft_config[adapter] = model.peft_config[adapter], config
     try:
-        found = _eva_vectors(model, adapter, batches)
+        with contextlib.redirect_stdout(io.StringIO()):  # PEFT prints a line for every batch that it skips
+            found = _eva_vectors(model, adapter, batches)
         named = {f"{BASE_PREFIX}{layer.name}": layer for layer in layers}
         if any(len(found[name]) != layer.r for name, layer in named.items() if name in found):
             initialize_lora_eva_weights(model, eva_state_dict=dict(found), adapter_name=adapter)

@@ -126,13 +126,14 @@ class CorDA(HandedOver):
 class LoftQ(HandedOver):
     """PEFT's ``replace_lora_weights_loftq``: on a 4-bit base Q, s B A is near W - Q, the error of quantisation; kept.
 
-    Source: PEFT. The unquantised weights W are read from the model's safetensors files.
+    Source: PEFT, whose code for it runs on an accelerator only. The unquantised weights W are read from the model's
+    safetensors files.
 
     Settings:
         model_path: the folder or file with W; None for where the model was loaded from.
     """
 
     source: ClassVar[str] = "PEFT's own; LoftQ (Li et al. 2023)"
-    cost: ClassVar[str] = "reads the unquantised weights; a full SVD a layer"
+    cost: ClassVar[str] = "reads the unquantised weights; a full SVD a layer, on an accelerator"
 
     model_path: str | None = None

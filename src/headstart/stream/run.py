@@ -71,10 +71,10 @@ def stream_start(
 ) -> Report | None:
     """Make a start from a checkpoint's shards and write it as a checkpoint to train from, never building the model.
 
-    The folder is the one that ``initialize_`` and ``save_checkpoint`` would write, bit for bit. At most two layers'
-    weights are held at a time. What is finished is kept beside ``out`` (in ``.NAME.stream-...``), and the same call
-    goes on from there after a kill. Under ``torchrun`` the processes share the layers through that folder, and each
-    takes over what another left; the first one puts everything together.
+    The folder is the one that ``initialize_`` and ``save_checkpoint`` would write, bit for bit, of a model loaded in
+    the types of its shards. At most two layers' weights are held at a time. What is finished is kept beside ``out``
+    (in ``.NAME.stream-...``), and the same call goes on from there after a kill. Under ``torchrun`` the processes
+    share the layers through that folder, and each takes over what another left; the first one puts all together.
 
     Args:
         folder: a folder with config.json and safetensors shards.

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from headstart.errors import CheckpointError, LayerError, ModelError
 from headstart.layers.find import TargetLayer, find_layers, lora_layers
-from headstart.stream.source import Source
+from headstart.stream.source import Source, check_model_folder
 from headstart.training.wrap import wrap_lora
 
 ADAPTER = "default"
@@ -56,7 +56,12 @@ def model_class(folder: Path, config: Any) -> Any:
 
 
 def task_type(folder: Path) -> str | None:
-    """Return PEFT's task type for a folder's model: "CAUSAL_LM", or None for any other kind."""
+    """Return PEFT's task type for a folder's model: "CAUSAL_LM", or None for any other kind.
+
+    Raises:
+        ModelError: it is no folder of a model.
+    """
+    check_model_folder(folder)
     return "CAUSAL_LM" if model_class(folder, _config(folder)) is AutoModelForCausalLM else None
 
 

@@ -39,14 +39,7 @@ class Source:
             ModelError: the folder holds no safetensors checkpoint.
             CheckpointError: the index or a shard is missing, damaged, or not what the other says.
         """
-        if not folder.is_dir():
-            raise ModelError(
-                f"There is no model folder {str(folder)!r}; streaming reads a folder of safetensors files."
-            )
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(f"{folder} holds an adapter, not a whole model; give the base model that it was made for.")
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder} has no config.json, so it is no model checkpoint.")
+        check_model_folder(folder)
         if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
             places = _read_index(folder / INDEX)
         elif (folder / SINGLE).is_file():
@@ -90,6 +83,16 @@ class Source:
         for shard in self.shards.values() if tensor is None else [self.shards[self.places[tensor]]]:
             with shard.path.open("rb") as file:
                 shard.check_unchanged(file)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise ModelError unless a folder looks like that of a whole model."""
+    if not folder.is_dir():
+        raise ModelError(f"There is no model folder {str(folder)!r}; streaming reads a folder of safetensors files.")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds an adapter, not a whole model; give the base model that it was made for.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json, so it is no model checkpoint.")
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ def wrap_lora(model: nn.Module, target_modules: str | Sequence[str], **settings:
     linear = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
+    if not target_modules:
+        raise LayerError(f"no target modules are named; the model's linear layers are: {', '.join(sorted(linear))}.")
     if not isinstance(target_modules, str):
         names = [name for name, _ in model.named_modules()]
         for target in target_modules:
@@ -37,6 +40,11 @@ def wrap_lora(model: nn.Module, target_modules: str | Sequence[str], **settings:
                     f"{', '.join(sorted(linear))}."
                 )
         target_modules = list(target_modules)
+    if isinstance(target_modules, str):
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise LayerError(f"target modules {target_modules!r} are no regular expression: {error}.") from error
     try:
         return get_peft_model(model, LoraConfig(target_modules=target_modules, **settings))
     except ValueError as error:
