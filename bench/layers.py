@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import headstart as hs
 from bench.harness import Timing, interleave, paired_ratio, paragraph, shared_copy, table, token_batches, write
 from headstart.layers.core import CORE as CORE_NAME
+from headstart.meters import peak_resident
 from headstart.training.models import resolve_model
 
 RANK, LARGER, SAMPLES, ROUNDS = 8, 32, 4, 8
@@ -133,7 +133,7 @@ def peak(name: str) -> None:
     training = Training(base, next(layers for layers in WEIGHED if layers.name == name))
     for _ in range(2):  # the second with the optimizer's state
         training.step(batch)
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(peak_resident() - before)
 
 
 def peaks() -> dict[Layers, int]:

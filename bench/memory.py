@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from peft import get_peft_model
 import headstart as hs
 from bench.gradient import RANK, SAMPLES, config, peft_lora_ga, plain_pass
 from bench.harness import table, token_batches, write
+from headstart.meters import peak_resident
 from headstart.training.models import resolve_model
 
 Side = Callable[[Any, list[dict[str, Any]]], None]
@@ -43,9 +43,9 @@ def one(name: str) -> None:
     base, tokenizer, _ = resolve_model("smollm2")
     side, size = SIDES[name]
     data, what = token_batches(SAMPLES, size, tokenizer)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident() // 1024
     side(base, data)
-    print(before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, what, sep="\t")
+    print(before // 1024, peak_resident() // 2**20, what, sep="\t")
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import torch
 from peft import LoraConfig
 
 from bench.harness import paragraph, table, write
+from headstart.meters import peak_resident
 from headstart.stream import stream_start
 from headstart.stream.tensors import Planned, tensor_bytes, write_file
 
@@ -143,25 +144,16 @@ def shorter(folder: Path, shapes: Shapes, layers: int) -> Path:
     return made
 
 
-def peak_kib() -> int:
-    """Return this process's peak resident set in KiB, as Linux has it.
-
-    That of ``resource.getrusage`` begins with the parent's, from before the program was executed.
-    """
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-
-
 def one(folder: Path, method: str, targets: str) -> None:
     """Run one case in this process, and print the layers, the seconds, and the resident set before and at its peak."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        before = peak_kib()
+        before = peak_resident() // 1024
         config = LoraConfig(r=RANK, lora_alpha=16, target_modules=targets.split(","), task_type="CAUSAL_LM")
         began = time.perf_counter()
         report = stream_start(folder, method, config, Path(work) / "out", cache=False, progress=False)
         seconds = time.perf_counter() - began
     assert report is not None
-    peak = peak_kib()
+    peak = peak_resident() // 1024
     print(json.dumps({"layers": len(report.layers), "seconds": seconds, "before": before, "peak": peak}))
 
 

@@ -202,7 +202,8 @@ def main() -> None:
     lines = paragraphs(
         "The encoder all-MiniLM-L6-v2 with a random two-way head on SST-2. LoRA on query, key, value and the dense "
         f"layers, rank r = {LORA['r']}, alpha {LORA['lora_alpha']}, rsLoRA; {chosen.steps} AdamW steps of {BATCH} "
-        f"examples at a rate of {chosen.rate:g}, cosine with {100 * WARMUP:g} % warm-up, the head trained along. The trained "
+        f"examples at a rate of {chosen.rate:g}, cosine with {100 * WARMUP:g} % warm-up, the head trained along. The "
+        "trained "
         "adapter is written with `save_lora`: exactly, which takes rank 2 r after a start that is subtracted and rank "
         "r after plain LoRA, and truncated to three quarters and to half of that by SVD. Each is loaded on the "
         "untouched encoder with PEFT alone and measured.",

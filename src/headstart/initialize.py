@@ -25,6 +25,7 @@ from headstart.layers.handed import peft_starts
 from headstart.layers.install import Base, check_base, install
 from headstart.layers.vera import VeraTarget, find_vera_layers, install_dictionary, vera_adapter
 from headstart.layers.weights import dense
+from headstart.linalg.norms import squared_norm
 from headstart.linalg.product import product_norm
 from headstart.linalg.sketch import GradientSketch
 from headstart.meters import Clock, Memory
@@ -277,7 +278,7 @@ def _norm_of_product(target: TargetLayer, factors: Factors) -> float:
 
 def layer_report(target: TargetLayer, factors: Factors, seconds: float) -> LayerReport:
     """Return a layer's line in the report: the norms of its start and of its weight, before that is installed."""
-    norm_weight = float(torch.linalg.vector_norm(dense(target.module.get_base_layer()), dtype=torch.float64))
+    norm_weight = math.sqrt(squared_norm(dense(target.module.get_base_layer())))
     if not math.isfinite(norm_weight):
         raise not_finite(target.name)
     return LayerReport(

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
@@ -44,10 +45,21 @@ class Memory:
         """Return the peak in bytes."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
-        if sys.platform == "win32":
-            return int(psutil.Process().memory_info().peak_wset)
-        import resource  # not on Windows
+        return peak_resident()
 
-        # In KiB, except on macOS, where it is in bytes.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return int(peak if sys.platform == "darwin" else peak * 1024)
+
+def peak_resident() -> int:
+    """Return this process's peak resident set in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # What getrusage gives begins with the parent's peak, from before the program was executed.
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    import resource  # not on Windows
+
+    # In KiB, except on macOS, where it is in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headstart.linalg.adam import Path, Schedule, Stop, descend
+from headstart.linalg.norms import in_double, squared_norm
 from headstart.linalg.svd import TruncatedSVD
 
 Gauge = Literal["balanced", "aligned", "flow", "random"]
@@ -190,11 +191,11 @@ def squared_error(W: Tensor | Sequence[Tensor], A: Tensor, B: Tensor) -> Tensor:
         B: (n, d_out, r).
     """
     errors = torch.zeros(len(W), dtype=torch.float64, device=A.device)
-    # One at a time, so that a single matrix is held in float64; copies, so that each is aligned as it would be alone.
+    # Copies, so that each is aligned as it would be alone.
     for i, (w, a, b) in enumerate(zip(W, A, B, strict=True)):
-        w, a, b = (each.detach().to(torch.float64, copy=True) for each in (w, a, b))
-        cross = ((a @ w.mT) * b.mT).sum()
-        errors[i] = w.square().sum() - 2 * cross + ((b.mT @ b) * (a @ a.mT)).sum()
+        a, b = (each.detach().to(torch.float64, copy=True) for each in (a, b))
+        cross = sum(((part @ a.mT) * b[rows]).sum() for rows, part in in_double(w))
+        errors[i] = squared_norm(w) - 2 * cross + ((b.mT @ b) * (a @ a.mT)).sum()
     return errors.clamp_min(0.0)
 
 

@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from headstart.linalg.norms import squared_norm
+
 Which = Literal["largest", "smallest"]
 
 TOLERANCE = 1e-5
@@ -172,8 +174,7 @@ def eckart_young_tail(matrix: Tensor, svd: TruncatedSVD) -> float:
         matrix: W (d_out, d_in).
         svd: its k largest triplets.
     """
-    total = float(matrix.detach().double().square().sum())
-    return max(0.0, total - float(svd.S.double().square().sum()))
+    return max(0.0, squared_norm(matrix) - float(svd.S.double().square().sum()))
 
 
 @dataclass(frozen=True)

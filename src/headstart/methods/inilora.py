@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
 from headstart.linalg.lowrank import adam_lowrank, squared_error, svd_lowrank_factors
+from headstart.linalg.norms import squared_norm
 from headstart.linalg.svd import TruncatedSVD, eckart_young_tail, truncated_svd_batch
 from headstart.methods.base import Factors, LayerInputs, Method, Needs, check_positive
 from headstart.methods.draws import draw
@@ -119,4 +120,4 @@ class IniLoRA(Method):
 def _bound(target: Tensor, svd: TruncatedSVD) -> float:
     """Return the smallest possible squared error; 0 where it is below what singular values in float32 can tell."""
     tail = eckart_young_tail(target, svd)
-    return tail if tail > 1e-6 * float(target.double().square().sum()) else 0.0
+    return tail if tail > 1e-6 * squared_norm(target) else 0.0

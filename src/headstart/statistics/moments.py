@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
 from torch import Tensor
 
+from headstart.linalg.norms import in_double
 from headstart.methods.base import Moments
 
 
@@ -23,9 +25,10 @@ def kind_moments(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Moments]:
     means: dict[str, list[float]] = defaultdict(list)
     deviations: dict[str, list[float]] = defaultdict(list)
     for kind, weight in weights:
-        values = weight.double()
-        means[kind].append(float(values.mean()))
-        deviations[kind].append(float(values.std(correction=0)))
+        mean = sum(float(part.sum()) for _, part in in_double(weight)) / weight.numel()
+        square = sum(float(part.sub_(mean).square_().sum()) for _, part in in_double(weight)) / weight.numel()
+        means[kind].append(mean)
+        deviations[kind].append(math.sqrt(square))
     return {
         kind: Moments(sum(means[kind]) / len(means[kind]), sum(deviations[kind]) / len(deviations[kind]))
         for kind in means
