@@ -218,9 +218,14 @@ def test_ctrl_c_keeps_what_is_finished(tiny, sums, tmp_path):
     command = [sys.executable, "-c", "from headstart.cli import main; main()"]
     arguments = [str(a) for a in small(tiny, sums, out, "--methods", "lora,pissa")]
     arguments[arguments.index("--steps") + 1] = "60"
-    process = subprocess.Popen(
-        command + arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+    # A shell's background jobs, and what they start, ignore the signal unless told otherwise.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command + arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
+    finally:
+        signal.signal(signal.SIGINT, handler)
     deadline = time.monotonic() + 120
     while not (out / "pissa").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -226,12 +226,17 @@ def test_an_interrupt_ends_every_descent(count: int) -> None:
 def test_control_c_ends_every_descent() -> None:
     W, A0, B0 = problem(2, 30, 20, 4)
     before = active_count()
-    timer = Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    # Nothing is looked at, so that nothing but the signal can wake the waiting thread.
-    with pytest.raises(KeyboardInterrupt):
-        adam_lowrank(W, A0, B0, steps=10**9, check_every=10**9)
-    timer.join()
+    # A shell's background jobs are started with the signal ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        timer = Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        # Nothing is looked at, so that nothing but the signal can wake the waiting thread.
+        with pytest.raises(KeyboardInterrupt):
+            adam_lowrank(W, A0, B0, steps=10**9, check_every=10**9)
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert active_count() == before
 
 
