@@ -80,14 +80,28 @@ def _child(folder, out, arrange):
 def test_kills_at_random_times_lose_nothing(folder, expected, tmp_path):
     out = tmp_path / "out"
     generator = random.Random(0)
+    context = multiprocessing.get_context("fork")
     kept: dict[str, bytes] = {}
     for _ in range(5):
-        child = multiprocessing.get_context("fork").Process(target=_child, args=(folder, out, None))
+        # So many of the 46 pieces and no more, however fast the machine: never the last one before the kill.
+        allowed = generator.randrange(2, 10)
+        gate = context.Semaphore(allowed)
+
+        def arrange(gate=gate):
+            plain = tensors.write_chunks
+
+            def write(path, chunks):
+                gate.acquire()
+                return plain(path, chunks)
+
+            tensors.write_chunks = write
+            run.make_shard.__globals__["write_chunks"] = write
+
+        child = context.Process(target=_child, args=(folder, out, arrange))
         child.start()
-        # At some moment of work on some piece, of the 46 that there are.
-        more = len(kept) + generator.randrange(1, 9)
-        while count_finished(out) < more and child.is_alive():
+        while count_finished(out) < len(kept) + allowed - 1 and child.is_alive():
             time.sleep(0.001)
+        # Within the last piece that it may make, or before the next.
         time.sleep(generator.uniform(0, 0.02))
         child.kill()
         child.join()
