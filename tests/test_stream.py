@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from conftest import class_batch, logits, tiny_bert, tiny_gpt2, tiny_llama, tiny
 from headstart.errors import CheckpointError, LayerError, MethodError, ModelError
 from headstart.linalg.svd import truncated_svd_batch
 from headstart.methods import method_class
-from headstart.stream import load_residual, stream_start
+from headstart.stream import Crew, load_residual, stream_start
 from headstart.stream.tensors import Planned, TensorFile, write_file
 
 METHODS = [
@@ -161,6 +162,14 @@ def test_peft_resolves_the_config(folders, tmp_path, changes):
     folder = folders("llama", torch.bfloat16)
     in_memory(folder, "llama", "init-ab", tmp_path / "memory", **changes)
     stream_start(folder, "init-ab", config_for("llama", **changes), tmp_path / "stream", progress=False)
+    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+
+
+def test_a_tied_head_trains_beside_the_layers_from_the_embeddings_that_it_shares(folders, tmp_path):
+    folder, changes = folders("tied"), dict(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert not any("lm_head" in name for name in load_file(folder / "model.safetensors"))
+    in_memory(folder, "tied", "pissa", tmp_path / "memory", **changes)
+    stream_start(folder, "pissa", config_for("tied", **changes), tmp_path / "stream", progress=False)
     assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
 
 
@@ -327,6 +336,43 @@ def test_the_command_writes_what_it_writes_without_stream(tmp_path, folders):
     assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
     main(["export", str(tmp_path / "stream"), "--out", str(tmp_path / "plain")])
     assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["r"] == 8
+
+
+@pytest.mark.parametrize(
+    "given", [("--data", "x"), ("--lr", "1"), ("--memory-budget", "1GiB"), ("--batch-size", "8"), ("--max-length", "9")]
+)
+def test_the_command_refuses_what_streaming_has_no_use_for(tmp_path, folders, given, capsys):
+    from headstart.cli import main
+
+    out = tmp_path / "stream"
+    with pytest.raises(SystemExit):
+        main(["init", str(folders("llama")), "--method", "pissa", "--stream", "--out", str(out), *given])
+    assert given[0] in capsys.readouterr().err and not out.exists()
+
+
+def test_strict_refuses_a_fallback_before_anything_is_written(folders, tmp_path, monkeypatch):
+    plain = hs.PiSSA.factors_batch
+
+    def noted(self, layers, show):
+        return [dataclasses.replace(each, note="something else was done") for each in plain(self, layers, show)]
+
+    monkeypatch.setattr(hs.PiSSA, "factors_batch", noted)
+    config, out = config_for("llama", target_modules=["q_proj"]), tmp_path / "out"
+    with pytest.raises(LayerError, match=r"model.layers.0.self_attn.q_proj: something else was done"):
+        stream_start(folders("llama"), "pissa", config, out, strict=True, progress=False)
+    assert not out.exists()
+    report = stream_start(folders("llama"), "pissa", config, out, progress=False)
+    assert len(report.warnings) == 2 and out.is_dir()
+
+
+def test_each_process_takes_its_own_accelerator(monkeypatch):
+    crew = Crew(1, 2)
+    cuda, numbered, cpu = torch.device("cuda"), torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert crew.device(cuda) == cuda
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert crew.device(cuda) == torch.device("cuda", 1)
+    assert crew.device(numbered) == numbered and crew.device(cpu) == cpu
 
 
 def test_processes_share_the_layers(folders, tmp_path):

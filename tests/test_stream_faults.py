@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from conftest import tiny_llama
 from headstart.cache import FileDigests
 from headstart.errors import CheckpointError, HeadstartError, LayerError, ModelError
-from headstart.stream import parts, run, stream_start, tensors
+from headstart.stream import run, stream_start, tensors
 from headstart.stream.parts import Work
 from headstart.stream.tensors import TensorFile
 
@@ -455,8 +455,6 @@ def test_no_header_makes_anything_but_a_sentence(folder, tmp_path):
 
 
 def test_locks_are_the_systems(tmp_path):
-    if parts.fcntl is None:
-        pytest.skip("no locks here")
     work = Work(tmp_path / "out", {})
     work.create()
     with work.claim("a") as first, work.claim("a") as second, work.claim("b") as other:

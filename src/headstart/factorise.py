@@ -61,10 +61,7 @@ def starts_of(
     notes: list[str] = []
     with clock("factorise"):
         rest = [layer for layer in layers if layer.name not in asked]
-        if store is not None and cacheable(method) and not any(is_sharded(layer.module) for layer in rest):
-            made |= from_store(store, method, rest, facts, show)
-        else:
-            factorise(method, rest, facts, Statistics(), made, show)
+        made |= from_weights(method, rest, facts, store, show)
     if collector is None:
         return [(layer, made[layer.name]) for layer in layers], notes
     passes = collector.passes(show)
@@ -85,18 +82,22 @@ def starts_of(
     return [(layer, made[layer.name]) for layer in layers], notes
 
 
-def from_store(
-    store: Store,
+def from_weights(
     method: Method,
     layers: Sequence[TargetLayer],
     facts: Facts,
+    store: Store | None,
     show: Show,
     digest_of: Callable[[TargetLayer], str] | None = None,
 ) -> dict[str, Factors]:
-    """Return the factors that the store has, and compute those that it lacks.
+    """Return the factors that need no data: those that the store has, and computed those that it lacks.
 
     ``digest_of`` gives the digest of a layer's weight where that may be known already.
     """
+    if store is None or not cacheable(method) or any(is_sharded(layer.module) for layer in layers):
+        made: dict[str, Factors] = {}
+        factorise(method, layers, facts, Statistics(), made, show)
+        return made
     known = [_inputs(method, layer, facts, Statistics(), {}, weight=False) for layer in layers]
     keys = []
     for layer, inputs in zip(layers, known, strict=True):

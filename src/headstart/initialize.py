@@ -16,13 +16,12 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from headstart._version import __version__
 from headstart.cache import open_store
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError, not_finite
 from headstart.factorise import BATCH_BYTES, Facts, finite_weight, known_length, starts_of
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.handed import peft_starts
-from headstart.layers.install import Base, check_base, install
+from headstart.layers.install import Base, check_base, install, start_note
 from headstart.layers.vera import VeraTarget, find_vera_layers, install_dictionary, vera_adapter
 from headstart.layers.weights import dense
 from headstart.linalg.norms import squared_norm
@@ -155,11 +154,10 @@ def initialize_(
     with clock("report"):
         reports = [layer_report(target, start, facts.seconds.get(target.name, 0.0)) for target, start in starts]
     with clock("install"):
-        note: dict[str, object] = {"method": str(method), "seed": seed, "base": base, "version": __version__}
         if vera:
             install_dictionary(starts)
         else:
-            install(model, starts, base, note)
+            install(model, starts, base, start_note(method, seed, base))
     for sentence in sentences:
         warnings.warn(sentence, HeadstartWarning, stacklevel=2)
     return Report(

@@ -35,11 +35,9 @@ class Held:
         """Take the lock of a key if it is free, or go without where locking isn't possible at all."""
         path = folder / _FOLDER / (key + _SUFFIX)
         try:
-            lock = _taken(path)
+            lock = take_lock(path)
         except Timeout:
             return
-        except (OSError, NotImplementedError):
-            lock = None
         if lock is not None:
             self._locks[key] = lock
         self.keys.add(key)
@@ -74,27 +72,28 @@ def held(folder: Path, keys: Sequence[str]) -> Iterator[Held]:
 def remove_old_locks(folder: Path, age: float = _STALE) -> None:
     """Remove lock files older than ``age`` seconds that nobody holds: what failed or killed processes left."""
     for path in (folder / _FOLDER).glob("*" + _SUFFIX):
-        with contextlib.suppress(OSError, Timeout, NotImplementedError):
-            if time.time() - path.stat().st_mtime > age and (lock := _taken(path)) is not None:
+        with contextlib.suppress(OSError, Timeout):
+            if time.time() - path.stat().st_mtime > age and (lock := take_lock(path)) is not None:
                 with contextlib.suppress(OSError):
                     path.unlink()
                 lock.release()
 
 
-def _taken(path: Path) -> FileLock | None:
-    """Return the lock of a file, taken; None where the file system has none.
+def take_lock(path: Path) -> FileLock | None:
+    """Return the lock of a file, taken; None where the file can't be made or its file system has no locks.
 
     Raises:
         Timeout: another process, or another thread, has it.
-        OSError: the file can't be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         if not isinstance(lock, SoftFileLock):
             raise
+        return None
+    except (OSError, NotImplementedError):
         return None
     if isinstance(lock, SoftFileLock):
         # Without flock it turned into a mere marker, which a killed process would leave for good.

@@ -38,6 +38,7 @@ from headstart.training.wrap import accelerator, wrap_lora
 
 @app.command("init")
 def init(
+    context: typer.Context,
     model: Model,
     method: Annotated[str, typer.Option("--method", "-m", help="Such as pissa or lora-one:samples=64.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
@@ -69,11 +70,14 @@ def init(
     # What can be refused is refused before the model is loaded.
     made = parse_method(method)
     if stream:
-        if data is not None:
-            raise DataError(
-                "--data is read through the whole model, which --stream never builds: leave one of them out."
-            )
-        _stream(model, made, out, rank, alpha, rslora, targets, seed, base, cache, force)
+        for name in ("data", "batch_size", "max_length", "lr", "memory_budget"):
+            source = context.get_parameter_source(name)
+            if source is not None and source.name != "DEFAULT":
+                raise DataError(
+                    f"--{name.replace('_', '-')} is about data, which are read through the whole model, and --stream "
+                    "never builds that: leave one of them out."
+                )
+        _stream(model, made, out, rank, alpha, rslora, targets, seed, base, cache, strict, force)
         return
     check_free(out, force)
     if made.needs & (Needs.GRADIENT | Needs.INPUTS) and data is None:
@@ -135,6 +139,7 @@ def _stream(
     seed: int,
     base: BaseForm,
     cache: bool,
+    strict: bool,
     force: bool,
 ) -> None:
     folder = Path(model).expanduser()
@@ -155,8 +160,9 @@ def _stream(
             seed=seed,
             base=base.word,
             name=model,
-            device=crew.device(accelerator()),
+            device=accelerator(),
             cache=cache,
+            strict=strict,
             force=force,
             progress=show,
         )

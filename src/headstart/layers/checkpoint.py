@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from headstart.errors import CheckpointError
 from headstart.layers.adapter import AdapterLayer, split
 from headstart.layers.anchored import anchors, drop_anchors, set_anchors
 from headstart.layers.core import core_of, drop_core, form_of, set_core
-from headstart.layers.export import adapter_tensors, portable_config, save_config, writes
+from headstart.layers.export import adapter_tensors, one_writes, portable_config, save_config
 from headstart.layers.files import (
     CONFIG,
     RECORD,
@@ -57,18 +58,19 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, adapter: str | None =
     adapter = resolve_adapter(model, adapter)
     tensors = adapter_tensors(model, adapter)
     records = {layer.name: _record_to_save(layer) for layer in lora_layers(model, adapter)}
-    if not writes(model):
-        return
-    with whole_folder(path, force=force) as folder:
-        digest = write_tensors(tensors, folder / WEIGHTS)
-        save_config(portable_config(model, adapter), folder)
-        content = {
-            "format": _FORMAT,
-            "version": __version__,
-            "sha256": {WEIGHTS: digest},
-            "layers": records,
-        }
-        write_json(content, folder / RECORD)
+    with one_writes(model) as mine:
+        if not mine:
+            return
+        with whole_folder(path, force=force) as folder:
+            digest = write_tensors(tensors, folder / WEIGHTS)
+            save_config(portable_config(model, adapter), folder)
+            write_record(folder, digest, records)
+
+
+def write_record(folder: Path, digest: str, layers: Mapping[str, Any]) -> None:
+    """Write ``headstart.json``, beside weights of this SHA-256: how each layer's start was made."""
+    content = {"format": _FORMAT, "version": __version__, "sha256": {WEIGHTS: digest}, "layers": dict(layers)}
+    write_json(content, folder / RECORD)
 
 
 def load_checkpoint(

@@ -18,11 +18,11 @@ from torch.nn import functional
 
 from headstart.errors import LayerError
 from headstart.layers.anchored import Merging, anchor_kind
+from headstart.layers.frozen import freeze_factors, thaw_factors
 from headstart.layers.weights import oriented, product, whole
 
 # The name of the parameter that holds R, in layers and in files.
 CORE = "lora_core"
-_FROZEN = ("lora_A", "lora_B")
 
 
 class CoreVariant(Merging):
@@ -65,11 +65,9 @@ def set_core(module: LoraLayer, adapter: str, R: Tensor) -> None:
     trained = module.lora_B[adapter].weight.requires_grad or (held is not None and held.requires_grad)
     like = module.lora_A[adapter].weight
     value = whole(R.detach()).to(device=like.device, dtype=like.dtype).clone()
-    # First R, so that drop_core finds something to undo; then A and B. The dictionary is one of its own, not the
-    # class's; PEFT keeps frozen what it lists, whatever is switched on and off.
+    # First R, so that drop_core finds something to undo; then A and B.
     getattr(module, CORE)[adapter] = nn.Parameter(value, requires_grad=trained)
-    module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter: _FROZEN}
-    module._freeze_non_trainable_peft_weights(adapter)
+    freeze_factors(module, adapter, ("lora_A", "lora_B"))
     module.lora_variant[adapter] = CoreVariant()
 
 
@@ -81,9 +79,7 @@ def drop_core(module: LoraLayer, adapter: str) -> None:
     trained = held[adapter].requires_grad
     del held[adapter]
     module.lora_variant.pop(adapter, None)
-    module.frozen_peft_weight_names.pop(adapter, None)
-    for factor in (module.lora_A, module.lora_B):
-        factor[adapter].requires_grad_(trained)
+    thaw_factors(module, adapter, trained)
 
 
 @contextmanager

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from headstart.layers.adapter import PlainAdapter, make_plain, split
 from headstart.layers.files import WEIGHTS, whole_folder, write_tensors
 from headstart.layers.find import resolve_adapter
 from headstart.layers.weights import whole
+from headstart.statistics.processes import Processes, is_sharded, together
 
 
 def save_lora(
@@ -55,8 +56,9 @@ def save_lora(
     config = portable_config(model, adapter)
     layers, rest = split(adapter_tensors(model, adapter, save_embedding_layers), config)
     plain = make_plain(layers, rest, config, rank, uniform=uniform)
-    if writes(model):
-        write_plain(plain, path, force=force)
+    with one_writes(model) as mine:
+        if mine:
+            write_plain(plain, path, force=force)
     return plain.relative_error
 
 
@@ -83,9 +85,15 @@ def adapter_tensors(model: nn.Module, adapter: str, save_embedding_layers: bool 
     return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
-def writes(model: nn.Module) -> bool:
-    """Return whether this process is to write what it holds: of a model that FSDP2 has sharded, only the first is."""
-    return dist.get_rank() == 0 if any(isinstance(p, DTensor) for p in model.parameters()) else True
+@contextmanager
+def one_writes(model: nn.Module) -> Iterator[bool]:
+    """Yield whether this process is to write what it holds: of a model that FSDP2 has sharded, only the first is.
+
+    The others wait for it, so that what it wrote is there for all of them, and fail where it failed.
+    """
+    processes = Processes.joined() if is_sharded(model) else Processes()
+    with together(processes):
+        yield processes.rank == 0
 
 
 def portable_config(model: Any, adapter: str) -> LoraConfig:

@@ -36,20 +36,10 @@ def whole_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield work
-        # Temporary folders, and safetensors' files, are made private; give them the modes that the user's own have.
-        work.chmod(0o777 & ~_umask())
-        for file in work.iterdir():
-            file.chmod(0o666 & ~_umask())
-        _replace(work, target)
+        put_in_place(work, target)
     finally:
         if work.exists():
             shutil.rmtree(work, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def check_free(target: Path, force: bool) -> None:
@@ -68,7 +58,13 @@ def check_free(target: Path, force: bool) -> None:
         raise CheckpointError(f"{target} is neither an adapter's folder nor a model's, so it is not overwritten.")
 
 
-def _replace(work: Path, target: Path) -> None:
+def put_in_place(work: Path, target: Path) -> None:
+    """Give a finished folder its name, in place of what :func:`check_free` lets go, and the modes of a user's own."""
+    # Temporary folders, and safetensors' files, are made private.
+    mask = os.umask(0)
+    os.umask(mask)
+    for each in (work, *work.rglob("*")):
+        each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
     if not target.exists():
         work.rename(target)
         return

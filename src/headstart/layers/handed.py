@@ -29,7 +29,7 @@ from headstart.methods.base import Factors, Needs
 from headstart.methods.handed import EVA, CorDA, HandedOver, LoftQ, MiCA, PiSSANiter
 from headstart.progress import Show
 from headstart.statistics.batches import Batch, iterate_samples, single_sample
-from headstart.statistics.processes import is_sharded
+from headstart.statistics.processes import Processes, is_sharded
 from headstart.statistics.quiet import adapters_off, dropout_off
 
 Starts = list[tuple[TargetLayer, Factors]]
@@ -67,6 +67,7 @@ def peft_starts(
         if data is None:
             raise DataError(f"method {method.name!r} needs data: give batches as data=.")
         batches = [each.batch for each in iterate_samples(data, method.sample_count(), **reading)]
+    # What PEFT does to all layers at once (eva, loftq); layer by layer each weight is put back as soon as it is done.
     with _weights_kept(layers), _modules_kept(model, layers):
         try:
             with torch.random.fork_rng(devices=[]):
@@ -94,8 +95,7 @@ def _starts(
 
 
 def _check_processes(method: HandedOver, model: nn.Module) -> None:
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if is_sharded(model) or (Needs.INPUTS in method.needs and several and torch.distributed.get_world_size() > 1):
+    if is_sharded(model) or (Needs.INPUTS in method.needs and Processes.joined().several):
         raise MethodError(
             f"method {method.name!r} is PEFT's own, which does not share its work between processes: initialise in "
             "one, before the model is sharded, and load the checkpoint in the others."

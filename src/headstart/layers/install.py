@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from headstart._version import __version__
 from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
 from headstart.layers.core import drop_core, set_core
@@ -26,7 +27,7 @@ from headstart.layers.weights import (
     quantisation,
     whole,
 )
-from headstart.methods.base import Factors
+from headstart.methods.base import Factors, Method
 
 Base = Literal["anchored", "residual"]
 
@@ -89,7 +90,7 @@ def install(model: Any, starts: Sequence[tuple[TargetLayer, Factors]], base: Bas
         starts: the layers with their factors.
         base: "anchored" leaves the frozen weights alone, "residual" subtracts s B A from them. In the second form the
             old weights are held until all layers are done, so that they can be put back.
-        note: what to remember with each layer (see :func:`headstart.layers.find.set_record`).
+        note: of :func:`start_note` (see :func:`headstart.layers.find.set_record`).
     """
     with ExitStack() as undo:
         prints = {target.name: fingerprint(target.module.get_base_layer()) for target, _ in starts}
@@ -102,6 +103,11 @@ def install(model: Any, starts: Sequence[tuple[TargetLayer, Factors]], base: Bas
         if any(factors.offset == "subtract" or factors.core is not None for _, factors in starts):
             mark_config(model, starts[0][0].adapter, undo)
         undo.pop_all()
+
+
+def start_note(method: Method, seed: int, base: Base) -> dict[str, object]:
+    """Return what to remember with each layer of a start: how it was made."""
+    return {"method": str(method), "seed": seed, "base": base, "version": __version__}
 
 
 def mark_config(model: Any, adapter: str, undo: ExitStack) -> None:

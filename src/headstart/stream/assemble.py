@@ -8,11 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from headstart._version import __version__
-from headstart.errors import BASE_PREFIX, CheckpointError
-from headstart.layers.checkpoint import _FORMAT
+from headstart.errors import BASE_PREFIX, CheckpointError, LayerError
+from headstart.layers.checkpoint import write_record
 from headstart.layers.export import adapter_tensors, portable_config, save_config
-from headstart.layers.files import RECORD, WEIGHTS, _replace, _umask, check_free, write_json
+from headstart.layers.files import WEIGHTS, check_free, put_in_place
 from headstart.layers.install import mark_config
 from headstart.stream.parts import Part, Work
 from headstart.stream.pieces import Maker
@@ -21,14 +20,18 @@ from headstart.stream.skeleton import ADAPTER
 from headstart.stream.tensors import Planned, tensor_bytes, write_file, writing
 
 
-def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str, Any]]:
+def assemble(maker: Maker, work: Work, out: Path, force: bool, strict: bool) -> list[dict[str, Any]]:
     """Write the adapter's folder whole, remove the pieces, and return the facts of each layer.
 
     Raises:
+        LayerError: a layer fell back, and ``strict`` is set.
         CheckpointError: ``out`` has come into being meanwhile, a piece was lost, or the disk is full.
     """
     check_free(out, force)
     parts = _parts(maker, work)
+    for part in parts:
+        if strict and (note := part.facts["report"]["note"]):
+            raise LayerError(f"{part.facts['report']['name']}: {note}")
     planned: dict[str, Planned] = {}
     for part in parts:
         for name, entry in part.file.entries.items():
@@ -45,23 +48,15 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
             if any(part.facts["marked"] for part in parts):
                 mark_config(model, ADAPTER, undo)
             save_config(portable_config(model, ADAPTER), made)
-        content = {
-            "format": _FORMAT,
-            "version": __version__,
-            "sha256": {WEIGHTS: digest},
-            "layers": {
-                layer.name: part.facts["record"] for layer, part in zip(maker.skeleton.layers, parts, strict=True)
-            },
-        }
-        write_json(content, made / RECORD)
+        names = [layer.name for layer in maker.skeleton.layers]
+        write_record(made, digest, {name: part.facts["record"] for name, part in zip(names, parts, strict=True)})
         if maker.base == "residual":
             base = made / FOLDER
             base.mkdir()
             copy_rest(maker.source.folder, base)
             for shard in maker.source.shards:
                 (work.folder / shard).rename(base / shard)
-        _open_modes(made)
-        _replace(made, out)
+        put_in_place(made, out)
     work.clear()
     return [part.facts for part in parts]
 
@@ -109,11 +104,3 @@ def _rest(maker: Maker, known: set[str]) -> dict[str, Planned]:
 
 def _from_source(maker: Maker, key: str, dtype: Any, shape: tuple[int, ...]) -> Planned:
     return Planned(dtype, shape, lambda: iter([tensor_bytes(maker.source.read(key).to(dtype))]))
-
-
-def _open_modes(folder: Path) -> None:
-    """Give folders and files the modes that the user's own have."""
-    mask = _umask()
-    folder.chmod(0o777 & ~mask)
-    for each in folder.rglob("*"):
-        each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)

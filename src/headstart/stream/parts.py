@@ -12,20 +12,17 @@ import glob
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import Timeout
 from torch import Tensor
 
+from headstart.cache.locks import take_lock
 from headstart.errors import CheckpointError
-from headstart.stream.tensors import Planned, TensorFile, tensor_bytes, write_file, writing
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: processes then may do the same work twice, with the same result
-    fcntl = None  # type: ignore[assignment]
+from headstart.stream.tensors import Planned, TensorFile, write_file, writing
 
 _DIGEST = "digest"
 _CONTENT = "content"
@@ -62,31 +59,22 @@ class Work:
         try:
             file = TensorFile.open(path)
             facts = json.loads(file.metadata[_CONTENT])
-            believed = file.metadata[_DIGEST] == _digest(file, file.metadata[_CONTENT])
+            chunks = {each: file.chunks(entry.begin, entry.end) for each, entry in file.entries.items()}
+            believed = file.metadata[_DIGEST] == _digest(file.metadata[_CONTENT], chunks)
         except (CheckpointError, KeyError, ValueError, OSError):
             return None
-        if (
-            not believed
-            or not isinstance(facts, dict)
-            or (facts.pop("key", None), facts.pop("name", None))
-            != (
-                self.key,
-                name,
-            )
-        ):
+        if not believed or not isinstance(facts, dict):
             return None
-        return Part(file, facts)
+        made_for = (facts.pop("key", None), facts.pop("name", None))
+        return Part(file, facts) if made_for == (self.key, name) else None
 
     def put(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write a finished piece, whole or not at all."""
         content = json.dumps({"key": self.key, "name": name, **facts})
         planned = {each: Planned.of(tensor) for each, tensor in tensors.items()}
-        found = hashlib.sha256(content.encode())
-        for each in sorted(tensors):
-            found.update(each.encode())
-            found.update(tensor_bytes(tensors[each]))
+        digest = _digest(content, {each: plan.data() for each, plan in planned.items()})
         with self.partial(f"{name}.safetensors") as path:
-            write_file(path, planned, {_DIGEST: found.hexdigest(), _CONTENT: content})
+            write_file(path, planned, {_DIGEST: digest, _CONTENT: content})
 
     @contextlib.contextmanager
     def partial(self, name: str) -> Iterator[Path]:
@@ -100,13 +88,16 @@ class Work:
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Yield whether this process may work on a piece: whether no other that is alive does."""
-        path = self.folder / f"{name}.lock"
-        with writing(path):
-            file = path.open("ab")
         try:
-            yield _lock(file)
+            lock = take_lock(self.folder / f"{name}.lock")
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
         finally:
-            file.close()
+            if lock is not None:
+                lock.release()
 
     def clear(self) -> None:
         """Remove the folder, and those that other starts into the same place have left, once nothing needs them."""
@@ -115,23 +106,11 @@ class Work:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lock(file: IO[bytes]) -> bool:
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
-
-
-def _digest(file: TensorFile, content: str) -> str:
+def _digest(content: str, tensors: Mapping[str, Iterable[bytes]]) -> str:
+    """Return the SHA-256 of a piece's facts and of its tensors' names and bytes, whichever way those are cut up."""
     found = hashlib.sha256(content.encode())
-    for name in sorted(file.entries):
-        entry = file.entries[name]
+    for name in sorted(tensors):
         found.update(name.encode())
-        for chunk in file.chunks(entry.begin, entry.end):
+        for chunk in tensors[name]:
             found.update(chunk)
     return found.hexdigest()

@@ -11,17 +11,15 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from headstart._version import __version__
-from headstart.cache import FileDigests, Store, cacheable, weight_digest
+from headstart.cache import FileDigests, Store, weight_digest
 from headstart.errors import BASE_PREFIX
-from headstart.factorise import Facts, factorise, finite_weight, from_store
+from headstart.factorise import Facts, finite_weight, from_weights
 from headstart.initialize import layer_report
 from headstart.layers.export import adapter_tensors
 from headstart.layers.find import TargetLayer, record
-from headstart.layers.install import Base, install
+from headstart.layers.install import Base, install, start_note
 from headstart.methods.base import Method, Moments
 from headstart.progress import Show, silent
-from headstart.statistics.gather import Statistics
 from headstart.statistics.moments import kind_moments
 from headstart.stream.parts import Part
 from headstart.stream.skeleton import ADAPTER, Skeleton
@@ -69,24 +67,14 @@ class Maker:
         """Yield what to keep of each of a few layers of one shape: the adapter's tensors by name, and facts."""
         filled = [self.filled(layer) for layer in layers]
         facts = Facts(self.seed, self.moments, None)
-        made: dict[str, Any] = {}
-        if self.store is not None and cacheable(self.method):
-            made = from_store(self.store, self.method, filled, facts, show, self._digest)
-        else:
-            factorise(self.method, filled, facts, Statistics(), made, show)
+        made = from_weights(self.method, filled, facts, self.store, show, self._digest)
         while filled:
             target = filled.pop(0)
             factors = made.pop(target.name)
             report = layer_report(target, factors, facts.seconds.get(target.name, 0.0))
             config = self.skeleton.model.peft_config[ADAPTER]
             holder = _holder(target, config)
-            note: dict[str, object] = {
-                "method": str(self.method),
-                "seed": self.seed,
-                "base": self.base,
-                "version": __version__,
-            }
-            install(holder, [(target, factors)], self.base, note)
+            install(holder, [(target, factors)], self.base, start_note(self.method, self.seed, self.base))
             yield (
                 adapter_tensors(holder, ADAPTER),
                 {

@@ -50,9 +50,10 @@ class Crew:
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
     def device(self, device: torch.device) -> torch.device:
-        """Return this process's own accelerator of that type; the CPU is everyone's."""
+        """Return this process's own accelerator of that type; the CPU is everyone's, and a numbered one is meant."""
         local = os.environ.get("LOCAL_RANK")
-        return device if device.type == "cpu" or local is None else torch.device(device.type, int(local))
+        shared = device.type == "cpu" or device.index is not None
+        return device if shared or local is None else torch.device(device.type, int(local))
 
 
 def stream_start(
@@ -66,6 +67,7 @@ def stream_start(
     name: str | None = None,
     device: torch.device | str = "cpu",
     cache: bool | str | os.PathLike[str] = True,
+    strict: bool = False,
     force: bool = False,
     progress: Show | bool = True,
 ) -> Report | None:
@@ -85,8 +87,9 @@ def stream_start(
         seed: the same seed gives the same factors.
         base: "anchored" leaves the checkpoint alone; "residual" writes W - s B A, in the shards' own type, as well.
         name: the base model's name for the adapter's config; ``folder`` by default.
-        device: where factors are computed.
+        device: where factors are computed; of several processes each takes its own of that type.
         cache: as in ``initialize_``; the content of a file is hashed once, and known from then on.
+        strict: raise where a layer can't be started as asked for, instead of falling back with a note.
         force: overwrite an existing adapter.
         progress: as in ``initialize_``.
 
@@ -114,7 +117,7 @@ def stream_start(
         notes: list[str] = []
         store = open_store(cache, notes.append)
         digests = FileDigests(store.folder) if store else None
-        maker = Maker(source, skeleton, method, base, seed, torch.device(device), store, digests)
+        maker = Maker(source, skeleton, method, base, seed, crew.device(torch.device(device)), store, digests)
         work = Work(out, _key(maker))
     if crew.rank == 0:
         work.create()
@@ -135,7 +138,7 @@ def stream_start(
             return None
         source.check_unchanged()
         with clock("write"):
-            parts = assemble(maker, work, out, force)
+            parts = assemble(maker, work, out, force, strict)
     reports = [LayerReport(**facts["report"]) for facts in parts]
     return Report(
         method=str(method),

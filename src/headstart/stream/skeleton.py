@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +91,10 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
     dtype = next((entry.dtype for shard in source.shards.values() for entry in shard.entries.values()), None)
     dtype = dtype if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
     cls = model_class(source.folder, config)
+    make = cls.from_config if cls is AutoModelForCausalLM else cls._from_config
     try:
         with torch.device("meta"), _silenced():
-            base = cls.from_config(config, dtype=dtype) if cls is AutoModelForCausalLM else _from(cls, config, dtype)
+            base = make(config, dtype=dtype)
             base.tie_weights()
     except Exception as error:  # each architecture raises its own kinds for a config that it can't take
         reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
@@ -99,6 +102,7 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
     # PEFT copies the model's name into the adapter's config, from the instance itself.
     base.name_or_path = base.config._name_or_path = name or str(source.folder)
     names = checkpoint_keys(base, source)
+    tied = _tied(base, names)
     with torch.device("meta"), _silenced():
         model = _wrapped(base, lora)
     for target in lora_layers(model, ADAPTER):
@@ -110,7 +114,7 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
     keys = {}
     for layer in layers:
         keys[f"{layer.name}.weight"] = _key(layer, names, source)
-    return Skeleton(model, layers, {**names, **keys})
+    return Skeleton(model, layers, {**tied, **names, **keys})
 
 
 def checkpoint_keys(base: Any, source: Source) -> dict[str, str]:
@@ -139,6 +143,19 @@ def checkpoint_keys(base: Any, source: Source) -> dict[str, str]:
                 if name in held:
                     found.setdefault(name, key)
     return found
+
+
+def _tied(base: Any, names: dict[str, str]) -> dict[str, str]:
+    """Return the checkpoint's tensors by the names of parameters that share them with another, as tied heads do."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {
+        name: names[known]
+        for group in groups.values()
+        if (known := next((each for each in group if each in names), None)) is not None
+        for name in group
+    }
 
 
 def _key(layer: TargetLayer, names: dict[str, str], source: Source) -> str:
@@ -181,10 +198,6 @@ def _set_zero(held: Any, adapter: str) -> None:
         held[adapter] = zero
 
 
-def _from(cls: Any, config: Any, dtype: torch.dtype) -> Any:
-    return cls._from_config(config, dtype=dtype)
-
-
 def _config(folder: Path) -> Any:
     try:
         with _silenced():
@@ -194,18 +207,15 @@ def _config(folder: Path) -> Any:
         raise ModelError(f"{folder / 'config.json'} can't be read ({reason}).") from error
 
 
-class _silenced(warnings.catch_warnings):  # noqa: N801 - used as a with statement
+@contextmanager
+def _silenced() -> Iterator[None]:
     """Silence Python warnings and Transformers' log."""
-
-    def __enter__(self) -> None:
-        """Begin."""
-        super().__enter__()
+    log = transformers.utils.logging
+    verbosity = log.get_verbosity()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        log = transformers.utils.logging
-        self._verbosity = log.get_verbosity()
         log.set_verbosity_error()
-
-    def __exit__(self, *error: Any) -> None:
-        """Give back what was set."""
-        transformers.utils.logging.set_verbosity(self._verbosity)
-        super().__exit__(*error)
+        try:
+            yield
+        finally:
+            log.set_verbosity(verbosity)

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -244,19 +245,13 @@ def write_chunks(path: Path, chunks: Iterator[bytes]) -> str:
     return digest.hexdigest()
 
 
-class writing:  # noqa: N801 - used as a with statement
-    """Turn an OSError within the block into a sentence that names the path."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        """Begin."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Raise CheckpointError in place of what the system says, with what to do."""
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{self.path} can't be written ({error.strerror or error}): make room or choose another --out; the "
-                "same command goes on where it was."
-            ) from error
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise CheckpointError in place of an OSError within the block, with the path and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be written ({error.strerror or error}): make room or choose another --out; the same command "
+            "goes on where it was."
+        ) from error
