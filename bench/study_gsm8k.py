@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 import headstart as hs
 from bench.harness import table, write
+from bench.study_claims import claims
 from bench.study_tables import TITLES, Run, arguments, measured, paragraphs, path_of, pooled, run_all, spelled, summary
 from headstart.methods import parse_method
 from headstart.statistics.batches import IGNORED
@@ -167,6 +168,7 @@ def main() -> None:
     )
     lines += [measured(runs, len(plan)), ""]
     lines += [*summary(runs, chosen.methods), *graded(runs, chosen.methods)] if runs else []
+    lines += ["", *claims(runs, chosen.methods)] if chosen.study == "core" else []
     write(chosen.page, f"{TITLES[chosen.study]} on GSM8K", lines)
 
 

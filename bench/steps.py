@@ -1,0 +1,99 @@
+"""What a training step of the LoRA-SB and LoRA-XS studies takes, method by method, with nothing else running.
+
+``python -m bench.steps 2`` takes two rounds instead of the usual number. The studies' own runs share the machine with
+each other, so that their seconds say little.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+import headstart as hs
+from bench import study_glue, study_gsm8k
+from bench.harness import interleave, paired_ratio, paragraph, shared_copy, table, token_batches, write
+from bench.study_glue import fresh_model
+from bench.study_tables import BASELINE, spelled
+from headstart.training.models import resolve_model
+from headstart.training.wrap import wrap_lora
+
+# LoRA-SB's layers are LoRA-XS's: only where they start is another.
+METHODS = (BASELINE, "lora-xs r=16", "lora-xs r=32", "lora-xs r=64")
+ROUNDS = 12
+Batch = dict[str, torch.Tensor]
+
+
+def smollm2() -> tuple[dict[str, Any], Batch, str]:
+    """Return SmolLM2 with each method's layers, a batch of the study's size, and what it is."""
+    base, tokenizer, _ = resolve_model("smollm2")
+    recipe, models = study_gsm8k.RECIPE, {}
+    for label in METHODS:
+        method, changes = spelled(label)
+        settings = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "use_rslora": recipe.use_rslora} | changes
+        models[label] = wrap_lora(shared_copy(base), recipe.target_modules, task_type="CAUSAL_LM", **settings)
+        hs.initialize_(models[label], method, progress=False, cache=False)
+    data, what = token_batches(recipe.batch_size, recipe.batch_size, tokenizer)
+    return models, data[0], what
+
+
+def minilm() -> tuple[dict[str, Any], Batch, str]:
+    """Return MiniLM with each method's layers, a batch of the study's size, and what it is."""
+    base, tokenizer = study_glue.load_encoder()
+    models = {}
+    for label in METHODS:
+        method, changes = spelled(label)
+        models[label] = fresh_model(base, 0, **changes)
+        hs.initialize_(models[label], method, progress=False, cache=False)
+    rows = study_glue.read_task("sst2", "train", tokenizer)[: study_glue.BATCH]
+    return models, study_glue.collate(rows, tokenizer.pad_token_id), f"{study_glue.BATCH} rows of SST-2"
+
+
+def lines_of(title: str, models: dict[str, Any], batch: Batch, what: str, rounds: int) -> list[str]:
+    """Time forward, backward and AdamW of each model on one batch, in turn."""
+    sides = {}
+    for label, model in models.items():
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+        def step(_: None, model: Any = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        sides[label] = (lambda: None, step)
+    timings = interleave(sides, rounds, warm=True)
+    rows = [
+        [
+            label,
+            f"{adapter_size(model):,}",
+            f"{timings[label].median:.3f} ({min(timings[label].seconds):.3f} to {max(timings[label].seconds):.3f})",
+            f"{paired_ratio(timings, label, BASELINE):.3f}",
+        ]
+        for label, model in models.items()
+    ]
+    head = paragraph(f"{what}, median of {rounds} interleaved steps with the range.")
+    columns = ["method", "parameters", "seconds a step", f"over `{BASELINE}`"]
+    return [f"## {title}", "", *head, "", *table(columns, rows), ""]
+
+
+def adapter_size(model: Any) -> int:
+    """Return how many of the adapter's numbers train; heads beside it left out."""
+    return sum(each.numel() for name, each in model.named_parameters() if each.requires_grad and "lora_" in name)
+
+
+def main(rounds: int = ROUNDS) -> None:
+    lines = paragraph(
+        "Forward, backward and AdamW, as in the studies on GSM8K and GLUE: plain LoRA of rank 8, and core layers, "
+        "LoRA-XS's and LoRA-SB's alike (they differ in where they start). The ratio is the median of the rounds'."
+    )
+    lines.append("")
+    lines += lines_of("SmolLM2-135M, all seven linear kinds", *smollm2(), rounds)
+    lines += lines_of("all-MiniLM-L6-v2, all linear layers", *minilm(), rounds)
+    write("core_steps", "LoRA-SB and LoRA-XS: what a step takes", lines)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
