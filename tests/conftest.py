@@ -19,6 +19,10 @@ import headstart as hs
 from headstart.layers.find import lora_layers
 
 VOCABULARY = 97
+# By the names that most architectures have for them.
+WIDTHS = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
+TEXT = dict(**WIDTHS, vocab_size=VOCABULARY, max_position_embeddings=64)
+GROUPED = dict(**TEXT, num_key_value_heads=2)
 
 # The models are tiny and the tests run in several processes: more threads would only get in each other's way.
 torch.set_num_threads(1)
@@ -27,18 +31,8 @@ torch.set_num_threads(1)
 def tiny_llama(**changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    return LlamaForCausalLM(LlamaConfig(**(GROUPED | dict(num_hidden_layers=2, pad_token_id=0) | changes)))
 
 
 def tiny_mixtral():
@@ -47,12 +41,8 @@ def tiny_mixtral():
     torch.manual_seed(0)
     return MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
+            **GROUPED,
             num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             num_local_experts=4,
             output_router_logits=True,
             router_aux_loss_coef=0.5,
@@ -107,18 +97,7 @@ def tiny_qwen():
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=False,
-        )
-    )
+    return Qwen2ForCausalLM(Qwen2Config(**GROUPED, num_hidden_layers=2, tie_word_embeddings=False))
 
 
 def tiny_tied():
@@ -129,18 +108,7 @@ def tiny_roberta():
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     torch.manual_seed(0)
-    return RobertaForSequenceClassification(
-        RobertaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            num_labels=3,
-        )
-    )
+    return RobertaForSequenceClassification(RobertaConfig(**TEXT, num_hidden_layers=2, pad_token_id=0, num_labels=3))
 
 
 def tiny_gpt2():
@@ -172,17 +140,7 @@ def tiny_bert():
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            num_labels=3,
-        )
-    )
+    return BertForSequenceClassification(BertConfig(**TEXT, num_hidden_layers=2, num_labels=3))
 
 
 def tiny_vit():
@@ -190,15 +148,7 @@ def tiny_vit():
 
     torch.manual_seed(0)
     return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=16,
-            patch_size=8,
-            num_labels=3,
-        )
+        ViTConfig(**WIDTHS, num_hidden_layers=2, image_size=16, patch_size=8, num_labels=3)
     )
 
 

@@ -138,13 +138,19 @@ def test_residual_weights_are_refused(folder, bits):
         hs.initialize_(model, "pissa", base="residual")
 
 
+def moved(folder, bits, method):
+    """A started model, a little away from its start."""
+    model = wrap(quantised(folder, bits))
+    hs.initialize_(model, method)
+    perturb(model)
+    return model
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("method", ["pissa", "lora-xs", "init-ab-plus"])
 def test_an_exported_adapter_does_the_same_on_the_quantised_base(folder, bits, method, tmp_path):
     batch = token_batch()
-    model = wrap(quantised(folder, bits))
-    hs.initialize_(model, method)
-    perturb(model)
+    model = moved(folder, bits, method)
     hs.save_lora(model, tmp_path / "out")
     loaded = PeftModel.from_pretrained(quantised(folder, bits), tmp_path / "out")
     assert torch.allclose(trained_logits(model, batch), trained_logits(loaded, batch), atol=1e-5)
@@ -154,9 +160,7 @@ def test_an_exported_adapter_does_the_same_on_the_quantised_base(folder, bits, m
 @pytest.mark.parametrize("method", ["pissa", "lora-xs"])
 def test_a_checkpoint_comes_back_on_the_quantised_base(folder, bits, method, tmp_path):
     batch = token_batch()
-    model = wrap(quantised(folder, bits))
-    hs.initialize_(model, method)
-    perturb(model)
+    model = moved(folder, bits, method)
     hs.save_checkpoint(model, tmp_path / "out")
     loaded = hs.load_checkpoint(quantised(folder, bits), tmp_path / "out")
     assert torch.equal(trained_logits(model, batch), trained_logits(loaded, batch))
@@ -165,9 +169,7 @@ def test_a_checkpoint_comes_back_on_the_quantised_base(folder, bits, method, tmp
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("method", ["pissa", "lora-xs"])
 def test_merging_requantises_base_and_adapter_together(folder, bits, method):
-    model = wrap(quantised(folder, bits))
-    hs.initialize_(model, method)
-    perturb(model)
+    model = moved(folder, bits, method)
     wanted = {}
     for target in lora_layers(model, "default"):
         variant = target.module.lora_variant["default"]

@@ -74,27 +74,13 @@ def prepare(model: Any, config: Any, adapter: str, tensors: Mapping[str, Tensor]
             undo.pop_all()
 
 
-def refuse_combining(model: nn.Module, adapters: Sequence[str]) -> None:
-    """Raise LayerError where one of the adapters to combine is anchored, residual or a core."""
+def refuse_forms(model: nn.Module, adapters: Sequence[str], why: str) -> None:
+    """Raise LayerError, which ends in ``why``, where one of the adapters is anchored, residual or a core."""
     for adapter in adapters:
         for target in lora_layers(model, adapter):
             kind = form_of(target.module, adapter)
             if kind is not None:
-                raise LayerError(
-                    f"adapter {adapter!r} is {kind} (layer {target.name!r}), PEFT combines B A alone: write it with "
-                    "save_lora, load that, and combine it."
-                )
-
-
-def refuse_swapping(model: nn.Module, adapter: str) -> None:
-    """Raise LayerError where the adapter to swap out is anchored, residual or a core."""
-    for target in lora_layers(model, adapter):
-        kind = form_of(target.module, adapter)
-        if kind is not None:
-            raise LayerError(
-                f"adapter {adapter!r} is {kind} (layer {target.name!r}), PEFT swaps A and B alone: write the adapters "
-                "with save_lora, load one of those, and swap the others in."
-            )
+                raise LayerError(f"adapter {adapter!r} is {kind} (layer {target.name!r}), {why}")
 
 
 def register() -> None:
@@ -124,12 +110,16 @@ def register() -> None:
 
     @functools.wraps(combining)
     def combine(self: LoraModel, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
-        refuse_combining(self, adapters)
+        refuse_forms(self, adapters, "PEFT combines B A alone: write it with save_lora, load that, and combine it.")
         return combining(self, adapters, *args, **kwargs)
 
     @functools.wraps(swapping)
     def swap(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        refuse_swapping(model, adapter_name)
+        refuse_forms(
+            model,
+            [adapter_name],
+            "PEFT swaps A and B alone: write the adapters with save_lora, load one of those, and swap the others in.",
+        )
         swapping(model, state_dict, adapter_name, *args, **kwargs)
 
     load.knows_anchors = True  # type: ignore[attr-defined]
