@@ -40,7 +40,9 @@ from headstart.methods import Needs, parse_method
 from headstart.training.wrap import accelerator
 
 TASK = "sst2"
-RATE = 1e-3
+RATE, STEPS = 3e-4, 120
+# Where factors have entries of size one, a step of AdamW moves the weight that much further.
+OWN_RATES = {"inilora-alpha": 3e-5}
 METHODS = (
     BASELINE,
     "pissa",
@@ -172,7 +174,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.truncation", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/truncation"), help="one JSON file a run; what is there is not redone")
-    add("--steps", type=int, default=60, help="of training (default 60)")
+    add("--steps", type=int, default=STEPS, help=f"of training (default {STEPS})")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     add("--rate", type=float, default=RATE, help=f"of AdamW at its highest (default {RATE:g})")
     add("--methods", nargs="+", default=list(METHODS), help="starts that need no data")
@@ -195,17 +197,17 @@ def main() -> None:
     chosen = arguments()
     # Seeds outermost: what a time limit leaves is whole for the seeds that are done.
     plan = [
-        {"method": method, "seed": seed, "lr": chosen.rate, "steps": chosen.steps}
+        {"method": method, "seed": seed, "lr": OWN_RATES.get(method, chosen.rate), "steps": chosen.steps}
         for seed, method in itertools.product(chosen.seeds, chosen.methods)
     ]
     runs = run_all(plan, chosen.out, chosen.limit_minutes, Truncation(chosen.out, plan).run)
+    own = "".join(f" (`{method}`: {rate:g})" for method, rate in OWN_RATES.items() if method in chosen.methods)
     lines = paragraphs(
         "The encoder all-MiniLM-L6-v2 with a random two-way head on SST-2. LoRA on query, key, value and the dense "
         f"layers, rank r = {LORA['r']}, alpha {LORA['lora_alpha']}, rsLoRA; {chosen.steps} AdamW steps of {BATCH} "
-        f"examples at a rate of {chosen.rate:g}, cosine with {100 * WARMUP:g} % warm-up, the head trained along. The "
-        "trained "
-        "adapter is written with `save_lora`: exactly, which takes rank 2 r after a start that is subtracted and rank "
-        "r after plain LoRA, and truncated to three quarters and to half of that by SVD. Each is loaded on the "
+        f"examples at a rate of {chosen.rate:g}{own}, cosine with {100 * WARMUP:g} % warm-up, the head trained along. "
+        "The trained adapter is written with `save_lora`: exactly, which takes rank 2 r after a start that is "
+        "subtracted and rank r after plain LoRA, and truncated to three quarters and to half of that by SVD. Each is loaded on the "
         "untouched encoder with PEFT alone and measured.",
         "Error is what `save_lora` returns: the Frobenius norm of what is missing over that of the whole update, all "
         f"layers together. Loss (nats) and accuracy are of the {EVALUATED} rows of the dev set. ± is half of the 95 % "
