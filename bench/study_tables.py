@@ -255,7 +255,8 @@ def summary(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
     titles = [*FIRST, "parameters", "start loss", *(figure.name for figure in FIGURES), "pooled (Wilson)", "start-up s"]
     lines = ["Each method at its best rate:", "", *table(titles, rows), ""]
     whole = next((method for method in chosen if method.startswith("lora-da") and not _ablated(method)), None)
-    for reference in filter(None, (BASELINE, whole)):
+    references = [method for method in (BASELINE, whole, "inilora") if method in chosen]
+    for reference in references or [BASELINE]:
         lines += compared(chosen, reference)
     titles = [*FIRST, *(figure.name for figure in FIGURES), f"final loss minus `{BASELINE}`'s at this rate"]
     return [*lines, "Every rate:", "", *table(titles, every)]

@@ -207,8 +207,8 @@ def main() -> None:
         f"layers, rank r = {LORA['r']}, alpha {LORA['lora_alpha']}, rsLoRA; {chosen.steps} AdamW steps of {BATCH} "
         f"examples at a rate of {chosen.rate:g}{own}, cosine with {100 * WARMUP:g} % warm-up, the head trained along. "
         "The trained adapter is written with `save_lora`: exactly, which takes rank 2 r after a start that is "
-        "subtracted and rank r after plain LoRA, and truncated to three quarters and to half of that by SVD. Each is loaded on the "
-        "untouched encoder with PEFT alone and measured.",
+        "subtracted and rank r after plain LoRA, and truncated to three quarters and to half of that by SVD. Each is "
+        "loaded on the untouched encoder with PEFT alone and measured.",
         "Error is what `save_lora` returns: the Frobenius norm of what is missing over that of the whole update, all "
         f"layers together. Loss (nats) and accuracy are of the {EVALUATED} rows of the dev set. ± is half of the 95 % "
         "interval over seeds (Student); differences are taken seed by seed.",
