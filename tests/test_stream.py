@@ -371,7 +371,10 @@ def test_each_process_takes_its_own_accelerator(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert crew.device(cuda) == cuda
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert crew.device(cuda) == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # each sees its own alone
+    assert crew.device(cuda) == torch.device("cuda", 0)
     assert crew.device(numbered) == numbered and crew.device(cpu) == cpu
 
 

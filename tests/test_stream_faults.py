@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from conftest import tiny_llama
 from headstart.cache import FileDigests
 from headstart.errors import CheckpointError, HeadstartError, LayerError, ModelError
-from headstart.stream import run, stream_start, tensors
+from headstart.stream import load_residual, parts, run, stream_start, tensors
 from headstart.stream.parts import Work
 from headstart.stream.tensors import TensorFile
 
@@ -53,13 +54,13 @@ def finished(out):
     """The pieces that a next run would believe: whole, digests and all."""
     found = {}
     for work in out.parent.glob(f".{out.name}.stream-*"):
-        for file in work.glob("*.safetensors"):
+        for file in work.rglob("*.safetensors"):
             found[file.name] = file.read_bytes()
     return found
 
 
 def count_finished(out):
-    return len(list(out.parent.glob(f".{out.name}.stream-*/*.safetensors")))
+    return len(list(out.parent.glob(f".{out.name}.stream-*/**/*.safetensors")))
 
 
 def run_and_kill(folder, out, arrange):
@@ -94,8 +95,7 @@ def test_kills_at_random_times_lose_nothing(folder, expected, tmp_path):
                 gate.acquire()
                 return plain(path, chunks)
 
-            tensors.write_chunks = write
-            run.make_shard.__globals__["write_chunks"] = write
+            tensors.write_chunks = parts.write_chunks = write
 
         child = context.Process(target=_child, args=(folder, out, arrange))
         child.start()
@@ -132,8 +132,7 @@ def test_kills_in_the_middle_of_a_write_lose_nothing(folder, expected, tmp_path,
             yield next(chunks)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        tensors.write_chunks = write
-        run.make_shard.__globals__["write_chunks"] = write
+        tensors.write_chunks = parts.write_chunks = write
 
     assert run_and_kill(folder, out, arrange) == -signal.SIGKILL
     assert not out.exists()
@@ -207,7 +206,7 @@ def test_damaged_pieces_are_made_again(folder, expected, tmp_path, damage):
         elif damage == "swap":
             shutil.copy(found[1], file)
         else:
-            file.with_suffix(".safetensors.partial").write_bytes(b"half")
+            file.with_suffix(".safetensors.0.partial").write_bytes(b"half")
             file.unlink()
     start(folder, out)
     assert contents(out) == expected
@@ -461,6 +460,147 @@ def test_locks_are_the_systems(tmp_path):
         assert (first, second, other) == (True, False, True)
     with work.claim("a") as again:
         assert again
+
+
+def test_what_was_cleared_is_not_begun_anew(tmp_path):
+    work, late = (Work(tmp_path / "out", {}, writer) for writer in (0, 1))
+    work.create()
+    work.clear()
+    with pytest.raises(CheckpointError, match="is gone"), late.claim("a"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", ["claim", "need", "put"])
+def test_a_process_that_is_late_leaves_quietly(folder, tmp_path, monkeypatch, step):
+    """The first process finishes, and clears the pieces away, while this one is at some step."""
+    plain, out = getattr(Work, step), tmp_path / "out"
+    Work(out, {}).create()
+
+    def cleared(self, *arguments):
+        self.clear()
+        return plain(self, *arguments)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(run, "_invited", lambda work, *_: work.create() or True)
+    monkeypatch.setattr(Work, step, cleared)
+    assert start(folder, out) is None
+    assert not list(tmp_path.glob(".out.stream-*"))
+
+
+def test_a_start_that_others_work_on_is_left_alone(tmp_path):
+    work, other = Work(tmp_path / "out", {"seed": 0}), Work(tmp_path / "out", {"seed": 1})
+    work.create()
+    other.create()
+    with other.claim("a"):
+        work.clear()
+        assert other.folder.is_dir() and not work.folder.exists()
+    work.create()
+    work.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_there_are_no_locks_processes_write_to_files_of_their_own(folder, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "take_lock", lambda path: None)
+    out, plain = tmp_path / "out", tensors.write_chunks
+
+    def halfway(path, chunks):
+        first, rest = next(chunks), b"".join(chunks)
+        beside = [each for each in path.parent.glob("*.partial") if each != path]
+        assert not beside
+        other = path.with_name(path.name.replace(".0.partial", ".1.partial"))
+        assert other != path
+        other.write_bytes(b"what another process has written so far")
+        digest = plain(path, iter([first, rest]))
+        other.unlink()
+        return digest
+
+    monkeypatch.setattr(parts, "write_chunks", halfway)
+    start(folder, out)
+    assert contents(out) == expected
+
+
+def test_a_shard_may_have_a_pieces_name(folder, tmp_path):
+    named, out = tmp_path / "model", tmp_path / "out"
+    named.mkdir()
+    found = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    shutil.copy(folder / "config.json", named)
+    save_file(found, named / "layer-00000.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(found, "layer-00000.safetensors")}
+    (named / "model.safetensors.index.json").write_text(json.dumps(index))
+    start(named, out)
+    assert load_file(out / "base" / "layer-00000.safetensors").keys() == found.keys()
+
+
+@pytest.mark.parametrize("damage", ["untouched", "cut", "missing", "config"])
+def test_a_damaged_residual_model_is_a_sentence(folder, expected, tmp_path, damage):
+    out = tmp_path / "out"
+    start(folder, out)
+    shard = next(
+        file for file in sorted((out / "base").glob("*.safetensors")) if "q_proj" in str(load_file(file).keys())
+    )
+    if damage == "untouched":
+        shutil.copy(folder / shard.name, shard)
+    elif damage == "cut":
+        os.truncate(shard, shard.stat().st_size - 3)
+    elif damage == "missing":
+        shard.unlink()
+    else:
+        (out / "base" / "config.json").write_text("{")
+    with pytest.raises(ModelError if damage == "config" else CheckpointError, match=re.escape(str(out / "base"))):
+        load_residual(out)
+
+
+def test_a_head_that_is_not_the_models_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 101}))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(CheckpointError, match=r"lm_head.*has shape \(97, 32\)"):
+        stream_start(folder, "pissa", lora, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", False, "eva"])
+def test_a_start_of_pefts_own_beside_ours_is_refused(folder, tmp_path, init):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init, task_type="CAUSAL_LM")
+    with pytest.raises(LayerError, match="init_lora_weights"):
+        stream_start(folder, "init-a", lora, tmp_path / "out", progress=False)
+
+
+def test_places_that_cant_be_replaced_are_refused_at_once(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (".", tmp_path):
+        with pytest.raises(CheckpointError, match="the folder that the command runs in"):
+            start(folder, place, force=True)
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="a link to something that doesn't exist"):
+        start(folder, tmp_path / "link")
+    assert [each.name for each in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_process_number_that_is_none_is_a_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(HeadstartError, match="RANK='first'"):
+        start(folder, tmp_path / "out")
+
+
+def test_a_first_process_that_doesnt_come_is_waited_for_and_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(run, "_PATIENCE", 0.1)
+    with pytest.raises(CheckpointError, match=r"process 1 waited .* for process 0"):
+        start(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("metadata", ["abc", ["a"], {"a": 1}])
+def test_metadata_that_is_none_is_damage(tmp_path, metadata):
+    header = json.dumps({"__metadata__": metadata}).encode()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="damaged"):
+        TensorFile.open(tmp_path / "file")
 
 
 def test_factors_of_a_file_that_was_replaced_are_not_kept_under_the_new_ones_key(tmp_path, monkeypatch):

@@ -113,7 +113,7 @@ def initialize_(
     if lacking := method.missing(first_lr):
         raise MethodError(lacking)
     clock = Clock()
-    memory = Memory(model)
+    memory = Memory(next(model.parameters()).device)
 
     with clock("find"):
         vera = vera_adapter(model, adapter)

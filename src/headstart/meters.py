@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
 
 
 class Clock:
@@ -34,10 +33,10 @@ class Clock:
 
 
 class Memory:
-    """Peak memory: of the accelerator the model is on, else the process's peak resident set."""
+    """Peak memory: of the accelerator that is computed on, else the process's peak resident set."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._device = next(model.parameters()).device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 

@@ -35,6 +35,8 @@ class Held:
         """Take the lock of a key if it is free, or go without where locking isn't possible at all."""
         path = folder / _FOLDER / (key + _SUFFIX)
         try:
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
             lock = take_lock(path)
         except Timeout:
             return
@@ -87,7 +89,6 @@ def take_lock(path: Path) -> FileLock | None:
     """
     lock = FileLock(path, timeout=0)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         if not isinstance(lock, SoftFileLock):

@@ -47,6 +47,10 @@ def check_free(target: Path, force: bool) -> None:
 
     With ``force`` it may be replaced if it is empty or was written by this function's users: an adapter or a model.
     """
+    if target.resolve() == Path.cwd():
+        raise CheckpointError(f"{target} is the folder that the command runs in: name a folder to write in it.")
+    if target.is_symlink() and not target.exists():
+        raise CheckpointError(f"{target} is a link to something that doesn't exist: remove it, or choose another path.")
     if not target.exists():
         return
     if not force:
@@ -61,7 +65,7 @@ def check_free(target: Path, force: bool) -> None:
 def put_in_place(work: Path, target: Path) -> None:
     """Give a finished folder its name, in place of what :func:`check_free` lets go, and the modes of a user's own."""
     # Temporary folders, and safetensors' files, are made private.
-    mask = os.umask(0)
+    mask = os.umask(0o077)  # for a moment, in all threads
     os.umask(mask)
     for each in (work, *work.rglob("*")):
         each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
@@ -70,11 +74,12 @@ def put_in_place(work: Path, target: Path) -> None:
         return
     # A folder that has something in it can't be renamed over: step aside first, and step back if that fails.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / target.name
-    target.rename(aside)
     try:
+        target.rename(aside)
         work.rename(target)
     except BaseException:
-        aside.rename(target)
+        if aside.exists():
+            aside.rename(target)
         aside.parent.rmdir()
         raise
     shutil.rmtree(aside.parent, ignore_errors=True)

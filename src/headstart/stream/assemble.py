@@ -8,34 +8,31 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from headstart.errors import BASE_PREFIX, CheckpointError, LayerError
+from torch import Tensor
+
+from headstart.errors import BASE_PREFIX, CheckpointError
 from headstart.layers.checkpoint import write_record
 from headstart.layers.export import adapter_tensors, portable_config, save_config
 from headstart.layers.files import WEIGHTS, check_free, put_in_place
 from headstart.layers.install import mark_config
 from headstart.stream.parts import Part, Work
-from headstart.stream.pieces import Maker
-from headstart.stream.residual import FOLDER, copy_rest
-from headstart.stream.skeleton import ADAPTER
+from headstart.stream.pieces import Maker, layer_name
+from headstart.stream.residual import FOLDER, move_model
+from headstart.stream.skeleton import ADAPTER, check_entry
 from headstart.stream.tensors import Planned, tensor_bytes, write_file, writing
 
 
-def assemble(maker: Maker, work: Work, out: Path, force: bool, strict: bool) -> list[dict[str, Any]]:
+def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str, Any]]:
     """Write the adapter's folder whole, remove the pieces, and return the facts of each layer.
 
     Raises:
-        LayerError: a layer fell back, and ``strict`` is set.
         CheckpointError: ``out`` has come into being meanwhile, a piece was lost, or the disk is full.
     """
     check_free(out, force)
-    parts = _parts(maker, work)
-    for part in parts:
-        if strict and (note := part.facts["report"]["note"]):
-            raise LayerError(f"{part.facts['report']['name']}: {note}")
+    parts = [work.need(layer_name(place)) for place in range(len(maker.skeleton.layers))]
     planned: dict[str, Planned] = {}
     for part in parts:
-        for name, entry in part.file.entries.items():
-            planned[name] = _from_part(part, name, entry.dtype, entry.shape)
+        planned |= {name: _from_part(part, name) for name in part.file.entries}
     planned |= _rest(maker, set(planned))
 
     made = work.folder / "out"
@@ -53,32 +50,20 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool, strict: bool) -> 
         if maker.base == "residual":
             base = made / FOLDER
             base.mkdir()
-            copy_rest(maker.source.folder, base)
-            for shard in maker.source.shards:
-                (work.folder / shard).rename(base / shard)
+            move_model(work, maker.source.folder, list(maker.source.shards), base)
         put_in_place(made, out)
     work.clear()
     return [part.facts for part in parts]
 
 
-def _parts(maker: Maker, work: Work) -> list[Part]:
-    parts = []
-    for place, layer in enumerate(maker.skeleton.layers):
-        part = work.get(f"layer-{place:05d}")
-        if part is None:
-            raise CheckpointError(
-                f"{work.folder} lost what was finished of layer {layer.name!r}: run the command again."
-            )
-        parts.append(part)
-    return parts
+def _from_part(part: Part, name: str) -> Planned:
+    entry = part.file.entries[name]
 
-
-def _from_part(part: Part, name: str, dtype: Any, shape: tuple[int, ...]) -> Planned:
     def data() -> Iterator[bytes]:
-        entry = part.file.entries[name]
         yield from part.file.chunks(entry.begin, entry.end)
 
-    return Planned(dtype, shape, data)
+    dtype: Any = entry.dtype  # the piece's own writing, so torch has it
+    return Planned(dtype, entry.shape, data)
 
 
 def _rest(maker: Maker, known: set[str]) -> dict[str, Planned]:
@@ -98,9 +83,11 @@ def _rest(maker: Maker, known: set[str]) -> dict[str, Planned]:
                 f"{name.removeprefix(BASE_PREFIX)!r} is to be trained beside the layers, and {maker.source.folder} "
                 "has no such tensor, so that it would be drawn at random: initialise in memory."
             )
-        found[name] = _from_source(maker, key, tensor.dtype, tuple(tensor.shape))
+        check_entry(maker.source, key, tuple(tensor.shape), name.removeprefix(BASE_PREFIX))
+        found[name] = _from_source(maker, key, tensor)
     return found
 
 
-def _from_source(maker: Maker, key: str, dtype: Any, shape: tuple[int, ...]) -> Planned:
-    return Planned(dtype, shape, lambda: iter([tensor_bytes(maker.source.read(key).to(dtype))]))
+def _from_source(maker: Maker, key: str, like: Tensor) -> Planned:
+    dtype = like.dtype
+    return Planned(dtype, tuple(like.shape), lambda: iter([tensor_bytes(maker.source.read(key).to(dtype))]))

@@ -26,6 +26,11 @@ from headstart.stream.skeleton import ADAPTER, Skeleton
 from headstart.stream.source import Source
 
 
+def layer_name(place: int) -> str:
+    """Return the name of a layer's finished piece."""
+    return f"layer-{place:05d}"
+
+
 @dataclass
 class Maker:
     """What all pieces have in common.

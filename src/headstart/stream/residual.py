@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,32 +12,22 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoConfig
 
-from headstart.errors import CheckpointError
+from headstart.errors import BASE_PREFIX, CheckpointError, ModelError
 from headstart.layers.adapter import AdapterLayer
 from headstart.layers.anchored import set_anchors
 from headstart.layers.checkpoint import load_checkpoint, read_adapter
-from headstart.layers.files import sha256
+from headstart.layers.files import read_json, sha256, write_json
 from headstart.layers.find import TargetLayer, lora_layers, set_record, set_residual_owner
 from headstart.layers.install import mark_config, subtract_product
 from headstart.stream.parts import Work
-from headstart.stream.pieces import Maker
+from headstart.stream.pieces import Maker, layer_name
 from headstart.stream.skeleton import ADAPTER, model_class
-from headstart.stream.tensors import tensor_bytes, write_chunks
+from headstart.stream.tensors import tensor_bytes
 
 FOLDER = "base"
 _MARK = "headstart_residual.json"
 # Weights in other formats, which would be the untouched model's.
-_OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
-
-
-def finished_shard(work: Work, shard: str) -> bool:
-    """Return whether a residual shard is there and what it was when it was finished."""
-    path = work.folder / shard
-    try:
-        note = json.loads((work.folder / f"{shard}.json").read_text(encoding="utf-8"))
-        return bool(note == {"key": work.key, "sha256": sha256(path)})
-    except (OSError, ValueError):
-        return False
+_OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot"}
 
 
 def make_shard(maker: Maker, work: Work, shard: str) -> None:
@@ -55,35 +44,49 @@ def make_shard(maker: Maker, work: Work, shard: str) -> None:
             else:
                 yield from file.chunks(entry.begin, entry.end)
 
-    with work.partial(shard) as path:
-        digest = write_chunks(path, chunks())
-    with work.partial(f"{shard}.json") as path:
-        path.write_text(json.dumps({"key": work.key, "sha256": digest}), encoding="utf-8")
+    work.put_file(shard, chunks())
 
 
 def _residual(maker: Maker, work: Work, layer: TargetLayer, place: int) -> Tensor:
     """Return a layer's weight as residual layers hold it, from the factors that were kept."""
     target = maker.filled(layer)
     module: Any = target.module
-    part = work.get(f"layer-{place:05d}")
-    if part is None:
-        raise CheckpointError(f"{work.folder} lost what was finished of layer {layer.name!r}: run the command again.")
+    part = work.need(layer_name(place))
     if part.facts["record"]["offset"] == "subtract":
         for held, which in ((module.lora_A, "lora_A"), (module.lora_B, "lora_B")):
-            held[ADAPTER].weight.data.copy_(part.read(f"base_model.model.{layer.name}.{which}.weight"))
+            held[ADAPTER].weight.data.copy_(part.read(f"{BASE_PREFIX}{layer.name}.{which}.weight"))
         with ExitStack() as undo:
             subtract_product(target, undo)
             undo.pop_all()
     return module.get_base_layer().weight.detach()
 
 
-def copy_rest(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights: index, configs, tokenizer; and say what the weights are."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in _OTHER_WEIGHTS and not file.name.endswith(".bin.index.json"):
-            (target / file.name).write_bytes(file.read_bytes())
-    note = {"residual": "the weights of the layers of the adapter in the folder above are W - s B0 A0"}
-    (target / _MARK).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+def move_model(work: Work, source: Path, shards: Sequence[str], target: Path) -> None:
+    """Put a residual model together: the finished shards, and what belongs to a model beside its weights.
+
+    Raises:
+        CheckpointError: a shard was lost or damaged since it was finished, or the model's folder can't be read.
+    """
+    digests = {}
+    for shard in shards:
+        digest = work.file_digest(shard)
+        if digest is None:
+            raise CheckpointError(f"{work.folder} lost what was finished as {shard!r}: run the command again.")
+        digests[shard] = digest
+        work.file(shard).rename(target / shard)
+    try:
+        beside = [file for file in sorted(source.iterdir()) if file.is_file() and _beside_weights(file)]
+        contents = {file.name: file.read_bytes() for file in beside}
+    except OSError as error:
+        raise CheckpointError(f"{source} can't be read ({error.strerror or error}).") from error
+    for name, content in contents.items():
+        (target / name).write_bytes(content)
+    note = "the weights of the layers of the adapter in the folder above are W - s B0 A0"
+    write_json({"residual": note, "sha256": digests}, target / _MARK)
+
+
+def _beside_weights(file: Path) -> bool:
+    return file.suffix not in _OTHER_WEIGHTS and not file.name.endswith(".bin.index.json")
 
 
 def load_residual(path: str | Path, *, adapter: str = ADAPTER, trainable: bool = True, **options: Any) -> Any:
@@ -99,14 +102,26 @@ def load_residual(path: str | Path, *, adapter: str = ADAPTER, trainable: bool =
 
     Raises:
         CheckpointError: the folder is damaged, or holds no residual start.
+        ModelError: Transformers can't load the model.
     """
     folder = Path(path)
     if not (folder / FOLDER / _MARK).is_file():
         raise CheckpointError(f"{folder} holds no residual model: it is made with --stream --base residual.")
+    for shard, digest in read_json(folder / FOLDER / _MARK).get("sha256", {}).items():
+        file = folder / FOLDER / shard
+        # Another model's shard of the same shapes would load, the untouched one's above all.
+        if not file.is_file() or sha256(file) != digest:
+            raise CheckpointError(
+                f"{file} is missing or not the residual shard that was written: restore it, or start again."
+            )
     read = read_adapter(folder)
-    config = AutoConfig.from_pretrained(str(folder / FOLDER), local_files_only=True)
-    cls = model_class(folder / FOLDER, config)
-    base = cls.from_pretrained(str(folder / FOLDER), local_files_only=True, **{"dtype": "auto", **options})
+    try:
+        config = AutoConfig.from_pretrained(str(folder / FOLDER), local_files_only=True)
+        cls = model_class(folder / FOLDER, config)
+        base = cls.from_pretrained(str(folder / FOLDER), local_files_only=True, **{"dtype": "auto", **options})
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ModelError(f"The model in {folder / FOLDER} can't be loaded ({reason}).") from error
     base.name_or_path = read.config.base_model_name_or_path or base.name_or_path
     model = get_peft_model(base, read.config, adapter_name=adapter)
     with torch.no_grad():

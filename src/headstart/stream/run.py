@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from peft import LoraConfig
 
 from headstart._version import __version__
 from headstart.cache import FileDigests, open_store
-from headstart.errors import CheckpointError, MethodError
+from headstart.errors import CheckpointError, HeadstartError, LayerError, MethodError
 from headstart.layers.files import check_free
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import Base, check_base
@@ -28,8 +28,8 @@ from headstart.progress import Show, progress_bars, silent
 from headstart.report import LayerReport, Report
 from headstart.stream.assemble import assemble
 from headstart.stream.parts import Work
-from headstart.stream.pieces import Maker, averaged
-from headstart.stream.residual import finished_shard, make_shard
+from headstart.stream.pieces import Maker, averaged, layer_name
+from headstart.stream.residual import make_shard
 from headstart.stream.skeleton import ADAPTER, build
 from headstart.stream.source import Source
 
@@ -47,13 +47,22 @@ class Crew:
     @classmethod
     def here(cls) -> Crew:
         """Return this process's place; alone where nothing is said."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        return cls(_number("RANK", 0), _number("WORLD_SIZE", 1))
 
     def device(self, device: torch.device) -> torch.device:
         """Return this process's own accelerator of that type; the CPU is everyone's, and a numbered one is meant."""
-        local = os.environ.get("LOCAL_RANK")
-        shared = device.type == "cpu" or device.index is not None
-        return device if shared or local is None else torch.device(device.type, int(local))
+        shared = device.type == "cpu" or device.index is not None or "LOCAL_RANK" not in os.environ
+        if shared:
+            return device
+        # Each process may see its own alone, as under Slurm.
+        return torch.device(device.type, _number("LOCAL_RANK", 0) % max(1, torch.accelerator.device_count()))
+
+
+def _number(variable: str, default: int) -> int:
+    found = os.environ.get(variable, str(default))
+    if not found.isdecimal():
+        raise HeadstartError(f"{variable}={found!r} in the environment is not a process's number: unset it.")
+    return int(found)
 
 
 def stream_start(
@@ -118,17 +127,17 @@ def stream_start(
         store = open_store(cache, notes.append)
         digests = FileDigests(store.folder) if store else None
         maker = Maker(source, skeleton, method, base, seed, crew.device(torch.device(device)), store, digests)
-        work = Work(out, _key(maker))
+        work = Work(out, _key(maker), crew.rank)
     if crew.rank == 0:
         work.create()
-    elif not _invited(work, out):
+    elif not _invited(work, out, crew):
         return None
-    memory = Memory(skeleton.model)
+    memory = Memory(maker.device)
     with _shown(progress, crew) as show:
         try:
-            _make_all(maker, work, crew, clock, show)
+            _make_all(maker, work, crew, clock, show, strict)
         except CheckpointError:
-            if crew.rank and not work.folder.exists():
+            if crew.rank and not work.is_open():
                 return None  # the first process has put everything together
             raise
         finally:
@@ -138,7 +147,7 @@ def stream_start(
             return None
         source.check_unchanged()
         with clock("write"):
-            parts = assemble(maker, work, out, force, strict)
+            parts = assemble(maker, work, out, force)
     reports = [LayerReport(**facts["report"]) for facts in parts]
     return Report(
         method=str(method),
@@ -155,12 +164,7 @@ def stream_start(
     )
 
 
-def layer_name(place: int) -> str:
-    """Return the name of a layer's finished piece."""
-    return f"layer-{place:05d}"
-
-
-def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show) -> None:
+def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show, strict: bool) -> None:
     layers = maker.skeleton.layers
     if Needs.MOMENTS in maker.method.needs:
         names = [f"moments-{place:05d}" for place in range(len(layers))]
@@ -173,9 +177,7 @@ def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show) ->
         with clock("moments"):
             groups = [[place] for place in range(len(layers))]
             share(groups, lambda place: work.get(names[place]) is not None, moments, "moments", work, crew, show)
-            parts = [work.get(name) for name in names]
-            found = [part for part in parts if part is not None]
-            maker.moments = averaged([layer.kind for layer in layers], found)
+            maker.moments = averaged([layer.kind for layer in layers], [work.need(name) for name in names])
 
     def start(group: Sequence[int], inner: Show) -> None:
         for place, (tensors, facts) in zip(group, maker.starts([layers[place] for place in group], inner), strict=True):
@@ -184,6 +186,9 @@ def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show) ->
     with clock("factorise"):
         groups = _groups(maker, layers)
         share(groups, lambda place: work.get(layer_name(place)) is not None, start, "layer", work, crew, show)
+    for place, layer in enumerate(layers if strict else ()):
+        if note := work.need(layer_name(place)).facts["report"]["note"]:
+            raise LayerError(f"{layer.name}: {note}")
     if maker.base == "residual":
         shards = list(maker.source.shards)
 
@@ -193,7 +198,7 @@ def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show) ->
 
         with clock("residual"):
             groups = [[place] for place in range(len(shards))]
-            share(groups, lambda place: finished_shard(work, shards[place]), shard, "shard", work, crew, show)
+            share(groups, lambda place: work.file_digest(shards[place]) is not None, shard, "shard", work, crew, show)
 
 
 def share(
@@ -222,11 +227,12 @@ def share(
     while left:
         waiting = []
         for group in left:
-            with work.claim(f"{what}-{group[0]:05d}") as mine:
+            with ExitStack() as claims:
+                mine = {place: claims.enter_context(work.claim(f"{what}-{place:05d}")) for place in group}
                 missing = [place for place in group if not finished(place)]
-                if missing and mine:
-                    make(missing, inner)
-            if missing and not mine:
+                if claimed := [place for place in missing if mine[place]]:
+                    make(claimed, inner)
+            if len(claimed) < len(missing):
                 waiting.append(group)
                 continue
             done += len(group)
@@ -286,18 +292,25 @@ def _check_apart(folder: Path, out: Path) -> None:
         raise CheckpointError(f"{out} holds the checkpoint itself: choose another folder to write.")
 
 
-def _invited(work: Work, out: Path) -> bool:
-    """Wait for the first process to open the folder; False where it has finished everything, or doesn't come."""
+def _invited(work: Work, out: Path, crew: Crew) -> bool:
+    """Wait for the first process to open the folder; False where it has finished everything.
+
+    Raises:
+        CheckpointError: it doesn't come.
+    """
     began = time.monotonic()
     born = psutil.Process().create_time()
     while time.monotonic() - began < _PATIENCE:
-        if work.folder.is_dir():
+        if work.is_open():
             return True
         record = out / "headstart.json"
         if record.is_file() and record.stat().st_mtime >= born:
             return False
         time.sleep(_POLL)
-    return False
+    raise CheckpointError(
+        f"process {crew.rank} waited {_PATIENCE:g} s for process 0 to open {work.folder}: all processes must see the "
+        "same folder for --out."
+    )
 
 
 def _shown(progress: Show | bool, crew: Crew) -> Any:

@@ -83,6 +83,11 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
     for field in ("layer_replication", "trainable_token_indices"):
         if getattr(lora, field, None):
             raise LayerError(f"{field} can't be streamed, because its layers are not the checkpoint's; leave it out.")
+    if lora.init_lora_weights not in (True, "gaussian"):
+        raise LayerError(
+            f"init_lora_weights={lora.init_lora_weights!r} lets PEFT make a start of its own when the adapter is "
+            "loaded; leave it out, and give the method by its name."
+        )
     if lora.bias != "none":
         raise LayerError(f"bias={lora.bias!r} can't be streamed, which reads weights alone; initialise in memory.")
     config = _config(source.folder)
@@ -165,19 +170,23 @@ def _key(layer: TargetLayer, names: dict[str, str], source: Source) -> str:
             f"layer {layer.name!r}: {source.folder} has no tensor of its own for its weight (the checkpoint may be "
             "fused, quantised, or lack it); leave the layer out of target_modules, or initialise in memory."
         )
+    check_entry(source, key, tuple(layer.module.get_base_layer().weight.shape), layer.name)
+    return key
+
+
+def check_entry(source: Source, key: str, shape: tuple[int, ...], name: str) -> None:
+    """Raise CheckpointError unless a tensor has the model's shape and a floating-point type of two bytes and more."""
     entry = source.entry(key)
-    shape = tuple(layer.module.get_base_layer().weight.shape)
     if entry.shape != shape:
         raise CheckpointError(
-            f"layer {layer.name!r}: tensor {key!r} has shape {entry.shape}, and the model's is {shape}: config.json "
-            "and shards don't belong together, or the checkpoint is quantised."
+            f"layer {name!r}: tensor {key!r} has shape {entry.shape}, and the model's is {shape}: config.json and "
+            "shards don't belong together, or the checkpoint is quantised."
         )
     if entry.dtype is None or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
         raise CheckpointError(
-            f"layer {layer.name!r}: tensor {key!r} has type {entry.dtype_name}; streaming reads whole weights only "
-            "(float32, bfloat16, float16 or float64)."
+            f"layer {name!r}: tensor {key!r} has type {entry.dtype_name}; streaming reads whole weights only (float32, "
+            "bfloat16, float16 or float64)."
         )
-    return key
 
 
 def _wrapped(base: Any, lora: LoraConfig) -> Any:

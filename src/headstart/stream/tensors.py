@@ -161,7 +161,9 @@ def _parse(path: Path, header: bytes, data: int, offset: int) -> tuple[dict[str,
     """Return a header's entries and metadata; every byte after it must belong to one tensor."""
     try:
         content = json.loads(header)
-        metadata = content.pop("__metadata__", None) or {}
+        metadata = dict(content.pop("__metadata__", None) or {})
+        if not all(isinstance(part, str) for pair in metadata.items() for part in pair):
+            raise TypeError
         entries = [_entry(name, found, offset) for name, found in content.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, "its header can't be read") from error
@@ -175,8 +177,6 @@ def _parse(path: Path, header: bytes, data: int, offset: int) -> tuple[dict[str,
     if at != offset + data:
         what = "it is truncated" if at > offset + data else "it goes on after the last tensor"
         raise _damaged(path, what)
-    if not all(isinstance(part, str) for pair in metadata.items() for part in pair):
-        raise _damaged(path, "its header can't be read")
     return {entry.name: entry for entry in entries}, metadata
 
 
