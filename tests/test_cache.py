@@ -490,7 +490,8 @@ def run(capsys, *arguments):
         code = 0
     except SystemExit as leaving:
         code = leaving.code
-    return code, capsys.readouterr().out
+    captured = capsys.readouterr()
+    return code, captured.out if code == 0 else captured.out + captured.err
 
 
 @pytest.fixture
@@ -563,6 +564,15 @@ def test_clear_removes_what_is_asked_for(filled, capsys):
     assert not (filled / "factors" / "digests.json").exists()
     assert run(capsys, "clear", "--folder", filled / "nothing")[0] == 0
     assert run(capsys, "clear", "--folder", filled, "--older-than", "soon")[0] == 2
+    code, out = run(capsys, "clear", "--folder", filled, "--method", "pisa")
+    assert (code, "Did you mean 'pissa'" in out) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["list", "verify", "clear"])
+def test_a_folder_that_is_a_file_is_a_sentence(command, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out = run(capsys, command, "--folder", tmp_path / "file")
+    assert (code, "is a file: name another" in " ".join(out.split())) == (1, True)
 
 
 def test_clear_leaves_what_is_not_asked_for_whatever_the_limit(filled, capsys, monkeypatch):

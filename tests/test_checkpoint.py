@@ -322,3 +322,85 @@ def test_peft_does_not_combine_anchored_adapters():
     model.add_adapter("plain", model.peft_config["default"].__class__(r=4, lora_alpha=8, target_modules=["q_proj"]))
     with pytest.raises(hs.LayerError, match=r"adapter 'default' is anchored"):
         model.add_weighted_adapter(["plain", "default"], [1.0, 1.0], "both", combination_type="cat")
+
+
+def refused_and_unchanged(model, path, match):
+    before = state(model)
+    with pytest.raises(hs.CheckpointError, match=match):
+        hs.load_checkpoint(model, path)
+    assert same(state(model), before)
+
+
+def test_a_head_of_another_size_is_refused_and_all_is_put_back(tmp_path):
+    settings = dict(target_modules=["q_proj"], modules_to_save=["norm", "lm_head"])
+    model = started(tiny_llama(vocab_size=101), **settings)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
+        model.base_model.model.model.norm.modules_to_save["default"].weight.add_(1)
+    hs.save_checkpoint(model, tmp_path / "c")
+    record = json.loads((tmp_path / "c" / "headstart.json").read_text())
+    record["layers"] = dict.fromkeys(record["layers"])  # so that the layers' own weights are not compared
+    (tmp_path / "c" / "headstart.json").write_text(json.dumps(record))
+    refused_and_unchanged(wrap(tiny_llama(), **settings), tmp_path / "c", r"another base model: .*lm_head")
+
+
+def test_a_tensor_without_a_place_is_refused_and_magnitudes_are_put_back(tmp_path):
+    settings = dict(target_modules=["q_proj"], use_dora=True)
+    model = started(tiny_llama(), "init-ab-plus", **settings)
+    perturb(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.add_(1)
+    hs.save_checkpoint(model, tmp_path / "c")
+    tensors = load_file(tmp_path / "c" / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.nowhere": torch.zeros(1)}, tmp_path / "c" / "adapter_model.safetensors")
+    (tmp_path / "c" / "headstart.json").unlink()
+    refused_and_unchanged(wrap(tiny_llama(), **settings), tmp_path / "c", "no place in the model for .*nowhere")
+
+
+def test_a_trained_head_never_lands_on_the_base_models_own(tmp_path):
+    model = started(tiny_llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    hs.save_checkpoint(model, tmp_path / "c")
+    refused_and_unchanged(
+        wrap(tiny_llama(), target_modules=["q_proj"]), tmp_path / "c", "holds 'lm_head', trained whole"
+    )
+
+
+def test_a_start_that_froze_B_leaves_it_trainable_for_the_next(tmp_path):
+    plain = started(tiny_llama())
+    hs.save_checkpoint(plain, tmp_path / "c")
+    model = started(tiny_llama(), "mica")
+    assert all(not target.module.lora_B["default"].weight.requires_grad for target in lora_layers(model, "default"))
+    hs.load_checkpoint(model, tmp_path / "c")
+    model.set_adapter("default")
+    for target in lora_layers(model, "default"):
+        assert target.module.lora_A["default"].weight.requires_grad
+        assert target.module.lora_B["default"].weight.requires_grad
+
+
+def test_a_name_is_no_model(tmp_path):
+    hs.save_checkpoint(started(tiny_llama()), tmp_path / "c")
+    with pytest.raises(hs.CheckpointError, match="'llama' is not a model"):
+        hs.load_checkpoint("llama", tmp_path / "c")
+
+
+def test_lora_fas_A_stays_frozen_when_a_checkpoint_is_loaded(tmp_path):
+    model = started(tiny_llama())
+    hs.save_checkpoint(model, tmp_path / "c")
+    hs.lora_fa_(model)
+    hs.load_checkpoint(model, tmp_path / "c")
+    for target in lora_layers(model, "default"):
+        assert not target.module.lora_A["default"].weight.requires_grad
+        assert target.module.lora_B["default"].weight.requires_grad
+
+
+@pytest.mark.parametrize("method", ["init-ab", "lora-xs", "mica"])
+def test_what_was_loaded_for_inference_trains_when_it_is_loaded_for_training(method, tmp_path):
+    model = started(tiny_llama(), method)
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    hs.save_checkpoint(model, tmp_path / "c")
+    hs.load_checkpoint(model, tmp_path / "c", trainable=False)
+    assert not any(each.requires_grad for each in model.parameters())
+    hs.load_checkpoint(model, tmp_path / "c")
+    assert {name for name, each in model.named_parameters() if each.requires_grad} == trained

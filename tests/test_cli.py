@@ -84,6 +84,9 @@ def test_methods_lists_every_method(capsys):
     code, out, _ = run(capsys, "methods", "lora-one")
     assert "gamma" in out
     assert "Algorithm 1" in out
+    code, out, _ = run(capsys, "methods", "lora-sb")
+    for each in ("needs: gradient", "cost: ", "lr=None", "split=orthonormal"):
+        assert each in out
 
 
 @pytest.mark.parametrize("base", ["anchored", "residual"])
@@ -140,6 +143,18 @@ def test_init_with_data(tiny, sums, tmp_path, capsys):
     assert all(tensor.norm() > 0 for name, tensor in tensors.items() if "lora_B" in name)
 
 
+def test_data_that_no_one_reads_are_left_unread(tiny, sums, tmp_path, capsys):
+    code, _, err = run(capsys, "init", tiny, "-m", "pissa", "--data", tmp_path / "none.jsonl", "-o", tmp_path / "s")
+    assert code == 0 and "'pissa' reads no data" in err
+
+
+def test_the_table_says_on_how_many_examples_was_measured(tiny, sums, tmp_path, capsys):
+    """Of one file a fifth is held out, whatever was asked for."""
+    arguments = small(tiny, sums / "train.jsonl", tmp_path / "c", "--methods", "lora")
+    code, printed, _ = run(capsys, *arguments, "--held-out-examples", 40)
+    assert code == 0 and "loss on 4 held-out examples" in " ".join(printed.split())
+
+
 def test_compare_ends_in_a_table_and_a_page(tiny, sums, tmp_path, capsys):
     out = tmp_path / "c"
     code, printed, err = run(capsys, *small(tiny, sums, out, "--methods", "lora,pissa,lora-one:samples=4"))
@@ -187,7 +202,11 @@ def test_compare_never_takes_over_a_folder_with_something_else(tiny, sums, tmp_p
         (("methods", "pisa"), 1, "Did you mean 'pissa'?"),
         (("init", "MODEL", "-m", "init-ab:bta=2", "-o", "x"), 1, "Did you mean 'beta'?"),
         (("init", "MODEL", "-m", "lora-one", "-o", "x"), 1, "needs data"),
+        (("init", "MODEL", "-m", "PISSA", "-o", "x"), 1, "Did you mean 'pissa'?"),
+        (("init", "MODEL", "-m", "lora-sb:samples=2", "-o", "x", "--data", "BROKEN"), 1, "(--lr)"),
         (("init", "MODEL", "-m", "pissa", "-o", "EXISTING"), 1, "--force"),
+        (("init", "MODEL", "-m", "pissa", "-o", "BROKEN"), 1, "neither an adapter's folder nor a model's"),
+        (("init", "MODEL", "-m", "pissa", "-o", "."), 1, "the folder that the command runs in"),
         (("init", "MODEL", "-m", "pissa", "-o", "x", "-r", "40"), 1, "smaller side"),
         (("init", "MODEL", "-m", "pissa", "-o", "x", "--targets", "nothing"), 1, "nothing"),
         (("init", "MODEL", "-m", "lora-one", "-o", "x", "--data", "BROKEN"), 1, "broken.jsonl, line 2"),

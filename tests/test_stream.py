@@ -338,6 +338,22 @@ def test_the_command_writes_what_it_writes_without_stream(tmp_path, folders):
     assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["r"] == 8
 
 
+def test_nothing_subtracted_is_no_residual_model(folders, tmp_path):
+    folder, out = folders("llama"), tmp_path / "stream"
+    stream_start(folder, "lora-xs", config_for("llama"), out, base="residual", progress=False)
+    in_memory(folder, "llama", "lora-xs", tmp_path / "memory", base="residual")
+    assert contents(out) == contents(tmp_path / "memory") and not (out / "base").exists()
+
+
+def test_a_residual_model_is_told_from_the_one_it_was_made_of(folders, tmp_path):
+    folder, out = folders("llama"), tmp_path / "stream"
+    stream_start(folder, "pissa", config_for("llama"), out, base="residual", progress=False)
+    with pytest.raises(CheckpointError, match=r"headstart.stream.load_residual loads both"):
+        hs.load_checkpoint(AutoModelForCausalLM.from_pretrained(out / "base"), out)
+    with pytest.raises(ModelError, match="is the residual model of an adapter"):
+        stream_start(out / "base", "pissa", config_for("llama"), tmp_path / "again", progress=False)
+
+
 @pytest.mark.parametrize(
     "given", [("--data", "x"), ("--lr", "1"), ("--memory-budget", "1GiB"), ("--batch-size", "8"), ("--max-length", "9")]
 )

@@ -25,20 +25,25 @@ from headstart.statistics.gather import Statistics
 from headstart.statistics.processes import Processes, digest, is_sharded, together
 
 # Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
-BATCH_BYTES = 256 * 2**20
+_BATCH_BYTES = 256 * 2**20
 # On a CPU each takes one thread, so that more than a few for each bring nothing, and a kill would lose them all.
 _EACH_THREAD = 4
 
 
 @dataclass
 class Facts:
-    """What holds for all layers, the bytes of weights to hold together, and the seconds that each start took."""
+    """What holds for all layers, and the seconds that each start took.
+
+    Attributes:
+        batch_bytes: how many bytes of weights may be decomposed together, in float32; by default 256 MiB, and on a CPU
+            one weight for each thread at least.
+    """
 
     seed: int
     moments: dict[str, Moments]
     population: int | None
     first_lr: float | None = None
-    batch_bytes: int = BATCH_BYTES
+    batch_bytes: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -158,7 +163,7 @@ def factorise(
 
 
 def _groups(
-    method: Method, layers: Sequence[TargetLayer], statistics: Statistics, batch_bytes: int
+    method: Method, layers: Sequence[TargetLayer], statistics: Statistics, batch_bytes: int | None
 ) -> Iterator[list[TargetLayer]]:
     """Yield what the method wants together: layers of one shape and rank, within a memory limit, or of one input."""
     if method.together == "none":
@@ -170,10 +175,13 @@ def _groups(
         shape = (layer.d_out, layer.d_in, layer.r, device)
         alike[shape if method.together == "shape" else statistics.groups.get(layer.name, layer.name)].append(layer)
     for group in alike.values():
-        fitting = max(1, batch_bytes // (4 * group[0].d_out * group[0].d_in))
+        limit = _BATCH_BYTES if batch_bytes is None else batch_bytes
+        fitting = max(1, limit // (4 * group[0].d_out * group[0].d_in))
         if group[0].module.get_base_layer().weight.device.type == "cpu":
             threads = torch.get_num_threads()
-            fitting = max(threads, min(fitting, _EACH_THREAD * threads))
+            fitting = min(fitting, _EACH_THREAD * threads)
+            if batch_bytes is None:
+                fitting = max(fitting, threads)
         size = fitting if method.together == "shape" else len(group)
         for start in range(0, len(group), size):
             yield group[start : start + size]

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from headstart.cache import open_store
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError, not_finite
-from headstart.factorise import BATCH_BYTES, Facts, finite_weight, known_length, starts_of
+from headstart.factorise import Facts, finite_weight, known_length, starts_of
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.handed import peft_starts
 from headstart.layers.install import Base, check_base, install, start_note
@@ -84,7 +84,8 @@ def initialize_(
         collator, batch_size: how a dataset of single samples becomes batches.
         memory_budget: bytes for what a pass over the data sums, or a string such as "6GiB"; by default half of what is
             free. Where not everything fits, the data are read in several passes; the report says how many. Without
-            data, it bounds the weights that are decomposed together (256 MiB by default).
+            data, it bounds the weights that are decomposed together (by default 256 MiB, and on a CPU one for each
+            thread at least).
         offload: "cpu" keeps these sums in CPU memory, for models that leave no room beside them.
         population: N, how many samples the training set holds, for methods that ask; by default the length of ``data``
             where it has one.
@@ -139,7 +140,7 @@ def initialize_(
             size = population or known_length(data, collator, processes)
             collector = _collector(method, layers, data, size, collect)
         # Approximations hold a weight twice: as it is, and divided by the scaling.
-        batch_bytes = BATCH_BYTES if memory_budget is None else parse_bytes(memory_budget, torch.device("cpu")) // 2
+        batch_bytes = None if memory_budget is None else parse_bytes(memory_budget, torch.device("cpu")) // 2
         facts = Facts(seed, moments, size, first_lr, batch_bytes)
         notes: list[str] = []
         store = open_store(cache, notes.append)

@@ -20,6 +20,8 @@ from headstart.cache.folder import factors_folder, size_limit
 from headstart.cache.store import Store
 from headstart.cli.app import app
 from headstart.cli.console import output
+from headstart.errors import HeadstartError
+from headstart.methods import method_class
 from headstart.progress import progress_bars
 
 cache = typer.Typer(
@@ -91,6 +93,7 @@ def verify(
     size = human_bytes(sum(entry.bytes for entry in entries))
     output.print(f"{_count(len(entries))}, {size}: {state}", markup=False, highlight=False)
     if left:
+        output.print("Each is computed again when it is asked for; --remove removes them.", markup=False)
         raise typer.Exit(1)
 
 
@@ -106,6 +109,8 @@ def clear(
 ) -> None:
     """Remove what is kept, all of it or some; what is needed again is computed again."""
     age = None if older_than is None else parse_age(older_than)
+    if method is not None:
+        method_class(method)
     store = _store(folder)
     chosen = [
         entry
@@ -161,7 +166,10 @@ def human_age(seconds: float) -> str:
 
 
 def _store(folder: Path | None) -> Store:
-    return Store(factors_folder(folder), size_limit())
+    place = factors_folder(folder)
+    if any(each.is_file() for each in (place, place.parent)):
+        raise HeadstartError(f"The cache's folder {place.parent} is a file: name another (HEADSTART_CACHE, --folder).")
+    return Store(place, size_limit())
 
 
 def _about(entry: Entry) -> dict[str, Any] | None:

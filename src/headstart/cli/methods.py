@@ -23,7 +23,11 @@ def methods(
     """List the methods, or show one."""
     if name is not None:
         cls = method_class(name)
-        output.print(f"{name}\n\n{inspect.getdoc(cls)}", markup=False, highlight=False, soft_wrap=True)
+        row = describe(name)
+        facts = [("needs", row["needs"]), ("cost", row["cost"]), ("settings", row["settings"] or "none")]
+        listed = "\n".join(f"{title}: {text}" for title, text in facts)
+        text = f"{name}\n\n{inspect.getdoc(cls)}\n\n{listed}"
+        output.print(text, markup=False, highlight=False, soft_wrap=True)
         return
     if as_json:
         output.print_json(json.dumps([describe(each) for each in method_names()]))

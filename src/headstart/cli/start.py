@@ -24,7 +24,7 @@ from headstart.cli.options import (
     Targets,
     target_modules,
 )
-from headstart.errors import DataError
+from headstart.errors import DataError, MethodError
 from headstart.initialize import initialize_
 from headstart.layers.checkpoint import save_checkpoint
 from headstart.layers.files import check_free
@@ -74,14 +74,19 @@ def init(
             source = context.get_parameter_source(name)
             if source is not None and source.name != "DEFAULT":
                 raise DataError(
-                    f"--{name.replace('_', '-')} is about data, which are read through the whole model, and --stream "
-                    "never builds that: leave one of them out."
+                    f"--{name.replace('_', '-')} is for methods that read data through the whole model, which --stream "
+                    "never builds: leave one of the two out."
                 )
         _stream(model, made, out, rank, alpha, rslora, targets, seed, base, cache, strict, force)
         return
     check_free(out, force)
     if made.needs & (Needs.GRADIENT | Needs.INPUTS) and data is None:
         raise DataError(f"method {made.name!r} needs data: give a JSONL file with --data.")
+    if lacking := made.missing(lr):
+        raise MethodError(lacking)
+    if data is not None and not made.needs & (Needs.GRADIENT | Needs.INPUTS):
+        console.print(f"note: method {made.name!r} reads no data, so --data is left unread", markup=False)
+        data = None
 
     loaded, tokenizer, name = resolve_model(model)
     rows: list[dict[str, list[int]]] = []
@@ -168,7 +173,5 @@ def _stream(
         )
     if report is not None:
         output.print(report)
-        output.print(
-            f"wrote {out}" + (f", and the residual model in {out / FOLDER}" if base.word == "residual" else ""),
-            markup=False,
-        )
+        residual = f", and the residual model in {out / FOLDER} (headstart.stream.load_residual loads both)"
+        output.print(f"wrote {out}{residual if (out / FOLDER).is_dir() else ''}", markup=False)

@@ -125,8 +125,8 @@ def make_plain(
     Raises:
         CheckpointError: ``rank`` is not positive.
     """
-    if rank is not None and rank < 1:
-        raise CheckpointError(f"rank={rank} must be at least 1.")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise CheckpointError(f"rank={rank!r} must be a whole number of at least 1.")
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     lost = whole = 0.0
     for name, layer in layers.items():

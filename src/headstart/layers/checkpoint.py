@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from headstart.layers.export import adapter_tensors, one_writes, portable_config
 from headstart.layers.files import (
     CONFIG,
     RECORD,
+    RESIDUAL_MARK,
     WEIGHTS,
     read_json,
     read_tensors,
@@ -32,7 +33,7 @@ from headstart.layers.files import (
     write_tensors,
 )
 from headstart.layers.find import TargetLayer, lora_layers, record, residual_owner, resolve_adapter, set_record
-from headstart.layers.frozen import freeze_factors
+from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
 from headstart.layers.weights import fingerprint, linear_shape
 
@@ -88,9 +89,11 @@ def load_checkpoint(
         The PEFT model.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or incomplete, or belongs to another base model or rank. The model
-            is then as it was.
+        CheckpointError: the checkpoint is damaged or incomplete, or belongs to another base model, rank or set of
+            trained heads. The model is then as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"{model!r} is not a model: give the base model itself, as from_pretrained returns it.")
     folder = Path(path)
     read = read_adapter(folder)
     config, layers, records = read.config, read.layers, read.record.get("layers", {})
@@ -105,7 +108,11 @@ def load_checkpoint(
             check_form(targets[name], layer)
         for name, layer in layers.items():
             _prepare_layer(targets[name], layer, undo)
-        result = set_peft_model_state_dict(wrapped, read.tensors, adapter_name=adapter)
+        try:
+            result = set_peft_model_state_dict(wrapped, read.tensors, adapter_name=adapter)
+        except RuntimeError as error:  # a head of another shape; PyTorch's sentence names it
+            reason = str(error).strip().split("\n")[-1].strip().rstrip(".")
+            raise CheckpointError(f"{folder} belongs to another base model: {reason}.") from error
         # With bias="all" PEFT writes the bias of a trained head twice, once under a name that it can't read again.
         unplaced = [key for key in result.unexpected_keys if ".modules_to_save." not in key]
         if unplaced:
@@ -113,8 +120,8 @@ def load_checkpoint(
         for name, found in records.items():
             if found is not None:
                 set_record(targets[name], found)
-                if frozen := found.get("frozen"):
-                    freeze_factors(targets[name].module, adapter, frozen)
+        for name, target in targets.items():
+            _freeze_as(target, (records.get(name) or {}).get("frozen", ()), trainable)
         if any(layer.kind != "lora" for layer in layers.values()):
             mark_config(wrapped, adapter, undo)
         undo.pop_all()
@@ -133,14 +140,40 @@ def _with_adapter(model: Any, config: LoraConfig, adapter: str, undo: ExitStack)
         model.add_adapter(adapter, config)
         undo.callback(model.delete_adapter, adapter)
         return model
+    lacking = sorted(set(config.modules_to_save or ()) - set(model.peft_config[adapter].modules_to_save or ()))
+    if lacking:
+        raise CheckpointError(
+            f"the checkpoint holds {lacking[0]!r}, trained whole, and adapter {adapter!r} of the model has no such "
+            "part: wrap the model with the same modules_to_save, or give the base model."
+        )
+    for parameter in _own_parameters(model, adapter):
+        undo.callback(parameter.data.copy_, parameter.detach().clone())
     for target in lora_layers(model, adapter):
-        for part in (target.module.lora_A, target.module.lora_B):
-            weight = part[adapter].weight
-            undo.callback(weight.data.copy_, weight.detach().clone())
         undo.callback(set_record, target, record(target))
     if config.inference_mode:
         model.base_model.set_requires_grad(adapter, requires_grad=False)
+    elif adapter in model.active_adapters:
+        model.base_model.set_requires_grad(adapter, requires_grad=True)
     return model
+
+
+def _own_parameters(model: nn.Module, adapter: str) -> Iterator[Tensor]:
+    """Yield all that PEFT keeps for an adapter: factors, magnitudes, cores, heads."""
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            held = getattr(module, name, {})
+            if adapter in held:
+                yield from [held[adapter]] if isinstance(held[adapter], Tensor) else held[adapter].parameters()
+
+
+def _freeze_as(target: TargetLayer, names: Sequence[str], trainable: bool) -> None:
+    """Freeze the factors that a checkpoint's start froze, and no B that another start froze before."""
+    held = frozen_factors(target.module, target.adapter)
+    if "lora_B" in held and "lora_B" not in names and core_of(target.module, target.adapter) is None:
+        thaw_factors(target.module, target.adapter, trainable)
+        held = tuple(name for name in held if name != "lora_B")
+    if wanted := {*held, *names}:
+        freeze_factors(target.module, target.adapter, sorted(wanted))
 
 
 @dataclass(frozen=True)
@@ -245,8 +278,11 @@ def _check_base(
             continue  # its weight is not the base model's any more; its anchors are compared instead
         expected = (found or {}).get("weight")
         if expected is not None and not _alike(fingerprint(plain[name]), expected, plain[name].weight.dtype):
+            where = Path(getattr(base, "name_or_path", None) or "", RESIDUAL_MARK)
+            hint = " (This is a residual model: headstart.stream.load_residual loads both.)" if where.is_file() else ""
             raise CheckpointError(
-                f"{folder} belongs to another base model: layer {name!r} has the same shape here, but other weights."
+                f"{folder} belongs to another base model: layer {name!r} has the same shape here, but other "
+                f"weights.{hint}"
             )
 
 

@@ -21,6 +21,8 @@ from headstart.errors import CheckpointError
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 RECORD = "headstart.json"
+# In the folder of a model whose weights lack a start that is in the adapter beside it.
+RESIDUAL_MARK = "headstart_residual.json"
 
 
 @contextlib.contextmanager
@@ -53,13 +55,16 @@ def check_free(target: Path, force: bool) -> None:
         raise CheckpointError(f"{target} is a link to something that doesn't exist: remove it, or choose another path.")
     if not target.exists():
         return
-    if not force:
-        raise CheckpointError(f"{target} exists: choose another path, or overwrite it with force=True (--force).")
     ours = target.is_dir() and (
         not any(target.iterdir()) or any((target / name).is_file() for name in (CONFIG, "config.json"))
     )
     if not ours:
-        raise CheckpointError(f"{target} is neither an adapter's folder nor a model's, so it is not overwritten.")
+        raise CheckpointError(
+            f"{target} exists and is neither an adapter's folder nor a model's, so it is not overwritten: choose "
+            "another path."
+        )
+    if not force:
+        raise CheckpointError(f"{target} exists: choose another path, or overwrite it with force=True (--force).")
 
 
 def put_in_place(work: Path, target: Path) -> None:

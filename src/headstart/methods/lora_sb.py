@@ -79,7 +79,7 @@ class LoRASB(GradientMethod):
         """Return a sentence where the rate is not known."""
         if self.lr or first_lr:
             return ""
-        return f"method {self.name!r} needs the rate of the first optimizer step: give lr, or first_lr= to the verb."
+        return f"method {self.name!r} needs the rate of the first optimizer step: set lr, or give first_lr= (--lr)."
 
     def factors(self, layer: LayerInputs) -> Factors:
         """Decompose the first update."""

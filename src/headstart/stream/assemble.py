@@ -16,7 +16,7 @@ from headstart.layers.export import adapter_tensors, portable_config, save_confi
 from headstart.layers.files import WEIGHTS, check_free, put_in_place
 from headstart.layers.install import mark_config
 from headstart.stream.parts import Part, Work
-from headstart.stream.pieces import Maker, layer_name
+from headstart.stream.pieces import Maker, layer_name, subtracted
 from headstart.stream.residual import FOLDER, move_model
 from headstart.stream.skeleton import ADAPTER, check_entry
 from headstart.stream.tensors import Planned, tensor_bytes, write_file, writing
@@ -47,7 +47,7 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
             save_config(portable_config(model, ADAPTER), made)
         names = [layer.name for layer in maker.skeleton.layers]
         write_record(made, digest, {name: part.facts["record"] for name, part in zip(names, parts, strict=True)})
-        if maker.base == "residual":
+        if maker.base == "residual" and any(map(subtracted, parts)):
             base = made / FOLDER
             base.mkdir()
             move_model(work, maker.source.folder, list(maker.source.shards), base)

@@ -31,6 +31,11 @@ def layer_name(place: int) -> str:
     return f"layer-{place:05d}"
 
 
+def subtracted(part: Part) -> bool:
+    """Return whether a layer's start is subtracted from its weight."""
+    return bool(part.facts["record"]["offset"] == "subtract")
+
+
 @dataclass
 class Maker:
     """What all pieces have in common.

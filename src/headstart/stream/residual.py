@@ -16,16 +16,15 @@ from headstart.errors import BASE_PREFIX, CheckpointError, ModelError
 from headstart.layers.adapter import AdapterLayer
 from headstart.layers.anchored import set_anchors
 from headstart.layers.checkpoint import load_checkpoint, read_adapter
-from headstart.layers.files import read_json, sha256, write_json
+from headstart.layers.files import RESIDUAL_MARK, read_json, sha256, write_json
 from headstart.layers.find import TargetLayer, lora_layers, set_record, set_residual_owner
 from headstart.layers.install import mark_config, subtract_product
 from headstart.stream.parts import Work
-from headstart.stream.pieces import Maker, layer_name
+from headstart.stream.pieces import Maker, layer_name, subtracted
 from headstart.stream.skeleton import ADAPTER, model_class
 from headstart.stream.tensors import tensor_bytes
 
 FOLDER = "base"
-_MARK = "headstart_residual.json"
 # Weights in other formats, which would be the untouched model's.
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot"}
 
@@ -52,7 +51,7 @@ def _residual(maker: Maker, work: Work, layer: TargetLayer, place: int) -> Tenso
     target = maker.filled(layer)
     module: Any = target.module
     part = work.need(layer_name(place))
-    if part.facts["record"]["offset"] == "subtract":
+    if subtracted(part):
         for held, which in ((module.lora_A, "lora_A"), (module.lora_B, "lora_B")):
             held[ADAPTER].weight.data.copy_(part.read(f"{BASE_PREFIX}{layer.name}.{which}.weight"))
         with ExitStack() as undo:
@@ -82,7 +81,7 @@ def move_model(work: Work, source: Path, shards: Sequence[str], target: Path) ->
     for name, content in contents.items():
         (target / name).write_bytes(content)
     note = "the weights of the layers of the adapter in the folder above are W - s B0 A0"
-    write_json({"residual": note, "sha256": digests}, target / _MARK)
+    write_json({"residual": note, "sha256": digests}, target / RESIDUAL_MARK)
 
 
 def _beside_weights(file: Path) -> bool:
@@ -105,9 +104,9 @@ def load_residual(path: str | Path, *, adapter: str = ADAPTER, trainable: bool =
         ModelError: Transformers can't load the model.
     """
     folder = Path(path)
-    if not (folder / FOLDER / _MARK).is_file():
+    if not (folder / FOLDER / RESIDUAL_MARK).is_file():
         raise CheckpointError(f"{folder} holds no residual model: it is made with --stream --base residual.")
-    for shard, digest in read_json(folder / FOLDER / _MARK).get("sha256", {}).items():
+    for shard, digest in read_json(folder / FOLDER / RESIDUAL_MARK).get("sha256", {}).items():
         file = folder / FOLDER / shard
         # Another model's shard of the same shapes would load, the untouched one's above all.
         if not file.is_file() or sha256(file) != digest:

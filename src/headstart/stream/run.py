@@ -28,7 +28,7 @@ from headstart.progress import Show, progress_bars, silent
 from headstart.report import LayerReport, Report
 from headstart.stream.assemble import assemble
 from headstart.stream.parts import Work
-from headstart.stream.pieces import Maker, averaged, layer_name
+from headstart.stream.pieces import Maker, averaged, layer_name, subtracted
 from headstart.stream.residual import make_shard
 from headstart.stream.skeleton import ADAPTER, build
 from headstart.stream.source import Source
@@ -92,7 +92,7 @@ def stream_start(
         method: one that needs only shapes, weights or their moments, or its name with settings.
         config: PEFT's; targets, ranks and patterns are resolved as PEFT does.
         out: the folder to write. With ``base="residual"`` the residual model is in ``base`` in it
-            (:func:`headstart.stream.load_residual` loads both).
+            (:func:`headstart.stream.load_residual` loads both), unless the method subtracts nothing.
         seed: the same seed gives the same factors.
         base: "anchored" leaves the checkpoint alone; "residual" writes W - s B A, in the shards' own type, as well.
         name: the base model's name for the adapter's config; ``folder`` by default.
@@ -189,7 +189,7 @@ def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show, st
     for place, layer in enumerate(layers if strict else ()):
         if note := work.need(layer_name(place)).facts["report"]["note"]:
             raise LayerError(f"{layer.name}: {note}")
-    if maker.base == "residual":
+    if maker.base == "residual" and any(subtracted(work.need(layer_name(place))) for place in range(len(layers))):
         shards = list(maker.source.shards)
 
         def shard(group: Sequence[int], _: Show) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from headstart.errors import CheckpointError, ModelError
+from headstart.layers.files import RESIDUAL_MARK
 from headstart.stream.tensors import Entry, TensorFile
 
 SINGLE = "model.safetensors"
@@ -91,6 +92,11 @@ def check_model_folder(folder: Path) -> None:
         raise ModelError(f"There is no model folder {str(folder)!r}; streaming reads a folder of safetensors files.")
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} holds an adapter, not a whole model; give the base model that it was made for.")
+    if (folder / RESIDUAL_MARK).is_file():
+        raise ModelError(
+            f"{folder} is the residual model of an adapter, whose weights lack that adapter's start: give the model "
+            "that it was made from."
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json, so it is no model checkpoint.")
 

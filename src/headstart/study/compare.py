@@ -206,9 +206,11 @@ def described(comparison: Comparison, results: Sequence[Result]) -> str:
     """Return the comparison's conditions in one sentence, for tables and pages."""
     recipe = comparison.recipe
     data = "built-in word problems" if comparison.data == BUILT_IN else Path(comparison.data).name
+    # What was measured may be less than what was asked for.
     graded = results[0].graded if results else comparison.graded_examples
+    held_out = (results[0].held_out if results else 0) or comparison.held_out_examples
     return (
         f"{comparison.model}, {data}, {recipe.steps} steps of {recipe.batch_size} examples, AdamW at {recipe.lr:g}, "
         f"rank {recipe.r}, alpha {recipe.lora_alpha}, seed {recipe.seed}; loss on "
-        f"{comparison.held_out_examples} held-out examples, {graded} answers graded by exact match"
+        f"{held_out} held-out examples, {graded} answers graded by exact match"
     )

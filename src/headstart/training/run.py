@@ -92,6 +92,7 @@ class Result:
     training_seconds: float
     samples: int
     losses: list[float] = field(default_factory=list)
+    held_out: int = 0
     right: int = 0
     graded: int = 0
     warnings: list[str] = field(default_factory=list)
@@ -129,6 +130,7 @@ def run(
     model, tokenizer = load()
     model = load_checkpoint(model.to(accelerator()), folder / "checkpoint", trainable=False)
     found = dict(trained, final_loss=_loss(model, material, tokenizer, recipe, show, "loss at the end"))
+    found["held_out"] = len(material.held_out)
     if material.graded:
         graded = exact_match(
             model,
