@@ -28,6 +28,7 @@ from bench.study_glue import (
     LORA,
     WARMUP,
     Study,
+    cut,
     fresh_model,
     measure,
     shuffled,
@@ -36,7 +37,7 @@ from bench.study_glue import (
 )
 from bench.study_tables import BASELINE, Mean, Run, mean, mean_of, measured, paragraphs, run_all
 from headstart.errors import MethodError
-from headstart.methods import Needs, parse_method
+from headstart.methods import parse_method
 from headstart.training.wrap import accelerator
 
 TASK = "sst2"
@@ -52,6 +53,7 @@ METHODS = (
     "inilora:solver=svd",
     "inilora-alpha:std=0.02",
     "inilora-alpha",
+    "lora-ga:samples=64",
 )
 SHARES = {"exact": 1.0, "3/4": 0.75, "1/2": 0.5}
 
@@ -66,7 +68,9 @@ class Truncation(Study):
         order = shuffled(self._train[TASK], steps * BATCH, draw)
         data = training_batches(order, steps, self._padding, draw)
         model = fresh_model(self._base, seed)
-        hs.initialize_(model, settings["method"], seed=seed, progress=False)
+        method, population = parse_method(settings["method"]), len(self._train[TASK])
+        samples = cut(order[: method.sample_count(population) or 1], self._padding)
+        hs.initialize_(model, method, data=samples, population=population, seed=seed, cache=False, progress=False)
         start = measure(model, self._dev[TASK])[0]
         losses = train(model, data, settings["lr"], seed)
         loss, right, total = measure(model, self._dev[TASK])
@@ -177,17 +181,15 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=int, default=STEPS, help=f"of training (default {STEPS})")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     add("--rate", type=float, default=RATE, help=f"of AdamW at its highest (default {RATE:g})")
-    add("--methods", nargs="+", default=list(METHODS), help="starts that need no data")
+    add("--methods", nargs="+", default=list(METHODS), help="what the runs start from")
     add("--limit-minutes", type=float, default=math.inf, help="start no run after that long; 0 only writes the page")
     add("--page", default="truncation", help="the page in docs/results, or a path without .md")
     chosen = parser.parse_args()
     for text in chosen.methods:
         try:
-            method = parse_method(text)
+            parse_method(text)
         except MethodError as error:
             sys.exit(str(error))
-        if Needs.GRADIENT in method.needs:
-            sys.exit(f"method {text!r} needs data for its start, which this study doesn't read.")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # between PEFT and Transformers, at every model
     return chosen
