@@ -861,3 +861,19 @@ def test_autocast_around_the_verb_rounds_nothing(form):
         cast = started(tiny_llama(), "olora", form=form)
     for (name, mine), theirs in zip(plain.named_parameters(), cast.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize(("budget", "largest"), [(None, 9), (1, 1), (2 * 4 * 3 * 32 * 32, 3)])
+def test_the_budget_bounds_what_is_decomposed_together(budget, largest, monkeypatch):
+    """Half of it is for the weights, half for what is computed beside them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    sizes, plain = [], hs.PiSSA.factors_batch
+
+    def counted(self, layers, show):
+        sizes.append(len(layers))
+        return plain(self, layers, show)
+
+    monkeypatch.setattr(hs.PiSSA, "factors_batch", counted)
+    model = wrap(tiny_llama(num_hidden_layers=9), target_modules=["q_proj"])
+    hs.initialize_(model, "pissa", memory_budget=budget, progress=False)
+    assert max(sizes) == largest
