@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 import headstart as hs
@@ -377,6 +377,19 @@ def test_a_start_that_froze_B_leaves_it_trainable_for_the_next(tmp_path):
     for target in lora_layers(model, "default"):
         assert target.module.lora_A["default"].weight.requires_grad
         assert target.module.lora_B["default"].weight.requires_grad
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_into_a_model_that_transformers_wrapped(trainable, tmp_path, batch):
+    model, other = tiny_llama(), tiny_llama()
+    for each in (model, other):
+        each.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]), "default")
+    hs.initialize_(model, "pissa", progress=False)
+    perturb(model)
+    hs.save_checkpoint(model, tmp_path / "c")
+    hs.load_checkpoint(other, tmp_path / "c", trainable=trainable)
+    assert torch.equal(logits(other, batch), logits(model, batch))
+    assert any(each.requires_grad for each in other.parameters()) == trainable
 
 
 def test_a_name_is_no_model(tmp_path):

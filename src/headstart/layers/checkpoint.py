@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import set_requires_grad
 from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -32,7 +33,15 @@ from headstart.layers.files import (
     write_json,
     write_tensors,
 )
-from headstart.layers.find import TargetLayer, lora_layers, record, residual_owner, resolve_adapter, set_record
+from headstart.layers.find import (
+    TargetLayer,
+    active_adapters,
+    lora_layers,
+    record,
+    residual_owner,
+    resolve_adapter,
+    set_record,
+)
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
 from headstart.layers.weights import fingerprint, linear_shape
@@ -150,10 +159,8 @@ def _with_adapter(model: Any, config: LoraConfig, adapter: str, undo: ExitStack)
         undo.callback(parameter.data.copy_, parameter.detach().clone())
     for target in lora_layers(model, adapter):
         undo.callback(set_record, target, record(target))
-    if config.inference_mode:
-        model.base_model.set_requires_grad(adapter, requires_grad=False)
-    elif adapter in model.active_adapters:
-        model.base_model.set_requires_grad(adapter, requires_grad=True)
+    if config.inference_mode or adapter in active_adapters(model):
+        set_requires_grad(model, adapter, requires_grad=not config.inference_mode)
     return model
 
 
