@@ -42,8 +42,8 @@ from headstart.training.wrap import accelerator
 
 TASK = "sst2"
 RATE, STEPS = 3e-4, 120
-# Where factors have entries of size one, a step of AdamW moves the weight that much further.
-OWN_RATES = {"inilora-alpha": 3e-5}
+# Where factors have entries near one, a step of AdamW moves the weight that much further.
+OWN_RATES = {"inilora-alpha": 3e-5, "inilora-beta": 1e-4}
 METHODS = (
     BASELINE,
     "pissa",
@@ -53,7 +53,10 @@ METHODS = (
     "inilora:solver=svd",
     "inilora-alpha:std=0.02",
     "inilora-alpha",
+    "inilora-beta",
     "lora-ga:samples=64",
+    "pissa-niter",
+    "corda:samples=64",
 )
 SHARES = {"exact": 1.0, "3/4": 0.75, "1/2": 0.5}
 
@@ -203,7 +206,7 @@ def main() -> None:
         for seed, method in itertools.product(chosen.seeds, chosen.methods)
     ]
     runs = run_all(plan, chosen.out, chosen.limit_minutes, Truncation(chosen.out, plan).run)
-    own = "".join(f" (`{method}`: {rate:g})" for method, rate in OWN_RATES.items() if method in chosen.methods)
+    own = "".join(f", {rate:g} for `{method}`" for method, rate in OWN_RATES.items() if method in chosen.methods)
     lines = paragraphs(
         "The encoder all-MiniLM-L6-v2 with a random two-way head on SST-2. LoRA on query, key, value and the dense "
         f"layers, rank r = {LORA['r']}, alpha {LORA['lora_alpha']}, rsLoRA; {chosen.steps} AdamW steps of {BATCH} "
