@@ -87,25 +87,33 @@ def test_killed_at_random_points_nothing_is_lost_or_believed_wrongly(tmp_path):
     draw = random.Random(0)
     made = {key: large(key) for key in KEYS[:12]}
 
+    read, write = os.pipe()
+
     def work():
         with log.open("w") as announced:
             for key in made:
+                os.read(read, 1)  # waits to be let on
                 Store(folder, 2**40).fetch([key], lambda _, key=key: [made[key]])
                 print(key, file=announced, flush=True)
 
     began = time.monotonic()
+    os.write(write, b"." * len(made))
     assert ended(forked(work)) == 0
-    whole = time.monotonic() - began
-    killed, cut = 0, 0
+    one = (time.monotonic() - began) / len(made)
+    cut = 0
     for _ in range(40):
         for entry in list_entries(folder):
             entry.path.unlink()
         log.write_text("")
+        # So many keys and no more, so that it never ends before it is killed: within the last of them, or after it.
+        allowed = draw.randrange(1, len(made))
+        os.write(write, b"." * allowed)
         child = forked(work)
-        time.sleep(draw.uniform(0.1, 0.8) * whole)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        killed += ended(child) == -signal.SIGKILL
+        while len(log.read_text().splitlines()) < allowed - 1:
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 2 * one))
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -signal.SIGKILL
         assert damaged(folder) == []
         there = {entry.key for entry in list_entries(folder)}
         assert set(log.read_text().split()) <= there
@@ -113,7 +121,12 @@ def test_killed_at_random_points_nothing_is_lost_or_believed_wrongly(tmp_path):
         for key in there:
             (found,) = Store(folder, 2**40).fetch([key], pytest.fail)
             assert same(found, key)
-    assert killed > 10
+        os.set_blocking(read, False)
+        with contextlib.suppress(BlockingIOError):
+            os.read(read, len(made))
+        os.set_blocking(read, True)
+    os.close(read)
+    os.close(write)
     assert cut > 5
     assert fetch(folder, list(made), make=large)[0] == [content(each) for each in made.values()]
     for path in temporary(folder):
