@@ -22,13 +22,13 @@ from transformers.utils import logging
 import headstart as hs
 from bench.harness import paragraph, table, token_batches, write
 from headstart.layers.anchored import anchors
-from headstart.layers.install import Base
+from headstart.layers.install import Subtracting
 from headstart.training.models import resolve_model
 
 RANK, STEPS, RATE = 8, 30, 1e-3
 VOCABULARY, USED, WIDTH, LENGTH, ROWS = 1000, 64, 512, 32, 4
 METHODS = ("pissa", "inilora-alpha", "init-ab", "inilora:solver=svd", "olora")
-FORMS: tuple[Base, ...] = ("anchored", "residual")
+FORMS: tuple[Subtracting, ...] = ("anchored", "residual")
 SCALINGS = (1, 2)
 Key = tuple[str, int]  # a method and s
 
@@ -98,11 +98,11 @@ def sequences(count: int, seed: int) -> Tensor:
     return torch.stack(tokens, dim=1)
 
 
-def wrapped(base: Any, method: str, scaling: int, form: Base) -> Any:
+def wrapped(base: Any, method: str, scaling: int, form: Subtracting) -> Any:
     """Return a copy of the base model with LoRA layers that are started; PEFT keeps their factors in float32."""
     config = LoraConfig(r=RANK, lora_alpha=scaling * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(copy.deepcopy(base), config)
-    hs.initialize_(model, method, base=form, progress=False)
+    hs.initialize_(model, method, form=form, progress=False)
     return model
 
 

@@ -100,7 +100,10 @@ def one(side: str, shape: str, samples: int, length: int, size: int) -> dict[str
             )
             method = f"{side}:samples={sum(len(batch['labels']) for batch in chosen)}"
             report = hs.initialize_(
-                get_peft_model(model, config), method, data=chosen, population=100_000, progress=False
+                get_peft_model(model, config),
+                method,
+                data=hs.TrainingData(chosen, training=hs.Training(100_000)),
+                progress=False,
             )
             found |= {"plan": report.plan, "steps": report.seconds_by_step, "repaired": len(report.repairs())}
         _synchronize(device)

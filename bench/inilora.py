@@ -14,7 +14,7 @@ import headstart as hs
 from bench.harness import Side, Timing, interleave, paired_ratio, paragraph, table, write
 from headstart.linalg.adam import Descent, Schedule
 from headstart.linalg.lowrank import adam_lowrank
-from headstart.methods.base import Factors, LayerInputs, Moments
+from headstart.methods.base import Factors, Layer, Moments
 from headstart.methods.draws import draw
 from headstart.training.models import resolve_model
 
@@ -25,24 +25,24 @@ TOLERANCE = 1e-3
 EVERY, PART = 6, 400
 
 
-def layers_of(kind: str, weights: dict[str, Tensor]) -> list[LayerInputs]:
+def layers_of(kind: str, weights: dict[str, Tensor]) -> list[Layer]:
     """Return the layers of one kind, with the moments that IniLoRA draws by."""
     chosen = {name: weight for name, weight in weights.items() if name.endswith(kind)}
     std = sum(float(weight.double().std()) for weight in chosen.values()) / len(chosen)
     return [
-        LayerInputs(name, weight.shape[0], weight.shape[1], RANK, 1.0, weight=weight, moments=Moments(0.0, std))
+        Layer(name, weight.shape[0], weight.shape[1], RANK, 1.0, weight=weight, moments=Moments(0.0, std))
         for name, weight in chosen.items()
     ]
 
 
-def start(layer: LayerInputs) -> tuple[Tensor, Tensor]:
+def start(layer: Layer) -> tuple[Tensor, Tensor]:
     assert layer.moments is not None
     generator = layer.generator()
     A = draw((layer.r, layer.d_in), "normal", layer.moments.std, generator)
     return A, draw((layer.d_out, layer.r), "normal", layer.moments.std, generator)
 
 
-def published(layers: Sequence[LayerInputs], steps: int) -> list[tuple[Tensor, Tensor]]:
+def published(layers: Sequence[Layer], steps: int) -> list[tuple[Tensor, Tensor]]:
     """The published loop: one matrix after another, autograd, torch's own Adam and schedule."""
     found = []
     for layer in layers:
@@ -60,7 +60,7 @@ def published(layers: Sequence[LayerInputs], steps: int) -> list[tuple[Tensor, T
     return found
 
 
-def path(groups: Sequence[Sequence[LayerInputs]], steps: int) -> list[tuple[Tensor, Tensor]]:
+def path(groups: Sequence[Sequence[Layer]], steps: int) -> list[tuple[Tensor, Tensor]]:
     found: list[tuple[Tensor, Tensor]] = []
     for group in groups:
         A0, B0 = (torch.stack(each) for each in zip(*map(start, group), strict=True))
@@ -79,7 +79,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def products(groups: Sequence[Sequence[LayerInputs]], steps: int) -> None:
+def products(groups: Sequence[Sequence[Layer]], steps: int) -> None:
     """The two products with W that a step can't do without, each matrix for itself on one thread."""
     schedule = Schedule(steps, lr=5e-4, decay=0.9, decay_every=5_000, betas=(0.9, 0.999), eps=1e-8)
     with threads(1):
@@ -92,17 +92,17 @@ def products(groups: Sequence[Sequence[LayerInputs]], steps: int) -> None:
                     descent.times_Wt(descent.A)
 
 
-def solve(method: hs.IniLoRA, groups: Sequence[Sequence[LayerInputs]]) -> list[Factors]:
+def solve(method: hs.IniLoRA, groups: Sequence[Sequence[Layer]]) -> list[Factors]:
     return [factors for group in groups for factors in method.factors_batch(group)]
 
 
-def timed(method: hs.IniLoRA, groups: Sequence[Sequence[LayerInputs]]) -> tuple[float, list[Factors]]:
+def timed(method: hs.IniLoRA, groups: Sequence[Sequence[Layer]]) -> tuple[float, list[Factors]]:
     began = time.perf_counter()
     found = solve(method, groups)
     return time.perf_counter() - began, found
 
 
-def worst_excess(groups: Sequence[Sequence[LayerInputs]], found: Sequence[Factors]) -> float:
+def worst_excess(groups: Sequence[Sequence[Layer]], found: Sequence[Factors]) -> float:
     """Return the largest of error over the Eckart-Young bound, less one, both in dense float64."""
     worst = -math.inf
     for layer, factors in zip((layer for group in groups for layer in group), found, strict=True):
@@ -221,7 +221,7 @@ def on_device(device: torch.device, size: int, count: int, steps: int) -> list[s
     """Return the lines on ``count`` random matrices of ``size`` squared, in groups as the verb makes them."""
     held = max(1, 256 * 2**20 // (4 * size * size))
 
-    def group(first: int) -> list[LayerInputs]:
+    def group(first: int) -> list[Layer]:
         generator = torch.Generator(device).manual_seed(first)
         made = []
         for i in range(first, min(first + held, count)):
@@ -231,7 +231,7 @@ def on_device(device: torch.device, size: int, count: int, steps: int) -> list[s
             right = torch.randn(64, size, generator=generator, device=device)
             fall = 4 * 0.95 ** torch.arange(64, device=device)
             weight = 0.02 * (noise + (left * fall) @ right / math.sqrt(size))
-            made.append(LayerInputs(f"layer{i}", size, size, RANK, 1.0, weight=weight, moments=Moments(0.0, 0.02)))
+            made.append(Layer(f"layer{i}", size, size, RANK, 1.0, weight=weight, moments=Moments(0.0, 0.02)))
         return made
 
     def measured(method: hs.IniLoRA, firsts: Sequence[int]) -> tuple[float, float, list[Factors]]:

@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import headstart as hs
 from bench.harness import Timing, interleave, paired_ratio, paragraph, shared_copy, table, token_batches, write
+from headstart.context import peak_resident
 from headstart.layers.core import CORE as CORE_NAME
-from headstart.meters import peak_resident
 from headstart.training.models import resolve_model
 
 RANK, LARGER, SAMPLES, ROUNDS = 8, 32, 4, 8

@@ -23,7 +23,11 @@ TRAINING_STEPS = 4
 
 def start(base: Any, samples: int, data: list[dict[str, torch.Tensor]]) -> hs.Report:
     method = hs.LoRADA(samples=samples)
-    return hs.initialize_(get_peft_model(base, config(use_rslora=True)), method, data=data, population=POPULATION)
+    return hs.initialize_(
+        get_peft_model(base, config(use_rslora=True)),
+        method,
+        data=hs.TrainingData(data, training=hs.Training(POPULATION)),
+    )
 
 
 def seconds_a_sample(base: Any, data: list[dict[str, torch.Tensor]]) -> float:

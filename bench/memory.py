@@ -12,7 +12,7 @@ from peft import get_peft_model
 import headstart as hs
 from bench.gradient import RANK, SAMPLES, config, peft_lora_ga, plain_pass
 from bench.harness import table, token_batches, write
-from headstart.meters import peak_resident
+from headstart.context import peak_resident
 from headstart.training.models import resolve_model
 
 Side = Callable[[Any, list[dict[str, Any]]], None]

@@ -25,8 +25,7 @@ SAMPLES = 16
 def statistics_of(model: Any, targets: list[TargetLayer], data: list[dict[str, torch.Tensor]], method: str) -> Any:
     """Return the method's statistics of all layers, and the seconds that reading took."""
     made = parse_method(method)
-    wanted = {target.name: made.wanted(target.name, target.r) for target in targets}
-    asked = {name: each for name, each in wanted.items() if each is not None}
+    asked = {target.name: made.wants(target.facts()) for target in targets}
     layers = {target.name: target.module for target in targets}
     began = time.perf_counter()
     (found,) = Collector(model, layers, asked, data, SAMPLES).passes()

@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig
 
 from bench.harness import paragraph, table, write
-from headstart.meters import peak_resident
+from headstart.context import peak_resident
 from headstart.stream import stream_start
 from headstart.stream.tensors import Planned, tensor_bytes, write_file
 

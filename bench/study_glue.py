@@ -194,13 +194,12 @@ class Study:
         population = len(self._train[task])
         samples = order[: parse_method(method).sample_count(population) or 1]
         model = fresh_model(self._base, seed, self._targets, **changes)
+        first_lr = settings["lr"] / math.ceil(WARMUP * steps)
         report = hs.initialize_(
             model,
             method,
-            data=cut(samples, self._padding),
+            data=hs.TrainingData(cut(samples, self._padding), training=hs.Training(population, first_lr)),
             seed=seed,
-            population=population,
-            first_lr=settings["lr"] / math.ceil(WARMUP * steps),
             cache=False,  # what a start takes is shown
             progress=False,
         )

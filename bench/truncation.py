@@ -73,7 +73,14 @@ class Truncation(Study):
         model = fresh_model(self._base, seed)
         method, population = parse_method(settings["method"]), len(self._train[TASK])
         samples = cut(order[: method.sample_count(population) or 1], self._padding)
-        hs.initialize_(model, method, data=samples, population=population, seed=seed, cache=False, progress=False)
+        hs.initialize_(
+            model,
+            method,
+            data=hs.TrainingData(samples, training=hs.Training(population)),
+            seed=seed,
+            cache=False,
+            progress=False,
+        )
         start = measure(model, self._dev[TASK])[0]
         losses = train(model, data, settings["lr"], seed)
         loss, right, total = measure(model, self._dev[TASK])

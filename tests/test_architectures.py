@@ -29,7 +29,7 @@ from headstart.layers.anchored import anchors
 from headstart.layers.core import core_of
 from headstart.layers.find import lora_layers
 from headstart.methods import method_class
-from headstart.methods.base import Needs
+from headstart.methods.base import ANY_LAYER
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERY = ARCHITECTURES | {
@@ -40,13 +40,13 @@ EVERY = ARCHITECTURES | {
     "roberta": (tiny_roberta, ARCHITECTURES["bert"][1], ["query", "value", "dense"]),
 }
 # Those that PEFT computes itself are its own affair, on any architecture.
-METHODS = [name for name in hs.method_names() if method_class(name).__module__ != "headstart.methods.handed"]
+METHODS = hs.method_names()
 SMALL = {"inilora": "steps=20", "lora-sb": "samples=4,lr=1e-3"}
 
 
 def small(name):
     """A method with settings that are quick; of a new one, too."""
-    settings = SMALL.get(name, "samples=4" if Needs.GRADIENT in method_class(name).needs else "")
+    settings = SMALL.get(name, "samples=4" if method_class(name)().wants(ANY_LAYER).data else "")
     return f"{name}:{settings}" if settings else name
 
 

@@ -25,7 +25,7 @@ from headstart.cli import main
 from headstart.cli.cache import human_age, human_bytes, parse_age
 from headstart.errors import HeadstartError, HeadstartWarning
 from headstart.methods import Moments, get_method, method_class, method_names, parse_method
-from headstart.methods.base import LayerInputs, Method, Needs
+from headstart.methods.base import Layer, Method, Needs
 
 KEYS = [key_of(number) for number in range(8)]
 
@@ -37,7 +37,7 @@ def default_limit(monkeypatch):
 
 def known(**changes):
     fields = dict(name="q", d_out=6, d_in=5, r=2, scaling=2.0, seed=0, moments=Moments(0.0, 0.02))
-    return LayerInputs(**(fields | changes))
+    return Layer(**(fields | changes))
 
 
 # Digests.

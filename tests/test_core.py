@@ -15,7 +15,7 @@ import headstart as hs
 from conftest import ARCHITECTURES, logits, tiny_bert, tiny_llama, token_batch, wrap
 from headstart.layers.core import core_of, form_of
 from headstart.layers.find import lora_layers
-from headstart.methods.base import LayerInputs
+from headstart.methods.base import Layer
 
 METHODS = ["lora-xs", "lora-sb:samples=4,lr=1e-3"]
 
@@ -44,7 +44,7 @@ def train(model, steps=4, lr=1e-2, optimizer=torch.optim.AdamW):
 
 def layer_of(G=None, W=None, r=3, s=1.0, **given):
     d_out, d_in = (G if G is not None else W).shape
-    return LayerInputs(name="q", d_out=d_out, d_in=d_in, r=r, scaling=s, gradient=G, weight=W, **given)
+    return Layer(name="q", d_out=d_out, d_in=d_in, r=r, scaling=s, gradient=G, weight=W, **given)
 
 
 def draw(*shape, seed=0):

@@ -12,7 +12,7 @@ from torch import Tensor
 import headstart as hs
 from conftest import tiny_llama, wrap
 from headstart.cache.entries import decode, encode
-from headstart.methods.base import Factors, LayerInputs, Moments
+from headstart.methods.base import Factors, Layer, Moments
 from headstart.methods.draws import draw
 from headstart.methods.registry import parse_method
 
@@ -30,14 +30,14 @@ def weight(d_out: int, d_in: int, seed: int, std: float = 0.05) -> Tensor:
 
 def layers(
     count: int, d_out: int = 50, d_in: int = 30, r: int = 4, s: float = 1.0, std: float = 0.05
-) -> list[LayerInputs]:
+) -> list[Layer]:
     return [
-        LayerInputs(f"layer{i}", d_out, d_in, r, s, weight=weight(d_out, d_in, i, std), moments=Moments(0.0, 1.4 * std))
+        Layer(f"layer{i}", d_out, d_in, r, s, weight=weight(d_out, d_in, i, std), moments=Moments(0.0, 1.4 * std))
         for i in range(count)
     ]
 
 
-def published(layer: LayerInputs, steps: int) -> tuple[Tensor, Tensor]:
+def published(layer: Layer, steps: int) -> tuple[Tensor, Tensor]:
     """The published loop, on W/s: autograd, one matrix, torch's own Adam and schedule."""
     assert layer.moments is not None
     generator = layer.generator()
@@ -58,12 +58,12 @@ def relative(x: Tensor, y: Tensor) -> float:
     return float((x - y).norm() / y.norm())
 
 
-def bound(layer: LayerInputs) -> float:
+def bound(layer: Layer) -> float:
     S = torch.linalg.svdvals(layer.require_weight().double() / layer.scaling)
     return float(S[layer.r :].square().sum())
 
 
-def error(layer: LayerInputs, found: Factors) -> float:
+def error(layer: Layer, found: Factors) -> float:
     W = layer.require_weight().double() / layer.scaling
     return float((W - found.B.double() @ found.A.double()).square().sum())
 

@@ -844,7 +844,7 @@ def test_a_residual_base_is_not_started_from_again():
 def test_residual_weights_beside_another_adapter_are_refused():
     model = wrap(tiny_llama(), target_modules=["q_proj"])
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
-    refused(model, hs.LayerError, "holds adapter 'second' as well", base="residual", adapter="default")
+    refused(model, hs.LayerError, "holds adapter 'second' as well", form="residual", adapter="default")
 
 
 def test_fallbacks_warn():

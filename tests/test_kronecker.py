@@ -30,7 +30,7 @@ from conftest import (
 )
 from headstart.errors import HeadstartWarning
 from headstart.layers.find import lora_layers
-from headstart.methods.base import Wanted
+from headstart.methods.base import Wants
 from headstart.statistics.collect import Collector
 from headstart.statistics.losses import RULES, fitting_rules
 
@@ -127,7 +127,7 @@ def named(model):
 def collect(model, data, samples=None, *, outputs="full", tokens="attention", gradient="exact", **kwargs):
     """Return the statistics of the only pass."""
     layers = named(model)
-    wanted = Wanted(gradient=gradient, outputs=outputs, tokens=tokens)
+    wanted = Wants(gradient=gradient, outputs=outputs, tokens=tokens)
     samples = samples or sum(len(batch["labels"]) for batch in data)
     (statistics,) = Collector(model, layers, dict.fromkeys(layers, wanted), data, samples, **kwargs).passes()
     return statistics
@@ -294,7 +294,7 @@ def test_gradient_and_factors_of_one_pass_are_those_of_two():
     base = tiny_llama()
     both = collect(wrap(copy.deepcopy(base)), [token_batch()])
     (plain,) = Collector(
-        model := wrap(copy.deepcopy(base)), named(model), dict.fromkeys(named(model), Wanted()), [token_batch()], 4
+        model := wrap(copy.deepcopy(base)), named(model), dict.fromkeys(named(model), Wants(gradient="exact")), [token_batch()], 4
     ).passes()
     only = collect(wrap(copy.deepcopy(base)), [token_batch()], gradient="no")
     assert not only.gradients and not plain.kronecker
@@ -1071,7 +1071,7 @@ def test_only_some_of_the_layers_ask_for_factors():
     model = wrap(copy.deepcopy(base), target_modules=["q_proj", "k_proj", "v_proj"])
     layers = named(model)
     wanted = {
-        name: Wanted() if "q_proj" in name else Wanted(outputs="full" if "k_proj" in name else "diagonal")
+        name: Wants(gradient="exact") if "q_proj" in name else Wants(gradient="exact", outputs="full" if "k_proj" in name else "diagonal")
         for name in layers
     }
     (found,) = Collector(model, layers, wanted, [token_batch()], 4).passes()

@@ -33,7 +33,7 @@ from headstart.errors import HeadstartWarning
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers
 from headstart.methods import parse_method
-from headstart.methods.base import Kronecker, LayerInputs
+from headstart.methods.base import Kronecker, Layer
 
 ATTENTION = "model.layers.0.self_attn.q_proj"
 FEED_FORWARD = "model.layers.0.mlp.up_proj"
@@ -72,7 +72,7 @@ def layer(G, Z, Y, r, *, name=ATTENTION, s=1.0, seed=0, population=None):
     # The means are not LoRA-DA's business.
     kronecker = Kronecker(Z, Y, torch.full((d_in,), math.nan), torch.full((d_out,), math.nan), tokens=1)
     given_layer = dict(name=name, d_out=d_out, d_in=d_in, r=r, scaling=s, seed=seed, population=population)
-    return LayerInputs(**given_layer, gradient=G, kronecker=kronecker)
+    return Layer(**given_layer, gradient=G, kronecker=kronecker)
 
 
 def fisher_of(Z, Y, damping):
@@ -346,7 +346,7 @@ def test_several_outputs_by_brute_force(m, n, r):
 def test_no_fisher_information_and_no_variance(d_out, d_in, r):
     G = normal(d_out, d_in, seed=3).float()
     method = hs.LoRADA(variance=0, fisher="none")
-    bare = LayerInputs(name=ATTENTION, d_out=d_out, d_in=d_in, r=r, scaling=1.0, gradient=G)
+    bare = Layer(name=ATTENTION, d_out=d_out, d_in=d_in, r=r, scaling=1.0, gradient=G)
     found = method.factors(bare)
     U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     best = U[:, :r] @ torch.diag(S[:r]) @ Vh[:r]
@@ -369,7 +369,7 @@ def test_no_fisher_information_at_any_scale(scale):
     G = normal(9, 8, seed=1).float()
     method = hs.LoRADA(variance=0, fisher="none")
     given_layers = [
-        LayerInputs(name=ATTENTION, d_out=9, d_in=8, r=2, scaling=1.0, gradient=each) for each in (G, G * scale)
+        Layer(name=ATTENTION, d_out=9, d_in=8, r=2, scaling=1.0, gradient=each) for each in (G, G * scale)
     ]
     plain, scaled = (method.factors(each) for each in given_layers)
     assert relative(scaled.B @ scaled.A, plain.B @ plain.A) < 1e-5
@@ -400,7 +400,7 @@ def test_fewer_directions_than_the_rank_without_fisher_information():
     """A gradient of rank one: the rest of A0 is any orthonormal completion, and its columns of B are zero."""
     G = torch.outer(normal(6, seed=1), normal(8, seed=2)).float()
     found = hs.LoRADA(variance=0, fisher="none").factors(
-        LayerInputs(name=ATTENTION, d_out=6, d_in=8, r=3, scaling=1.0, gradient=G)
+        Layer(name=ATTENTION, d_out=6, d_in=8, r=3, scaling=1.0, gradient=G)
     )
     A0 = 32 * found.A.double().T
     assert float((A0.T @ A0 - eye(3)).abs().max()) < 5e-6
@@ -540,7 +540,7 @@ def test_names_of_other_architectures(name, attention):
 @pytest.mark.parametrize("options", [{}, dict(fisher="none", variance=0)])
 @pytest.mark.parametrize(("layers", "left_out"), [("attention", FEED_FORWARD), ("feed-forward", ATTENTION)])
 def test_layers_left_out_start_as_lora_does(layers, left_out, options):
-    bare = LayerInputs(name=left_out, d_out=6, d_in=8, r=2, scaling=1.0, seed=3)
+    bare = Layer(name=left_out, d_out=6, d_in=8, r=2, scaling=1.0, seed=3)
     found, plain = hs.LoRADA(layers=layers, **options).factors(bare), hs.LoRA().factors(bare)
     assert torch.equal(found.A, plain.A) and torch.equal(found.B, plain.B)
     assert found.offset == "keep" and found.note == found.repair == ""
@@ -773,10 +773,10 @@ def test_no_gradient_starts_as_lora_does_and_says_so(options):
 
 
 def test_missing_statistics_name_the_layer():
-    bare = LayerInputs(name=ATTENTION, d_out=6, d_in=8, r=2, scaling=1.0)
+    bare = Layer(name=ATTENTION, d_out=6, d_in=8, r=2, scaling=1.0)
     with pytest.raises(hs.LayerError, match=rf"{ATTENTION}.*gradient"):
         hs.LoRADA().factors(bare)
-    bare = LayerInputs(name=ATTENTION, d_out=6, d_in=8, r=2, scaling=1.0, gradient=torch.ones(6, 8))
+    bare = Layer(name=ATTENTION, d_out=6, d_in=8, r=2, scaling=1.0, gradient=torch.ones(6, 8))
     with pytest.raises(hs.LayerError, match=rf"{ATTENTION}.*Fisher"):
         hs.LoRADA().factors(bare)
 

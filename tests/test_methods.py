@@ -15,8 +15,7 @@ import headstart as hs
 from conftest import tiny_llama, wrap
 from headstart.layers.find import lora_layers
 from headstart.methods import Moments, method_class, parse_method, registry
-from headstart.methods.base import Factors, Kronecker, LayerInputs, Method
-from headstart.methods.handed import HandedOver
+from headstart.methods.base import ANY_LAYER, Factors, Kronecker, Layer, Method, Training
 
 NAME = "model.layers.0.self_attn.q_proj"
 
@@ -45,7 +44,7 @@ def normal(*shape, seed=0, std=1.0):
 
 
 def layer(d_out=D_OUT, d_in=D_IN, r=R, *, s=1.0, **given):
-    return LayerInputs(**(dict(name=NAME, d_out=d_out, d_in=d_in, r=r, scaling=s) | given))
+    return Layer(**(dict(name=NAME, d_out=d_out, d_in=d_in, r=r, scaling=s) | given))
 
 
 def of_weight(W, r, *, s=1.0, **given):
@@ -63,7 +62,7 @@ def everything(d_out=24, d_in=20, r=4, s=1.5, seed=0, name=NAME):
     x, g = normal(4 * d_in, d_in, seed=13), normal(4 * d_in, d_out, seed=14, std=1e-2)
     Z, Y = x.T @ x / len(x), g.square().mean(0)
     kronecker = Kronecker(inputs=Z, outputs=Y, mean_input=x.mean(0), mean_output=g.mean(0), tokens=len(x))
-    return of_weight(W, r, s=s, gradient=G, first_lr=1e-3, seed=seed, name=name, kronecker=kronecker, population=1000)
+    return of_weight(W, r, s=s, gradient=G, seed=seed, name=name, kronecker=kronecker, training=Training(1000, 1e-3))
 
 
 def best(W, r):
@@ -120,7 +119,7 @@ def assert_uncorrelated(x, y):
 # What all methods promise.
 
 
-OWN = [name for name in hs.method_names() if not issubclass(method_class(name), HandedOver)]
+OWN = hs.method_names()
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -133,7 +132,7 @@ def test_every_method_gives_finite_factors_of_the_right_shape(name):
     assert found.A.shape == (4, 20) and found.B.shape == (24, 4)
     assert found.A.dtype == found.B.dtype == torch.float32
     assert bool(torch.isfinite(found.A).all() and torch.isfinite(found.B).all())
-    assert found.offset in ("subtract", "keep")
+    assert (found.core is not None) == (method.form == "core")
     assert found.note == ""
     # A pure function: the inputs are as they were, and so is torch's own generator.
     assert torch.equal(given_layer.weight, W) and torch.equal(given_layer.gradient, G)
@@ -155,7 +154,6 @@ def test_a_batch_is_the_same_as_one_at_a_time(name):
         alone = method.factors(given_layer)
         assert torch.allclose(alone.A, together.A, rtol=1e-5, atol=1e-6)
         assert torch.allclose(alone.B, together.B, rtol=1e-5, atol=1e-6)
-        assert together.offset == alone.offset
 
 
 @pytest.mark.parametrize("name", hs.method_names())
@@ -177,30 +175,32 @@ def test_methods_of_the_three_tables_are_there():
 
 
 def test_needs_are_those_of_the_table():
-    weight, moments, gradient = hs.Needs.WEIGHT, hs.Needs.MOMENTS, hs.Needs.GRADIENT
-    expected = dict.fromkeys(DRAWN, hs.Needs.NOTHING) | dict.fromkeys(("pissa", "milora", "olora"), weight)
-    expected |= dict.fromkeys(("lora-ga", "lora-one"), gradient) | {"inilora": weight | moments}
-    assert {name: method_class(name).needs for name in expected} == expected
+    expected = dict.fromkeys(DRAWN, "shapes") | dict.fromkeys(("pissa", "milora", "olora", "lora-xs"), "weight")
+    expected |= dict.fromkeys(("lora-ga", "lora-one", "lora-sb"), "gradient")
+    expected |= {"inilora": "weight + moments", "lora-da": "gradient + Fisher factors"}
+    assert {name: str(method_class(name)().wants(ANY_LAYER)) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "offset"),
+    ("name", "form"),
     [
-        ("init-ab", "subtract"),
-        ("init-ab-plus", "keep"),
-        ("inilora-alpha", "subtract"),
-        ("inilora-beta", "subtract"),
-        ("inilora:steps=2", "subtract"),
-        ("inilora:solver=svd", "subtract"),
-        ("pissa", "subtract"),
-        ("milora", "subtract"),
-        ("olora", "subtract"),
-        ("lora-ga", "subtract"),
-        ("lora-one", "keep"),
+        ("init-ab", "anchored"),
+        ("init-ab-plus", "kept"),
+        ("inilora-alpha", "anchored"),
+        ("inilora-beta", "anchored"),
+        ("inilora:solver=svd", "anchored"),
+        ("pissa", "anchored"),
+        ("milora", "anchored"),
+        ("olora", "anchored"),
+        ("lora-ga", "anchored"),
+        ("lora-one", "kept"),
+        ("lora-da", "kept"),
+        ("lora-xs", "core"),
+        ("lora-sb", "core"),
     ],
 )
-def test_start_offset(name, offset):
-    assert parse_method(name).factors(everything()).offset == offset
+def test_the_form_of_a_start_is_known_before_it_is_made(name, form):
+    assert parse_method(name).form == form
 
 
 @pytest.mark.parametrize("text", DRAWN_VARIANTS)
@@ -368,13 +368,13 @@ def test_orthogonal_of_any_shape(d_out, d_in, half, seed):
 @pytest.mark.parametrize("rank", [1, 3, 7])
 def test_orthogonal_needs_an_even_rank(rank):
     with pytest.raises(hs.LayerError, match=rf"{NAME}.*even rank.*{rank}"):
-        hs.Orthogonal().factors(layer(40, 30, rank))
+        hs.Orthogonal().check(layer(40, 30, rank))
 
 
 @pytest.mark.parametrize("text", ZERO_PRODUCT)
 def test_zero_products_leave_nothing_to_subtract(text):
     found = parse_method(text).factors(layer(40, 30, 4, s=3.0))
-    assert found.offset == "keep" or float(product(found).norm()) == 0
+    assert parse_method(text).form == "kept"
     assert float(product(found).norm()) <= 1e-6 * max(1.0, float(found.A.norm() * found.B.norm()))
 
 
@@ -773,7 +773,6 @@ def test_no_gradient_starts_as_lora_does_and_says_so(cls):
     given_layer = of_gradient(torch.zeros(24, 20), 4)
     found, plain = cls().factors(given_layer), hs.LoRA().factors(given_layer)
     assert torch.equal(found.A, plain.A) and torch.equal(found.B, plain.B)
-    assert found.offset == plain.offset
     assert "no gradient" in found.note and "lora" in found.note
 
 
@@ -943,7 +942,7 @@ def halves():
 
         value: float = 0.5
 
-        def factors(self, given_layer: LayerInputs) -> Factors:
+        def factors(self, given_layer: Layer) -> Factors:
             A = torch.full((given_layer.r, given_layer.d_in), self.value)
             return Factors(A, torch.full((given_layer.d_out, given_layer.r), self.value))
 

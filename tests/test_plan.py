@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import headstart as hs
 from conftest import tiny_llama, tiny_t5, token_batch, wrap
 from headstart.layers.find import lora_layers
-from headstart.methods.base import Wanted
+from headstart.methods.base import Wants
 from headstart.statistics.collect import Collector
 from headstart.statistics.plan import Need, Plan, free_memory, make_plan, parse_bytes
 
@@ -240,7 +240,7 @@ def bytes_of(passed):
 @pytest.mark.parametrize("offload", [None, "cpu"])
 def test_several_passes_find_what_one_does(outputs, budget, offload):
     base = tiny_llama()
-    wanted = Wanted(outputs=outputs)
+    wanted = Wants(gradient="exact", outputs=outputs)
     (whole,) = collector(wrap(copy.deepcopy(base)), wanted).passes()
     several = collector(wrap(copy.deepcopy(base)), wanted, memory_budget=budget, offload=offload)
     seen = []
@@ -268,13 +268,13 @@ def test_several_passes_find_what_one_does(outputs, budget, offload):
 
 def test_what_is_planned_is_what_is_held():
     for outputs in ("diagonal", "full"):
-        one = collector(wrap(tiny_llama()), Wanted(outputs=outputs))
+        one = collector(wrap(tiny_llama()), Wants(gradient="exact", outputs=outputs))
         (passed,) = one.passes()
         assert bytes_of(passed) == one.plan.bytes
 
 
 def test_layers_of_one_input_are_never_divided():
-    several = collector(wrap(tiny_llama()), Wanted(outputs="diagonal"), memory_budget=1)
+    several = collector(wrap(tiny_llama()), Wants(gradient="exact", outputs="diagonal"), memory_budget=1)
     assert len(several.plan.passes) == 8
     assert all(len({name.rpartition(".")[0] for name in names}) == 1 for names in several.plan.passes)
 
@@ -284,7 +284,7 @@ def test_the_encoders_states_are_planned_once():
     model = wrap(tiny_t5(), target_modules=["k", "v"])
     layers = {target.name: target.module for target in lora_layers(model, "default")}
     batch = token_batch(4, 12)
-    wanted = dict.fromkeys(layers, Wanted(outputs="diagonal"))
+    wanted = dict.fromkeys(layers, Wants(gradient="exact", outputs="diagonal"))
     plan = Collector(model, layers, wanted, [batch], 4, memory_budget=1).plan
     cross = [names for names in plan.passes if any("EncDec" in name for name in names)]
     assert len(cross) == 1 and len(cross[0]) == 4
@@ -292,7 +292,7 @@ def test_the_encoders_states_are_planned_once():
 
 def test_gradients_alone_can_be_divided():
     largest = 4 * 48 * 32
-    plan = collector(wrap(tiny_llama()), Wanted(), memory_budget=largest).plan
+    plan = collector(wrap(tiny_llama()), Wants(gradient="exact"), memory_budget=largest).plan
     assert plan.bytes <= largest
 
 
@@ -300,8 +300,8 @@ def test_gradients_alone_can_be_divided():
 def test_several_passes_find_the_gradients_of_one(budget):
     """Layers of one input among them, which no longer are in one pass."""
     base = tiny_llama()
-    (whole,) = collector(wrap(copy.deepcopy(base)), Wanted()).passes()
-    several = collector(wrap(copy.deepcopy(base)), Wanted(), memory_budget=budget)
+    (whole,) = collector(wrap(copy.deepcopy(base)), Wants(gradient="exact")).passes()
+    several = collector(wrap(copy.deepcopy(base)), Wants(gradient="exact"), memory_budget=budget)
     seen = []
     for passed in several.passes():
         assert bytes_of(passed) <= several.plan.bytes and not passed.kronecker
@@ -316,7 +316,7 @@ def test_several_passes_find_the_gradients_of_one(budget):
 
 def test_progress_counts_all_readings():
     told = []
-    several = collector(wrap(tiny_llama()), Wanted(outputs="diagonal"), memory_budget="20KB")
+    several = collector(wrap(tiny_llama()), Wants(gradient="exact", outputs="diagonal"), memory_budget="20KB")
     assert len(list(several.passes(lambda *what: told.append(what)))) == len(several.plan.passes)
     labels, done, total = zip(*told, strict=True)
     assert set(labels) == {f"data: {several.plan}"}
@@ -328,7 +328,7 @@ def test_notes_come_once():
     base = tiny_llama()
     model = wrap(base)
     layers = {target.name: target.module for target in lora_layers(model, "default")}
-    wanted = dict.fromkeys(layers, Wanted(outputs="diagonal"))
+    wanted = dict.fromkeys(layers, Wants(gradient="exact", outputs="diagonal"))
     passes = list(Collector(model, layers, wanted, [token_batch()], 9, memory_budget=1).passes())
     over, short = (note for passed in passes for note in passed.notes)
     assert "q_proj' alone needs more than memory_budget" in over
@@ -382,6 +382,6 @@ def test_the_data_are_read_once():
 
 
 def test_seconds_are_those_of_all_readings():
-    once = collector(wrap(tiny_llama()), Wanted(outputs="diagonal")).plan
+    once = collector(wrap(tiny_llama()), Wants(gradient="exact", outputs="diagonal")).plan
     assert once.seconds is not None and 0 < once.seconds < 60
     assert math.isfinite(once.seconds)

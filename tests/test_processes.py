@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import headstart as hs
 from conftest import class_batch, tiny_bert, tiny_llama, token_batch, wrap
 from headstart.layers.find import lora_layers
-from headstart.statistics.processes import Processes, in_step, owners
+from headstart.processes import Processes, in_step, owners
 
 METHODS = [
     "lora-da:samples=10",

@@ -12,8 +12,7 @@ from conftest import perturb, tiny_llama, token_batch, wrap
 from headstart.errors import LayerError
 from headstart.layers.find import lora_layers
 from headstart.layers.weights import dense
-from headstart.methods import method_class, method_names, parse_method
-from headstart.methods.handed import HandedOver
+from headstart.methods import method_names, parse_method
 
 pytest.importorskip("bitsandbytes")
 
@@ -68,7 +67,7 @@ def trained_logits(model, batch):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", [name for name in method_names() if not issubclass(method_class(name), HandedOver)])
+@pytest.mark.parametrize("name", method_names())
 def test_every_start_leaves_or_moves_the_quantised_base_as_it_says(folder, bits, name):
     base, batch = quantised(folder, bits), token_batch()
     before, held = trained_logits(base, batch), {n: p.clone() for n, p in base.named_parameters()}
@@ -77,7 +76,7 @@ def test_every_start_leaves_or_moves_the_quantised_base_as_it_says(folder, bits,
     report = hs.initialize_(model, method, data=[batch])
     after = trained_logits(model, batch)
     kept = {layer.name for layer in report.layers if layer.norm_product > 0}
-    starts = [target.module.headstart_record["default"]["offset"] for target in lora_layers(model, "default")]
+    starts = [target.module.headstart_record["default"]["form"] for target in lora_layers(model, "default")]
     if kept and starts[0] == "keep":
         assert not torch.equal(before, after)
     else:
@@ -135,7 +134,7 @@ def test_a_model_that_has_served_in_evaluation_mode_can_still_be_read(folder):
 def test_residual_weights_are_refused(folder, bits):
     model = wrap(quantised(folder, bits))
     with pytest.raises(LayerError, match=f"is quantised \\({bits}\\).*anchored"):
-        hs.initialize_(model, "pissa", base="residual")
+        hs.initialize_(model, "pissa", form="residual")
 
 
 def moved(folder, bits, method):

@@ -79,7 +79,7 @@ def config_for(name, **changes):
     return LoraConfig(**(settings | changes))
 
 
-def in_memory(folder, name, method, out, base="anchored", seed=0, **changes):
+def in_memory(folder, name, method, out, form="anchored", seed=0, **changes):
     model = MODELS[name][0]().__class__.from_pretrained(folder, dtype="auto")
     model = get_peft_model(model, config_for(name, **changes))
     report = hs.initialize_(model, method, base=base, seed=seed, progress=False)
@@ -196,9 +196,9 @@ def test_what_was_streamed_trains_as_usual(folders, tmp_path, method):
 @pytest.mark.parametrize(("name", "method"), [("llama", "pissa"), ("gpt2", "olora"), ("llama", "inilora:solver=svd")])
 def test_residual_shards_are_the_weights_in_memory(folders, tmp_path, name, method, dtype):
     folder = folders(name, dtype, "20KB")
-    expected, _ = in_memory(folder, name, method, tmp_path / "memory", base="residual")
+    expected, _ = in_memory(folder, name, method, tmp_path / "memory", form="residual")
     out = tmp_path / "stream"
-    stream_start(folder, method, config_for(name), out, base="residual", progress=False)
+    stream_start(folder, method, config_for(name), out, form="residual", progress=False)
     assert contents(out) == contents(tmp_path / "memory")
     untouched = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
     residual = {file.name: load_file(file) for file in (out / "base").glob("*.safetensors")}
@@ -220,8 +220,8 @@ def test_residual_shards_are_the_weights_in_memory(folders, tmp_path, name, meth
 def test_residual_models_load_without_headstart(folders, tmp_path):
     folder = folders("llama")
     out = tmp_path / "stream"
-    stream_start(folder, "pissa", config_for("llama"), out, base="residual", progress=False)
-    expected, _ = in_memory(folder, "llama", "pissa", tmp_path / "memory", base="residual")
+    stream_start(folder, "pissa", config_for("llama"), out, form="residual", progress=False)
+    expected, _ = in_memory(folder, "llama", "pissa", tmp_path / "memory", form="residual")
     bare = AutoModelForCausalLM.from_pretrained(out / "base")
     batch = token_batch()
     with expected.disable_adapter():
@@ -230,7 +230,7 @@ def test_residual_models_load_without_headstart(folders, tmp_path):
 
 def test_residual_start_goes_on_and_leaves_as_a_plain_adapter(folders, tmp_path):
     folder = folders("llama")
-    stream_start(folder, "pissa", config_for("llama"), tmp_path / "stream", base="residual", progress=False)
+    stream_start(folder, "pissa", config_for("llama"), tmp_path / "stream", form="residual", progress=False)
     model = load_residual(tmp_path / "stream")
     hs.save_lora(model, tmp_path / "plain")
     assert set(load_file(tmp_path / "plain" / "adapter_model.safetensors"))
@@ -278,7 +278,7 @@ def test_layers_without_a_tensor_are_named(folders, tmp_path):
 def test_what_cannot_be_streamed_is_refused_before_anything_is_read(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("a tensor was read"))
     folder, out = folders("llama"), tmp_path / "out"
-    for method in ("lora-one", "lora-da", "lora-sb", "pissa-niter", "eva"):
+    for method in ("lora-one", "lora-da", "lora-sb"):
         with pytest.raises(MethodError, match=r"needs the whole model.*pissa"):
             stream_start(folder, method, config_for("llama"), out)
     with pytest.raises(LayerError, match="tied weights"):
@@ -340,14 +340,14 @@ def test_the_command_writes_what_it_writes_without_stream(tmp_path, folders):
 
 def test_nothing_subtracted_is_no_residual_model(folders, tmp_path):
     folder, out = folders("llama"), tmp_path / "stream"
-    stream_start(folder, "lora-xs", config_for("llama"), out, base="residual", progress=False)
-    in_memory(folder, "llama", "lora-xs", tmp_path / "memory", base="residual")
+    stream_start(folder, "lora-xs", config_for("llama"), out, form="residual", progress=False)
+    in_memory(folder, "llama", "lora-xs", tmp_path / "memory", form="residual")
     assert contents(out) == contents(tmp_path / "memory") and not (out / "base").exists()
 
 
 def test_a_residual_model_is_told_from_the_one_it_was_made_of(folders, tmp_path):
     folder, out = folders("llama"), tmp_path / "stream"
-    stream_start(folder, "pissa", config_for("llama"), out, base="residual", progress=False)
+    stream_start(folder, "pissa", config_for("llama"), out, form="residual", progress=False)
     with pytest.raises(CheckpointError, match=r"headstart.stream.load_residual loads both"):
         hs.load_checkpoint(AutoModelForCausalLM.from_pretrained(out / "base"), out)
     with pytest.raises(ModelError, match="is the residual model of an adapter"):

@@ -41,7 +41,7 @@ def expected(folder, tmp_path_factory):
     return contents(out)
 
 
-def start(folder, out, method=METHOD, base="residual", **options):
+def start(folder, out, method=METHOD, form="residual", **options):
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
     return stream_start(folder, method, config, out, name="tiny", base=base, progress=False, **options)
 
@@ -228,7 +228,7 @@ def test_a_digit_changed_in_a_report_is_not_believed(folder, expected, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "change", [dict(seed=1), dict(method="inilora:steps=31"), dict(base="anchored"), dict(method="pissa")]
+    "change", [dict(seed=1), dict(method="inilora:steps=31"), dict(form="anchored"), dict(method="pissa")]
 )
 def test_pieces_of_other_settings_are_not_used(folder, tmp_path, change):
     out, alone = tmp_path / "out", tmp_path / "alone"

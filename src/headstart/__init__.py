@@ -5,6 +5,8 @@
 >>> hs.save_lora(peft_model, "adapter/")
 """
 
+from typing import TYPE_CHECKING, Any
+
 from headstart._version import __version__
 from headstart.errors import (
     CheckpointError,
@@ -21,57 +23,45 @@ from headstart.layers.core import optimal_gradient
 from headstart.layers.decay import decay_to_anchor_
 from headstart.layers.export import save_lora
 from headstart.layers.lora_fa import lora_fa_
-from headstart.methods import Factors, LayerInputs, Method, Needs, get_method, method_names, register
-from headstart.methods.gradient import LoRAGA, LoRAOne
-from headstart.methods.handed import EVA, CorDA, LoftQ, MiCA, PiSSANiter
-from headstart.methods.inilora import IniLoRA
-from headstart.methods.inilora_random import IniLoRAAlpha, IniLoRABeta
-from headstart.methods.lora_da import LoRADA
-from headstart.methods.lora_sb import LoRASB
-from headstart.methods.lora_xs import LoRAXS
-from headstart.methods.nonzero import InitAB, InitABPlus
-from headstart.methods.spectral import MiLoRA, OLoRA, PiSSA
-from headstart.methods.zero import Gaussian, InitA, InitB, LoRA, Orthogonal
+from headstart.methods import (
+    Factors,
+    Layer,
+    Method,
+    Training,
+    Wants,
+    get_method,
+    method_names,
+    methods_by_class,
+    register,
+)
 from headstart.report import LayerReport, Report
+from headstart.statistics.training import TrainingData
 
 peft_hooks.register()
 
+# Every method is exported by its class's name, so that a new one is one file in headstart.methods.
+globals().update(methods_by_class())
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
+
+
 __all__ = [
-    "EVA",
+    *sorted(methods_by_class()),
     "CheckpointError",
-    "CorDA",
     "DataError",
     "Factors",
-    "Gaussian",
     "HeadstartError",
-    "IniLoRA",
-    "IniLoRAAlpha",
-    "IniLoRABeta",
-    "InitA",
-    "InitAB",
-    "InitABPlus",
-    "InitB",
+    "Layer",
     "LayerError",
-    "LayerInputs",
     "LayerReport",
-    "LoRA",
-    "LoRADA",
-    "LoRAGA",
-    "LoRAOne",
-    "LoRASB",
-    "LoRAXS",
-    "LoftQ",
     "Method",
     "MethodError",
-    "MiCA",
-    "MiLoRA",
     "ModelError",
-    "Needs",
-    "OLoRA",
-    "Orthogonal",
-    "PiSSA",
-    "PiSSANiter",
     "Report",
+    "Training",
+    "TrainingData",
+    "Wants",
     "__version__",
     "decay_to_anchor_",
     "get_method",

@@ -1,14 +1,10 @@
-"""The verb: find the layers, collect, factorise, install, report."""
+"""The verb: find the layers, check, collect, solve, install, report."""
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -17,56 +13,48 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from headstart.cache import open_store
-from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError, not_finite
-from headstart.factorise import Facts, finite_weight, known_length, starts_of
-from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
-from headstart.layers.handed import peft_starts
-from headstart.layers.install import Base, check_base, install, start_note
-from headstart.layers.vera import VeraTarget, find_vera_layers, install_dictionary, vera_adapter
-from headstart.layers.weights import dense
-from headstart.linalg.norms import squared_norm
-from headstart.linalg.product import product_norm
-from headstart.linalg.sketch import GradientSketch
-from headstart.meters import Clock, Memory
-from headstart.methods.base import Factors, Method, Moments, Needs, Wanted
-from headstart.methods.handed import HandedOver
+from headstart.context import Context, Memory, shown
+from headstart.errors import HeadstartWarning, LayerError, MethodError
+from headstart.layers.adapters import find
+from headstart.layers.install import Subtracting, check_form
+from headstart.methods.base import Factors, Method
 from headstart.methods.registry import parse_method
-from headstart.progress import Show, progress_bars, silent
-from headstart.report import LayerReport, Report
+from headstart.processes import Processes, is_sharded
+from headstart.progress import Show
+from headstart.report import Report
+from headstart.reporting import fallbacks, layer_report
+from headstart.solve import checked, solve
 from headstart.statistics.batches import Collator
-from headstart.statistics.collect import Collector
-from headstart.statistics.moments import kind_moments
+from headstart.statistics.collect import Reading, collect
 from headstart.statistics.plan import parse_bytes
-from headstart.statistics.processes import Processes, is_sharded
+from headstart.statistics.training import TrainingData
 
 
 def initialize_(
     model: nn.Module,
     method: Method | str,
     *,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | TrainingData | None = None,
     seed: int = 0,
-    base: Base = "anchored",
+    form: Subtracting = "anchored",
     adapter: str | None = None,
     collator: Collator | None = None,
     batch_size: int = 8,
     memory_budget: int | str | None = None,
     offload: Literal["cpu"] | None = None,
-    population: int | None = None,
-    first_lr: float | None = None,
     cache: bool | str | os.PathLike[str] = True,
     strict: bool = False,
     progress: Show | bool = True,
+    base: Subtracting | None = None,
 ) -> Report:
     """Initialise the LoRA factors of a PEFT model in place.
 
     Rank, scaling, patterns and targets are read from the model. A failure half-way, Ctrl-C included, leaves the model
-    as it was (but for ranks that EVA has moved).
+    as it was.
 
     Under ``torchrun`` or ``accelerate launch`` call it in every process with the same seed. Methods that read data
     share the work: each process reads its part of the samples (of the same data, or of data that are already divided)
-    and solves its part of the layers, and all end with the factors that one process would find, to rounding. Those of
-    PEFT's own that read data are refused there.
+    and solves its part of the layers, and all end with the factors that one process would find, to rounding.
 
     Args:
         model: what ``peft.get_peft_model`` returned, fresh: its adapter neither trained nor initialised. It may be
@@ -75,11 +63,11 @@ def initialize_(
             what the method finds in each (:mod:`headstart.layers.vera`). Methods that train a core (lora-xs, lora-sb)
             have to come before DDP or FSDP2.
         method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``.
-        data: for methods that need a gradient: an iterable of batches that the model accepts as keyword arguments and
+        data: for methods that read data: an iterable of batches that the model accepts as keyword arguments and
             returns a loss for, or a tokenised dataset together with ``collator``. Samples are counted, not batches.
         seed: the same seed gives the same factors.
-        base: "anchored" leaves the frozen weights untouched (see :mod:`headstart.layers.anchored`); "residual"
-            subtracts s B A from them, as the papers do. Only matters for methods that subtract.
+        form: of methods whose start must not change the model: "anchored" leaves the frozen weights untouched (see
+            :mod:`headstart.layers.anchored`); "residual" subtracts s B A from them, as the papers do.
         adapter: the adapter's name; the active one by default.
         collator, batch_size: how a dataset of single samples becomes batches.
         memory_budget: bytes for what a pass over the data sums, or a string such as "6GiB"; by default half of what is
@@ -87,95 +75,70 @@ def initialize_(
             data, it bounds the weights that are decomposed together (by default 256 MiB, and on a CPU one for each
             thread at least).
         offload: "cpu" keeps these sums in CPU memory, for models that leave no room beside them.
-        population: N, how many samples the training set holds, for methods that ask; by default the length of ``data``
-            where it has one.
-        first_lr: the rate of the first optimizer step to come, for methods that ask (lora-sb).
-        cache: where to look factors up that depend on weights alone (inilora, pissa, milora, olora, lora-xs), and to
-            keep them: True for the user's own folder (``HEADSTART_CACHE``), a folder, or False to compute them anew.
+        cache: where to look up, and keep, factors that depend on weights alone. True: those that cost more than their
+            looking up (inilora), in the user's own folder (``HEADSTART_CACHE``); a folder: of all such methods, there;
+            False: none.
         strict: raise where a layer can't be started as asked for, instead of falling back with a warning.
         progress: True draws bars in a terminal or notebook once a second has gone by, False draws none; or a function
             that is called with (step, done, total).
+        base: the former name of ``form``.
 
     Returns:
         A :class:`headstart.Report`; print it.
 
     Raises:
-        LayerError: see :func:`headstart.layers.find.find_layers` and ``find_vera_layers``; also for NaN or infinity in
-            weights or gradients.
+        LayerError: see :func:`headstart.layers.adapters.find`; also for NaN or infinity in weights or gradients, and
+            where ``strict`` forbids a fallback.
         MethodError: an unknown method or setting.
         DataError: data that are missing, empty, or can't be learned from.
     """
+    if base is not None:
+        warnings.warn("base= is now called form=, and goes in the next version.", FutureWarning, stacklevel=2)
+        form = base
     method = parse_method(method) if isinstance(method, str) else method
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
-    check_base(base)
+    check_form(form)
+    reading = Reading(memory_budget, offload)
     model = _unwrapped(model, method)
-    _check_numbers(offload, batch_size, population, first_lr)
-    if lacking := method.missing(first_lr):
-        raise MethodError(lacking)
-    clock = Clock()
     memory = Memory(next(model.parameters()).device)
-
-    with clock("find"):
-        vera = vera_adapter(model, adapter)
-        layers = find_vera_layers(model, vera) if vera else find_layers(model, resolve_adapter(model, adapter))
-        if vera and isinstance(method, HandedOver):
-            raise MethodError(f"method {method.name!r} is PEFT's own, which knows no VeRA; use one of headstart's.")
-    processes = Processes.joined() if method.needs & (Needs.GRADIENT | Needs.FISHER) else Processes()
-    shown = progress if processes.rank == 0 or progress is not True else False
-    with _shown(shown) as show:
-        with clock("collect"):
-            moments = _collect_moments(method, layers)
-            collect = partial(
-                Collector,
-                model,
-                {layer.name: layer.module for layer in layers},
-                collator=collator,
-                batch_size=batch_size,
-                memory_budget=memory_budget,
-                offload=offload,
-                seed=seed,
-                processes=processes,
-            )
-            size = population or known_length(data, collator, processes)
-            collector = _collector(method, layers, data, size, collect)
-        # Approximations hold a weight twice: as it is, and divided by the scaling.
-        batch_bytes = None if memory_budget is None else parse_bytes(memory_budget, torch.device("cpu")) // 2
-        facts = Facts(seed, moments, size, first_lr, batch_bytes)
-        notes: list[str] = []
-        store = open_store(cache, notes.append)
-        if isinstance(method, HandedOver):
-            with clock("factorise"):
-                read = {"collator": collator, "batch_size": batch_size}
-                starts = peft_starts(method, model, layers, data, seed, show, **read)
-        else:
-            starts, read_notes = starts_of(method, layers, facts, collector, processes, clock, show, store)
-            notes += read_notes
-        sentences = _fallbacks(starts, strict) + notes
-    with clock("report"):
-        reports = [layer_report(target, start, facts.seconds.get(target.name, 0.0)) for target, start in starts]
-    with clock("install"):
-        if vera:
-            install_dictionary(starts)
-        else:
-            install(model, starts, base, start_note(method, seed, base))
-    for sentence in sentences:
+    context = Context(seed=seed, processes=Processes.joined())
+    # Approximations hold a weight twice: as it is, and divided by the scaling.
+    context.batch_bytes = None if memory_budget is None else parse_bytes(memory_budget, torch.device("cpu")) // 2
+    with shown(progress, context.processes) as context.show:
+        with context.clock("find"):
+            target = find(model, adapter)
+            source = TrainingData.of(data, collator, batch_size, context.processes)
+            checked(method, target.layers, seed, source.training)
+            store = open_store(cache, context.notes.append)
+        starts: dict[str, Factors] = {}
+        for statistics in context.timed("collect", collect(model, target.layers, method, source, reading, context)):
+            with context.clock("factorise"):
+                starts |= solve(method, target.layers, statistics, context, source.training, store)
+    notes = [*fallbacks(starts, strict), *context.notes]
+    pairs = [(layer, starts[layer.name]) for layer in target.layers]
+    live_form = form if method.form == "anchored" else method.form
+    with context.clock("report"):
+        reports = [layer_report(layer, factors, live_form, context) for layer, factors in pairs]
+    with context.clock("install"):
+        target.install(pairs, live_form, method, seed)
+    for sentence in notes:
         warnings.warn(sentence, HeadstartWarning, stacklevel=2)
     return Report(
         method=str(method),
-        base="shared dictionary" if vera else base,
-        adapter=layers[0].adapter,
+        form=target.form or live_form,
+        adapter=target.name,
         seed=seed,
         layers=reports,
-        seconds=clock.total(),
-        seconds_by_step=clock.seconds,
+        seconds=context.clock.total(),
+        seconds_by_step=context.clock.seconds,
         peak_memory=memory.peak(),
-        samples=collector.samples if collector else 0,
-        tokens=collector.tokens if collector else 0,
-        plan=str(collector.plan) if collector else "",
+        samples=statistics.samples,
+        tokens=statistics.tokens,
+        plan=statistics.plan,
         cached=store.served if store else 0,
-        trainable=sum(layer.trainable for layer, _ in starts),
-        warnings=sentences,
+        trainable=sum(layer.trainable for layer in target.layers),
+        warnings=notes,
     )
 
 
@@ -193,106 +156,9 @@ def _unwrapped(model: nn.Module, method: Method) -> nn.Module:
             "before that, or use FSDP2."
         )
     inside = model.module if isinstance(model, DistributedDataParallel) else model
-    if method.trains_core and (inside is not model or is_sharded(inside)):
+    if method.form == "core" and (inside is not model or is_sharded(inside)):
         raise LayerError(
             f"method {method.name!r} adds a parameter to each layer, which DistributedDataParallel and FSDP2 would not "
             "know of: initialise the model before it is wrapped."
         )
     return inside
-
-
-def _check_numbers(offload: str | None, batch_size: int, population: int | None, first_lr: float | None) -> None:
-    if offload not in (None, "cpu"):
-        raise MethodError(f"offload={offload!r} is not one of None, 'cpu'.")
-    for name, value in (("batch_size", batch_size), ("population", population), ("first_lr", first_lr)):
-        if value is not None and not value > 0:
-            raise MethodError(f"{name}={value!r} must be positive.")
-
-
-def _check_sketch(layer: TargetLayer, wanted: Wanted | None) -> None:
-    """Raise LayerError where a sketch would be too narrow, before any data are read."""
-    if wanted is None or wanted.gradient != "sketch":
-        return
-    try:
-        limit = GradientSketch(layer.d_out, layer.d_in, wanted.width, wanted.passes).rank_limit
-    except ValueError as error:
-        raise LayerError(f"layer {layer.name!r}: {error}; raise width.") from error
-    if limit < wanted.vectors:
-        raise LayerError(
-            f"layer {layer.name!r}: a sketch of width {wanted.width} gives {limit} singular vectors at most, and "
-            f"{wanted.vectors} are needed; raise width."
-        )
-
-
-def _shown(progress: Show | bool) -> AbstractContextManager[Show]:
-    if progress is True:
-        return progress_bars()
-    return nullcontext(progress or silent)
-
-
-def _collect_moments(method: Method, layers: Sequence[TargetLayer]) -> dict[str, Moments]:
-    if Needs.MOMENTS not in method.needs:
-        return {}
-    return kind_moments((layer.kind, finite_weight(layer)) for layer in layers)
-
-
-def _collector(
-    method: Method,
-    layers: Sequence[TargetLayer],
-    data: Iterable[Any] | None,
-    population: int | None,
-    collect: Callable[..., Collector],
-) -> Collector | None:
-    wanted = {layer.name: method.wanted(layer.name, layer.r) for layer in layers}
-    asked = {name: each for name, each in wanted.items() if each is not None}
-    if Needs.GRADIENT in method.needs and data is None:
-        raise DataError(f"method {method.name!r} needs data: give batches with labels as data=.")
-    for layer in layers:
-        _check_sketch(layer, asked.get(layer.name))
-    if Needs.GRADIENT in method.needs and not asked:
-        raise MethodError(f"method '{method}' leaves out every layer that the adapter has; change its setting layers.")
-    return collect(asked, data, method.sample_count(population)) if asked else None
-
-
-def _fallbacks(starts: Sequence[tuple[TargetLayer, Factors]], strict: bool) -> list[str]:
-    by_note: dict[str, list[str]] = defaultdict(list)
-    for target, factors in starts:
-        if factors.note:
-            by_note[factors.note].append(target.name)
-    sentences: list[str] = []
-    for note, names in by_note.items():
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        sentences.append(f"{listed}: {note}")
-    if strict and sentences:
-        raise LayerError(sentences[0])
-    return sentences
-
-
-def _norm_of_product(target: TargetLayer, factors: Factors) -> float:
-    if isinstance(target, VeraTarget):
-        return 0.0
-    B = factors.B if factors.core is None else factors.B @ factors.core
-    return target.scaling * product_norm(B, factors.A)
-
-
-def layer_report(target: TargetLayer, factors: Factors, seconds: float) -> LayerReport:
-    """Return a layer's line in the report: the norms of its start and of its weight, before that is installed."""
-    norm_weight = math.sqrt(squared_norm(dense(target.module.get_base_layer())))
-    if not math.isfinite(norm_weight):
-        raise not_finite(target.name)
-    return LayerReport(
-        name=target.name,
-        d_out=target.d_out,
-        d_in=target.d_in,
-        r=target.r,
-        norm_A=float(torch.linalg.matrix_norm(factors.A)),
-        norm_B=float(torch.linalg.matrix_norm(factors.B)),
-        norm_product=_norm_of_product(target, factors),
-        norm_weight=norm_weight,
-        seconds=seconds,
-        info=dict(factors.info),
-        note=factors.note,
-        repair=factors.repair,
-        form="core" if factors.core is not None else "kept" if factors.offset == "keep" else "subtracted",
-        history=[list(point) for point in factors.history],
-    )

@@ -23,7 +23,7 @@ class LayerReport:
         info: the method's own numbers, such as ``error`` and ``bound`` (squared Frobenius), ``steps``, ``residual``.
         note: what had to be done differently, else empty.
         repair: what was done to make its arithmetic safe, else empty.
-        form: "core", "kept" (the start is part of the model), or "subtracted" again, in the form that ``base`` names.
+        form: how the start lives in the layer: "kept", "anchored", "residual" or "core".
         history: of a descent, [step, mean squared error] on the way; empty for all else.
     """
 
@@ -39,7 +39,7 @@ class LayerReport:
     info: dict[str, float] = field(default_factory=dict)
     note: str = ""
     repair: str = ""
-    form: str = "subtracted"
+    form: str = "kept"
     history: list[list[float]] = field(default_factory=list)
 
     @property
@@ -54,7 +54,8 @@ class Report:
 
     Attributes:
         method: the method with the settings that differ from its defaults.
-        base: "anchored" or "residual"; of a VeRA adapter "shared dictionary".
+        form: how the starts live in their layers: "kept" (plain LoRA), "anchored", "residual" or "core"; of a VeRA
+            adapter "shared dictionary".
         adapter: the adapter's name.
         seed: as given.
         layers: one report a layer, in the model's order.
@@ -68,7 +69,7 @@ class Report:
     """
 
     method: str
-    base: str
+    form: str
     adapter: str
     seed: int
     layers: list[LayerReport]
@@ -85,14 +86,6 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain types, ready for JSON."""
         return asdict(self)
-
-    @property
-    def form(self) -> str:
-        """What the layers are: "anchored", "residual", "kept" (plain LoRA), "core" or "shared dictionary"."""
-        if self.base == "shared dictionary":
-            return self.base
-        forms = sorted({each.form for each in self.layers})
-        return ", ".join(self.base if form == "subtracted" else form for form in forms)
 
     def repairs(self) -> list[str]:
         """Return what was done to make the arithmetic safe, a sentence a kind of repair, with its layers."""

@@ -1,6 +1,6 @@
 """Factors that depend on weights alone, kept between runs."""
 
-from headstart.cache.digests import FileDigests, weight_digest
+from headstart.cache.digests import FileDigests
 from headstart.cache.folder import cache_folder, factors_folder, size_limit
 from headstart.cache.keys import cacheable, description, layer_key
 from headstart.cache.store import Store, open_store
@@ -15,5 +15,4 @@ __all__ = [
     "layer_key",
     "open_store",
     "size_limit",
-    "weight_digest",
 ]

@@ -7,54 +7,20 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from headstart.cache.entries import write_whole
-
-# Rows are hashed in parts of about this size, on as many threads as torch has. Part of every digest: a change of it
-# makes new digests.
-_PART_BYTES = 16 * 2**20
+from headstart.layers.weights import weight_digest
 
 _FILE = "digests.json"
 # A file that changed this short a time ago may change again without its time telling (coarse clocks).
 _SETTLED = 2.0
 _MOST_FILES = 512
 _SAVE_EVERY = 10.0
-
-
-def weight_digest(tensor: Tensor) -> str:
-    """Return the digest of a tensor's type, shape and content, 64 hexadecimal digits.
-
-    SHA-256 over the SHA-256 of parts, each some rows: the same on any device, for any strides, and for any number of
-    threads. A contiguous tensor on a processor is not copied; of others, one part at a time is.
-
-    Args:
-        tensor: of any shape and type, on any device but "meta". A sharded one must be gathered first.
-    """
-    rows = tensor.detach().unsqueeze(0) if tensor.ndim == 0 else tensor.detach()
-    row_bytes = rows.element_size() * max(1, rows[:1].numel())
-    step = max(1, _PART_BYTES // row_bytes)
-
-    def digest_from(start: int) -> bytes:
-        part = rows[start : start + step].cpu().contiguous().reshape(-1)
-        return hashlib.sha256(part.view(torch.uint8).numpy().data).digest()
-
-    starts = range(0, len(rows) if rows.numel() else 0, step)
-    # On an accelerator the copies take turns anyway, and more of them at once need more memory.
-    workers = min(torch.get_num_threads(), len(starts)) if rows.device.type == "cpu" else 1
-    if workers > 1:
-        with ThreadPoolExecutor(workers) as pool:
-            parts = list(pool.map(digest_from, starts))
-    else:
-        parts = [digest_from(start) for start in starts]
-    head = json.dumps([str(tensor.dtype), list(tensor.shape), _PART_BYTES])
-    return hashlib.sha256(head.encode() + b"\0" + b"".join(parts)).hexdigest()
 
 
 class FileDigests:

@@ -1,7 +1,7 @@
 """What a layer's factors are filed under: everything that they depend on, in one hash.
 
 In the key: the weight's content, orientation, shape and type; the method with every setting; rank and scaling; the
-moments of the kind, for methods that need them; seed and layer name, for methods that draw; the kind of device; the
+moments of the kind, for methods that want them; seed and layer name, of which draws are made; the kind of device; the
 release of PyTorch, its precision for matrix products and its default type; and the source of the arithmetic.
 
 Not in the key: the number of threads, the model of processor or GPU, and which layers were decomposed together.
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from headstart._version import __version__
-from headstart.methods.base import LayerInputs, Method, Needs
+from headstart.methods.base import ANY_LAYER, Layer, Method
 
 # Raise where factors change for a reason that the files of `_sources` don't show.
 ARITHMETIC_VERSION = 1
@@ -32,20 +32,20 @@ _ARITHMETIC = ("headstart.methods.", "headstart.linalg.")
 
 
 def cacheable(method: Method) -> bool:
-    """Return whether a method's factors can be kept: they depend on the weight alone and cost more than a draw.
+    """Return whether a method's factors can be kept: they depend on the weight and the settings alone.
 
     A method from outside this package must declare a class attribute ``arithmetic_version`` and raise it whenever its
     results change; without one, factors from before a change would be believed.
     """
-    of_weight = Needs.WEIGHT in method.needs and not method.needs & ~(Needs.WEIGHT | Needs.MOMENTS)
+    wants = method.wants(ANY_LAYER)
     known = _is_ours(type(method)) or getattr(method, "arithmetic_version", None) is not None
     plain = all(value is None or isinstance(value, bool | int | float | str) for value in method.settings().values())
-    return of_weight and known and plain
+    return wants.weight and not wants.data and known and plain
 
 
 def layer_key(
     method: Method,
-    layer: LayerInputs,
+    layer: Layer,
     digest: str,
     *,
     device: torch.device | str,
@@ -74,15 +74,14 @@ def layer_key(
         "weight": [digest, transposed],
         "shape": [layer.d_out, layer.d_in, layer.r],
         "scaling": _plain(layer.scaling),
+        "stream": [layer.seed, layer.name],
     }
-    if Needs.MOMENTS in method.needs and layer.moments is not None:
+    if layer.moments is not None:
         parts["moments"] = [layer.moments.mean, layer.moments.std]
-    if method.draws:
-        parts["stream"] = [layer.seed, layer.name]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def description(method: Method, layer: LayerInputs) -> dict[str, Any]:
+def description(method: Method, layer: Layer) -> dict[str, Any]:
     """Return what ``headstart cache list`` shows of a layer's factors."""
     return {
         "method": str(method),

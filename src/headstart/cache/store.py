@@ -40,7 +40,7 @@ def open_store(cache: bool | str | os.PathLike[str], warn: Callable[[str], None]
     """
     if cache is False or size_limit() == 0:
         return None
-    return Store(factors_folder(None if cache is True else cache), size_limit(), warn)
+    return Store(factors_folder(None if cache is True else cache), size_limit(), warn, everything=cache is not True)
 
 
 class Store:
@@ -50,6 +50,7 @@ class Store:
         folder: made when something is written.
         limit_bytes: how much it may hold; beyond that the least recently used go.
         warn: what becomes of a sentence about something that didn't work; by default a HeadstartWarning.
+        everything: keep whatever depends on weights alone, and not only what costs more than its looking up.
 
     Attributes:
         served: layers whose factors were found.
@@ -57,8 +58,14 @@ class Store:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], limit_bytes: int, warn: Callable[[str], None] | None = None
+        self,
+        folder: str | os.PathLike[str],
+        limit_bytes: int,
+        warn: Callable[[str], None] | None = None,
+        *,
+        everything: bool = True,
     ) -> None:
+        self.everything = everything
         self.folder = Path(folder)
         self.limit_bytes = limit_bytes
         self.served = 0

@@ -11,14 +11,14 @@ from headstart.cli.app import app
 from headstart.cli.console import console, output
 from headstart.cli.options import (
     Alpha,
-    Base,
-    BaseForm,
     Force,
+    Form,
     MaxLength,
     Model,
     Rank,
     RsLora,
     Seed,
+    SubtractingForm,
     Targets,
     target_modules,
 )
@@ -58,7 +58,7 @@ def compare(
     rslora: RsLora = False,
     targets: Targets = "all-linear",
     seed: Seed = 0,
-    base: Base = BaseForm.ANCHORED,
+    form: Form = SubtractingForm.ANCHORED,
     train_examples: Annotated[int, typer.Option("--train-examples", min=1)] = _COMPARISON.train_examples,
     held_out_examples: Annotated[int, typer.Option("--held-out-examples", min=1)] = _COMPARISON.held_out_examples,
     graded_examples: Annotated[
@@ -91,7 +91,7 @@ def compare(
             lora_alpha=alpha,
             use_rslora=rslora,
             target_modules=target_modules(targets),
-            base=base.word,
+            form=form.word,
             max_length=max_length,
             max_new_tokens=max_new_tokens,
         ),

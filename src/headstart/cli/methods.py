@@ -12,7 +12,7 @@ from rich.table import Table
 
 from headstart.cli.app import app
 from headstart.cli.console import output
-from headstart.methods import method_class, method_names
+from headstart.methods import ANY_LAYER, method_class, method_names
 
 
 @app.command()
@@ -61,7 +61,7 @@ def describe(name: str) -> dict[str, str]:
     return {
         "name": name,
         "class": cls.__name__,
-        "needs": str(cls.needs),
+        "needs": str(cls().wants(ANY_LAYER)),
         "cost": cls.cost,
         "source": cls.source,
         "settings": settings,

@@ -20,7 +20,7 @@ Targets = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the start, the data order and the built-in problems.")]
 
 
-class BaseForm(enum.Enum):
+class SubtractingForm(enum.Enum):
     """What becomes of the frozen weights; the values are those of ``headstart.initialize_``."""
 
     ANCHORED = "anchored"
@@ -29,10 +29,12 @@ class BaseForm(enum.Enum):
     @property
     def word(self) -> Literal["anchored", "residual"]:
         """The value, typed as ``initialize_`` takes it."""
-        return "anchored" if self is BaseForm.ANCHORED else "residual"
+        return "anchored" if self is SubtractingForm.ANCHORED else "residual"
 
 
-Base = Annotated[BaseForm, typer.Option("--base", help="Leave the frozen weights untouched, or subtract the start.")]
+Form = Annotated[
+    SubtractingForm, typer.Option("--form", "--base", help="Leave the frozen weights untouched, or subtract the start.")
+]
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 MaxLength = Annotated[int, typer.Option("--max-length", min=8, help="Cut longer rows, in tokens.")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,23 +14,24 @@ from headstart.cli.app import app
 from headstart.cli.console import console, output
 from headstart.cli.options import (
     Alpha,
-    Base,
-    BaseForm,
     Force,
+    Form,
     MaxLength,
     Model,
     Rank,
     RsLora,
     Seed,
+    SubtractingForm,
     Targets,
     target_modules,
 )
-from headstart.errors import DataError, MethodError
+from headstart.errors import DataError, LayerError
 from headstart.initialize import initialize_
 from headstart.layers.checkpoint import save_checkpoint
 from headstart.layers.files import check_free
-from headstart.methods import Method, Needs, parse_method
+from headstart.methods import ANY_LAYER, Method, Training, parse_method
 from headstart.progress import progress_bars, silent
+from headstart.statistics.training import TrainingData
 from headstart.stream import FOLDER, Crew, stream_start, task_type
 from headstart.training.data import batches, load_examples, tokenize_examples
 from headstart.training.models import resolve_model
@@ -48,7 +50,7 @@ def init(
     rslora: RsLora = False,
     targets: Targets = "all-linear",
     seed: Seed = 0,
-    base: Base = BaseForm.ANCHORED,
+    form: Form = SubtractingForm.ANCHORED,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     max_length: MaxLength = 512,
     lr: Annotated[
@@ -77,14 +79,16 @@ def init(
                     f"--{name.replace('_', '-')} is for methods that read data through the whole model, which --stream "
                     "never builds: leave one of the two out."
                 )
-        _stream(model, made, out, rank, alpha, rslora, targets, seed, base, cache, strict, force)
+        _stream(model, made, out, rank, alpha, rslora, targets, seed, form, cache, strict, force)
         return
     check_free(out, force)
-    if made.needs & (Needs.GRADIENT | Needs.INPUTS) and data is None:
+    probe = replace(ANY_LAYER, training=Training(None, lr))
+    with suppress(LayerError):  # of a setting that is missing; what is wrong with layers, the verb finds
+        made.check(probe)
+    reads = made.wants(probe).data
+    if reads and data is None:
         raise DataError(f"method {made.name!r} needs data: give a JSONL file with --data.")
-    if lacking := made.missing(lr):
-        raise MethodError(lacking)
-    if data is not None and not made.needs & (Needs.GRADIENT | Needs.INPUTS):
+    if data is not None and not reads:
         console.print(f"note: method {made.name!r} reads no data, so --data is left unread", markup=False)
         data = None
 
@@ -92,7 +96,7 @@ def init(
     rows: list[dict[str, list[int]]] = []
     population = None
     if data is not None:
-        every = load_examples(data, limit=None if made.asks_population else made.sample_count() or None)
+        every = load_examples(data, limit=None if made.wants(probe).population else made.sample_count() or None)
         population = len(every)
         samples = made.sample_count(population) or None
         tokenized = tokenize_examples(every[:samples], tokenizer, max_length=max_length)
@@ -118,12 +122,12 @@ def init(
         report = initialize_(
             wrapped,
             made,
-            data=batches(rows, batch_size, tokenizer.pad_token_id) if rows else None,
+            data=TrainingData(
+                batches(rows, batch_size, tokenizer.pad_token_id) if rows else None, training=Training(population, lr)
+            ),
             seed=seed,
-            base=base.word,
+            form=form.word,
             memory_budget=memory_budget,
-            population=population,
-            first_lr=lr,
             cache=cache,
             strict=strict,
             progress=show,
@@ -142,7 +146,7 @@ def _stream(
     rslora: bool,
     targets: str,
     seed: int,
-    base: BaseForm,
+    form: SubtractingForm,
     cache: bool,
     strict: bool,
     force: bool,
@@ -163,7 +167,7 @@ def _stream(
             config,
             out,
             seed=seed,
-            base=base.word,
+            form=form.word,
             name=model,
             device=accelerator(),
             cache=cache,

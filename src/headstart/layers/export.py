@@ -15,7 +15,7 @@ from headstart.layers.adapter import PlainAdapter, make_plain, split
 from headstart.layers.files import WEIGHTS, whole_folder, write_tensors
 from headstart.layers.find import resolve_adapter
 from headstart.layers.weights import whole
-from headstart.statistics.processes import Processes, is_sharded, together
+from headstart.processes import Processes, is_sharded, together
 
 
 def save_lora(

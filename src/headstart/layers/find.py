@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from headstart.errors import BASE_PREFIX, LayerError, nearest
+from headstart.errors import BASE_PREFIX, LayerError, nearest, not_finite
 from headstart.layers.core import core_of, form_of
 from headstart.layers.frozen import frozen_factors
+from headstart.layers.weights import base_weight, dense, is_transposed, weight_digest
+from headstart.linalg.product import product_norm
+from headstart.methods.base import Factors, Layer
 
 _RECORD = "headstart_record"
 _RESIDUAL = "headstart_residual_of"
@@ -62,13 +68,67 @@ class TargetLayer:
             return self.r**2
         frozen = frozen_factors(self.module, self.adapter)
         A, B = (width if name not in frozen else 0 for name, width in (("lora_A", self.d_in), ("lora_B", self.d_out)))
-        magnitude = self.d_out if self.adapter in getattr(self.module, "lora_magnitude_vector", ()) else 0
+        magnitude = self.d_out if is_dora(self.module, self.adapter) else 0
         return self.r * (A + B) + magnitude
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer's weight is."""
+        device: torch.device = self.module.get_base_layer().weight.device
+        return device
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (d_in, d_out), as GPT-2's Conv1D does."""
+        return is_transposed(self.module)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weight is sharded over processes, so that all must read it together."""
+        return isinstance(self.module.get_base_layer().weight, DTensor)
+
+    def weight(self) -> Tensor:
+        """Return W (d_out, d_in) in float32.
+
+        Raises:
+            LayerError: it holds NaN or infinity.
+        """
+        weight = base_weight(self.module)
+        # The extremes are NaN or infinite where any entry is, and need no memory of their own.
+        if not all(math.isfinite(float(extreme)) for extreme in torch.aminmax(weight)):
+            raise not_finite(self.name)
+        return weight
+
+    def digest(self) -> str:
+        """Return the digest of the weight as it is stored."""
+        return weight_digest(dense(self.module.get_base_layer()))
+
+    def start_norm(self, factors: Factors) -> float:
+        """Return the Frobenius norm of s B A, or of s B R A."""
+        B = factors.B if factors.core is None else factors.B @ factors.core
+        return self.scaling * product_norm(B, factors.A)
+
+    def facts(self) -> Layer:
+        """Return what a method may know of the layer before anything is read."""
+        return Layer(
+            name=self.name,
+            d_out=self.d_out,
+            d_in=self.d_in,
+            r=self.r,
+            scaling=self.scaling,
+            dora=is_dora(self.module, self.adapter),
+            frozen=frozen_factors(self.module, self.adapter),
+        )
 
     @property
     def kind(self) -> str:
         """The layer's own name without its path, such as ``q_proj``: what layers of one kind share."""
         return self.name.rpartition(".")[2]
+
+
+def is_dora(module: LoraLayer, adapter: str) -> bool:
+    """Return whether the layer splits its weight into magnitude and direction."""
+    return adapter in getattr(module, "lora_magnitude_vector", ())
 
 
 def lora_layers(model: nn.Module, adapter: str) -> Iterator[TargetLayer]:

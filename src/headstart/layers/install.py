@@ -15,8 +15,8 @@ from headstart._version import __version__
 from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
 from headstart.layers.core import drop_core, set_core
-from headstart.layers.find import TargetLayer, set_record, set_residual_owner
-from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
+from headstart.layers.find import TargetLayer, is_dora, set_record, set_residual_owner
+from headstart.layers.frozen import freeze_factors, thaw_factors
 from headstart.layers.weights import (
     assign,
     base_weight,
@@ -27,87 +27,64 @@ from headstart.layers.weights import (
     quantisation,
     whole,
 )
-from headstart.methods.base import Factors, Method
+from headstart.methods.base import Factors, Form, Method
 
-Base = Literal["anchored", "residual"]
-
-
-def check_base(base: str) -> None:
-    """Raise MethodError unless ``base`` is a form that the frozen weight can take."""
-    if base not in get_args(Base):
-        raise MethodError(f"base={base!r} is not one of 'anchored', 'residual'.")
+# What "anchored" methods may be given: the frozen weight untouched, or with the start subtracted.
+Subtracting = Literal["anchored", "residual"]
+# How a start lives in its layer.
+LayerForm = Literal["kept", "anchored", "residual", "core"]
 
 
-def check_factors(target: TargetLayer, factors: Factors) -> None:
-    """Raise LayerError, naming the layer, where factors have the wrong shape or are not finite."""
-    for name, matrix, shape in (
-        ("A", factors.A, (target.r, target.d_in)),
-        ("B", factors.B, (target.d_out, target.r)),
-    ):
-        if tuple(matrix.shape) != shape:
-            raise LayerError(f"layer {target.name!r}: {name} has shape {tuple(matrix.shape)}, not {shape}.")
+def check_form(form: str) -> None:
+    """Raise MethodError unless ``form`` is one that the frozen weight can take."""
+    if form not in get_args(Subtracting):
+        raise MethodError(f"form={form!r} is not one of 'anchored', 'residual'.")
+
+
+def check_factors(target: TargetLayer, factors: Factors, form: Form) -> None:
+    """Raise LayerError, naming the layer, where factors have the wrong shape, are not finite, or not of the form."""
+    shapes = {"A": (target.r, target.d_in), "B": (target.d_out, target.r)}
+    matrices = {"A": factors.A, "B": factors.B}
+    if form == "core" and factors.core is not None:
+        matrices["core"], shapes["core"] = factors.core, (target.r, target.r)
+    elif form == "core" or factors.core is not None:
+        raise LayerError(f"layer {target.name!r}: the method's form is {form!r}, which its factors are not.")
+    for name, matrix in matrices.items():
+        if tuple(matrix.shape) != shapes[name]:
+            raise LayerError(f"layer {target.name!r}: {name} has shape {tuple(matrix.shape)}, not {shapes[name]}.")
         if not bool(torch.isfinite(matrix).all()):
             raise LayerError(f"layer {target.name!r}: the method gave NaN or infinity in {name}.")
-    if factors.core is not None:
-        _check_core(target, factors)
-    freezes_A = "lora_A" in frozen_factors(target.module, target.adapter)
-    if freezes_A and (factors.core is not None or not factors.A.count_nonzero()):
-        raise LayerError(
-            f"layer {target.name!r}: LoRA-FA has frozen its A and trains B, but the method "
-            + ("freezes B as well, for a core." if factors.core is not None else "starts A at zero, so B can't matter.")
-            + " Use another method, or one without lora_fa_."
-        )
-    if factors.offset == "subtract" and is_dora(target):
-        raise LayerError(
-            f"layer {target.name!r} uses DoRA, whose norms leave no place for a start that is subtracted again; use a "
-            "method that keeps it, such as lora-da or lora-one."
-        )
-
-
-def _check_core(target: TargetLayer, factors: Factors) -> None:
-    core = factors.core
-    if core is None or tuple(core.shape) != (target.r, target.r) or not bool(torch.isfinite(core).all()):
-        raise LayerError(f"layer {target.name!r}: the method gave a core that is not a finite {target.r} x {target.r}.")
-    if is_dora(target):
-        raise LayerError(
-            f"layer {target.name!r} uses DoRA, which trains A and B, and a core layer freezes them; use one of the two."
-        )
-    if factors.offset != "keep":
-        raise LayerError(f"layer {target.name!r}: a core layer keeps its start, and the method subtracts it.")
-
-
-def is_dora(target: TargetLayer) -> bool:
-    """Return whether the layer splits its weight into magnitude and direction."""
-    return target.adapter in getattr(target.module, "lora_magnitude_vector", ())
 
 
 @torch.no_grad()
-def install(model: Any, starts: Sequence[tuple[TargetLayer, Factors]], base: Base, note: dict[str, object]) -> None:
+def install(
+    model: Any, starts: Sequence[tuple[TargetLayer, Factors]], form: LayerForm, note: dict[str, object]
+) -> None:
     """Install every layer's factors; whatever goes wrong, Ctrl-C included, the model is put back as it was.
 
     Args:
         model: the PEFT model that holds the layers; its config is marked where layers get anchors.
         starts: the layers with their factors.
-        base: "anchored" leaves the frozen weights alone, "residual" subtracts s B A from them. In the second form the
-            old weights are held until all layers are done, so that they can be put back.
+        form: "kept", "core", "anchored", which leaves the frozen weights alone, or "residual", which subtracts s B A
+            from them: then the old weights are held until all layers are done, so that they can be put back.
         note: of :func:`start_note` (see :func:`headstart.layers.find.set_record`).
     """
     with ExitStack() as undo:
         prints = {target.name: fingerprint(target.module.get_base_layer()) for target, _ in starts}
         for target, factors in starts:
             with full_precision([target.module]):
-                _install_one(target, factors, base, undo)
+                _install_one(target, factors, form, undo)
             undo.callback(set_record, target, None)
             frozen = {"frozen": list(factors.frozen)} if factors.frozen else {}
-            set_record(target, {**note, "offset": factors.offset, "weight": prints[target.name], **frozen})
-        if any(factors.offset == "subtract" or factors.core is not None for _, factors in starts):
+            set_record(target, {**note, "form": form, "weight": prints[target.name], **frozen})
+        if form != "kept":
             mark_config(model, starts[0][0].adapter, undo)
         undo.pop_all()
 
 
-def start_note(method: Method, seed: int, base: Base) -> dict[str, object]:
+def start_note(method: Method, seed: int) -> dict[str, object]:
     """Return what to remember with each layer of a start: how it was made."""
-    return {"method": str(method), "seed": seed, "base": base, "version": __version__}
+    return {"method": str(method), "seed": seed, "version": __version__}
 
 
 def mark_config(model: Any, adapter: str, undo: ExitStack) -> None:
@@ -119,7 +96,7 @@ def mark_config(model: Any, adapter: str, undo: ExitStack) -> None:
     model.peft_config[adapter] = marked
 
 
-def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: ExitStack) -> None:
+def _install_one(target: TargetLayer, factors: Factors, form: LayerForm, undo: ExitStack) -> None:
     module, adapter = target.module, target.adapter
     A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     for parameter, value in ((A, factors.A), (B, factors.B)):
@@ -132,15 +109,15 @@ def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: ExitSt
     if factors.core is not None:
         undo.callback(drop_core, module, adapter)
         set_core(module, adapter, factors.core)
-    if is_dora(target):
+    if is_dora(target.module, target.adapter):
         magnitude = module.lora_magnitude_vector[adapter].weight
         undo.callback(_copy, magnitude, magnitude.detach().clone())
         assign(magnitude, row_norms(module, adapter))
-    if factors.offset == "keep":
+    if form in ("kept", "core"):
         return
     undo.callback(drop_anchors, module, adapter)
-    set_anchors(module, adapter, A, B, base)
-    if base == "residual":
+    set_anchors(module, adapter, A, B, form)
+    if form == "residual":
         subtract_product(target, undo)
 
 
@@ -157,18 +134,18 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
     if others:
         raise LayerError(
             f"layer {target.name!r} holds adapter {others[0]!r} as well, which residual weights would change; use "
-            'base="anchored".'
+            'form="anchored".'
         )
     weight = module.get_base_layer().weight
     if kind := quantisation(module.get_base_layer()):
         raise LayerError(
             f"layer {target.name!r} is quantised ({kind}), and nothing can be subtracted from its weight; use "
-            'base="anchored", which leaves it alone.'
+            'form="anchored", which leaves it alone.'
         )
     if isinstance(weight, DTensor):
         raise LayerError(
             f"layer {target.name!r} is sharded over processes, and residual weights have to be made before that; "
-            'initialise before fully_shard, or use base="anchored".'
+            'initialise before fully_shard, or use form="anchored".'
         )
     undo.callback(set_residual_owner, module, None)
     set_residual_owner(module, adapter)

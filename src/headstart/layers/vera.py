@@ -34,6 +34,10 @@ class VeraTarget(TargetLayer):
         """VeRA has no factor in front of its product."""
         return 1.0
 
+    def start_norm(self, factors: Factors) -> float:
+        """Return 0: a dictionary adds nothing until b trains."""
+        return 0.0
+
     @property
     def trainable(self) -> int:
         """The numbers that train: b and d."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,6 +14,10 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
+
+# Rows are hashed in parts of about this size, on as many threads as torch has. Part of every digest: a change of it
+# makes new digests.
+_PART_BYTES = 16 * 2**20
 
 
 def is_transposed(layer: LoraLayer) -> bool:
@@ -98,3 +105,32 @@ def fingerprint(base: nn.Module, values: int = 8) -> list[float]:
     flat = dense(base).reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, values, dtype=torch.float64).long()
     return [float(value) for value in flat[places.to(flat.device)].float()]
+
+
+def weight_digest(tensor: Tensor) -> str:
+    """Return the digest of a tensor's type, shape and content, 64 hexadecimal digits.
+
+    SHA-256 over the SHA-256 of parts, each some rows: the same on any device, for any strides, and for any number of
+    threads. A contiguous tensor on a processor is not copied; of others, one part at a time is.
+
+    Args:
+        tensor: of any shape and type, on any device but "meta". A sharded one must be gathered first.
+    """
+    rows = tensor.detach().unsqueeze(0) if tensor.ndim == 0 else tensor.detach()
+    row_bytes = rows.element_size() * max(1, rows[:1].numel())
+    step = max(1, _PART_BYTES // row_bytes)
+
+    def digest_from(start: int) -> bytes:
+        part = rows[start : start + step].cpu().contiguous().reshape(-1)
+        return hashlib.sha256(part.view(torch.uint8).numpy().data).digest()
+
+    starts = range(0, len(rows) if rows.numel() else 0, step)
+    # On an accelerator the copies take turns anyway, and more of them at once need more memory.
+    workers = min(torch.get_num_threads(), len(starts)) if rows.device.type == "cpu" else 1
+    if workers > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            parts = list(pool.map(digest_from, starts))
+    else:
+        parts = [digest_from(start) for start in starts]
+    head = json.dumps([str(tensor.dtype), list(tensor.shape), _PART_BYTES])
+    return hashlib.sha256(head.encode() + b"\0" + b"".join(parts)).hexdigest()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
-from headstart.methods.registry import get_method, method_class, method_names, parse_method, register
+from headstart.methods.base import ANY_LAYER, Factors, Form, Layer, Method, Moments, Training, Wants
+from headstart.methods.registry import get_method, method_class, method_names, methods_by_class, parse_method, register
 
 # The order of the tables: random, spectral, approximation, gradient, Fisher. A file that is not named comes last.
 _FAMILIES = ("zero", "nonzero", "inilora_random", "spectral", "lora_xs", "inilora", "gradient", "lora_sb", "lora_da")
@@ -19,14 +19,18 @@ for _name in [*_FAMILIES, *(name for name in _found if name not in _FAMILIES)]:
     importlib.import_module(f"{__name__}.{_name}")
 
 __all__ = [
+    "ANY_LAYER",
     "Factors",
-    "LayerInputs",
+    "Form",
+    "Layer",
     "Method",
     "Moments",
-    "Needs",
+    "Training",
+    "Wants",
     "get_method",
     "method_class",
     "method_names",
+    "methods_by_class",
     "parse_method",
     "register",
 ]

@@ -1,9 +1,25 @@
-"""What a method is: settings, what it needs, and one pure function from a layer's statistics to its factors."""
+"""What a method is: a frozen dataclass of settings that says what it wants and in which form its start lives.
+
+A method lives in a file of its own. It says what it wants of a layer (:class:`Wants`), refuses what it can't start
+before any data are read (``check``), and gives factors (``factors``)::
+
+    @register("signs")
+    @dataclass(frozen=True)
+    class Signs(Method):
+        source: ClassVar[str] = "an example"
+        form: ClassVar[Form] = "kept"
+        samples: int = 64
+
+        def wants(self, layer: Layer) -> Wants:
+            return Wants(gradient="exact")
+
+        def factors(self, layer: Layer) -> Factors:
+            ...
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -19,28 +35,61 @@ from headstart.errors import LayerError, MethodError
 from headstart.linalg.sketch import GradientSketch
 from headstart.progress import Show, silent
 
-Offset = Literal["subtract", "keep"]
+# How a start lives in its layer: "kept", a plain LoRA at W + s B A; "anchored", at W, because what s B A adds is taken
+# out again; "core", W + s B R A with A and B frozen.
+Form = Literal["kept", "anchored", "core"]
 
 
-class Needs(enum.Flag):
-    """What a method must be given about a layer, beyond its shape."""
+@dataclass(frozen=True)
+class Wants:
+    """What a method must be given about a layer, beyond its shape.
 
-    NOTHING = 0
-    WEIGHT = enum.auto()
-    MOMENTS = enum.auto()
-    GRADIENT = enum.auto()
-    FISHER = enum.auto()
-    INPUTS = enum.auto()
+    Data are read where ``inputs``, ``gradient`` or ``outputs`` ask for it; a backward pass, and so labels, are needed
+    for the last two only.
+
+    Attributes:
+        weight: W itself.
+        moments: mean and standard deviation of the weights of the layer's kind.
+        inputs: Z, the mean of x x' over tokens, and the mean of x.
+        gradient: the mean gradient whole ("exact"), its leading singular triplets only ("sketch"), or not ("no").
+        outputs: Y, the mean of g g' over tokens: its diagonal or all of it, with the mean of g; brings ``inputs``
+            along.
+        tokens: which tokens Z and Y are means over: those of the attention mask, or those whose output predicts a
+            label.
+        population: the size of the training set.
+        vectors, width, passes: of the sketch: singular vectors needed, thin columns held in all, passes over the data.
+    """
+
+    weight: bool = False
+    moments: bool = False
+    inputs: bool = False
+    gradient: Literal["exact", "sketch", "no"] = "no"
+    outputs: Literal["diagonal", "full"] | None = None
+    tokens: Literal["attention", "labels"] = "attention"
+    population: bool = False
+    vectors: int = 0
+    width: int = 0
+    passes: int = 1
+
+    @property
+    def backward(self) -> bool:
+        """Whether a backward pass is needed."""
+        return self.gradient != "no" or self.outputs is not None
+
+    @property
+    def data(self) -> bool:
+        """Whether data are read."""
+        return self.backward or self.inputs
 
     def __str__(self) -> str:
-        names = {
-            Needs.WEIGHT: "weight",
-            Needs.MOMENTS: "moments",
-            Needs.GRADIENT: "gradient",
-            Needs.FISHER: "Fisher factors",
-            Needs.INPUTS: "inputs",
+        words = {
+            "weight": self.weight,
+            "moments": self.moments,
+            "gradient": self.gradient != "no",
+            "Fisher factors": self.outputs is not None,
+            "inputs": self.inputs and self.outputs is None,
         }
-        return " + ".join(text for flag, text in names.items() if flag in self) or "shapes"
+        return " + ".join(word for word, wanted in words.items() if wanted) or "shapes"
 
 
 @dataclass(frozen=True)
@@ -58,56 +107,51 @@ class Kronecker:
     Attributes:
         inputs: Z (d_in, d_in), the mean of x x' over tokens; layers that read the same input share the tensor.
         outputs: Y, the mean of g g' over tokens, g the gradient of the token's own sample's loss: (d_out, d_out), or
-            (d_out,) where only its diagonal was asked for.
+            (d_out,) where only its diagonal was asked for. None where output gradients weren't asked for.
         mean_input: (d_in,), the mean of x.
-        mean_output: (d_out,), the mean of g.
+        mean_output: (d_out,), the mean of g; None likewise.
         tokens: how many were averaged over.
     """
 
     inputs: Tensor
-    outputs: Tensor
+    outputs: Tensor | None
     mean_input: Tensor
-    mean_output: Tensor
+    mean_output: Tensor | None
     tokens: int
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a pass over data is to collect for the layers that ask.
+class Training:
+    """What is known of the fine-tuning to come.
 
     Attributes:
-        gradient: the mean gradient whole ("exact"), its leading singular triplets only ("sketch"), or not ("no").
-        outputs: the diagonal of Y or all of it, with Z and the moments; None for no Kronecker factors.
-        tokens: which tokens Z and Y are means over: those of the attention mask, or those with a label.
-        vectors, width, passes: of the sketch: singular vectors needed, thin columns held in all, passes over the data.
+        population: N, how many samples the training set holds.
+        first_lr: the rate of the first optimizer step.
     """
 
-    gradient: Literal["exact", "sketch", "no"] = "exact"
-    outputs: Literal["diagonal", "full"] | None = None
-    tokens: Literal["attention", "labels"] = "attention"
-    vectors: int = 0
-    width: int = 0
-    passes: int = 1
+    population: int | None = None
+    first_lr: float | None = None
 
 
 @dataclass(frozen=True)
-class LayerInputs:
-    """What is known of one layer when its factors are made.
+class Layer:
+    """What is known of one layer: for ``check`` all but statistics, for ``factors`` those that the method wants too.
 
     Attributes:
         name: the layer's name in the base model, as errors give it.
         d_out, d_in: the shape of its weight W; ``y = W x``.
         r: the adapter's rank there.
         scaling: s, the factor in front of ``B A``.
+        dora: the layer splits its weight into magnitude and direction.
+        frozen: which of "lora_A" and "lora_B" don't train (LoRA-FA).
         seed: the user's seed; :meth:`generator` derives the layer's own stream from it and the name.
-        weight: W (d_out, d_in) in float32, for methods that need it.
-        moments: of the weights of this layer's kind, for methods that need them.
-        gradient: the mean gradient G of the loss (d_out, d_in) in float32, for methods that need it.
-        sketch: thin products of G, of the sum over samples, where those were asked for instead.
-        kronecker: the Fisher information's two factors, for methods that need them.
-        population: N, how many samples the training set holds, as far as that is known.
+        training: what is known of the fine-tuning to come.
+        weight: W (d_out, d_in) in float32.
+        moments: of the weights of this layer's kind.
+        gradient: the mean gradient G of the loss (d_out, d_in) in float32.
+        sketch: thin products of G, where those were asked for instead.
+        kronecker: the second moments of inputs and output gradients.
         samples: how many samples were read.
-        first_lr: the rate of the first optimizer step of the fine-tuning to come, as far as that is known.
     """
 
     name: str
@@ -115,15 +159,16 @@ class LayerInputs:
     d_in: int
     r: int
     scaling: float
+    dora: bool = False
+    frozen: tuple[str, ...] = ()
     seed: int = 0
+    training: Training = field(default_factory=Training)
     weight: Tensor | None = None
     moments: Moments | None = None
     gradient: Tensor | None = None
     sketch: GradientSketch | None = None
     kronecker: Kronecker | None = None
-    population: int | None = None
     samples: int | None = None
-    first_lr: float | None = None
 
     def generator(self) -> torch.Generator:
         """Return a fresh CPU generator; the same seed and name give the same draws in any process, in any order."""
@@ -131,22 +176,28 @@ class LayerInputs:
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def require_weight(self) -> Tensor:
-        """Return the weight, which the caller must have collected."""
+        """Return the weight, which the method must want."""
         if self.weight is None:
             raise LayerError(f"layer {self.name!r}: this method needs the layer's weight, which was not collected")
         return self.weight
 
     def require_gradient(self) -> Tensor:
-        """Return the mean gradient, which the caller must have collected."""
+        """Return the mean gradient, which the method must want."""
         if self.gradient is None:
             raise LayerError(f"layer {self.name!r}: this method needs the mean gradient, which was not collected")
         return self.gradient
 
     def require_kronecker(self) -> Kronecker:
-        """Return the Kronecker factors, which the caller must have collected."""
+        """Return the second moments, which the method must want."""
         if self.kronecker is None:
-            raise LayerError(f"layer {self.name!r}: this method needs the Fisher factors, which were not collected")
+            raise LayerError(
+                f"layer {self.name!r}: this method needs the moments of its inputs, which were not collected"
+            )
         return self.kronecker
+
+
+# Any layer will do to ask a method what it wants in general, as tables do.
+ANY_LAYER = Layer("model.layers.0.self_attn.q_proj", 64, 64, 2, 1.0)
 
 
 @dataclass(frozen=True)
@@ -156,9 +207,7 @@ class Factors:
     Attributes:
         A: (r, d_in), float32.
         B: (d_out, r), float32.
-        core: (r, r) of methods that train only that, else None.
-        offset: "subtract" if the layer must start where the base model is (the product s B A is taken out again),
-            "keep" if it starts at W + s B A.
+        core: (r, r) of methods of the form "core", else None.
         info: numbers for the report, such as ``error``, ``bound``, ``steps``.
         note: one sentence for the report where something had to be done differently, else empty.
         repair: one sentence for the report where arithmetic had to be made safer (damping raised), else empty.
@@ -169,7 +218,6 @@ class Factors:
     A: Tensor
     B: Tensor
     core: Tensor | None = None
-    offset: Offset = "subtract"
     info: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     repair: str = ""
@@ -183,45 +231,70 @@ class Method(ABC):
 
     Class attributes:
         name: the command-line name.
-        needs: what :class:`LayerInputs` must hold.
         source: paper and section.
         cost: a few words on what the start costs, for the tables.
-        together: which layers are worth handing over together: none, those of one shape and rank, or those that read
-            the same input.
-        asks_population: the size of the training set matters.
-        trains_core: its layers get a parameter of their own, R.
-        draws: the factors depend on the seed and the layer's name.
+        form: how its start lives in a layer.
+        keep: its factors depend on weights and settings alone, and cost more than hashing the weight, so that the cache
+            holds them by default.
+        starts_A: A is not zero at the start; a frozen A (LoRA-FA) that is zero would keep B from mattering.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[Needs] = Needs.NOTHING
     source: ClassVar[str] = ""
     cost: ClassVar[str] = "a draw"
-    together: ClassVar[Literal["none", "shape", "input"]] = "none"
-    asks_population: ClassVar[bool] = False
-    trains_core: ClassVar[bool] = False
-    draws: ClassVar[bool] = True
+    form: ClassVar[Form] = "anchored"
+    keep: ClassVar[bool] = False
+    starts_A: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check that every setting has the type that its field declares; subclasses go on to check ranges."""
         hints = get_type_hints(type(self))
-        for each in dataclasses.fields(self):
-            _check_type(self.name, each.name, getattr(self, each.name), hints[each.name])
+        for setting in dataclasses.fields(self):
+            _check_type(self.name, setting.name, getattr(self, setting.name), hints[setting.name])
+
+    def wants(self, layer: Layer) -> Wants:
+        """Return what the method must be given about a layer; by default its shape alone."""
+        return Wants()
+
+    def check(self, layer: Layer) -> None:
+        """Refuse a layer that the method can't start, before any data are read; subclasses go on with this one.
+
+        Raises:
+            LayerError: the start's form doesn't go with what the layer is, or a sketch would be too narrow.
+            MethodError: a setting is missing.
+        """
+        if layer.dora and self.form == "anchored":
+            raise LayerError(
+                f"layer {layer.name!r} uses DoRA, whose norms leave no place for a start that is subtracted again; use "
+                "a method that keeps it, such as lora-da or lora-one."
+            )
+        if layer.dora and self.form == "core":
+            raise LayerError(
+                f"layer {layer.name!r} uses DoRA, which trains A and B, and a core layer freezes them; use one of the "
+                "two."
+            )
+        if "lora_A" in layer.frozen and (self.form == "core" or not self.starts_A):
+            raise LayerError(
+                f"layer {layer.name!r}: LoRA-FA has frozen its A and trains B, but method {self.name!r} "
+                + ("freezes B as well, for a core." if self.form == "core" else "starts A at zero, so B can't matter.")
+                + " Use another method, or one without lora_fa_."
+            )
+        wanted = self.wants(layer)
+        if wanted.gradient == "sketch":
+            _check_sketch(layer, wanted)
 
     @abstractmethod
-    def factors(self, layer: LayerInputs) -> Factors:
+    def factors(self, layer: Layer) -> Factors:
         """Return the start of one layer."""
 
-    def factors_batch(self, layers: Sequence[LayerInputs], show: Show = silent) -> list[Factors]:
-        """Return the starts of several layers (see ``together``); the same as one at a time.
+    def factors_batch(self, layers: Sequence[Layer], show: Show = silent) -> list[Factors]:
+        """Return the starts of several layers; the same as one at a time.
 
-        A method that takes its time calls ``show`` with (what it does, how much is done, how much there is).
+        A method that overrides this is given layers of one shape and rank together, or, where it wants their inputs,
+        those that read the same input. One that takes its time calls ``show`` with (what it does, how much is done, how
+        much there is).
         """
         return [self.factors(layer) for layer in layers]
-
-    def wanted(self, layer: str, rank: int) -> Wanted | None:
-        """Return what the pass over the data must collect for the layer of this name and rank; None for nothing."""
-        return Wanted() if Needs.GRADIENT in self.needs else None
 
     def sample_count(self, population: int | None = None) -> int:
         """Return how many samples of the data the method reads: its setting ``samples``, 0 where it has none.
@@ -229,10 +302,6 @@ class Method(ABC):
         ``population`` is the size of the training set, as far as that is known.
         """
         return int(getattr(self, "samples", 0))
-
-    def missing(self, first_lr: float | None) -> str:
-        """Return a sentence about what the method lacks to begin with; empty where it lacks nothing."""
-        return ""
 
     def settings(self) -> dict[str, object]:
         """Return the settings by name."""
@@ -243,6 +312,19 @@ class Method(ABC):
         fields = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
         changed = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields)
         return f"{self.name}:{changed}" if changed else self.name
+
+
+def _check_sketch(layer: Layer, wanted: Wants) -> None:
+    """Raise LayerError where a sketch would be too narrow."""
+    try:
+        limit = GradientSketch(layer.d_out, layer.d_in, wanted.width, wanted.passes).rank_limit
+    except ValueError as error:
+        raise LayerError(f"layer {layer.name!r}: {error}; raise width.") from error
+    if limit < wanted.vectors:
+        raise LayerError(
+            f"layer {layer.name!r}: a sketch of width {wanted.width} gives {limit} singular vectors at most, and "
+            f"{wanted.vectors} are needed; raise width."
+        )
 
 
 def check_positive(method: str, **settings: float | None) -> None:

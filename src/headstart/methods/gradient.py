@@ -11,7 +11,7 @@ from torch import Tensor
 from headstart.errors import LayerError
 from headstart.linalg.sketch import SketchedSVD
 from headstart.linalg.svd import TruncatedSVD, truncated_svd
-from headstart.methods.base import Factors, LayerInputs, Method, Needs, Wanted, check_positive
+from headstart.methods.base import Factors, Form, Layer, Method, Wants, check_positive
 from headstart.methods.registry import register
 from headstart.methods.zero import LoRA
 
@@ -30,7 +30,6 @@ class GradientMethod(Method):
         passes: more of them bring the sketch closer to G's own singular vectors.
     """
 
-    needs: ClassVar[Needs] = Needs.GRADIENT
     cost: ClassVar[str] = "a gradient pass over the samples, a truncated SVD of each gradient"
 
     samples: int = 256
@@ -46,13 +45,13 @@ class GradientMethod(Method):
         """Return how many singular vectors of the gradient a layer of this rank needs."""
         return rank
 
-    def wanted(self, layer: str, rank: int) -> Wanted | None:
+    def wants(self, layer: Layer) -> Wants:
         """Return what to collect: the gradient, or a sketch of it."""
-        needed = self.vectors(rank)
+        needed = self.vectors(layer.r)
         width = self.width or 2 * needed + 4
-        return Wanted(gradient=self.gradients, vectors=needed, width=width, passes=self.passes)
+        return Wants(gradient=self.gradients, vectors=needed, width=width, passes=self.passes)
 
-    def decompose(self, layer: LayerInputs, rank: int) -> tuple[TruncatedSVD | SketchedSVD | None, dict[str, float]]:
+    def decompose(self, layer: Layer, rank: int) -> tuple[TruncatedSVD | SketchedSVD | None, dict[str, float]]:
         """Return the ``rank`` leading triplets of G, or None where G is zero, and numbers for the report.
 
         Raises:
@@ -73,11 +72,11 @@ class GradientMethod(Method):
         return svd, {"residual": svd.residual, "share": _share(G, svd.S)}
 
 
-def no_gradient(layer: LayerInputs) -> Factors:
+def no_gradient(layer: Layer) -> Factors:
     """Return the start of 'lora', with a note."""
     start = LoRA().factors(layer)
     note = "no gradient reached this layer in the samples; it starts as 'lora' does"
-    return Factors(start.A, start.B, offset="keep", note=note)
+    return Factors(start.A, start.B, note=note)
 
 
 @register("lora-ga")
@@ -104,14 +103,18 @@ class LoRAGA(GradientMethod):
         """Return 2 r: the second half of the left ones is used as well."""
         return 2 * rank
 
-    def factors(self, layer: LayerInputs) -> Factors:
-        """Take the leading right and the following left singular vectors of G."""
+    def check(self, layer: Layer) -> None:
+        """Refuse a rank of which the smaller side holds no two."""
+        super().check(layer)
         if 2 * layer.r > min(layer.d_out, layer.d_in):
             raise LayerError(
                 f"layer {layer.name!r}: method 'lora-ga' takes 2 r = {2 * layer.r} singular vectors, more than its "
                 f"smaller side ({min(layer.d_out, layer.d_in)}); choose a rank of at most "
                 f"{min(layer.d_out, layer.d_in) // 2} or leave the layer out of target_modules."
             )
+
+    def factors(self, layer: Layer) -> Factors:
+        """Take the leading right and the following left singular vectors of G."""
         svd, info = self.decompose(layer, 2 * layer.r)
         if svd is None:
             return no_gradient(layer)
@@ -132,6 +135,7 @@ class LoRAOne(GradientMethod):
     """
 
     source: ClassVar[str] = "LoRA-One (Zhang et al. 2025), Algorithm 1"
+    form: ClassVar[Form] = "kept"
 
     gamma: float = 128.0
 
@@ -139,14 +143,14 @@ class LoRAOne(GradientMethod):
         super().__post_init__()
         check_positive(self.name, gamma=self.gamma)
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def factors(self, layer: Layer) -> Factors:
         """Split the leading triplets of -G evenly between B and A."""
         svd, info = self.decompose(layer, layer.r)
         if svd is None:
             return no_gradient(layer)
         root = (svd.S / svd.S[0]).sqrt() / math.sqrt(self.gamma)
         # -G = U S (-V)'.
-        return Factors(-root[:, None] * svd.V.T, svd.U * root, offset="keep", info=info)
+        return Factors(-root[:, None] * svd.V.T, svd.U * root, info=info)
 
 
 def _share(G: Tensor, S: Tensor) -> float:

@@ -14,7 +14,7 @@ from headstart.errors import LayerError, MethodError
 from headstart.linalg.lowrank import adam_lowrank, squared_error, svd_lowrank_factors
 from headstart.linalg.norms import squared_norm
 from headstart.linalg.svd import TruncatedSVD, eckart_young_tail, truncated_svd_batch
-from headstart.methods.base import Factors, LayerInputs, Method, Needs, check_positive
+from headstart.methods.base import Factors, Layer, Method, Wants, check_positive
 from headstart.methods.draws import draw
 from headstart.methods.registry import register
 from headstart.progress import Show, silent
@@ -46,8 +46,7 @@ class IniLoRA(Method):
 
     source: ClassVar[str] = "IniLoRA, section 3"
     cost: ClassVar[str] = "20,000 Adam steps a weight, or a truncated SVD"
-    needs: ClassVar[Needs] = Needs.WEIGHT | Needs.MOMENTS
-    together: ClassVar[Literal["none", "shape", "input"]] = "shape"
+    keep: ClassVar[bool] = True
 
     solver: Literal["adam", "svd"] = "adam"
     steps: int = 20_000
@@ -66,11 +65,15 @@ class IniLoRA(Method):
         if self.steps < 0:
             raise MethodError(f"method {self.name!r}: steps={self.steps!r} must not be negative.")
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def wants(self, layer: Layer) -> Wants:
+        """Return that the weight is needed, and the moments of its kind where they scale the draw."""
+        return Wants(weight=True, moments=self.std is None)
+
+    def factors(self, layer: Layer) -> Factors:
         """Approximate one layer's weight."""
         return self.factors_batch([layer])[0]
 
-    def factors_batch(self, layers: Sequence[LayerInputs], show: Show = silent) -> list[Factors]:
+    def factors_batch(self, layers: Sequence[Layer], show: Show = silent) -> list[Factors]:
         """Approximate the weights of several layers of one shape and rank together; each as it would be alone."""
         rank, device = layers[0].r, layers[0].require_weight().device
         targets = [layer.require_weight() / layer.scaling for layer in layers]
@@ -106,7 +109,7 @@ class IniLoRA(Method):
             for (A, B), error, bound, taken, history in zip(pairs, errors, bounds, steps, histories, strict=True)
         ]
 
-    def _draw(self, layer: LayerInputs) -> tuple[Tensor, Tensor]:
+    def _draw(self, layer: Layer) -> tuple[Tensor, Tensor]:
         std = self.std
         if std is None:
             if layer.moments is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from headstart.methods.base import Factors, LayerInputs, Method, check_positive
+from headstart.methods.base import Factors, Layer, Method, check_positive
 from headstart.methods.draws import Distribution, draw, draw_named
 from headstart.methods.registry import register
 
@@ -32,7 +32,7 @@ class IniLoRAAlpha(Method):
         super().__post_init__()
         check_positive(self.name, std=self.std)
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def factors(self, layer: Layer) -> Factors:
         """Draw A, then B."""
         generator = layer.generator()
         A = draw((layer.r, layer.d_in), "normal", self.std, generator)
@@ -60,7 +60,7 @@ class IniLoRABeta(Method):
         object.__setattr__(self, "distribution", ALIASES.get(self.distribution, self.distribution))
         super().__post_init__()
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def factors(self, layer: Layer) -> Factors:
         """Draw A, then B."""
         generator = layer.generator()
         A = draw_named((layer.r, layer.d_in), self.distribution, generator)

@@ -15,7 +15,7 @@ from headstart.errors import LayerError, MethodError
 from headstart.linalg.damped import DampedInverse, damped_inverse
 from headstart.linalg.guidance import guidance_space
 from headstart.linalg.svd import truncated_svd
-from headstart.methods.base import Factors, LayerInputs, Needs, Wanted, check_positive
+from headstart.methods.base import Factors, Form, Layer, Wants, check_positive
 from headstart.methods.gradient import GradientMethod, no_gradient
 from headstart.methods.registry import register
 from headstart.methods.zero import LoRA
@@ -62,12 +62,9 @@ class LoRADA(GradientMethod):
         gradients: "sketch" is possible with ``fisher=none`` only; Z is as large as a gradient anyway.
     """
 
-    needs: ClassVar[Needs] = Needs.GRADIENT | Needs.FISHER
     source: ClassVar[str] = "LoRA-DA, Theorem 4.2, Algorithm 1"
     cost: ClassVar[str] = "a gradient pass over the samples, an inverse and an eigenproblem a layer"
-    together: ClassVar[Literal["none", "shape", "input"]] = "input"
-
-    asks_population: ClassVar[bool] = True
+    form: ClassVar[Form] = "kept"
 
     damping: float = 1e-6
     population: int | None = None
@@ -100,19 +97,19 @@ class LoRADA(GradientMethod):
         if self.fisher != "none" and self.gradients == "sketch":
             raise MethodError(f"method {self.name!r}: gradients='sketch' needs fisher='none'.")
 
-    def wanted(self, layer: str, rank: int) -> Wanted | None:
+    def wants(self, layer: Layer) -> Wants:
         """Return what to collect for a layer: nothing where it starts as 'lora' does."""
-        if not self._chosen(layer):
-            return None
+        if not self._chosen(layer.name):
+            return Wants()
         if self.fisher == "none":
-            return super().wanted(layer, rank)
-        return Wanted(outputs=self.fisher, tokens=self.tokens)
+            return super().wants(layer)
+        return Wants(gradient="exact", outputs=self.fisher, tokens=self.tokens, population=self.population is None)
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def factors(self, layer: Layer) -> Factors:
         """Solve one layer."""
         return self.factors_batch([layer])[0]
 
-    def factors_batch(self, layers: Sequence[LayerInputs], show: Show = silent) -> list[Factors]:
+    def factors_batch(self, layers: Sequence[Layer], show: Show = silent) -> list[Factors]:
         """Solve layers, inverting a Z that several of them share once."""
         inverses: dict[int, DampedInverse] = {}
         return [self._one(layer, inverses) for layer in layers]
@@ -121,16 +118,17 @@ class LoRADA(GradientMethod):
         attention = bool(_ATTENTION.search(layer)) and not _OTHER.search(layer)
         return self.layers == "all" or (self.layers == "attention") == attention
 
-    def _one(self, layer: LayerInputs, inverses: dict[int, DampedInverse]) -> Factors:
+    def _one(self, layer: Layer, inverses: dict[int, DampedInverse]) -> Factors:
         if not self._chosen(layer.name):
             start = LoRA().factors(layer)
-            return Factors(start.A, start.B, offset="keep")
+            return Factors(start.A, start.B)
         if self.fisher == "none":
             return self._gradient_only(layer)
         G = layer.require_gradient()
         if not bool(G.count_nonzero()):
             return no_gradient(layer)
         kronecker = layer.require_kronecker()
+        assert kronecker.outputs is not None  # as wanted
         Z = inverses.get(id(kronecker.inputs))
         if Z is None:
             # Only one input's inverse is held at a time.
@@ -138,7 +136,7 @@ class LoRADA(GradientMethod):
             Z = inverses[id(kronecker.inputs)] = damped_inverse(kronecker.inputs, self.damping)
         preconditioned, trace, damping_Y = self._outputs_solved(kronecker.outputs, G.double())
         delta = -(preconditioned @ Z.inverse)
-        population = self.population or layer.population or self.samples
+        population = self.population or layer.training.population or self.samples
         space = guidance_space(
             Z.inverse,
             delta,
@@ -174,7 +172,7 @@ class LoRADA(GradientMethod):
         repair = f"damping {' and '.join(raised)}: with {self.damping:g}, rounding errors would rule" if raised else ""
         return self._scaled(A0, B, info, repair)
 
-    def _gradient_only(self, layer: LayerInputs) -> Factors:
+    def _gradient_only(self, layer: Layer) -> Factors:
         """Remark 4.3: A0 = V_r and Delta A0 = -U_r S_r."""
         svd, info = self.decompose(layer, layer.r)
         if svd is None:
@@ -184,7 +182,7 @@ class LoRADA(GradientMethod):
 
     def _scaled(self, A0: Tensor, B: Tensor, info: dict[str, float], repair: str) -> Factors:
         root = math.sqrt(self.gamma)
-        return Factors((A0.T / root).float(), (B / root).float(), offset="keep", info=info, repair=repair)
+        return Factors((A0.T / root).float(), (B / root).float(), info=info, repair=repair)
 
     def _outputs_solved(self, outputs: Tensor, G: Tensor) -> tuple[Tensor, float, float]:
         """Return Y^-1 G, tr(Y^-1), and the damping used."""

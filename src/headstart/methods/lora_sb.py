@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
 from headstart.linalg.svd import truncated_svd
-from headstart.methods.base import Factors, LayerInputs, check_positive
+from headstart.methods.base import Factors, Form, Layer, Wants, check_positive
 from headstart.methods.gradient import GradientMethod
 from headstart.methods.registry import register
 
@@ -30,8 +30,8 @@ class LoRASB(GradientMethod):
         samples: how many samples G is averaged over; None for ``share`` of the training set.
         share: 0.1 % in the paper.
         optimizer: whose first step Delta is.
-        lr: eta, the rate of that step; None for what the verb is told (``first_lr``; ``headstart compare`` computes it
-            from its recipe's schedule, as the published code does: the peak rate over the number of warm-up steps).
+        lr: eta, the rate of that step; None for what the data tell: a trainer's schedule, or that of a recipe (the peak
+            rate over the number of warm-up steps, as in the published code).
         split: "orthonormal" as above, or "suboptimal": B = U_r S_r, A = V_r', R = I / s, the same product.
         source_matrix: what is decomposed: the "update"; the update with "noise" of ``noise`` times its own standard
             deviation; or a "kaiming" matrix, uniform with variance 1 / (3 d_in), scaled to the update's norm.
@@ -40,9 +40,7 @@ class LoRASB(GradientMethod):
 
     source: ClassVar[str] = "LoRA-SB, section 3, Algorithm 1"
     cost: ClassVar[str] = "a gradient pass over the samples, a truncated SVD a layer; trains r² numbers a layer"
-
-    asks_population: ClassVar[bool] = True
-    trains_core: ClassVar[bool] = True
+    form: ClassVar[Form] = "core"
 
     samples: int | None = None  # type: ignore[assignment] # None: a share of the training set
     share: float = 0.001
@@ -71,21 +69,31 @@ class LoRASB(GradientMethod):
         if population is None:
             raise MethodError(
                 f"method {self.name!r} reads {self.share:.2%} of the training set, whose size these data don't tell: "
-                "give samples, or population= to the verb."
+                "give samples."
             )
         return max(1, math.ceil(self.share * population))
 
-    def missing(self, first_lr: float | None) -> str:
-        """Return a sentence where the rate is not known."""
-        if self.lr or first_lr:
-            return ""
-        return f"method {self.name!r} needs the rate of the first optimizer step: set lr, or give first_lr= (--lr)."
+    def wants(self, layer: Layer) -> Wants:
+        """Return what to collect; a share of the training set can be taken where its size is known."""
+        return replace(super().wants(layer), population=self.samples is None)
 
-    def factors(self, layer: LayerInputs) -> Factors:
-        """Decompose the first update."""
-        eta = self.lr or layer.first_lr
+    def check(self, layer: Layer) -> None:
+        """Refuse to guess the rate of the first step."""
+        super().check(layer)
+        self._rate(layer)
+
+    def _rate(self, layer: Layer) -> float:
+        eta = self.lr or layer.training.first_lr
         if eta is None:
-            raise MethodError(self.missing(None))
+            raise MethodError(
+                f"method {self.name!r} needs the rate of the first optimizer step: set lr (--lr), or give a trainer as "
+                "data."
+            )
+        return eta
+
+    def factors(self, layer: Layer) -> Factors:
+        """Decompose the first update."""
+        eta = self._rate(layer)
         if layer.sketch is not None:
             svd, info = self.decompose(layer, layer.r)
             if svd is None:
@@ -101,7 +109,7 @@ class LoRASB(GradientMethod):
         share = float(found.S.double().square().sum() / delta.double().square().sum())
         return self._split(layer, found.U, found.S, found.V, {"residual": found.residual, "share": share, "lr": eta})
 
-    def _matrix(self, layer: LayerInputs, delta: Tensor) -> Tensor:
+    def _matrix(self, layer: Layer, delta: Tensor) -> Tensor:
         if self.source_matrix == "update":
             return delta
         generator = layer.generator()
@@ -111,7 +119,7 @@ class LoRASB(GradientMethod):
         drawn = (2 * torch.rand(layer.d_out, layer.d_in, generator=generator) - 1).to(delta.device)
         return drawn * (delta.norm() / drawn.norm())
 
-    def _split(self, layer: LayerInputs, U: Tensor, S: Tensor, V: Tensor, info: dict[str, float]) -> Factors:
+    def _split(self, layer: Layer, U: Tensor, S: Tensor, V: Tensor, info: dict[str, float]) -> Factors:
         if not float(S[-1]) > 0:
             raise LayerError(
                 f"layer {layer.name!r}: the first update has rank below {layer.r}, which leaves a part of the core "
@@ -119,13 +127,13 @@ class LoRASB(GradientMethod):
             )
         if self.split == "suboptimal":
             eye = torch.eye(layer.r, device=U.device)
-            return Factors(V.T, U * S, core=eye / layer.scaling, offset="keep", info=info)
-        return Factors(V.T.contiguous(), U, core=torch.diag(S) / layer.scaling, offset="keep", info=info)
+            return Factors(V.T, U * S, core=eye / layer.scaling, info=info)
+        return Factors(V.T.contiguous(), U, core=torch.diag(S) / layer.scaling, info=info)
 
-    def _unreached(self, layer: LayerInputs) -> Factors:
+    def _unreached(self, layer: Layer) -> Factors:
         """Where no gradient came, the core is zero between random directions, and can still train."""
         generator = layer.generator()
         B = torch.linalg.qr(torch.randn(layer.d_out, layer.r, generator=generator)).Q
         A = torch.linalg.qr(torch.randn(layer.d_in, layer.r, generator=generator)).Q.T
         note = "no gradient reached this layer in the samples; its core starts at zero between random directions"
-        return Factors(A.contiguous(), B, core=torch.zeros(layer.r, layer.r), offset="keep", note=note)
+        return Factors(A.contiguous(), B, core=torch.zeros(layer.r, layer.r), note=note)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from headstart.linalg.svd import truncated_svd
-from headstart.methods.base import Factors, LayerInputs, Method, Needs, check_positive
+from headstart.methods.base import Factors, Form, Layer, Method, Wants, check_positive
 from headstart.methods.registry import register
 
 
@@ -25,11 +25,9 @@ class LoRAXS(Method):
             A = S_r V_r' as its published code does.
     """
 
-    needs: ClassVar[Needs] = Needs.WEIGHT
     source: ClassVar[str] = "LoRA-XS (Bałazy et al. 2024), section 3"
     cost: ClassVar[str] = "a truncated SVD of each weight; trains r² numbers a layer"
-
-    trains_core: ClassVar[bool] = True
+    form: ClassVar[Form] = "core"
 
     std: float = 1e-5
     scale: Literal["output", "input"] = "output"
@@ -38,9 +36,13 @@ class LoRAXS(Method):
         super().__post_init__()
         check_positive(self.name, std=self.std)
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def wants(self, layer: Layer) -> Wants:
+        """Return that the weight is needed."""
+        return Wants(weight=True)
+
+    def factors(self, layer: Layer) -> Factors:
         """Decompose the weight and draw R."""
         svd = truncated_svd(layer.require_weight(), layer.r)
         B, A = (svd.U * svd.S, svd.V.T) if self.scale == "output" else (svd.U, svd.S[:, None] * svd.V.T)
         R = self.std * torch.randn(layer.r, layer.r, generator=layer.generator())
-        return Factors(A, B, core=R.to(A.device), offset="keep", info={"residual": svd.residual})
+        return Factors(A, B, core=R.to(A.device), info={"residual": svd.residual})

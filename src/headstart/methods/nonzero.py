@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from headstart.methods.base import Factors, LayerInputs, Method, Offset, check_positive
+from headstart.methods.base import Factors, Form, Layer, Method, check_positive
 from headstart.methods.draws import draw
 from headstart.methods.registry import register
 
@@ -19,8 +19,6 @@ SCHEMES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class _InitAB(Method):
-    offset: ClassVar[Offset]
-
     beta: float = 1.0
     scheme: Literal["adam", "sgd", "lora+"] = "adam"
     distribution: Literal["normal", "uniform"] = "normal"
@@ -29,14 +27,14 @@ class _InitAB(Method):
         super().__post_init__()
         check_positive(self.name, beta=self.beta)
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def factors(self, layer: Layer) -> Factors:
         """Draw A, then B."""
         exponent_A, exponent_B = SCHEMES[self.scheme]
         n = float(layer.d_in)
         generator = layer.generator()
         A = draw((layer.r, layer.d_in), self.distribution, self.beta * n**exponent_A, generator)
         B = draw((layer.d_out, layer.r), self.distribution, self.beta * n**exponent_B, generator)
-        return Factors(A, B, offset=self.offset)
+        return Factors(A, B)
 
 
 @register("init-ab")
@@ -54,7 +52,6 @@ class InitAB(_InitAB):
     """
 
     source: ClassVar[str] = "non-zero initialisation (Li et al. 2025), section 3.3"
-    offset: ClassVar[Offset] = "subtract"
 
 
 @register("init-ab-plus")
@@ -68,4 +65,4 @@ class InitABPlus(_InitAB):
     """
 
     source: ClassVar[str] = "non-zero initialisation (Li et al. 2025), section 4.3"
-    offset: ClassVar[Offset] = "keep"
+    form: ClassVar[Form] = "kept"

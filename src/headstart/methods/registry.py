@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from headstart.errors import MethodError, nearest
-from headstart.methods.base import Method, Needs
+from headstart.methods.base import ANY_LAYER, Method
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -18,15 +18,19 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
     """Register a :class:`Method` under its command-line name.
 
     Raises:
-        MethodError: the name is taken, or the method needs gradients and doesn't say of how many samples.
+        MethodError: the name is taken, or the method needs data and doesn't say how many samples of them.
     """
 
     def add(cls: type[M]) -> type[M]:
         if name in _METHODS:
             raise MethodError(f"two methods are named {name!r}: {_METHODS[name].__name__} and {cls.__name__}.")
-        if Needs.GRADIENT in cls.needs and "samples" not in {field.name for field in dataclasses.fields(cls)}:
-            raise MethodError(f"method {name!r} needs gradients, so it must have a setting 'samples'.")
         cls.name = name
+        settings = dataclasses.fields(cls)
+        # One without defaults for all its settings can't be asked yet.
+        complete = all(setting.default is not dataclasses.MISSING for setting in settings)
+        reads = complete and cls().wants(ANY_LAYER).data
+        if reads and "samples" not in {setting.name for setting in settings}:
+            raise MethodError(f"method {name!r} reads data, so it must have a setting 'samples'.")
         _METHODS[name] = cls
         return cls
 
@@ -36,6 +40,11 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
 def method_names() -> list[str]:
     """Return the names of all methods, in the order of registration (by family)."""
     return list(_METHODS)
+
+
+def methods_by_class() -> dict[str, type[Method]]:
+    """Return all methods by the names of their classes."""
+    return {cls.__name__: cls for cls in _METHODS.values()}
 
 
 def method_class(name: str) -> type[Method]:

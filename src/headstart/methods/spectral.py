@@ -9,23 +9,24 @@ from typing import ClassVar, Literal
 import torch
 
 from headstart.linalg.svd import truncated_svd_batch
-from headstart.methods.base import Factors, LayerInputs, Method, Needs
+from headstart.methods.base import Factors, Layer, Method, Wants
 from headstart.methods.registry import register
 from headstart.progress import Show, silent
 
 
 @dataclass(frozen=True)
 class _SingularTriplets(Method):
-    needs: ClassVar[Needs] = Needs.WEIGHT
-    together: ClassVar[Literal["none", "shape", "input"]] = "shape"
-    draws: ClassVar[bool] = False
     which: ClassVar[Literal["largest", "smallest"]]
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def wants(self, layer: Layer) -> Wants:
+        """Return that the weight is needed."""
+        return Wants(weight=True)
+
+    def factors(self, layer: Layer) -> Factors:
         """Split the r singular triplets evenly between B and A."""
         return self.factors_batch([layer])[0]
 
-    def factors_batch(self, layers: Sequence[LayerInputs], show: Show = silent) -> list[Factors]:
+    def factors_batch(self, layers: Sequence[Layer], show: Show = silent) -> list[Factors]:
         """Decompose the weights of several layers of one shape and rank together."""
         weights = [layer.require_weight() for layer in layers]
         results = truncated_svd_batch(weights, layers[0].r, which=self.which)
@@ -76,10 +77,12 @@ class OLoRA(Method):
 
     source: ClassVar[str] = "OLoRA (Büyükakyüz 2024), section 3"
     cost: ClassVar[str] = "a thin QR of each weight"
-    needs: ClassVar[Needs] = Needs.WEIGHT
-    draws: ClassVar[bool] = False
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def wants(self, layer: Layer) -> Wants:
+        """Return that the weight is needed."""
+        return Wants(weight=True)
+
+    def factors(self, layer: Layer) -> Factors:
         """Decompose the first r columns."""
         W = layer.require_weight()
         Q, _ = torch.linalg.qr(W[:, : layer.r])

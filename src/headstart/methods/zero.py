@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from headstart.errors import LayerError
-from headstart.methods.base import Factors, LayerInputs, Method, check_positive
+from headstart.methods.base import Factors, Form, Layer, Method, check_positive
 from headstart.methods.draws import draw
 from headstart.methods.registry import register
 
@@ -26,12 +26,13 @@ class LoRA(Method):
     """
 
     source: ClassVar[str] = "LoRA (Hu et al. 2022)"
+    form: ClassVar[Form] = "kept"
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def factors(self, layer: Layer) -> Factors:
         """Draw A, leave B zero."""
         bound = 1 / math.sqrt(layer.d_in)
         A = torch.empty(layer.r, layer.d_in).uniform_(-bound, bound, generator=layer.generator())
-        return Factors(A, torch.zeros(layer.d_out, layer.r), offset="keep")
+        return Factors(A, torch.zeros(layer.d_out, layer.r))
 
 
 @register("init-a")
@@ -49,6 +50,7 @@ class InitA(Method):
     """
 
     source: ClassVar[str] = "non-zero initialisation (Li et al. 2025), section 4"
+    form: ClassVar[Form] = "kept"
 
     beta: float = 1.0
     distribution: Literal["normal", "uniform"] = "normal"
@@ -57,10 +59,10 @@ class InitA(Method):
         super().__post_init__()
         check_positive(self.name, beta=self.beta)
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def factors(self, layer: Layer) -> Factors:
         """Draw A, leave B zero."""
         A = draw((layer.r, layer.d_in), self.distribution, self.beta / math.sqrt(layer.d_in), layer.generator())
-        return Factors(A, torch.zeros(layer.d_out, layer.r), offset="keep")
+        return Factors(A, torch.zeros(layer.d_out, layer.r))
 
 
 @register("init-b")
@@ -75,13 +77,15 @@ class InitB(Method):
     """
 
     source: ClassVar[str] = "non-zero initialisation (Li et al. 2025), section 3.2"
+    form: ClassVar[Form] = "kept"
+    starts_A: ClassVar[bool] = False
 
     distribution: Literal["normal", "uniform"] = "normal"
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def factors(self, layer: Layer) -> Factors:
         """Draw B, leave A zero."""
         B = draw((layer.d_out, layer.r), self.distribution, 1 / math.sqrt(layer.r), layer.generator())
-        return Factors(torch.zeros(layer.r, layer.d_in), B, offset="keep")
+        return Factors(torch.zeros(layer.r, layer.d_in), B)
 
 
 @register("gaussian")
@@ -93,11 +97,12 @@ class Gaussian(Method):
     """
 
     source: ClassVar[str] = "PEFT, init_lora_weights='gaussian'"
+    form: ClassVar[Form] = "kept"
 
-    def factors(self, layer: LayerInputs) -> Factors:
+    def factors(self, layer: Layer) -> Factors:
         """Draw A, leave B zero."""
         A = draw((layer.r, layer.d_in), "normal", 1 / layer.r, layer.generator())
-        return Factors(A, torch.zeros(layer.d_out, layer.r), offset="keep")
+        return Factors(A, torch.zeros(layer.d_out, layer.r))
 
 
 @register("orthogonal")
@@ -112,13 +117,18 @@ class Orthogonal(Method):
     """
 
     source: ClassVar[str] = "PEFT, init_lora_weights='orthogonal'"
+    form: ClassVar[Form] = "kept"
 
-    def factors(self, layer: LayerInputs) -> Factors:
-        """Draw Q, X and Y."""
+    def check(self, layer: Layer) -> None:
+        """Refuse an odd rank."""
+        super().check(layer)
         if layer.r % 2:
             raise LayerError(
                 f"layer {layer.name!r}: method 'orthogonal' needs an even rank, and r is {layer.r}; choose another."
             )
+
+    def factors(self, layer: Layer) -> Factors:
+        """Draw Q, X and Y."""
         generator = layer.generator()
         half = layer.r // 2
         Q, _ = torch.linalg.qr(torch.randn(layer.r, layer.r, generator=generator, dtype=torch.float64))
@@ -126,4 +136,4 @@ class Orthogonal(Method):
         Y = torch.randn(layer.d_out, half, generator=generator, dtype=torch.float64)
         A = (X @ Q[0::2]).T / 10
         B = Y @ Q[1::2] / 10
-        return Factors(A.float(), B.float(), offset="keep")
+        return Factors(A.float(), B.float())

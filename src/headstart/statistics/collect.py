@@ -5,26 +5,31 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from headstart.errors import DataError, LayerError
-from headstart.methods.base import Wanted
+from headstart.context import Context
+from headstart.errors import DataError, LayerError, MethodError
+from headstart.layers.find import TargetLayer
+from headstart.methods.base import ANY_LAYER, Method, Wants
+from headstart.processes import Processes, digest, in_step, is_sharded, together
 from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples
 from headstart.statistics.gather import Statistics, anywhere, finest, gathered
 from headstart.statistics.lengths import by_length
 from headstart.statistics.losses import check_labels
 from headstart.statistics.masks import Layout, Tokens, layout_of
+from headstart.statistics.moments import kind_moments
 from headstart.statistics.plan import Need, Plan, make_plan, parse_bytes
-from headstart.statistics.processes import Processes, digest, in_step, is_sharded, together
 from headstart.statistics.quiet import adapters_off, dropout_off, frozen
 from headstart.statistics.reader import Reader
 from headstart.statistics.sums import Shape, Sums, input_groups
+from headstart.statistics.training import TrainingData
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,7 +71,7 @@ class Collector:
         self,
         model: nn.Module,
         layers: Mapping[str, LoraLayer],
-        wanted: Mapping[str, Wanted],
+        wanted: Mapping[str, Wants],
         data: Iterable[Any],
         samples: int,
         *,
@@ -289,3 +294,71 @@ def _tokens(batch: Batch) -> int:
         if isinstance(value, Tensor):
             return int(value.sum()) if name == "attention_mask" else value.numel()
     return 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data are read.
+
+    Attributes:
+        memory_budget: bytes for what a pass over the data sums, or a string such as "6GiB"; None for half of what is
+            free.
+        offload: "cpu" keeps these sums in CPU memory.
+    """
+
+    memory_budget: int | str | None = None
+    offload: Literal["cpu"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.offload not in (None, "cpu"):
+            raise MethodError(f"offload={self.offload!r} is not one of None, 'cpu'.")
+
+
+def collect(
+    model: nn.Module,
+    layers: Sequence[TargetLayer],
+    method: Method,
+    data: TrainingData,
+    reading: Reading,
+    context: Context,
+) -> Iterator[Statistics]:
+    """Yield what the method wants, pass by pass; free each item before asking for the next.
+
+    The first item is for the layers that no data are needed for; it holds no more than moments of the weights.
+
+    Raises:
+        DataError: data are wanted and there are none, or see :class:`Collector`.
+        MethodError: no layer is left that the method's settings choose.
+    """
+    wants = {layer.name: method.wants(layer.facts()) for layer in layers}
+    reading_layers = {name: wanted for name, wanted in wants.items() if wanted.data}
+    reads = method.wants(ANY_LAYER).data or bool(reading_layers)
+    if reads and data.batches is None:
+        labels = " with labels" if any(wanted.backward for wanted in reading_layers.values()) else ""
+        raise DataError(f"method {method.name!r} needs data: give batches{labels} as data=.")
+    if reads and not reading_layers:
+        raise MethodError(f"method '{method}' leaves out every layer that the adapter has; change its setting layers.")
+    measured = [layer for layer in layers if wants[layer.name].moments]
+    yield Statistics(
+        layers=tuple(name for name in wants if name not in reading_layers),
+        moments=kind_moments((layer.kind, layer.weight()) for layer in measured),
+    )
+    if data.batches is None or not reading_layers:
+        return
+    collector = Collector(
+        model,
+        {layer.name: layer.module for layer in layers},
+        reading_layers,
+        data.batches,
+        method.sample_count(data.training.population),
+        collator=data.collator,
+        batch_size=data.batch_size,
+        memory_budget=reading.memory_budget,
+        offload=reading.offload,
+        seed=context.seed,
+        processes=context.processes,
+    )
+    for statistics in collector.passes(context.show):
+        context.notes += statistics.notes
+        statistics.plan = str(collector.plan)
+        yield statistics

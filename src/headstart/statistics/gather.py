@@ -11,8 +11,8 @@ from torch import Tensor
 
 from headstart.errors import LayerError
 from headstart.linalg.sketch import GradientSketch
-from headstart.methods.base import Kronecker
-from headstart.statistics.processes import Processes, owners, together
+from headstart.methods.base import Kronecker, Moments
+from headstart.processes import Processes, owners, together
 from headstart.statistics.sums import InputSum, Sums, symmetric
 
 
@@ -31,6 +31,8 @@ class Statistics:
         samples: how many samples were read, in all processes together.
         tokens: how many tokens they held, padding not counted (0 where the data are no tokens).
         notes: sentences for the report, where something was not as asked for.
+        plan: of the passes, in words.
+        moments: by kind, of the layers' weights.
     """
 
     layers: tuple[str, ...] = ()
@@ -42,6 +44,13 @@ class Statistics:
     samples: int = 0
     tokens: int = 0
     notes: list[str] = field(default_factory=list)
+    plan: str = ""
+    moments: dict[str, Moments] = field(default_factory=dict)
+
+    def drop(self, name: str) -> None:
+        """Free what is held of a layer."""
+        for by_layer in (self.gradients, self.sketches, self.kronecker):
+            by_layer.pop(name, None)
 
 
 def finest(partitions: Sequence[Mapping[str, int]]) -> dict[str, int]:

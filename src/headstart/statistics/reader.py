@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headstart.errors import BASE_PREFIX, DataError, not_finite
+from headstart.processes import Processes
 from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, single_sample
 from headstart.statistics.losses import (
     RULES,
@@ -23,7 +24,6 @@ from headstart.statistics.losses import (
     tells_apart,
 )
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
-from headstart.statistics.processes import Processes
 from headstart.statistics.sums import Regroup, Sums
 from headstart.statistics.tap import tapped
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headstart.linalg.sketch import GradientSketch
-from headstart.methods.base import Wanted
+from headstart.methods.base import Wants
 from headstart.statistics.masks import Layout, Rows, TokenMasks
 from headstart.statistics.tap import Sink
 
@@ -24,7 +24,7 @@ class Shape:
 
     d_out: int
     d_in: int
-    wanted: Wanted
+    wanted: Wants
 
 
 @dataclass

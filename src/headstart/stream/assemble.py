@@ -47,7 +47,7 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
             save_config(portable_config(model, ADAPTER), made)
         names = [layer.name for layer in maker.skeleton.layers]
         write_record(made, digest, {name: part.facts["record"] for name, part in zip(names, parts, strict=True)})
-        if maker.base == "residual" and any(map(subtracted, parts)):
+        if maker.form == "residual" and any(map(subtracted, parts)):
             base = made / FOLDER
             base.mkdir()
             move_model(work, maker.source.folder, list(maker.source.shards), base)

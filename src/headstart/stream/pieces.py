@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from headstart.cache import FileDigests, Store, weight_digest
+from headstart.cache import FileDigests, Store
+from headstart.context import Context
 from headstart.errors import BASE_PREFIX
-from headstart.factorise import Facts, finite_weight, from_weights
-from headstart.initialize import layer_report
 from headstart.layers.export import adapter_tensors
 from headstart.layers.find import TargetLayer, record
-from headstart.layers.install import Base, install, start_note
-from headstart.methods.base import Method, Moments
+from headstart.layers.install import LayerForm, install, start_note
+from headstart.layers.weights import dense, weight_digest
+from headstart.methods.base import Method, Moments, Training
 from headstart.progress import Show, silent
+from headstart.reporting import layer_report
+from headstart.solve import solve
+from headstart.statistics.gather import Statistics
 from headstart.statistics.moments import kind_moments
 from headstart.stream.parts import Part
 from headstart.stream.skeleton import ADAPTER, Skeleton
@@ -32,8 +35,8 @@ def layer_name(place: int) -> str:
 
 
 def subtracted(part: Part) -> bool:
-    """Return whether a layer's start is subtracted from its weight."""
-    return bool(part.facts["record"]["offset"] == "subtract")
+    """Return whether a layer's start is subtracted from its weight in the shards."""
+    return bool(part.facts["record"]["form"] == "residual")
 
 
 @dataclass
@@ -42,7 +45,8 @@ class Maker:
 
     Attributes:
         source, skeleton: the checkpoint, and the model without its weights.
-        method, base, seed: as the verb was given them.
+        method, seed: as the verb was given them.
+        form: how the starts live in their layers.
         device: where factors are computed.
         store: where to look factors up and keep them, None for nowhere.
         digests: what is known of the weights' content from before, where there is a store.
@@ -52,7 +56,7 @@ class Maker:
     source: Source
     skeleton: Skeleton
     method: Method
-    base: Base
+    form: LayerForm
     seed: int
     device: torch.device
     store: Store | None = None
@@ -71,20 +75,21 @@ class Maker:
                 own: Any = held[ADAPTER]
                 zeros = torch.zeros(own.weight.shape, dtype=own.weight.dtype, device=self.device)
                 own.weight = nn.Parameter(zeros)
-        return replace(layer, module=module)
+        return ShardLayer(layer.name, module, layer.adapter, self)
 
     def starts(self, layers: Sequence[TargetLayer], show: Show = silent) -> Iterator[tuple[dict[str, Tensor], Any]]:
         """Yield what to keep of each of a few layers of one shape: the adapter's tensors by name, and facts."""
         filled = [self.filled(layer) for layer in layers]
-        facts = Facts(self.seed, self.moments, None)
-        made = from_weights(self.method, filled, facts, self.store, show, self._digest)
+        context = Context(seed=self.seed, show=show)
+        statistics = Statistics(layers=tuple(layer.name for layer in filled), moments=self.moments)
+        made = solve(self.method, filled, statistics, context, Training(), self.store)
         while filled:
             target = filled.pop(0)
             factors = made.pop(target.name)
-            report = layer_report(target, factors, facts.seconds.get(target.name, 0.0))
+            report = layer_report(target, factors, self.form, context)
             config = self.skeleton.model.peft_config[ADAPTER]
             holder = _holder(target, config)
-            install(holder, [(target, factors)], self.base, start_note(self.method, self.seed, self.base))
+            install(holder, [(target, factors)], self.form, start_note(self.method, self.seed))
             yield (
                 adapter_tensors(holder, ADAPTER),
                 {
@@ -95,8 +100,9 @@ class Maker:
                 },
             )
 
-    def _digest(self, layer: TargetLayer) -> str:
-        weight = layer.module.get_base_layer().weight.detach()
+    def digest(self, layer: TargetLayer) -> str:
+        """Return the digest of a layer's weight, remembered where that is worth it."""
+        weight = dense(layer.module.get_base_layer())
         if self.digests is None:
             return weight_digest(weight)
         key = self.skeleton.keys[f"{layer.name}.weight"]
@@ -107,8 +113,19 @@ class Maker:
 
     def layer_moments(self, layer: TargetLayer) -> Moments:
         """Return mean and standard deviation of one layer's weight."""
-        found = kind_moments([(layer.kind, finite_weight(self.filled(layer)))])
+        found = kind_moments([(layer.kind, self.filled(layer).weight())])
         return found[layer.kind]
+
+
+@dataclass(frozen=True)
+class ShardLayer(TargetLayer):
+    """A layer whose weight was read from a shard; its content's digest may be known from before."""
+
+    maker: Maker
+
+    def digest(self) -> str:
+        """Return the digest of the weight as it is stored."""
+        return self.maker.digest(self)
 
 
 def _holder(target: TargetLayer, config: LoraConfig) -> Any:

@@ -89,9 +89,9 @@ def _beside_weights(file: Path) -> bool:
 
 
 def load_residual(path: str | Path, *, adapter: str = ADAPTER, trainable: bool = True, **options: Any) -> Any:
-    """Load what a streamed start with ``base="residual"`` wrote: the residual model and, on it, its adapter.
+    """Load what a streamed start with ``form="residual"`` wrote: the residual model and, on it, its adapter.
 
-    The model is then what ``initialize_(model, method, base="residual")`` leaves in memory.
+    The model is then what ``initialize_(model, method, form="residual")`` leaves in memory.
 
     Args:
         path: the folder that was written; the residual model lies in ``base`` in it.

@@ -16,16 +16,16 @@ from peft import LoraConfig
 
 from headstart._version import __version__
 from headstart.cache import FileDigests, open_store
+from headstart.context import Clock, Memory
 from headstart.errors import CheckpointError, HeadstartError, LayerError, MethodError
 from headstart.layers.files import check_free
 from headstart.layers.find import TargetLayer
-from headstart.layers.install import Base, check_base
-from headstart.meters import Clock, Memory
-from headstart.methods.base import Method, Needs
-from headstart.methods.handed import HandedOver
+from headstart.layers.install import Subtracting, check_form
+from headstart.methods.base import ANY_LAYER, Method, Training
 from headstart.methods.registry import method_class, method_names, parse_method
 from headstart.progress import Show, progress_bars, silent
 from headstart.report import LayerReport, Report
+from headstart.solve import checked
 from headstart.stream.assemble import assemble
 from headstart.stream.parts import Work
 from headstart.stream.pieces import Maker, averaged, layer_name, subtracted
@@ -72,7 +72,7 @@ def stream_start(
     out: str | Path,
     *,
     seed: int = 0,
-    base: Base = "anchored",
+    form: Subtracting = "anchored",
     name: str | None = None,
     device: torch.device | str = "cpu",
     cache: bool | str | os.PathLike[str] = True,
@@ -91,10 +91,10 @@ def stream_start(
         folder: a folder with config.json and safetensors shards.
         method: one that needs only shapes, weights or their moments, or its name with settings.
         config: PEFT's; targets, ranks and patterns are resolved as PEFT does.
-        out: the folder to write. With ``base="residual"`` the residual model is in ``base`` in it
+        out: the folder to write. With ``form="residual"`` the residual model is in ``base`` in it
             (:func:`headstart.stream.load_residual` loads both), unless the method subtracts nothing.
         seed: the same seed gives the same factors.
-        base: "anchored" leaves the checkpoint alone; "residual" writes W - s B A, in the shards' own type, as well.
+        form: "anchored" leaves the checkpoint alone; "residual" writes W - s B A, in the shards' own type, as well.
         name: the base model's name for the adapter's config; ``folder`` by default.
         device: where factors are computed; of several processes each takes its own of that type.
         cache: as in ``initialize_``; the content of a file is hashed once, and known from then on.
@@ -114,7 +114,7 @@ def stream_start(
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
     _check_method(method)
-    check_base(base)
+    check_form(form)
     crew, clock = Crew.here(), Clock()
     out = Path(out)
     if crew.rank == 0:
@@ -123,10 +123,12 @@ def stream_start(
     with clock("find"):
         source = Source.open(Path(folder))
         skeleton = build(source, config, name)
+        checked(method, skeleton.layers, seed, Training())
+        live_form = form if method.form == "anchored" else method.form
         notes: list[str] = []
         store = open_store(cache, notes.append)
         digests = FileDigests(store.folder) if store else None
-        maker = Maker(source, skeleton, method, base, seed, crew.device(torch.device(device)), store, digests)
+        maker = Maker(source, skeleton, method, live_form, seed, crew.device(torch.device(device)), store, digests)
         work = Work(out, _key(maker), crew.rank)
     if crew.rank == 0:
         work.create()
@@ -151,7 +153,7 @@ def stream_start(
     reports = [LayerReport(**facts["report"]) for facts in parts]
     return Report(
         method=str(method),
-        base=base,
+        form=maker.form,
         adapter=ADAPTER,
         seed=seed,
         layers=reports,
@@ -166,7 +168,7 @@ def stream_start(
 
 def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show, strict: bool) -> None:
     layers = maker.skeleton.layers
-    if Needs.MOMENTS in maker.method.needs:
+    if maker.method.wants(ANY_LAYER).moments:
         names = [f"moments-{place:05d}" for place in range(len(layers))]
 
         def moments(group: Sequence[int], _: Show) -> None:
@@ -189,7 +191,7 @@ def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show, st
     for place, layer in enumerate(layers if strict else ()):
         if note := work.need(layer_name(place)).facts["report"]["note"]:
             raise LayerError(f"{layer.name}: {note}")
-    if maker.base == "residual" and any(subtracted(work.need(layer_name(place))) for place in range(len(layers))):
+    if maker.form == "residual" and any(subtracted(work.need(layer_name(place))) for place in range(len(layers))):
         shards = list(maker.source.shards)
 
         def shard(group: Sequence[int], _: Show) -> None:
@@ -244,7 +246,11 @@ def share(
 
 def _groups(maker: Maker, layers: Sequence[TargetLayer]) -> list[list[int]]:
     """Return which layers to hold together: two of one shape where both can be decomposed at once, else one."""
-    pairs = maker.method.together == "shape" and maker.device.type == "cpu" and torch.get_num_threads() > 1
+    pairs = (
+        type(maker.method).factors_batch is not Method.factors_batch
+        and maker.device.type == "cpu"
+        and torch.get_num_threads() > 1
+    )
     groups: list[list[int]] = []
     open_groups: dict[tuple[int, int, int], list[int]] = {}
     for place, layer in enumerate(layers):
@@ -266,7 +272,7 @@ def _key(maker: Maker) -> dict[str, Any]:
         "versions": [__version__, torch.__version__],
         "method": [maker.method.name, {name: repr(value) for name, value in maker.method.settings().items()}],
         "seed": maker.seed,
-        "base": maker.base,
+        "form": maker.form,
         "device": maker.device.type,
         "config": {name: repr(sorted(value) if isinstance(value, set) else value) for name, value in config.items()},
         "checkpoint": maker.source.identity(),
@@ -275,16 +281,12 @@ def _key(maker: Maker) -> dict[str, Any]:
 
 
 def _check_method(method: Method) -> None:
-    if _reads_data(type(method)):
-        able = [name for name in method_names() if not _reads_data(method_class(name))]
+    if method.wants(ANY_LAYER).data:
+        able = [name for name in method_names() if not method_class(name)().wants(ANY_LAYER).data]
         raise MethodError(
             f"method {method.name!r} needs the whole model, which streaming never builds; initialise in memory, or use "
             f"one of {', '.join(able)}."
         )
-
-
-def _reads_data(method: type[Method]) -> bool:
-    return bool(method.needs & ~(Needs.WEIGHT | Needs.MOMENTS)) or issubclass(method, HandedOver)
 
 
 def _check_apart(folder: Path, out: Path) -> None:

@@ -19,10 +19,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from headstart.initialize import initialize_
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
-from headstart.layers.install import Base
-from headstart.methods import parse_method
+from headstart.layers.install import Subtracting
+from headstart.methods import Training, parse_method
 from headstart.progress import Show, silent
 from headstart.report import Report
+from headstart.statistics.training import TrainingData
 from headstart.training.data import Example, batches, collate
 from headstart.training.evaluate import exact_match, held_out_loss
 from headstart.training.wrap import accelerator, wrap_lora
@@ -37,7 +38,7 @@ class Recipe:
             steps.
         seed: for the factors, the data order and dropout.
         r, lora_alpha, use_rslora, target_modules: as PEFT has them.
-        base: "anchored" or "residual".
+        form: "anchored" or "residual".
         max_length: longer rows are cut.
         max_new_tokens: for the answers that are graded; None: as long as the longest held-out answer, and some more.
     """
@@ -51,7 +52,7 @@ class Recipe:
     lora_alpha: int = 16
     use_rslora: bool = False
     target_modules: str | tuple[str, ...] = "all-linear"
-    base: Base = "anchored"
+    form: Subtracting = "anchored"
     max_length: int = 512
     max_new_tokens: int | None = None
 
@@ -209,11 +210,12 @@ def _start(
     report = initialize_(
         wrapped,
         made,
-        data=batches(rows, recipe.batch_size, tokenizer.pad_token_id) if rows else None,
+        data=TrainingData(
+            batches(rows, recipe.batch_size, tokenizer.pad_token_id) if rows else None,
+            training=Training(len(material.train) or None, recipe.first_lr),
+        ),
         seed=recipe.seed,
-        base=recipe.base,
-        population=len(material.train) or None,
-        first_lr=recipe.first_lr,
+        form=recipe.form,
         # A comparison tells what each start takes; one that was made before would seem free.
         cache=False,
         progress=progress,

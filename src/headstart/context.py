@@ -1,15 +1,22 @@
-"""Measuring what a start costs: seconds a step, and memory."""
+"""What all steps of a start share: seed, processes, progress, notes; and what measures its cost."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
+
+from headstart.processes import Processes
+from headstart.progress import Show, progress_bars, silent
+
+T = TypeVar("T")
 
 
 class Clock:
@@ -62,3 +69,47 @@ def peak_resident() -> int:
     # In KiB, except on macOS, where it is in bytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+@dataclass
+class Context:
+    """What every step of a start needs: one object that is handed along.
+
+    Attributes:
+        seed: of all draws.
+        processes: those that share the work.
+        show: draws progress; see :mod:`headstart.progress`.
+        clock: times the steps.
+        layer_seconds: what the factors of each layer took.
+        notes: sentences for the report, about what was not as asked for.
+        batch_bytes: how many bytes of weights may be decomposed together, in float32; by default 256 MiB, and on a CPU
+            one weight for each thread at least.
+    """
+
+    seed: int = 0
+    processes: Processes = field(default_factory=Processes)
+    show: Show = silent
+    clock: Clock = field(default_factory=Clock)
+    layer_seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    batch_bytes: int | None = None
+
+    def timed(self, step: str, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items; the time that each takes to come is part of a step."""
+        iterator = iter(items)
+        while True:
+            with self.clock(step):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+
+@contextmanager
+def shown(progress: Show | bool, processes: Processes) -> Iterator[Show]:
+    """Yield what draws progress: bars in the first process, nothing, or the user's own function."""
+    if progress is True and processes.rank == 0:
+        with progress_bars() as show:
+            yield show
+        return
+    yield silent if isinstance(progress, bool) else progress

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from headstart.errors import HeadstartError
-from headstart.statistics.batches import Batch
 
 T = TypeVar("T")
 
@@ -107,7 +106,7 @@ def owners(costs: Mapping[T, float], count: int) -> dict[T, int]:
     return chosen
 
 
-def digest(batch: Batch) -> str:
+def digest(batch: Mapping[str, Any]) -> str:
     """Return a short hash of a batch's content, by which processes tell whether they were given the same data."""
     found = hashlib.blake2b(digest_size=16)
     for key in sorted(batch):

@@ -1,0 +1,61 @@
+"""The adapter to start: its layers, behind one protocol, and how their starts are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
+from headstart.layers.install import LayerForm, install, start_note
+from headstart.layers.vera import find_vera_layers, install_dictionary, vera_adapter
+from headstart.methods.base import Factors, Method
+
+Starts = Sequence[tuple[TargetLayer, Factors]]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter of a PEFT model.
+
+    Attributes:
+        model: the PEFT model.
+        name: the adapter's name.
+        layers: its layers, checked, in the model's order.
+        form: what its starts are whatever the method's form, None where that decides.
+    """
+
+    model: Any
+    name: str
+    layers: list[TargetLayer]
+    form: str | None = None
+
+    def install(self, starts: Starts, form: LayerForm, method: Method, seed: int) -> None:
+        """Put the starts into the layers: all of them, or none."""
+        install(self.model, starts, form, start_note(method, seed))
+
+
+@dataclass(frozen=True)
+class VeraAdapter(Adapter):
+    """A VeRA adapter, whose layers share one dictionary."""
+
+    form: str | None = "shared dictionary"
+
+    def install(self, starts: Starts, form: LayerForm, method: Method, seed: int) -> None:
+        """Put the principal directions of all starts into the dictionary."""
+        install_dictionary(starts)
+
+
+def find(model: nn.Module, adapter: str | None) -> Adapter:
+    """Return the adapter to start, its layers checked; the active one by default.
+
+    Raises:
+        LayerError: see :func:`headstart.layers.find.find_layers` and :func:`headstart.layers.vera.find_vera_layers`.
+    """
+    vera = vera_adapter(model, adapter)
+    if vera is not None:
+        return VeraAdapter(model, vera, find_vera_layers(model, vera))
+    name = resolve_adapter(model, adapter)
+    return Adapter(model, name, find_layers(model, name))

@@ -1,0 +1,60 @@
+"""What the report says of each layer's start, and of what was not as asked for."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+
+from headstart.context import Context
+from headstart.errors import LayerError, not_finite
+from headstart.layers.find import TargetLayer
+from headstart.layers.install import LayerForm
+from headstart.layers.weights import dense
+from headstart.linalg.norms import squared_norm
+from headstart.methods.base import Factors
+from headstart.report import LayerReport
+
+
+def layer_report(layer: TargetLayer, factors: Factors, form: LayerForm, context: Context) -> LayerReport:
+    """Return a layer's line in the report: the norms of its start and of its weight, before that is installed."""
+    norm_weight = math.sqrt(squared_norm(dense(layer.module.get_base_layer())))
+    if not math.isfinite(norm_weight):
+        raise not_finite(layer.name)
+    return LayerReport(
+        name=layer.name,
+        d_out=layer.d_out,
+        d_in=layer.d_in,
+        r=layer.r,
+        norm_A=float(torch.linalg.matrix_norm(factors.A)),
+        norm_B=float(torch.linalg.matrix_norm(factors.B)),
+        norm_product=layer.start_norm(factors),
+        norm_weight=norm_weight,
+        seconds=context.layer_seconds.get(layer.name, 0.0),
+        info=dict(factors.info),
+        note=factors.note,
+        repair=factors.repair,
+        form=form,
+        history=[list(point) for point in factors.history],
+    )
+
+
+def fallbacks(starts: Mapping[str, Factors], strict: bool) -> list[str]:
+    """Return a sentence for each way in which layers were started otherwise than asked for, with their names.
+
+    Raises:
+        LayerError: there is one, and ``strict`` forbids it.
+    """
+    by_note: dict[str, list[str]] = defaultdict(list)
+    for name, factors in starts.items():
+        if factors.note:
+            by_note[factors.note].append(name)
+    sentences = []
+    for note, names in by_note.items():
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        sentences.append(f"{listed}: {note}")
+    if strict and sentences:
+        raise LayerError(sentences[0])
+    return sentences

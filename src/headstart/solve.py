@@ -1,0 +1,211 @@
+"""From what is known of the layers to their factors: grouped, looked up where they are kept, shared among processes."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.cache import Store, cacheable, description, layer_key
+from headstart.context import Context
+from headstart.layers.find import TargetLayer
+from headstart.layers.install import check_factors
+from headstart.layers.weights import full_precision
+from headstart.methods.base import Factors, Layer, Method, Training
+from headstart.processes import together
+from headstart.statistics.gather import Statistics
+
+# Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
+_BATCH_BYTES = 256 * 2**20
+# On a CPU each takes one thread, so that more than a few for each bring nothing, and a kill would lose them all.
+_EACH_THREAD = 4
+
+
+def solve(
+    method: Method,
+    layers: Sequence[TargetLayer],
+    statistics: Statistics,
+    context: Context,
+    training: Training,
+    store: Store | None = None,
+) -> dict[str, Factors]:
+    """Return the factors of the layers that the statistics are of, by name.
+
+    What depends on weights alone is asked of ``store`` first, which keeps what it did not have. Where statistics have
+    owners, each process solves its own layers and all get all of them.
+
+    Args:
+        method: whose factors.
+        layers: all layers of the adapter.
+        statistics: of some of them; used up.
+        context: of the start.
+        training: what is known of the fine-tuning to come.
+        store: where factors are kept.
+
+    Raises:
+        LayerError: a layer's weight or factors are not finite; names the layer.
+    """
+    concerned = [layer for layer in layers if layer.name in statistics.layers]
+    solver = _Solver(method, statistics, context, training)
+    if not statistics.owners:
+        return (
+            solver.looked_up(concerned, store) if store and _kept(method, concerned, store) else solver.made(concerned)
+        )
+    processes = context.processes
+    with together(processes):
+        starts = solver.made(concerned)
+    if not processes.several:
+        return starts
+    sent = {name: _on_cpu(factors) for name, factors in starts.items()}
+    for others, seconds in processes.gather((sent, context.layer_seconds)):
+        starts |= others
+        context.layer_seconds |= seconds
+    return starts
+
+
+def _kept(method: Method, layers: Sequence[TargetLayer], store: Store) -> bool:
+    return cacheable(method) and (method.keep or store.everything) and not any(layer.sharded for layer in layers)
+
+
+class _Solver:
+    """Solves layers of one pass, group by group."""
+
+    def __init__(self, method: Method, statistics: Statistics, context: Context, training: Training) -> None:
+        self._method = method
+        self._statistics = statistics
+        self._context = context
+        self._training = training
+        self._made = 0
+
+    def made(self, layers: Sequence[TargetLayer]) -> dict[str, Factors]:
+        """Return the factors of those layers that this process is to solve, computed."""
+        starts: dict[str, Factors] = {}
+        rank = self._context.processes.rank
+        for group in self._groups(layers):
+            began = time.perf_counter()
+            on_device: dict[int, Tensor] = {}
+            # A sharded weight is gathered by all processes, whoever needs it.
+            own = [layer for layer in group if self._statistics.owners.get(layer.name, rank) == rank]
+            inputs = [self._inputs(layer, on_device) for layer in group if layer in own or self._gathers(layer)]
+            inputs = [known for known in inputs if known.name in {layer.name for layer in own}]
+            if not own:
+                continue
+            # A program's autocast is for its model: here it would round what is solved, and what the cache keeps.
+            with full_precision(layer.module for layer in own):
+                factors_of_group = self._method.factors_batch(inputs, self._context.show)
+            for layer, factors in zip(own, factors_of_group, strict=True):
+                check_factors(layer, factors, self._method.form)
+                starts[layer.name] = factors
+                # Freed as soon as they are used: they are the largest thing held.
+                self._statistics.drop(layer.name)
+                self._context.layer_seconds[layer.name] = (time.perf_counter() - began) / len(own)
+            self._made += len(own)
+            self._context.show("factorising", self._made, max(self._made, len(layers)))
+        return starts
+
+    def looked_up(self, layers: Sequence[TargetLayer], store: Store) -> dict[str, Factors]:
+        """Return the factors that the store has, and computed those that it lacks."""
+        known = [self._inputs(layer, {}, weight=False) for layer in layers]
+        keys = []
+        for layer, facts in zip(layers, known, strict=True):
+            keys.append(
+                layer_key(self._method, facts, layer.digest(), device=layer.device, transposed=layer.transposed)
+            )
+            self._context.show("hashing", len(keys), len(layers))
+
+        def compute(positions: Sequence[int]) -> list[Factors]:
+            fresh = self.made([layers[position] for position in positions])
+            return [fresh[layers[position].name] for position in positions]
+
+        places = {layer.name: position for position, layer in enumerate(layers)}
+        starts = store.fetch(
+            keys,
+            compute,
+            groups=[[places[layer.name] for layer in group] for group in self._groups(layers)],
+            describe=lambda position: description(self._method, known[position]),
+            show=self._context.show,
+        )
+        for layer, factors in zip(layers, starts, strict=True):
+            check_factors(layer, factors, self._method.form)
+        return {layer.name: factors for layer, factors in zip(layers, starts, strict=True)}
+
+    def _gathers(self, layer: TargetLayer) -> bool:
+        return layer.sharded and self._method.wants(layer.facts()).weight
+
+    def _groups(self, layers: Sequence[TargetLayer]) -> Iterator[list[TargetLayer]]:
+        """Yield what the method solves together: layers of one shape and rank, within a limit, or of one input."""
+        if type(self._method).factors_batch is Method.factors_batch:
+            yield from ([layer] for layer in layers)
+            return
+        by_input = any(self._reads_inputs(layer) for layer in layers)
+        alike: dict[Any, list[TargetLayer]] = defaultdict(list)
+        for layer in layers:
+            if by_input:
+                alike[self._statistics.groups.get(layer.name, layer.name)].append(layer)
+            else:
+                alike[layer.d_out, layer.d_in, layer.r, layer.device].append(layer)
+        for group in alike.values():
+            size = len(group) if by_input else self._fitting(group[0])
+            for start in range(0, len(group), size):
+                yield group[start : start + size]
+
+    def _reads_inputs(self, layer: TargetLayer) -> bool:
+        wants = self._method.wants(layer.facts())
+        return wants.inputs or wants.outputs is not None
+
+    def _fitting(self, layer: TargetLayer) -> int:
+        """Return how many layers of this one's shape are solved together."""
+        limit = self._context.batch_bytes
+        fitting = max(1, (_BATCH_BYTES if limit is None else limit) // (4 * layer.d_out * layer.d_in))
+        if layer.device.type != "cpu":
+            return fitting
+        threads = torch.get_num_threads()
+        fitting = min(fitting, _EACH_THREAD * threads)
+        return max(fitting, threads) if limit is None else fitting
+
+    def _inputs(self, layer: TargetLayer, on_device: dict[int, Tensor], *, weight: bool = True) -> Layer:
+        """Return what is known of a layer, on the layer's device; ``on_device`` holds what several of them share."""
+        facts = replace(layer.facts(), seed=self._context.seed, training=self._training)
+        wants = self._method.wants(facts)
+        statistics, device = self._statistics, layer.device
+        gradient = statistics.gradients.get(layer.name)
+        kronecker = statistics.kronecker.get(layer.name)
+        if kronecker is not None:
+            shared = on_device.setdefault(id(kronecker.inputs), kronecker.inputs.to(device))
+            outputs = None if kronecker.outputs is None else kronecker.outputs.to(device)
+            kronecker = replace(kronecker, inputs=shared, outputs=outputs)
+        if wants.data and layer.name not in statistics.groups:
+            # Nothing reached the layer: to the method that is a gradient of zero.
+            gradient = torch.zeros(layer.d_out, layer.d_in, dtype=torch.float32, device="cpu")
+        return replace(
+            facts,
+            weight=layer.weight() if weight and wants.weight else None,
+            moments=statistics.moments.get(layer.kind),
+            gradient=None if gradient is None else gradient.to(device),
+            sketch=statistics.sketches.get(layer.name),
+            kronecker=kronecker,
+            samples=statistics.samples or None,
+        )
+
+
+def checked(method: Method, layers: Sequence[TargetLayer], seed: int, training: Training) -> Mapping[str, Layer]:
+    """Let the method refuse what it can't start, and return what is known of each layer before any data are read.
+
+    Raises:
+        LayerError, MethodError: see :meth:`headstart.methods.base.Method.check`.
+    """
+    facts = {layer.name: replace(layer.facts(), seed=seed, training=training) for layer in layers}
+    for known in facts.values():
+        method.check(known)
+    return facts
+
+
+def _on_cpu(factors: Factors) -> Factors:
+    """Return factors that another process can receive, whichever devices it sees."""
+    core = None if factors.core is None else factors.core.cpu()
+    return replace(factors, A=factors.A.cpu(), B=factors.B.cpu(), core=core)

@@ -1,0 +1,58 @@
+"""What the verb reads: batches or a dataset, and what they tell of the fine-tuning to come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+from headstart.errors import MethodError
+from headstart.methods.base import Training
+from headstart.processes import Processes, digest
+from headstart.statistics.batches import Collator, size_of
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The fine-tuning data, as a start reads them.
+
+    Attributes:
+        batches: an iterable of batches, or, with ``collator``, a dataset of single samples; None for no data.
+        collator: makes a batch of a list of samples.
+        batch_size: samples a batch, where a collator is given.
+        training: what is known of the fine-tuning to come.
+    """
+
+    batches: Iterable[Any] | None = None
+    collator: Collator | None = None
+    batch_size: int = 8
+    training: Training = field(default_factory=Training)
+
+    def __post_init__(self) -> None:
+        if not self.batch_size > 0:
+            raise MethodError(f"batch_size={self.batch_size!r} must be positive.")
+
+    @classmethod
+    def of(cls, data: object, collator: Collator | None, batch_size: int, processes: Processes) -> TrainingData:
+        """Return what a user gave as data, with the number of samples where that can be known without reading them.
+
+        Raises:
+            MethodError: ``batch_size`` is not positive.
+        """
+        if isinstance(data, TrainingData):
+            return data
+        batches: Any = data
+        return cls(batches, collator, batch_size, Training(_known_length(batches, collator, processes)))
+
+
+def _known_length(data: Iterable[Any] | None, collator: object, processes: Processes) -> int | None:
+    """Return how many samples the data hold, where that can be known without reading them."""
+    if collator is None and isinstance(data, list | tuple):
+        # The lists of several processes may be the same one, or parts of it.
+        first = digest(dict(data[0])) if processes.several and data and isinstance(data[0], Mapping) else ""
+        sizes = processes.gather((sum(size_of(batch) for batch in data), first))
+        same = len({each for _, each in sizes}) == 1
+        return sizes[0][0] if same else sum(size for size, _ in sizes)
+    # The length of a loader itself is a number of batches; the data set of one that is divided is whole.
+    counted = data if collator is not None else getattr(data, "dataset", None)
+    return len(counted) if isinstance(counted, Sized) else None
