@@ -45,7 +45,9 @@ def oracle(base, batches, names):
 
 def collect(model, data, samples, **kwargs):
     layers = {target.name: target.module for target in lora_layers(model, "default")}
-    (statistics,) = Collector(model, layers, dict.fromkeys(layers, Wants(gradient="exact")), data, samples, **kwargs).passes()
+    (statistics,) = Collector(
+        model, layers, dict.fromkeys(layers, Wants(gradient="exact")), data, samples, **kwargs
+    ).passes()
     return statistics
 
 

@@ -294,7 +294,11 @@ def test_gradient_and_factors_of_one_pass_are_those_of_two():
     base = tiny_llama()
     both = collect(wrap(copy.deepcopy(base)), [token_batch()])
     (plain,) = Collector(
-        model := wrap(copy.deepcopy(base)), named(model), dict.fromkeys(named(model), Wants(gradient="exact")), [token_batch()], 4
+        model := wrap(copy.deepcopy(base)),
+        named(model),
+        dict.fromkeys(named(model), Wants(gradient="exact")),
+        [token_batch()],
+        4,
     ).passes()
     only = collect(wrap(copy.deepcopy(base)), [token_batch()], gradient="no")
     assert not only.gradients and not plain.kronecker
@@ -1071,7 +1075,9 @@ def test_only_some_of_the_layers_ask_for_factors():
     model = wrap(copy.deepcopy(base), target_modules=["q_proj", "k_proj", "v_proj"])
     layers = named(model)
     wanted = {
-        name: Wants(gradient="exact") if "q_proj" in name else Wants(gradient="exact", outputs="full" if "k_proj" in name else "diagonal")
+        name: Wants(gradient="exact")
+        if "q_proj" in name
+        else Wants(gradient="exact", outputs="full" if "k_proj" in name else "diagonal")
         for name in layers
     }
     (found,) = Collector(model, layers, wanted, [token_batch()], 4).passes()

@@ -722,7 +722,7 @@ def test_lora_ga_whatever_the_gradient(problem):
 @pytest.mark.parametrize(("d_out", "d_in", "r"), [(12, 40, 7), (40, 12, 7), (9, 9, 5), (1, 30, 1), (30, 1, 1)])
 def test_lora_ga_needs_twice_the_rank(d_out, d_in, r):
     with pytest.raises(hs.LayerError, match=rf"{NAME}.*2 r = {2 * r}.*at most {min(d_out, d_in) // 2}"):
-        hs.LoRAGA().factors(of_gradient(normal(d_out, d_in), r))
+        hs.LoRAGA().check(layer(d_out, d_in, r))
 
 
 @pytest.mark.parametrize(("d_out", "d_in", "r"), [(12, 40, 6), (40, 12, 6), (2, 30, 1)])

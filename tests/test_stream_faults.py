@@ -43,7 +43,7 @@ def expected(folder, tmp_path_factory):
 
 def start(folder, out, method=METHOD, form="residual", **options):
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    return stream_start(folder, method, config, out, name="tiny", base=base, progress=False, **options)
+    return stream_start(folder, method, config, out, name="tiny", form=form, progress=False, **options)
 
 
 def contents(out):
