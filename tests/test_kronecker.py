@@ -32,7 +32,7 @@ from headstart.errors import HeadstartWarning
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Wanted
 from headstart.statistics.collect import Collector
-from headstart.statistics.losses import RULES, fitting_rules
+
 
 # The oracle: the definitions of METHODS, "Notation" and "LoRA-DA", word for word.
 

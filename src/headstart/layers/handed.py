@@ -197,7 +197,7 @@ def _covariances(method: CorDA, model: Any, layers: Sequence[TargetLayer], batch
                 base(**_moved(single_sample(batch, index), base))
 
     # It squeezes the first dimension away, so samples have to come one at a time, without padding.
-    with dropout_off(model), adapters_off([layer.module for layer in layers]):
+    with dropout_off(model), adapters_off(model):
         preprocess_corda(base, config, read)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from headstart.errors import DataError, LayerError
 from headstart.methods.base import Wanted
-from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples
+from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples, size_of
 from headstart.statistics.gather import Statistics, anywhere, finest, gathered
 from headstart.statistics.lengths import by_length
 from headstart.statistics.losses import check_labels
 from headstart.statistics.masks import Layout, Tokens, layout_of
 from headstart.statistics.plan import Need, Plan, make_plan, parse_bytes
+from headstart.statistics.probe import InputsSeen, inputs_seen
 from headstart.statistics.processes import Processes, digest, in_step, is_sharded, together
-from headstart.statistics.quiet import adapters_off, dropout_off, frozen
-from headstart.statistics.reader import Reader
-from headstart.statistics.sums import Shape, Sums, input_groups
+from headstart.statistics.quiet import active_beside, adapters_off, drawn_from, dropout_off, frozen
+from headstart.statistics.reader import Loss, Reader
+from headstart.statistics.sums import Shape, Sums
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,15 +49,17 @@ class Collector:
 
     Args:
         model: the PEFT model; called with each batch as keyword arguments, it must return a loss.
-        layers: the LoRA layers by name; their adapters are off during the pass.
+        layers: the LoRA layers by name; all adapters of the model are off during the pass.
         wanted: by layer, what to collect; layers that are not in it are left alone.
         data: see :func:`headstart.statistics.batches.iterate_samples`; read once, at the beginning, and held.
         samples: how many samples to read.
         collator, batch_size: for data of single samples.
         memory_budget: bytes for all that a pass sums, or a string such as "6GiB"; None for half of what is free.
         offload: "cpu" keeps the sums there.
-        seed: of the sketches.
+        seed: of the sketches, and of what data, collator and loss draw at random: the same in every process.
         processes: those that share the work.
+        adapter: the one that is started; others that are active, and so switched off, are named in a note.
+        loss, whole: see :class:`headstart.statistics.reader.Reader`.
 
     Raises:
         DataError: the data are empty, a sample has no label, the model gives no loss, or the loss is not finite.
@@ -76,10 +79,13 @@ class Collector:
         offload: Literal["cpu"] | None = None,
         seed: int = 0,
         processes: Processes | None = None,
+        adapter: str | None = None,
+        loss: Loss | None = None,
+        whole: bool = False,
     ) -> None:
         self._model = model
+        self._beside = [] if adapter is None else active_beside(model, adapter)
         self._seed = seed
-        self._layers = list(layers.values())
         self._asked = samples
         self._offload = offload == "cpu"
         self._processes = processes or Processes()
@@ -89,7 +95,7 @@ class Collector:
         tokens: Tokens = next((each.tokens for each in wanted.values()), "attention")
         self._layouts: dict[str, Layout] = {}
         in_step_with = self._processes if self._lockstep else None
-        self._reader = Reader(model, modules, tokens, in_step_with=in_step_with)
+        self._reader = Reader(model, modules, tokens, in_step_with=in_step_with, loss=loss, whole=whole, seed=seed)
         self._shapes = {
             name: Shape(int(layers[name].out_features), int(layers[name].in_features), each)
             for name, each in wanted.items()
@@ -97,9 +103,9 @@ class Collector:
         place = torch.device("cpu") if self._offload else device
         # One plan for all, though each has its own idea of what is free.
         budget = min(self._processes.gather(parse_bytes(memory_budget, place)))
-        with together(self._processes):
+        with together(self._processes), drawn_from(seed, device):
             chunks = list(iterate_samples(data, samples, collator=collator, batch_size=batch_size))
-            for chunk in chunks:
+            for chunk in chunks if loss is None else []:
                 check_labels(chunk)
         self._chunks, self._spare = self._share(chunks, samples)
         self.tokens = sum(self._processes.gather(sum(_tokens(chunk.batch) for chunk in self._chunks)))
@@ -164,12 +170,12 @@ class Collector:
             share = len(range(self._processes.rank, samples, self._processes.count))
             chunks = list(iterate_samples([chunk.batch for chunk in chunks], max(share, 1)))
         # Where labels lie along a decoder, a sample has two lengths.
-        chunks = chunks if self._reader.encoder_decoder else by_length(chunks)
+        chunks = chunks if self._reader.keeps_batches else by_length(chunks)
         if self._lockstep:
             chunks = [
-                Samples(self._reader.alone(chunk.batch, row), (chunk.indices[row],))
+                chunk if row is None else Samples(self._reader.alone(chunk.batch, row), (chunk.indices[row],))
                 for chunk in chunks
-                for row in range(chunk.size)
+                for row in _rows(chunk)
             ]
         return (chunks if divided else self._processes.share(chunks)), chunks[0]
 
@@ -178,40 +184,33 @@ class Collector:
 
         The longest sample shows most; a second one of another length, what holds for all lengths.
         """
-        rows = [(chunk, row) for chunk in self._chunks or [self._spare] for row in range(chunk.size)]
-        lengths = [_tokens({key: value[row : row + 1] for key, value in _masks(chunk)}) for chunk, row in rows]
+        rows = [(chunk, row) for chunk in self._chunks or [self._spare] for row in _rows(chunk)]
+        lengths = [
+            _tokens({key: value if row is None else value[row : row + 1] for key, value in _masks(chunk)})
+            for chunk, row in rows
+        ]
         longest = max(range(len(rows)), key=lambda place: lengths[place])
         other = next((place for place, length in enumerate(lengths) if length != lengths[longest]), longest)
         partitions, layouts = [], []
         for place in (other, longest):
             chunk, row = rows[place]
-            batch = self._reader.alone(chunk.batch, row)
+            batch = chunk.batch if row is None else self._reader.alone(chunk.batch, row)
             began = time.perf_counter()
             with together(self._processes):
                 seen = self._inputs_of(modules, batch)
             seconds = time.perf_counter() - began
-            layouts.append({name: layout_of(seen.get(name), _tokens(batch)) for name in modules})
+            size = 1 if row is not None else max(1, size_of(batch))
+            layouts.append({name: layout_of(seen.shapes.get(name), _tokens(batch) // size) for name in modules})
             # Were a group found not to be one, a process would have to run a batch again, out of step.
-            shared = {} if self._lockstep else seen
-            partitions.append(input_groups((name, shared.get(name)) for name in modules))
-            del seen
+            shared = InputsSeen() if self._lockstep else seen
+            partitions.append(shared.groups(list(modules)))
         self._layouts = {name: one if one == layouts[1][name] else "other" for name, one in layouts[0].items()}
         seconds *= _BACKWARD * sum(_tokens(chunk.batch) or chunk.size for chunk in self._chunks) / (_tokens(batch) or 1)
         return finest([each for found in self._processes.gather(partitions) for each in found]), seconds
 
-    def _inputs_of(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
-        seen: dict[str, Tensor] = {}
-
-        def hook_for(name: str) -> Any:
-            return lambda module, args: seen.setdefault(name, args[0])
-
-        handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
-        try:
-            with self._quiet(), torch.no_grad():
-                self._reader.forward(self._reader.moved(batch))
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _inputs_of(self, modules: Mapping[str, nn.Module], batch: Batch) -> InputsSeen:
+        with inputs_seen(modules) as seen, self._quiet():
+            self._reader.run_layers(batch)
         return seen
 
     def _needs(self) -> list[Need]:
@@ -238,7 +237,7 @@ class Collector:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        with dropout_off(self._model), adapters_off(self._layers), frozen(self._model):
+        with dropout_off(self._model), adapters_off(self._model), frozen(self._model):
             yield
 
     def _add_up_sketches(self, sums: Sums, *, last: bool) -> None:
@@ -261,6 +260,8 @@ class Collector:
 
     def _notes(self) -> list[str]:
         notes = []
+        if self._beside:
+            notes.append(f"other adapters are active ({', '.join(self._beside)}): all were off while data were read")
         if self.plan.over:
             name = self.plan.over[0][0]
             notes.append(f"layer {name!r} alone needs more than memory_budget; it was collected in a pass of its own")
@@ -276,6 +277,11 @@ def _floats(shape: Shape) -> int:
     gradient = {"exact": shape.d_out * shape.d_in, "sketch": wanted.width * (shape.d_out + shape.d_in), "no": 0}
     outputs = {None: 0, "diagonal": 2 * shape.d_out, "full": shape.d_out**2 + shape.d_out}
     return gradient[wanted.gradient] + outputs[wanted.outputs]
+
+
+def _rows(chunk: Samples) -> Sequence[int | None]:
+    """Return the rows of a batch's samples, None for a batch that can't be cut."""
+    return range(chunk.size) if chunk.cut else (None,)
 
 
 def _masks(chunk: Samples) -> list[tuple[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -267,12 +267,3 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
     for low in range(0, size, _BLOCK):
         high = min(low + _BLOCK, size)
         _add_product(total[low:high, :high], rows[:, low:high], rows[:, :high])
-
-
-def input_groups(inputs: Iterable[tuple[str, Tensor | None]]) -> dict[str, int]:
-    """Return by layer the number of its group, from the input tensor that each one read (None: it read none)."""
-    numbers: dict[str, int] = {}
-    by_tensor: dict[int, int] = {}
-    for count, (name, tensor) in enumerate(inputs):
-        numbers[name] = count if tensor is None else by_tensor.setdefault(id(tensor), count)
-    return numbers
