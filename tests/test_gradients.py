@@ -11,7 +11,7 @@ import headstart as hs
 from conftest import ARCHITECTURES, class_batch, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch, wrap
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Wants
-from headstart.statistics.collect import Collector
+from headstart.statistics.prepare import prepare
 
 
 def oracle(base, batches, names):
@@ -45,7 +45,7 @@ def oracle(base, batches, names):
 
 def collect(model, data, samples, **kwargs):
     layers = {target.name: target.module for target in lora_layers(model, "default")}
-    (statistics,) = Collector(
+    (statistics,) = prepare(
         model, layers, dict.fromkeys(layers, Wants(gradient="exact")), data, samples, **kwargs
     ).passes()
     return statistics

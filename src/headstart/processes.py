@@ -109,12 +109,22 @@ def owners(costs: Mapping[T, float], count: int) -> dict[T, int]:
 def digest(batch: Mapping[str, Any]) -> str:
     """Return a short hash of a batch's content, by which processes tell whether they were given the same data."""
     found = hashlib.blake2b(digest_size=16)
-    for key in sorted(batch):
-        value = batch[key]
-        found.update(key.encode())
+
+    def add(value: Any) -> None:
         if isinstance(value, Tensor):
             found.update(str(tuple(value.shape)).encode())
             found.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Mapping):
+            for key in sorted(value, key=str):
+                found.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for part in value:
+                add(part)
+        elif isinstance(value, str | int | float):
+            found.update(repr(value).encode())
+
+    add(batch)
     return found.hexdigest()
 
 

@@ -155,8 +155,7 @@ class _Solver:
                 yield group[start : start + size]
 
     def _reads_inputs(self, layer: TargetLayer) -> bool:
-        wants = self._method.wants(layer.facts())
-        return wants.inputs or wants.outputs is not None
+        return self._method.wants(layer.facts()).input_moments
 
     def _fitting(self, layer: TargetLayer) -> int:
         """Return how many layers of this one's shape are solved together."""

@@ -77,9 +77,14 @@ class Wants:
         return self.gradient != "no" or self.outputs is not None
 
     @property
+    def input_moments(self) -> bool:
+        """Whether Z is collected."""
+        return self.inputs or self.outputs is not None
+
+    @property
     def data(self) -> bool:
         """Whether data are read."""
-        return self.backward or self.inputs
+        return self.backward or self.input_moments
 
     def __str__(self) -> str:
         words = {

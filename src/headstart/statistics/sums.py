@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -115,16 +115,30 @@ class Sums:
         if self.muted:
             return _mute
         wanted = self.shapes[name].wanted
-        if wanted.outputs is None:
+        if not wanted.input_moments:
             return lambda x, g: self._add_gradient(name, x, g)
         shared = self._shared(name, inputs)
 
         def sink(x: Tensor, g: Tensor) -> None:
             if wanted.gradient != "no":
                 self._add_gradient(name, x, g)
-            self._add_factors(name, x, g, shared)
+            if wanted.outputs is not None:
+                self._add_outputs(name, g, shared)
+            self._add_inputs(name, x, shared)
 
         return sink
+
+    def take(self, name: str, inputs: Tensor) -> None:
+        """Sum what a layer reads at once, in a forward pass that no backward pass follows."""
+        if not self.muted:
+            shared = self._shared(name, inputs)
+            self._add_inputs(name, inputs.detach().reshape(-1, inputs.shape[-1]), shared)
+
+    def clear(self) -> None:
+        """Forget all that was summed, to begin anew."""
+        self.layers = {name: LayerSum() for name in self.shapes}
+        self.inputs = {}
+        self._last = {}
 
     def check_groups(self) -> None:
         """Raise Regroup where a group's last input was not read by all of its layers: call it before backward."""
@@ -209,12 +223,12 @@ class Sums:
         wanted = shape.wanted
         return GradientSketch(shape.d_out, shape.d_in, wanted.width, wanted.passes, seed=self._seed, device=device)
 
-    def _add_factors(self, name: str, x: Tensor, g: Tensor, shared: _Shared) -> None:
+    def _add_outputs(self, name: str, g: Tensor, shared: _Shared) -> None:
         mine, shape = self.layers[name], self.shapes[name]
-        if not len(x):
+        if not len(g):
             return
         mine.reached = True
-        place = self._place(x)
+        place = self._place(g)
         g = shared.rows.of(g).float()
         full = shape.wanted.outputs == "full"
         if mine.gram is None or mine.total is None:
@@ -226,9 +240,15 @@ class Sums:
             mine.gram += torch.linalg.vecdot(g, g, dim=0).to(place)
         mine.total += g.sum(0).to(place)
         mine.tokens += shared.rows.count
+
+    def _add_inputs(self, name: str, x: Tensor, shared: _Shared) -> None:
+        if not len(x):
+            return
+        self.layers[name].reached = True
         if shared.summed:
             return
         shared.summed = True
+        shape, place = self.shapes[name], self._place(x)
         group = self.groups[name]
         if group not in self.inputs:
             gram = torch.zeros(shape.d_in, shape.d_in, device=place)
@@ -267,12 +287,3 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
     for low in range(0, size, _BLOCK):
         high = min(low + _BLOCK, size)
         _add_product(total[low:high, :high], rows[:, low:high], rows[:, :high])
-
-
-def input_groups(inputs: Iterable[tuple[str, Tensor | None]]) -> dict[str, int]:
-    """Return by layer the number of its group, from the input tensor that each one read (None: it read none)."""
-    numbers: dict[str, int] = {}
-    by_tensor: dict[int, int] = {}
-    for count, (name, tensor) in enumerate(inputs):
-        numbers[name] = count if tensor is None else by_tensor.setdefault(id(tensor), count)
-    return numbers

@@ -10,6 +10,7 @@ from headstart.errors import MethodError
 from headstart.methods.base import Training
 from headstart.processes import Processes, digest
 from headstart.statistics.batches import Collator, size_of
+from headstart.statistics.reader import Loss
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class TrainingData:
         batches: an iterable of batches, or, with ``collator``, a dataset of single samples; None for no data.
         collator: makes a batch of a list of samples.
         batch_size: samples a batch, where a collator is given.
+        loss: computes a batch's loss, (model, batch) -> a scalar, in place of the model.
         training: what is known of the fine-tuning to come.
     """
 
     batches: Iterable[Any] | None = None
     collator: Collator | None = None
     batch_size: int = 8
+    loss: Loss | None = None
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
@@ -42,7 +45,8 @@ class TrainingData:
         if isinstance(data, TrainingData):
             return data
         batches: Any = data
-        return cls(batches, collator, batch_size, Training(_known_length(batches, collator, processes)))
+        known = Training(_known_length(batches, collator, processes))
+        return cls(batches, collator, batch_size, training=known)
 
 
 def _known_length(data: Iterable[Any] | None, collator: object, processes: Processes) -> int | None:
