@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
 
 from headstart.cache import open_store
 from headstart.context import Context, Memory, shown
-from headstart.errors import HeadstartWarning, LayerError, MethodError
+from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.adapters import find
 from headstart.layers.install import Subtracting, check_form
-from headstart.methods.base import Factors, Method
+from headstart.methods.base import ANY_LAYER, Factors, Method
 from headstart.methods.registry import parse_method
 from headstart.processes import Processes, is_sharded
 from headstart.progress import Show
@@ -27,6 +28,8 @@ from headstart.solve import checked, solve
 from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Reading, collect
 from headstart.statistics.plan import parse_bytes
+from headstart.statistics.reader import Loss
+from headstart.statistics.trainer import from_trainer, known_training
 from headstart.statistics.training import TrainingData
 
 
@@ -34,10 +37,11 @@ def initialize_(
     model: nn.Module,
     method: Method | str,
     *,
-    data: Iterable[Any] | TrainingData | None = None,
+    data: Iterable[Any] | Trainer | TrainingData | None = None,
     seed: int = 0,
     form: Subtracting = "anchored",
     adapter: str | None = None,
+    loss: Loss | None = None,
     collator: Collator | None = None,
     batch_size: int = 8,
     memory_budget: int | str | None = None,
@@ -63,12 +67,15 @@ def initialize_(
             what the method finds in each (:mod:`headstart.layers.vera`). Methods that train a core (lora-xs, lora-sb)
             have to come before DDP or FSDP2.
         method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``.
-        data: for methods that read data: an iterable of batches that the model accepts as keyword arguments and
-            returns a loss for, or a tokenised dataset together with ``collator``. Samples are counted, not batches.
+        data: for methods that read data: a trainer of Transformers or TRL, whose own data, collator, loss and schedule
+            are used (:func:`headstart.statistics.trainer.from_trainer`); or an iterable of batches that the model
+            accepts as keyword arguments and returns a loss for; or a tokenised dataset together with ``collator``.
+            Samples are counted, not batches.
         seed: the same seed gives the same factors.
         form: of methods whose start must not change the model: "anchored" leaves the frozen weights untouched (see
             :mod:`headstart.layers.anchored`); "residual" subtracts s B A from them, as the papers do.
         adapter: the adapter's name; the active one by default.
+        loss: a callable (model, batch) -> scalar loss in place of the model's own, as for diffusion or distillation.
         collator, batch_size: how a dataset of single samples becomes batches.
         memory_budget: bytes for what a pass over the data sums, or a string such as "6GiB"; by default half of what is
             free. Where not everything fits, the data are read in several passes; the report says how many. Without
@@ -108,7 +115,7 @@ def initialize_(
     with shown(progress, context.processes) as context.show:
         with context.clock("find"):
             target = find(model, adapter)
-            source = TrainingData.of(data, collator, batch_size, context.processes)
+            source = _source(data, method, collator, batch_size, loss, context)
             checked(method, target.layers, seed, source.training)
             store = open_store(cache, context.notes.append)
         starts: dict[str, Factors] = {}
@@ -140,6 +147,19 @@ def initialize_(
         trainable=sum(layer.trainable for layer in target.layers),
         warnings=notes,
     )
+
+
+def _source(
+    data: object, method: Method, collator: Collator | None, batch_size: int, loss: Loss | None, context: Context
+) -> TrainingData:
+    """Return what was given as data, a trainer's included."""
+    if not isinstance(data, Trainer):
+        return TrainingData.of(data, collator, batch_size, loss, context.processes)
+    if collator is not None or loss is not None:
+        raise DataError("a trainer given as data brings its own collator and loss: leave collator= and loss= out.")
+    reads = method.wants(ANY_LAYER).data
+    samples = method.sample_count(known_training(data).population) if reads else 0
+    return from_trainer(data, samples, context.seed)
 
 
 def _unwrapped(model: nn.Module, method: Method) -> nn.Module:

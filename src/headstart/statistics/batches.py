@@ -48,7 +48,12 @@ class Samples:
 
 
 def iterate_samples(
-    data: Iterable[Any], samples: int, *, collator: Collator | None = None, batch_size: int = 8
+    data: Iterable[Any],
+    samples: int,
+    *,
+    collator: Collator | None = None,
+    batch_size: int = 8,
+    single: bool = False,
 ) -> Iterator[Samples]:
     """Yield batches that hold the first ``samples`` samples of ``data`` in all; the last one is cut to fit.
 
@@ -63,6 +68,7 @@ def iterate_samples(
         samples: how many samples to read; fewer are read if the data end before.
         collator: makes a batch of a list of samples.
         batch_size: samples a batch, where a collator is given.
+        single: each batch is one sample, whatever its tensors hold.
 
     Raises:
         DataError: the data hold no sample, or something that is not a batch.
@@ -70,6 +76,12 @@ def iterate_samples(
     first = 0
     for item in _collated(data, collator, batch_size) if collator is not None else data:
         batch = _as_batch(item, first)
+        if single:
+            yield Samples(batch, (first,), cut=False)
+            first += 1
+            if first >= samples:
+                return
+            continue
         batch = unpacked(batch) or batch
         size, cut = _size(batch)
         if size is None:

@@ -81,6 +81,7 @@ def collect(
         processes=context.processes,
         adapter=layers[0].adapter,
         loss=data.loss,
+        single=data.single,
     )
     for statistics in collector.passes(context.show):
         context.notes += statistics.notes

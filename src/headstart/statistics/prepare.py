@@ -48,6 +48,7 @@ def prepare(
     adapter: str | None = None,
     loss: Loss | None = None,
     whole: bool = False,
+    single: bool = False,
 ) -> Collector:
     """Read the data into memory, run two samples forward, and plan the passes.
 
@@ -70,6 +71,7 @@ def prepare(
         processes: those that share the work.
         adapter: the one that is started; others that are active, and so switched off, are named in a note.
         loss, whole: see :class:`headstart.statistics.reader.Reader`.
+        single: each batch is one sample, and read as a whole.
 
     Raises:
         DataError: the data are empty, a sample has no label, the model gives no loss, or the loss is not finite.
@@ -81,7 +83,7 @@ def prepare(
     tokens: Tokens = next((wants.tokens for wants in wanted.values()), "attention")
     backward = any(wants.backward for wants in wanted.values())
     in_step_with = processes if lockstep else None
-    reader = Reader(model, modules, tokens, in_step_with=in_step_with, loss=loss, whole=whole, seed=seed)
+    reader = Reader(model, modules, tokens, in_step_with=in_step_with, loss=loss, whole=whole or single, seed=seed)
     shapes = {
         name: Shape(int(layers[name].out_features), int(layers[name].in_features), wants)
         for name, wants in wanted.items()
@@ -89,10 +91,10 @@ def prepare(
     # One plan for all, though each has its own idea of what is free.
     budget = min(processes.gather(parse_bytes(memory_budget, torch.device("cpu") if offload == "cpu" else device)))
     with together(processes), drawn_from(seed, device):
-        chunks = list(iterate_samples(data, samples, collator=collator, batch_size=batch_size))
+        chunks = list(iterate_samples(data, samples, collator=collator, batch_size=batch_size, single=single))
         for chunk in chunks if loss is None and backward else []:
             check_labels(chunk)
-    own_chunks, spare = _share(chunks, samples, reader, processes, lockstep)
+    own_chunks, spare = _share(chunks, samples, reader, processes, lockstep, single)
     groups, layouts, seconds = _probe(model, modules, own_chunks or [spare], reader, processes, lockstep)
     repeats = max((wants.passes for wants in wanted.values() if wants.gradient == "sketch"), default=1)
     plan = make_plan(_needs(shapes, groups), budget, readings_a_pass=repeats, seconds=seconds)
@@ -121,13 +123,13 @@ def prepare(
 
 
 def _share(
-    chunks: list[Samples], samples: int, reader: Reader, processes: Processes, lockstep: bool
+    chunks: list[Samples], samples: int, reader: Reader, processes: Processes, lockstep: bool, single: bool
 ) -> tuple[list[Samples], Samples]:
     """Return the batches that this process reads, and one to keep in step with when there are no more."""
     divided = len(set(processes.gather(digest(chunks[0].batch)))) > 1
     if divided:
         share = len(range(processes.rank, samples, processes.count))
-        chunks = list(iterate_samples([chunk.batch for chunk in chunks], max(share, 1)))
+        chunks = list(iterate_samples([chunk.batch for chunk in chunks], max(share, 1), single=single))
     # Where labels lie along a decoder, a sample has two lengths.
     chunks = chunks if reader.keeps_batches else by_length(chunks)
     if lockstep:

@@ -22,6 +22,7 @@ class TrainingData:
         collator: makes a batch of a list of samples.
         batch_size: samples a batch, where a collator is given.
         loss: computes a batch's loss, (model, batch) -> a scalar, in place of the model.
+        single: each batch is one sample, whatever its tensors hold.
         training: what is known of the fine-tuning to come.
     """
 
@@ -29,6 +30,7 @@ class TrainingData:
     collator: Collator | None = None
     batch_size: int = 8
     loss: Loss | None = None
+    single: bool = False
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
@@ -36,7 +38,9 @@ class TrainingData:
             raise MethodError(f"batch_size={self.batch_size!r} must be positive.")
 
     @classmethod
-    def of(cls, data: object, collator: Collator | None, batch_size: int, processes: Processes) -> TrainingData:
+    def of(
+        cls, data: object, collator: Collator | None, batch_size: int, loss: Loss | None, processes: Processes
+    ) -> TrainingData:
         """Return what a user gave as data, with the number of samples where that can be known without reading them.
 
         Raises:
@@ -46,7 +50,7 @@ class TrainingData:
             return data
         batches: Any = data
         known = Training(_known_length(batches, collator, processes))
-        return cls(batches, collator, batch_size, training=known)
+        return cls(batches, collator, batch_size, loss, training=known)
 
 
 def _known_length(data: Iterable[Any] | None, collator: object, processes: Processes) -> int | None:
