@@ -22,6 +22,7 @@ from headstart.factorise import Facts, finite_weight, known_length, starts_of
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.handed import peft_starts
 from headstart.layers.install import Base, check_base, install, start_note
+from headstart.layers.unwrap import looked_through, looks_through
 from headstart.layers.vera import VeraTarget, find_vera_layers, install_dictionary, vera_adapter
 from headstart.layers.weights import dense
 from headstart.linalg.norms import squared_norm
@@ -40,6 +41,7 @@ from headstart.statistics.plan import parse_bytes
 from headstart.statistics.processes import Processes, is_sharded
 
 
+@looks_through
 def initialize_(
     model: nn.Module,
     method: Method | str,
@@ -70,10 +72,10 @@ def initialize_(
 
     Args:
         model: what ``peft.get_peft_model`` returned, fresh: its adapter neither trained nor initialised. It may be
-            inside DistributedDataParallel, or its parameters sharded by FSDP2. DoRA layers take methods that keep their
-            start, and get the magnitude that goes with it; the layers of a VeRA adapter get a common dictionary from
-            what the method finds in each (:mod:`headstart.layers.vera`). Methods that train a core (lora-xs, lora-sb)
-            have to come before DDP or FSDP2.
+            inside DistributedDataParallel, DataParallel or torch.compile, or its parameters sharded by FSDP2. DoRA
+            layers take methods that keep their start, and get the magnitude that goes with it; the layers of a VeRA
+            adapter get a common dictionary from what the method finds in each (:mod:`headstart.layers.vera`). Methods
+            that train a core (lora-xs, lora-sb) have to come before DDP or FSDP2.
         method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``.
         data: for methods that need a gradient: an iterable of batches that the model accepts as keyword arguments and
             returns a loss for, or a tokenised dataset together with ``collator``. Samples are counted, not batches.
@@ -109,7 +111,7 @@ def initialize_(
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
     check_base(base)
-    model = _unwrapped(model, method)
+    _check_wrappers(model, method)
     _check_numbers(offload, batch_size, population, first_lr)
     if lacking := method.missing(first_lr):
         raise MethodError(lacking)
@@ -160,7 +162,7 @@ def initialize_(
         else:
             install(model, starts, base, start_note(method, seed, base))
     for sentence in sentences:
-        warnings.warn(sentence, HeadstartWarning, stacklevel=2)
+        warnings.warn(sentence, HeadstartWarning, stacklevel=3)  # over looks_through
     return Report(
         method=str(method),
         base="shared dictionary" if vera else base,
@@ -179,12 +181,8 @@ def initialize_(
     )
 
 
-def _unwrapped(model: nn.Module, method: Method) -> nn.Module:
-    """Return the PEFT model inside DistributedDataParallel.
-
-    Raises:
-        LayerError: it is wrapped in a way in which its layers can't be read, or a core would come too late.
-    """
+def _check_wrappers(model: nn.Module, method: Method) -> None:
+    """Raise LayerError where layers can't be read, or a core would come too late."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
     ):
@@ -192,13 +190,12 @@ def _unwrapped(model: nn.Module, method: Method) -> nn.Module:
             "the model is sharded by FSDP1 or DeepSpeed, whose parts can't be read layer by layer: initialise it "
             "before that, or use FSDP2."
         )
-    inside = model.module if isinstance(model, DistributedDataParallel) else model
-    if method.trains_core and (inside is not model or is_sharded(inside)):
+    distributed = any(isinstance(wrapper, DistributedDataParallel) for wrapper in looked_through())
+    if method.trains_core and (distributed or is_sharded(model)):
         raise LayerError(
             f"method {method.name!r} adds a parameter to each layer, which DistributedDataParallel and FSDP2 would not "
             "know of: initialise the model before it is wrapped."
         )
-    return inside
 
 
 def _check_numbers(offload: str | None, batch_size: int, population: int | None, first_lr: float | None) -> None:

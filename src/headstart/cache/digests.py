@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from headstart.cache.entries import write_whole
+from headstart.files import write_whole
 
 # Rows are hashed in parts of about this size, on as many threads as torch has. Part of every digest: a change of it
 # makes new digests.

@@ -14,10 +14,11 @@ from headstart.cli.app import app
 from headstart.cli.console import output
 from headstart.cli.options import Force
 from headstart.errors import CheckpointError
+from headstart.files import check_free
 from headstart.layers.adapter import make_plain
 from headstart.layers.checkpoint import load_checkpoint, read_adapter
 from headstart.layers.export import write_merged, write_plain
-from headstart.layers.files import check_free
+from headstart.layers.files import ADAPTER_FOLDER, MODEL_FOLDER
 from headstart.layers.inspection import inspect_adapter
 from headstart.training.models import resolve_model
 
@@ -51,7 +52,7 @@ def export(
     force: Force = False,
 ) -> None:
     """Write a plain LoRA that any program can load, or merge the adapter into its base model."""
-    check_free(out, force)
+    check_free(out, MODEL_FOLDER if to is Form.MERGED else ADAPTER_FOLDER, force)
     found = read_adapter(adapter)
     if to is Form.LORA:
         plain = make_plain(found.layers, found.rest, found.config, rank, uniform=uniform)

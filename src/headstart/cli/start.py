@@ -25,9 +25,10 @@ from headstart.cli.options import (
     target_modules,
 )
 from headstart.errors import DataError, MethodError
+from headstart.files import check_free
 from headstart.initialize import initialize_
 from headstart.layers.checkpoint import save_checkpoint
-from headstart.layers.files import check_free
+from headstart.layers.files import ADAPTER_FOLDER
 from headstart.methods import Method, Needs, parse_method
 from headstart.progress import progress_bars, silent
 from headstart.stream import FOLDER, Crew, stream_start, task_type
@@ -79,7 +80,7 @@ def init(
                 )
         _stream(model, made, out, rank, alpha, rslora, targets, seed, base, cache, strict, force)
         return
-    check_free(out, force)
+    check_free(out, ADAPTER_FOLDER, force)
     if made.needs & (Needs.GRADIENT | Needs.INPUTS) and data is None:
         raise DataError(f"method {made.name!r} needs data: give a JSONL file with --data.")
     if lacking := made.missing(lr):

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from headstart.errors import BASE_PREFIX, CheckpointError
 from headstart.layers.anchored import ANCHOR_NAMES
 from headstart.layers.core import CORE
+from headstart.layers.unwrap import plain_name
 from headstart.linalg.product import product_norm, truncate_product
 
 
@@ -55,7 +56,8 @@ def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, 
     roles = {"lora_A.weight": "A", "lora_B.weight": "B", CORE: "core"}
     for kind, (name_A, name_B) in ANCHOR_NAMES.items():
         roles |= {name_A: f"{kind} A0", name_B: f"{kind} B0"}
-    for key, tensor in tensors.items():
+    for name, tensor in tensors.items():
+        key = plain_name(name)  # PEFT's own saving of a model with compiled parts writes their wrappers' names
         role = next((role for ending, role in roles.items() if key.endswith(f".{ending}")), None)
         if role is None:
             rest[key] = tensor

@@ -17,20 +17,19 @@ from torch import Tensor, nn
 
 from headstart._version import __version__
 from headstart.errors import CheckpointError
+from headstart.files import sha256, whole_folder, write_json
 from headstart.layers.adapter import AdapterLayer, split
 from headstart.layers.anchored import anchors, drop_anchors, set_anchors
 from headstart.layers.core import core_of, drop_core, form_of, set_core
 from headstart.layers.export import adapter_tensors, one_writes, portable_config, save_config
 from headstart.layers.files import (
+    ADAPTER_FOLDER,
     CONFIG,
     RECORD,
     RESIDUAL_MARK,
     WEIGHTS,
     read_json,
     read_tensors,
-    sha256,
-    whole_folder,
-    write_json,
     write_tensors,
 )
 from headstart.layers.find import (
@@ -44,11 +43,13 @@ from headstart.layers.find import (
 )
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
+from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.weights import fingerprint, linear_shape
 
 _FORMAT = 1
 
 
+@looks_through
 def save_checkpoint(model: nn.Module, path: str | Path, *, adapter: str | None = None, force: bool = False) -> None:
     """Write everything needed to go on training: factors, anchors, trained heads, and how the start was made.
 
@@ -59,7 +60,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, adapter: str | None =
         model: the PEFT model. Of one that FSDP2 has sharded, every process must call this, and the first one writes.
         path: the folder to write, whole or not at all.
         adapter: the adapter's name; the active one by default.
-        force: overwrite an existing folder.
+        force: replace an adapter's files in a folder that exists; what else is in it stays.
 
     Raises:
         LayerError: the model has no such adapter.
@@ -71,7 +72,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, adapter: str | None =
     with one_writes(model) as mine:
         if not mine:
             return
-        with whole_folder(path, force=force) as folder:
+        with whole_folder(path, ADAPTER_FOLDER, force=force) as folder:
             digest = write_tensors(tensors, folder / WEIGHTS)
             save_config(portable_config(model, adapter), folder)
             write_record(folder, digest, records)
@@ -83,6 +84,7 @@ def write_record(folder: Path, digest: str, layers: Mapping[str, Any]) -> None:
     write_json(content, folder / RECORD)
 
 
+@looks_through
 def load_checkpoint(
     model: nn.Module, path: str | Path, *, adapter: str = "default", trainable: bool = True
 ) -> PeftModel:
@@ -206,7 +208,7 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     """
     folder = Path(path)
     record = _read_record(folder)
-    tensors = read_tensors(folder / WEIGHTS)
+    tensors = {plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
     config = _read_config(folder)
     layers, rest = split(tensors, config)
     if not layers:

@@ -11,13 +11,16 @@ from typing import Any
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from headstart.files import whole_folder
 from headstart.layers.adapter import PlainAdapter, make_plain, split
-from headstart.layers.files import WEIGHTS, whole_folder, write_tensors
+from headstart.layers.files import ADAPTER_FOLDER, MODEL_FOLDER, WEIGHTS, write_tensors
 from headstart.layers.find import resolve_adapter
+from headstart.layers.unwrap import looks_through
 from headstart.layers.weights import whole
 from headstart.statistics.processes import Processes, is_sharded, together
 
 
+@looks_through
 def save_lora(
     model: nn.Module,
     path: str | Path,
@@ -39,7 +42,7 @@ def save_lora(
         path: the folder to write, whole or not at all.
         rank: None for the exact adapter.
         adapter: the adapter's name; the active one by default.
-        force: overwrite an existing adapter.
+        force: replace an adapter's files in a folder that exists; what else is in it stays.
         save_embedding_layers: write the embeddings too, as they must be after ``resize_token_embeddings``.
         uniform: one rank and one scaling for all layers, in place of ``rank_pattern`` and ``alpha_pattern``, which
             serving engines don't read.
@@ -64,7 +67,7 @@ def save_lora(
 
 def write_plain(plain: PlainAdapter, path: str | Path, *, force: bool = False) -> None:
     """Write a plain adapter to a folder."""
-    with whole_folder(path, force=force) as folder:
+    with whole_folder(path, ADAPTER_FOLDER, force=force) as folder:
         write_tensors(plain.tensors, folder / WEIGHTS)
         save_config(plain.config, folder)
 
@@ -72,7 +75,7 @@ def write_plain(plain: PlainAdapter, path: str | Path, *, force: bool = False) -
 def write_merged(model: Any, tokenizer: Any, path: str | Path, *, force: bool = False) -> None:
     """Write the whole model with its adapter merged into the weights, and its tokenizer; ``model`` is used up."""
     merged = model.merge_and_unload()
-    with whole_folder(path, force=force) as folder:
+    with whole_folder(path, MODEL_FOLDER, force=force) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from headstart._version import __version__
 from headstart.cache import FileDigests, open_store
 from headstart.errors import CheckpointError, HeadstartError, LayerError, MethodError
-from headstart.layers.files import check_free
+from headstart.files import check_free
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import Base, check_base
 from headstart.meters import Clock, Memory
@@ -29,7 +29,7 @@ from headstart.report import LayerReport, Report
 from headstart.stream.assemble import assemble
 from headstart.stream.parts import Work
 from headstart.stream.pieces import Maker, averaged, layer_name, subtracted
-from headstart.stream.residual import make_shard
+from headstart.stream.residual import STREAMED_FOLDER, check_place, make_shard
 from headstart.stream.skeleton import ADAPTER, build
 from headstart.stream.source import Source
 
@@ -99,7 +99,7 @@ def stream_start(
         device: where factors are computed; of several processes each takes its own of that type.
         cache: as in ``initialize_``; the content of a file is hashed once, and known from then on.
         strict: raise where a layer can't be started as asked for, instead of falling back with a note.
-        force: overwrite an existing adapter.
+        force: replace what an earlier start wrote in a folder that exists; what else is in it stays.
         progress: as in ``initialize_``.
 
     Returns:
@@ -118,7 +118,9 @@ def stream_start(
     crew, clock = Crew.here(), Clock()
     out = Path(out)
     if crew.rank == 0:
-        check_free(out, force)
+        check_free(out, STREAMED_FOLDER, force)
+        if base == "residual":
+            check_place(out)
     _check_apart(Path(folder), out)
     with clock("find"):
         source = Source.open(Path(folder))
@@ -127,7 +129,7 @@ def stream_start(
         store = open_store(cache, notes.append)
         digests = FileDigests(store.folder) if store else None
         maker = Maker(source, skeleton, method, base, seed, crew.device(torch.device(device)), store, digests)
-        work = Work(out, _key(maker), crew.rank)
+        work = Work(out, _key(maker))
     if crew.rank == 0:
         work.create()
     elif not _invited(work, out, crew):
