@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -225,6 +225,56 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         hs.save_lora(started(tiny_llama()), tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
+
+
+class Alike(torch.nn.Module):
+    """Layers whose names end alike, are parts of each other, or hold what regular expressions give a meaning to."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = torch.nn.ModuleDict({"proj": torch.nn.Linear(16, 16), "my_proj": torch.nn.Linear(16, 16)})
+        self.blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"proj": torch.nn.Linear(16, 16)}) for _ in range(12))
+        self.blockXproj = torch.nn.Linear(16, 16)
+        self.proj = torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        for layer in (self.block["proj"], self.block["my_proj"], *(each["proj"] for each in self.blocks)):
+            x = x + layer(x).tanh()
+        return self.proj(self.blockXproj(x).tanh())
+
+
+@pytest.mark.parametrize("save", ["save_lora", "rank", "uniform", "checkpoint"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_patterns_are_of_the_layers_that_they_name_and_no_others(method, use_rslora, save, tmp_path):
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=r".*proj",
+        rank_pattern={"^proj": 2, "blocks.1.proj": 3, "block.proj": 1},
+        alpha_pattern={"^proj": 3, "my_proj": 5, r"blocks\.1[01]\.proj": 7},
+        use_rslora=use_rslora,
+    )
+    model = get_peft_model(Alike(), config)
+    assert len({(target.r, target.scaling) for target in lora_layers(model, "default")}) >= 5
+    hs.initialize_(model, method, progress=False)
+    perturb(model, scale=0.2)
+    x = torch.randn(3, 16)
+    wanted = model(x)
+    if save == "checkpoint":
+        hs.save_checkpoint(model, tmp_path / "a")
+        loaded = hs.load_checkpoint(Alike(), tmp_path / "a")
+    else:
+        options = {"save_lora": {}, "rank": {"rank": 8}, "uniform": {"uniform": True}}[save]
+        hs.save_lora(model, tmp_path / "a", **options)
+        loaded = PeftModel.from_pretrained(Alike(), tmp_path / "a")
+    assert (loaded(x) - wanted).norm() <= 1e-6 * wanted.norm()
+    for there, here in zip(lora_layers(loaded, "default"), lora_layers(model, "default"), strict=True):
+        assert there.name == here.name
+        found, expected = (each.module.get_delta_weight("default") for each in (there, here))
+        if method == "lora":
+            assert (found - expected).norm() <= 1e-5 * expected.norm(), there.name
 
 
 def test_rank_must_be_positive(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -204,11 +205,16 @@ def _fitting_config(
         config,
         r=r,
         lora_alpha=alpha,
-        rank_pattern={name: value for name, value in ranks.items() if value != r},
-        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        rank_pattern={_exactly(name): value for name, value in ranks.items() if value != r},
+        alpha_pattern={_exactly(name): value for name, value in alphas.items() if value != alpha},
         use_rslora=False,
         **_WRITTEN,
     )
+
+
+def _exactly(name: str) -> str:
+    """Return the pattern that matches this layer alone: PEFT takes a bare name for the ending of others, too."""
+    return f"^{re.escape(name)}"
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

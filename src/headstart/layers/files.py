@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ RESIDUAL_MARK = "headstart_residual.json"
 
 # No program reads an adapter without its config.
 ADAPTER_FOLDER = Kind(lambda folder: (WEIGHTS, CONFIG, RECORD), key=CONFIG)
+
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+DIFFUSERS_FOLDER = Kind(lambda folder: (DIFFUSERS_WEIGHTS,), key=DIFFUSERS_WEIGHTS)
 
 # What Transformers writes of a model and its tokenizer; whatever else it writes is ours from then on.
 _MODEL_FILES = (
@@ -47,10 +51,10 @@ MODEL_FOLDER = Kind(
 )
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> str:
-    """Write tensors to a safetensors file; return the file's SHA-256."""
+def write_tensors(tensors: dict[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> str:
+    """Write tensors to a safetensors file, with ``about`` in its header; return the file's SHA-256."""
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})
+    save_file(contiguous, path, metadata={"format": "pt", **(about or {})})
     return sha256(path)
 
 
