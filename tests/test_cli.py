@@ -205,7 +205,7 @@ def test_compare_never_takes_over_a_folder_with_something_else(tiny, sums, tmp_p
         (("init", "MODEL", "-m", "PISSA", "-o", "x"), 1, "Did you mean 'pissa'?"),
         (("init", "MODEL", "-m", "lora-sb:samples=2", "-o", "x", "--data", "BROKEN"), 1, "(--lr)"),
         (("init", "MODEL", "-m", "pissa", "-o", "EXISTING"), 1, "--force"),
-        (("init", "MODEL", "-m", "pissa", "-o", "BROKEN"), 1, "neither an adapter's folder nor a model's"),
+        (("init", "MODEL", "-m", "pissa", "-o", "BROKEN"), 1, "is no folder, so it is not overwritten"),
         (("init", "MODEL", "-m", "pissa", "-o", "."), 1, "the folder that the command runs in"),
         (("init", "MODEL", "-m", "pissa", "-o", "x", "-r", "40"), 1, "smaller side"),
         (("init", "MODEL", "-m", "pissa", "-o", "x", "--targets", "nothing"), 1, "nothing"),
@@ -309,7 +309,7 @@ def test_force_deletes_nothing_but_comparisons(tiny, sums, tmp_path, capsys):
     (tmp_path / "c" / "precious").write_text("x")
     code, _, err = run(capsys, *small(tiny, sums, tmp_path / "c", "--methods", "lora", "--force"))
     assert code == 1
-    assert "is not deleted" in err
+    assert "nothing in it is deleted" in err
     assert (tmp_path / "c" / "precious").exists()
     # A comparison is only deleted once the new one can be made.
     out = tmp_path / "d"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import stat
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
 
 from headstart.cache.folder import cache_folder
 from headstart.errors import ModelError
+from headstart.files import work_folder
 from headstart.training import models as conversion
 from headstart.training.models import resolve_model
 
@@ -247,14 +249,22 @@ def test_a_process_that_finishes_second_ends_well(
     assert (made / "tokenizer.json").exists()
 
 
-def test_what_a_killed_conversion_left_is_cleared_a_day_later(gguf_file: Path, cache: Path) -> None:
-    for name, age in ((".converting-old", 10**6), (".converting-now", 0)):
-        (cache / name).mkdir(parents=True)
-        stamp = (cache / name).stat().st_mtime - age
-        os.utime(cache / name, (stamp, stamp))
-    resolve_model(str(gguf_file), progress=False)
-    assert not (cache / ".converting-old").exists()
-    assert (cache / ".converting-now").exists()
+def test_what_a_killed_conversion_left_is_cleared_by_the_next(gguf_file: Path, cache: Path) -> None:
+    left = cache / f".tiny.{'0' * 8}-{'0' * 16}.headstart"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    with work_folder(cache, "tiny") as living:
+        resolve_model(str(gguf_file), progress=False)
+        assert living.exists()
+    assert not left.exists()
+    (made,) = cache.iterdir()
+    assert stat.S_IMODE(made.stat().st_mode) == 0o777 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def test_gguf_files_that_cannot_be_converted(

@@ -18,6 +18,7 @@ from headstart.context import Context, Memory, shown
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.adapters import find
 from headstart.layers.install import Subtracting, check_form
+from headstart.layers.unwrap import looked_through, looks_through
 from headstart.methods.base import ANY_LAYER, Factors, Method
 from headstart.methods.registry import parse_method
 from headstart.processes import Processes, is_sharded
@@ -33,6 +34,7 @@ from headstart.statistics.trainer import from_trainer, known_training
 from headstart.statistics.training import TrainingData
 
 
+@looks_through
 def initialize_(
     model: nn.Module,
     method: Method | str,
@@ -62,10 +64,10 @@ def initialize_(
 
     Args:
         model: what ``peft.get_peft_model`` returned, fresh: its adapter neither trained nor initialised. It may be
-            inside DistributedDataParallel, or its parameters sharded by FSDP2. DoRA layers take methods that keep their
-            start, and get the magnitude that goes with it; the layers of a VeRA adapter get a common dictionary from
-            what the method finds in each (:mod:`headstart.layers.vera`). Methods that train a core (lora-xs, lora-sb)
-            have to come before DDP or FSDP2.
+            inside DistributedDataParallel, DataParallel or torch.compile, or its parameters sharded by FSDP2. DoRA
+            layers take methods that keep their start, and get the magnitude that goes with it; the layers of a VeRA
+            adapter get a common dictionary from what the method finds in each (:mod:`headstart.layers.vera`). Methods
+            that train a core (lora-xs, lora-sb) have to come before DDP or FSDP2.
         method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``.
         data: for methods that read data: a trainer of Transformers or TRL, whose own data, collator, loss and schedule
             are used (:func:`headstart.statistics.trainer.from_trainer`); or an iterable of batches that the model
@@ -100,14 +102,14 @@ def initialize_(
         DataError: data that are missing, empty, or can't be learned from.
     """
     if base is not None:
-        warnings.warn("base= is now called form=, and goes in the next version.", FutureWarning, stacklevel=2)
+        warnings.warn("base= is now called form=, and goes in the next version.", FutureWarning, stacklevel=3)
         form = base
     method = parse_method(method) if isinstance(method, str) else method
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
     check_form(form)
     reading = Reading(memory_budget, offload)
-    model = _unwrapped(model, method)
+    _check_wrappers(model, method)
     memory = Memory(next(model.parameters()).device)
     context = Context(seed=seed, processes=Processes.joined())
     # Approximations hold a weight twice: as it is, and divided by the scaling.
@@ -130,7 +132,7 @@ def initialize_(
     with context.clock("install"):
         target.install(pairs, live_form, method, seed)
     for sentence in notes:
-        warnings.warn(sentence, HeadstartWarning, stacklevel=2)
+        warnings.warn(sentence, HeadstartWarning, stacklevel=3)  # over looks_through
     return Report(
         method=str(method),
         form=target.form or live_form,
@@ -162,12 +164,8 @@ def _source(
     return from_trainer(data, samples, context.seed)
 
 
-def _unwrapped(model: nn.Module, method: Method) -> nn.Module:
-    """Return the PEFT model inside DistributedDataParallel.
-
-    Raises:
-        LayerError: it is wrapped in a way in which its layers can't be read, or a core would come too late.
-    """
+def _check_wrappers(model: nn.Module, method: Method) -> None:
+    """Raise LayerError where layers can't be read, or a core would come too late."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
     ):
@@ -175,10 +173,9 @@ def _unwrapped(model: nn.Module, method: Method) -> nn.Module:
             "the model is sharded by FSDP1 or DeepSpeed, whose parts can't be read layer by layer: initialise it "
             "before that, or use FSDP2."
         )
-    inside = model.module if isinstance(model, DistributedDataParallel) else model
-    if method.form == "core" and (inside is not model or is_sharded(inside)):
+    distributed = any(isinstance(wrapper, DistributedDataParallel) for wrapper in looked_through())
+    if method.form == "core" and (distributed or is_sharded(model)):
         raise LayerError(
             f"method {method.name!r} adds a parameter to each layer, which DistributedDataParallel and FSDP2 would not "
             "know of: initialise the model before it is wrapped."
         )
-    return inside

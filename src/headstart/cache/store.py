@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headstart.cache.entries import KEY, DamagedEntryError, decode, encode, entry_path, write_whole
+from headstart.cache.entries import KEY, DamagedEntryError, decode, encode, entry_path
 from headstart.cache.eviction import Entry, evict, list_entries, remove_entry
 from headstart.cache.folder import factors_folder, size_limit
 from headstart.cache.locks import held
 from headstart.errors import HeadstartWarning
+from headstart.files import write_whole
 from headstart.methods.base import Factors
 from headstart.progress import Show, silent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch.nn.functional import pad
 from headstart.errors import BASE_PREFIX, CheckpointError
 from headstart.layers.anchored import ANCHOR_NAMES
 from headstart.layers.core import CORE
+from headstart.layers.unwrap import plain_name
 from headstart.linalg.product import product_norm, truncate_product
 
 
@@ -55,7 +57,8 @@ def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, 
     roles = {"lora_A.weight": "A", "lora_B.weight": "B", CORE: "core"}
     for kind, (name_A, name_B) in ANCHOR_NAMES.items():
         roles |= {name_A: f"{kind} A0", name_B: f"{kind} B0"}
-    for key, tensor in tensors.items():
+    for name, tensor in tensors.items():
+        key = plain_name(name)  # PEFT's own saving of a model with compiled parts writes their wrappers' names
         role = next((role for ending, role in roles.items() if key.endswith(f".{ending}")), None)
         if role is None:
             rest[key] = tensor
@@ -202,11 +205,16 @@ def _fitting_config(
         config,
         r=r,
         lora_alpha=alpha,
-        rank_pattern={name: value for name, value in ranks.items() if value != r},
-        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        rank_pattern={_exactly(name): value for name, value in ranks.items() if value != r},
+        alpha_pattern={_exactly(name): value for name, value in alphas.items() if value != alpha},
         use_rslora=False,
         **_WRITTEN,
     )
+
+
+def _exactly(name: str) -> str:
+    """Return the pattern that matches this layer alone: PEFT takes a bare name for the ending of others, too."""
+    return f"^{re.escape(name)}"
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from headstart.errors import BASE_PREFIX, LayerError, nearest, not_finite
 from headstart.layers.core import core_of, form_of
 from headstart.layers.frozen import frozen_factors
+from headstart.layers.unwrap import plain_name
 from headstart.layers.weights import base_weight, dense, is_transposed, weight_digest
 from headstart.linalg.product import product_norm
 from headstart.methods.base import Factors, Layer
@@ -132,12 +133,12 @@ def is_dora(module: LoraLayer, adapter: str) -> bool:
 
 
 def lora_layers(model: nn.Module, adapter: str) -> Iterator[TargetLayer]:
-    """Yield all LoRA layers that hold ``adapter``, in the model's order, whatever their type."""
+    """Yield all LoRA layers that hold ``adapter``, in the model's order, whatever their type, by their own names."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and (
             adapter in module.lora_A or adapter in module.lora_embedding_A or adapter in module.r
         ):
-            yield TargetLayer(name.removeprefix(BASE_PREFIX), module, adapter)
+            yield TargetLayer(plain_name(name).removeprefix(BASE_PREFIX), module, adapter)
 
 
 def resolve_adapter(model: nn.Module, adapter: str | None) -> str:

@@ -8,8 +8,10 @@ from headstart.errors import LayerError
 from headstart.layers.core import core_of
 from headstart.layers.find import lora_layers, resolve_adapter
 from headstart.layers.frozen import freeze_factors, frozen_factors
+from headstart.layers.unwrap import looks_through
 
 
+@looks_through
 def lora_fa_(model: nn.Module, adapter: str | None = None) -> int:
     """Freeze every layer's A, for good: PEFT keeps it frozen whatever adapter is switched on or off.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from headstart.cache.locks import take_lock
 from headstart.errors import CheckpointError
-from headstart.layers.files import sha256
+from headstart.files import sha256, whole_file
 from headstart.stream.tensors import Planned, TensorFile, write_chunks, write_file, writing
 
 _DIGEST = "digest"
@@ -49,14 +49,11 @@ class Work:
     Args:
         out: the folder that the start will write.
         key: all that the pieces depend on.
-        writer: this process's number. Where no locks can be had, two processes may write the same piece, and must not
-            write to the same file.
     """
 
-    def __init__(self, out: Path, key: Mapping[str, Any], writer: int = 0) -> None:
+    def __init__(self, out: Path, key: Mapping[str, Any]) -> None:
         self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self._prefix = f".{out.name}.stream-"
-        self._writer = writer
         self.folder = out.parent / f"{self._prefix}{self.key[:16]}"
 
     def create(self) -> None:
@@ -128,11 +125,8 @@ class Work:
     @contextlib.contextmanager
     def _partial(self, target: Path) -> Iterator[Path]:
         """Yield a path to write to, which becomes ``target`` when the block ends well."""
-        # Always the same name, so that what a killed process left is written over.
-        path = target.with_name(f"{target.name}.{self._writer}.partial")
-        with writing(target):
+        with writing(target), whole_file(target) as path:
             yield path
-            path.replace(target)
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:

@@ -18,7 +18,7 @@ from headstart._version import __version__
 from headstart.cache import FileDigests, open_store
 from headstart.context import Clock, Memory
 from headstart.errors import CheckpointError, HeadstartError, LayerError, MethodError
-from headstart.layers.files import check_free
+from headstart.files import check_free
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import Subtracting, check_form
 from headstart.methods.base import ANY_LAYER, Method, Training
@@ -29,7 +29,7 @@ from headstart.solve import checked
 from headstart.stream.assemble import assemble
 from headstart.stream.parts import Work
 from headstart.stream.pieces import Maker, averaged, layer_name, subtracted
-from headstart.stream.residual import make_shard
+from headstart.stream.residual import STREAMED_FOLDER, check_place, make_shard
 from headstart.stream.skeleton import ADAPTER, build
 from headstart.stream.source import Source
 
@@ -99,7 +99,7 @@ def stream_start(
         device: where factors are computed; of several processes each takes its own of that type.
         cache: as in ``initialize_``; the content of a file is hashed once, and known from then on.
         strict: raise where a layer can't be started as asked for, instead of falling back with a note.
-        force: overwrite an existing adapter.
+        force: replace what an earlier start wrote in a folder that exists; what else is in it stays.
         progress: as in ``initialize_``.
 
     Returns:
@@ -118,7 +118,9 @@ def stream_start(
     crew, clock = Crew.here(), Clock()
     out = Path(out)
     if crew.rank == 0:
-        check_free(out, force)
+        check_free(out, STREAMED_FOLDER, force)
+        if form == "residual":
+            check_place(out)
     _check_apart(Path(folder), out)
     with clock("find"):
         source = Source.open(Path(folder))
@@ -129,7 +131,7 @@ def stream_start(
         store = open_store(cache, notes.append)
         digests = FileDigests(store.folder) if store else None
         maker = Maker(source, skeleton, method, live_form, seed, crew.device(torch.device(device)), store, digests)
-        work = Work(out, _key(maker), crew.rank)
+        work = Work(out, _key(maker))
     if crew.rank == 0:
         work.create()
     elif not _invited(work, out, crew):
