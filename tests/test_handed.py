@@ -11,7 +11,18 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 
 import headstart as hs
-from conftest import class_batch, image_batch, logits, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit, token_batch, wrap
+from conftest import (
+    class_batch,
+    factors_of,
+    image_batch,
+    logits,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_vit,
+    token_batch,
+    wrap,
+)
 from headstart.errors import DataError, HeadstartError, LayerError, MethodError
 from headstart.layers.find import lora_layers
 from headstart.layers.weights import base_weight
@@ -24,10 +35,7 @@ def big_batch():
 
 
 def factors(model):
-    return {
-        target.name: [part["default"].weight.detach().clone() for part in (target.module.lora_A, target.module.lora_B)]
-        for target in lora_layers(model, "default")
-    }
+    return {target.name: list(factors_of(target.module)) for target in lora_layers(model, "default")}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -193,7 +201,7 @@ def test_loftq_brings_a_four_bit_base_nearer_to_its_original(tmp_path):
     weights = dict(original.named_modules())
     for target in lora_layers(model, "default"):
         W, Q = weights[target.name].weight.detach(), base_weight(target.module)
-        B, A = (part["default"].weight.detach() for part in (target.module.lora_B, target.module.lora_A))
+        A, B = factors_of(target.module)
         assert torch.linalg.matrix_norm(W - Q - B @ A) < 0.9 * torch.linalg.matrix_norm(W - Q), target.name
 
 

@@ -30,6 +30,7 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
     """
     check_free(out, force)
     parts = [work.need(layer_name(place)) for place in range(len(maker.skeleton.layers))]
+    by_name = {layer.name: part for layer, part in zip(maker.skeleton.layers, parts, strict=True)}
     planned: dict[str, Planned] = {}
     for part in parts:
         planned |= {name: _from_part(part, name) for name in part.file.entries}
@@ -43,10 +44,9 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
         model = maker.skeleton.model
         with ExitStack() as undo:
             if any(part.facts["marked"] for part in parts):
-                mark_config(model, ADAPTER, undo)
+                mark_config(model, ADAPTER, undo, {name: _form(part, maker) for name, part in by_name.items()})
             save_config(portable_config(model, ADAPTER), made)
-        names = [layer.name for layer in maker.skeleton.layers]
-        write_record(made, digest, {name: part.facts["record"] for name, part in zip(names, parts, strict=True)})
+        write_record(made, digest, {name: part.facts["record"] for name, part in by_name.items()})
         if maker.base == "residual" and any(map(subtracted, parts)):
             base = made / FOLDER
             base.mkdir()
@@ -54,6 +54,13 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
         put_in_place(made, out)
     work.clear()
     return [part.facts for part in parts]
+
+
+def _form(part: Part, maker: Maker) -> str | None:
+    """Return the form of a layer, as in memory; None for a plain one."""
+    if subtracted(part):
+        return maker.base
+    return "core" if part.facts["report"]["form"] == "core" else None
 
 
 def _from_part(part: Part, name: str) -> Planned:
