@@ -17,6 +17,7 @@ from torch import nn
 
 import headstart as hs
 from headstart.layers.find import lora_layers
+from headstart.layers.weights import whole
 
 VOCABULARY = 97
 # By the names that most architectures have for them.
@@ -205,6 +206,16 @@ def started(base: nn.Module, method="init-ab", *, seed=0, data=None, form="ancho
     model = wrap(base, **changes)
     hs.initialize_(model, method, seed=seed, data=data, base=form)
     return model
+
+
+@torch.no_grad()
+def factors_of(module: nn.Module, adapter: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) of a layer: what it holds, or where it holds differences to a start, start and difference together."""
+    A, B = (whole(part[adapter].weight.detach()).clone() for part in (module.lora_A, module.lora_B))
+    if adapter in getattr(module, "lora_start_A", ()):
+        A = module.lora_start_A[adapter].weight.detach() + A
+        B = module.lora_start_B[adapter].weight.detach() + B
+    return A, B
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 
 import headstart as hs
-from conftest import started, tiny_gpt2, tiny_llama, token_batch, wrap
+from conftest import factors_of, started, tiny_gpt2, tiny_llama, token_batch, wrap
 from headstart.cache import open_store
 from headstart.errors import HeadstartWarning
 from headstart.layers.find import lora_layers
@@ -25,10 +25,9 @@ def folder(tmp_path, monkeypatch):
 def factors(model):
     found = {}
     for target in lora_layers(model, "default"):
-        for name, part in (("A", target.module.lora_A), ("B", target.module.lora_B)):
-            found[target.name, name] = part["default"].weight.detach().clone()
+        found[target.name, "A"], found[target.name, "B"] = factors_of(target.module)
         if hasattr(target.module, "lora_core"):
-            found[target.name, "R"] = target.module.lora_core["default"].detach().clone()
+            found[target.name, "R"] = target.module.lora_core["default"].weight.detach().clone()
     return found
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import headstart as hs
-from conftest import ARCHITECTURES, logits, perturb, started, tiny_bert, tiny_gpt2, tiny_llama, token_batch
+from conftest import ARCHITECTURES, factors_of, logits, perturb, started, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 from headstart.layers.export import write_merged
 from headstart.layers.find import lora_layers
 
@@ -32,10 +32,7 @@ def deltas(model):
 
     found = {}
     for target in lora_layers(model, "default"):
-        A, B = (
-            target.module.lora_A["default"].weight.double(),
-            target.module.lora_B["default"].weight.double(),
-        )
+        A, B = (factor.double() for factor in factors_of(target.module))
         held = anchors(target.module, "default")
         A0, B0 = (part.double() for part in held) if held else (A * 0, B * 0)
         found[target.name] = target.scaling * (B @ A - B0 @ A0)
@@ -61,7 +58,7 @@ def test_plain_lora_has_the_same_logits(method, use_rslora, tmp_path, batch):
     plain = reloaded(tiny_llama(), tmp_path / "adapter")
     expected = logits(model, batch)
     assert (logits(plain, batch) - expected).norm() <= 1e-5 * expected.norm()
-    assert not any("anchor" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert not any("lora_start" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     factor = 1 if method in ("lora", "init-ab-plus") else 2
     assert plain.peft_config["default"].r == 4 * factor
     for mine, theirs in zip(lora_layers(model, "default"), lora_layers(plain, "default"), strict=True):
@@ -290,10 +287,10 @@ def test_exported_ranks_and_scalings_fit_the_tensors(r, rank):
 
     A, B = torch.randn(r, 90), torch.randn(95, r)
     tensors = {
-        "base_model.model.layer.lora_A.weight": A + 1,
-        "base_model.model.layer.lora_B.weight": B - 1,
-        "base_model.model.layer.lora_anchor_A": A,
-        "base_model.model.layer.lora_anchor_B": B,
+        "base_model.model.layer.lora_A.weight": torch.ones_like(A),
+        "base_model.model.layer.lora_B.weight": -torch.ones_like(B),
+        "base_model.model.layer.lora_start_A.weight": A,
+        "base_model.model.layer.lora_start_B.weight": B,
     }
     for use_rslora in (False, True):
         config = LoraConfig(r=r, lora_alpha=12, use_rslora=use_rslora)

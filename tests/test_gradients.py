@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import headstart as hs
-from conftest import ARCHITECTURES, class_batch, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch, wrap
+from conftest import ARCHITECTURES, class_batch, factors_of, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch, wrap
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Wants
 from headstart.statistics.prepare import prepare
@@ -214,8 +214,7 @@ def test_the_verb_takes_a_dataset_as_trainers_do():
     hs.initialize_(models[1], "lora-one:samples=5", data=[batch])
     assert report.samples == 5
     for mine, theirs in zip(*(lora_layers(model, "default") for model in models), strict=True):
-        for part in ("lora_A", "lora_B"):
-            found, expected = (getattr(each.module, part)["default"].weight for each in (mine, theirs))
+        for found, expected in zip(factors_of(mine.module), factors_of(theirs.module), strict=True):
             assert torch.allclose(found, expected, atol=1e-5)
 
 

@@ -12,11 +12,13 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
+import conftest
 import headstart as hs
 from conftest import logits, perturb, started, tiny_gpt2, tiny_llama, tiny_vit, token_batch, wrap
 from headstart.layers import anchored
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers, record
+from headstart.layers.mark import make_mark
 
 ZERO_PRODUCT = ["lora", "init-a", "init-b", "gaussian", "orthogonal"]
 SUBTRACTING = ["init-ab", "inilora-alpha", "inilora-beta", "inilora:steps=3", "inilora:solver=svd", "pissa"]
@@ -35,8 +37,7 @@ def targets_of(model, adapter="default"):
 
 
 def factors_of(target):
-    A = target.module.lora_A[target.adapter].weight.detach()
-    return A, target.module.lora_B[target.adapter].weight.detach()
+    return conftest.factors_of(target.module, target.adapter)
 
 
 def all_factors(model, adapter="default"):
@@ -78,8 +79,10 @@ def snapshot(model):
         "variants": {n: dict(m.lora_variant) for n, m in model.named_modules() if hasattr(m, "lora_variant")},
         "disabled": {n: m._disable_adapters for n, m in model.named_modules() if hasattr(m, "_disable_adapters")},
         "configs": {n: copy.deepcopy(c.to_dict()) for n, c in getattr(model, "peft_config", {}).items()},
-        "modes": {n: m.training for n, m in model.named_modules() if "lora_anchor" not in n and "residual" not in n},
-        "hooks": [len(m._forward_hooks) for m in model.modules() if not isinstance(m, nn.ParameterDict)],
+        "modes": {n: m.training for n, m in model.named_modules() if "lora_start" not in n and "residual" not in n},
+        "hooks": {
+            n: len(m._forward_hooks) for n, m in model.named_modules() if "lora_start" not in n and "residual" not in n
+        },
         "records": {n: record(t) for a in getattr(model, "peft_config", {}) for n, t in targets_of(model, a).items()},
     }
 
@@ -433,7 +436,7 @@ def test_the_config_is_marked_where_plain_peft_would_misread_the_adapter(method,
     model = started(tiny_llama(), method, form=form, data=data_for(method), target_modules=["q_proj"])
     subtracts = method in SUBTRACTING or "lora-ga" in method
     mark = model.peft_config["default"].init_lora_weights
-    assert mark == anchored.ANCHORED_MARK if subtracts else mark is True
+    assert mark == make_mark({"q_proj": form}) if subtracts else mark is True
     (target, _) = lora_layers(model, "default")
     assert (record(target)["method"].partition(":")[0], record(target)["form"]) == (
         method.partition(":")[0],
@@ -448,7 +451,7 @@ def test_the_config_is_marked_where_plain_peft_would_misread_the_adapter(method,
 # A failure half-way.
 
 STEPS = [
-    ("anchored", "init-ab", "set_anchors"),
+    ("anchored", "init-ab", "start_at"),
     ("anchored", "pissa", "set_record"),
     ("residual", "init-ab", "set_anchors"),
     ("residual", "init-ab", "subtract_product"),
@@ -522,7 +525,7 @@ def test_a_failure_between_the_two_anchors(monkeypatch, form, at):
         return nn.Parameter(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(anchored, "nn", SimpleNamespace(Parameter=parameter, ParameterDict=nn.ParameterDict))
+        patch.setattr(anchored, "nn", SimpleNamespace(Parameter=parameter, ModuleDict=nn.ModuleDict))
         with pytest.raises(MemoryError, match="no more"):
             hs.initialize_(model, "init-ab", form=form)
     assert_unchanged(model, before)
@@ -837,7 +840,7 @@ def test_a_config_can_serve_several_models():
     for _ in range(2):
         model = get_peft_model(tiny_llama(), config)
         hs.initialize_(model, "pissa")
-        assert model.peft_config["default"].init_lora_weights == anchored.ANCHORED_MARK
+        assert model.peft_config["default"].init_lora_weights == make_mark({"q_proj": "anchored"})
     assert config.init_lora_weights is True
 
 

@@ -19,6 +19,7 @@ import headstart as hs
 from conftest import (
     ARCHITECTURES,
     VOCABULARY,
+    factors_of,
     logits,
     perturb,
     tiny_bert,
@@ -851,13 +852,7 @@ def test_what_is_collected():
 
 
 def factors(model, adapter="default"):
-    return {
-        target.name: (
-            target.module.lora_A[adapter].weight.detach().clone(),
-            target.module.lora_B[adapter].weight.detach().clone(),
-        )
-        for target in lora_layers(model, adapter)
-    }
+    return {target.name: (*factors_of(target.module, adapter),) for target in lora_layers(model, adapter)}
 
 
 def reads_decoder(name):

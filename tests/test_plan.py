@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headstart as hs
-from conftest import tiny_llama, tiny_t5, token_batch, wrap
+from conftest import factors_of, tiny_llama, tiny_t5, token_batch, wrap
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Wants
 from headstart.statistics.plan import Need, Plan, free_memory, make_plan, parse_bytes
@@ -340,10 +340,7 @@ def test_notes_come_once():
 
 
 def all_factors(model):
-    return {
-        target.name: (target.module.lora_A["default"].weight, target.module.lora_B["default"].weight)
-        for target in lora_layers(model, "default")
-    }
+    return {target.name: factors_of(target.module) for target in lora_layers(model, "default")}
 
 
 @pytest.mark.parametrize("settings_", ["", ",fisher=full", ",tokens=labels", ",layers=attention"])

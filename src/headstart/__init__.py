@@ -20,7 +20,6 @@ from headstart.initialize import initialize_
 from headstart.layers import peft_hooks
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
 from headstart.layers.core import optimal_gradient
-from headstart.layers.decay import decay_to_anchor_
 from headstart.layers.export import save_lora
 from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import (
@@ -63,7 +62,6 @@ __all__ = [
     "TrainingData",
     "Wants",
     "__version__",
-    "decay_to_anchor_",
     "get_method",
     "initialize_",
     "load_checkpoint",

@@ -43,6 +43,7 @@ from headstart.layers.find import (
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
 from headstart.layers.unwrap import looks_through, plain_name
+from headstart.layers.watch import watch
 from headstart.layers.weights import fingerprint, quantisation
 
 _FORMAT = 1
@@ -319,6 +320,7 @@ def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) ->
         if mine is None:
             undo.callback(drop_core, module, adapter)
             set_core(module, adapter, layer.core)
+            undo.callback(watch(module, adapter, target.name))
         else:
             undo.callback(mine.data.copy_, mine.detach().clone())
     if layer.A0 is None or layer.B0 is None:
@@ -333,6 +335,7 @@ def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) ->
         module.lora_B[adapter].weight.data.copy_(layer.B0)
         subtract_product(target, undo)
     set_anchors(module, adapter, layer.A0, layer.B0, layer.kind)
+    undo.callback(watch(module, adapter, target.name))
 
 
 def _same(mine: Tensor, theirs: Tensor | None) -> bool:

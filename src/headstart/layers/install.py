@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
@@ -13,10 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from headstart._version import __version__
 from headstart.errors import LayerError, MethodError
-from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
-from headstart.layers.core import drop_core, set_core
-from headstart.layers.find import TargetLayer, is_dora, set_record, set_residual_owner
+from headstart.layers.anchored import drop_anchors, set_anchors, start_at
+from headstart.layers.core import drop_core, form_of, set_core
+from headstart.layers.find import TargetLayer, is_dora, lora_layers, set_record, set_residual_owner
 from headstart.layers.frozen import freeze_factors, thaw_factors
+from headstart.layers.mark import PLAIN, make_mark
+from headstart.layers.watch import watch
 from headstart.layers.weights import (
     assign,
     base_weight,
@@ -87,12 +89,17 @@ def start_note(method: Method, seed: int) -> dict[str, object]:
     return {"method": str(method), "seed": seed, "version": __version__}
 
 
-def mark_config(model: Any, adapter: str, undo: ExitStack) -> None:
-    """Let a copy of the adapter's config say that it is no plain LoRA; the user's own object may serve other models."""
+def mark_config(model: Any, adapter: str, undo: ExitStack, forms: Mapping[str, str | None] | None = None) -> None:
+    """Let a copy of the adapter's config say which forms its layers have; the user's own object may serve other models.
+
+    ``forms`` is by layer name, None for a plain one; by default it is read from the model.
+    """
+    if forms is None:
+        forms = {target.name: form_of(target.module, adapter) for target in lora_layers(model, adapter)}
     config = model.peft_config[adapter]
     undo.callback(model.peft_config.__setitem__, adapter, config)
     marked = copy.copy(config)
-    marked.init_lora_weights = ANCHORED_MARK
+    marked.init_lora_weights = make_mark({name: form or PLAIN for name, form in forms.items()})
     model.peft_config[adapter] = marked
 
 
@@ -109,6 +116,7 @@ def _install_one(target: TargetLayer, factors: Factors, form: LayerForm, undo: E
     if factors.core is not None:
         undo.callback(drop_core, module, adapter)
         set_core(module, adapter, factors.core)
+        undo.callback(watch(module, adapter, target.name))
     if is_dora(target.module, target.adapter):
         magnitude = module.lora_magnitude_vector[adapter].weight
         undo.callback(_copy, magnitude, magnitude.detach().clone())
@@ -116,9 +124,12 @@ def _install_one(target: TargetLayer, factors: Factors, form: LayerForm, undo: E
     if form in ("kept", "core"):
         return
     undo.callback(drop_anchors, module, adapter)
-    set_anchors(module, adapter, A, B, form)
     if form == "residual":
+        set_anchors(module, adapter, A, B, form)
         subtract_product(target, undo)
+    else:
+        start_at(module, adapter)
+        undo.callback(watch(module, adapter, target.name))
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
     """
     check_free(out, STREAMED_FOLDER, force)
     parts = [work.need(layer_name(place)) for place in range(len(maker.skeleton.layers))]
+    by_name = {layer.name: part for layer, part in zip(maker.skeleton.layers, parts, strict=True)}
     planned: dict[str, Planned] = {}
     for part in parts:
         planned |= {name: _from_part(part, name) for name in part.file.entries}
@@ -44,10 +45,9 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
         model = maker.skeleton.model
         with ExitStack() as undo:
             if any(part.facts["marked"] for part in parts):
-                mark_config(model, ADAPTER, undo)
+                mark_config(model, ADAPTER, undo, {name: _form(part) for name, part in by_name.items()})
             save_config(portable_config(model, ADAPTER), made)
-        names = [layer.name for layer in maker.skeleton.layers]
-        write_record(made, digest, {name: part.facts["record"] for name, part in zip(names, parts, strict=True)})
+        write_record(made, digest, {name: part.facts["record"] for name, part in by_name.items()})
         if maker.form == "residual" and any(map(subtracted, parts)):
             base = made / FOLDER
             base.mkdir()
@@ -55,6 +55,12 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
         put_in_place(made, out, STREAMED_FOLDER, force=force)
     work.clear()
     return [part.facts for part in parts]
+
+
+def _form(part: Part) -> str | None:
+    """Return the form of a layer, as in memory; None for a plain one."""
+    form = str(part.facts["record"]["form"])
+    return None if form == "kept" else form
 
 
 def _from_part(part: Part, name: str) -> Planned:
