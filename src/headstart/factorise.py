@@ -15,7 +15,7 @@ from headstart.cache import Store, cacheable, description, layer_key, weight_dig
 from headstart.errors import not_finite
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import check_factors
-from headstart.layers.weights import base_weight, dense, full_precision, is_transposed
+from headstart.layers.weights import base_weight, dense, full_precision, is_transposed, place
 from headstart.meters import Clock
 from headstart.methods.base import Factors, LayerInputs, Method, Moments, Needs
 from headstart.progress import Show
@@ -109,7 +109,7 @@ def from_weights(
         base = layer.module.get_base_layer()
         digest = digest_of(layer) if digest_of else weight_digest(dense(base))
         turned = is_transposed(layer.module)
-        keys.append(layer_key(method, inputs, digest, device=base.weight.device, transposed=turned))
+        keys.append(layer_key(method, inputs, digest, device=place(layer.module), transposed=turned))
         show("hashing", len(keys), len(layers))
 
     def compute(positions: Sequence[int]) -> list[Factors]:
@@ -171,13 +171,13 @@ def _groups(
         return
     alike: dict[Any, list[TargetLayer]] = defaultdict(list)
     for layer in layers:
-        device = layer.module.get_base_layer().weight.device
+        device = place(layer.module)
         shape = (layer.d_out, layer.d_in, layer.r, device)
         alike[shape if method.together == "shape" else statistics.groups.get(layer.name, layer.name)].append(layer)
     for group in alike.values():
         limit = _BATCH_BYTES if batch_bytes is None else batch_bytes
         fitting = max(1, limit // (4 * group[0].d_out * group[0].d_in))
-        if group[0].module.get_base_layer().weight.device.type == "cpu":
+        if place(group[0].module).type == "cpu":
             threads = torch.get_num_threads()
             fitting = min(fitting, _EACH_THREAD * threads)
             if batch_bytes is None:
@@ -197,7 +197,7 @@ def _inputs(
     weight: bool = True,
 ) -> LayerInputs:
     """Return what is known of a layer, on the layer's device; ``held`` keeps what several of them share."""
-    device = layer.module.get_base_layer().weight.device
+    device = place(layer.module)
     gradient, sketch = statistics.gradients.get(layer.name), statistics.sketches.get(layer.name)
     gradient = None if gradient is None else gradient.to(device)
     kronecker = statistics.kronecker.get(layer.name)
@@ -207,7 +207,7 @@ def _inputs(
     wanted = method.wanted(layer.name, layer.r)
     if wanted is not None and layer.name not in statistics.groups:
         # Nothing reached the layer: to the method that is a gradient of zero.
-        gradient = torch.zeros(layer.d_out, layer.d_in)
+        gradient = torch.zeros(layer.d_out, layer.d_in, dtype=torch.float32, device=device)
     return LayerInputs(
         name=layer.name,
         d_out=layer.d_out,

@@ -20,10 +20,12 @@ from headstart.cache import open_store
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError, not_finite
 from headstart.factorise import Facts, finite_weight, known_length, starts_of
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
+from headstart.layers.formats import check_readable, unreadable
 from headstart.layers.handed import peft_starts
-from headstart.layers.install import Base, check_base, install, start_note
+from headstart.layers.install import Base, check_base, install, is_dora, start_note
+from headstart.layers.reach import left_out
 from headstart.layers.vera import VeraTarget, find_vera_layers, install_dictionary, vera_adapter
-from headstart.layers.weights import dense
+from headstart.layers.weights import dense, model_device
 from headstart.linalg.norms import squared_norm
 from headstart.linalg.product import product_norm
 from headstart.linalg.sketch import GradientSketch
@@ -114,13 +116,15 @@ def initialize_(
     if lacking := method.missing(first_lr):
         raise MethodError(lacking)
     clock = Clock()
-    memory = Memory(next(model.parameters()).device)
 
     with clock("find"):
         vera = vera_adapter(model, adapter)
         layers = find_vera_layers(model, vera) if vera else find_layers(model, resolve_adapter(model, adapter))
         if vera and isinstance(method, HandedOver):
             raise MethodError(f"method {method.name!r} is PEFT's own, which knows no VeRA; use one of headstart's.")
+        reads = bool(method.needs & (Needs.WEIGHT | Needs.MOMENTS)) or base == "residual"
+        check_readable((each.name, each.module.get_base_layer()) for each in layers if reads or is_dora(each))
+    memory = Memory(model_device(model))
     processes = Processes.joined() if method.needs & (Needs.GRADIENT | Needs.FISHER) else Processes()
     shown = progress if processes.rank == 0 or progress is not True else False
     with _shown(shown) as show:
@@ -175,6 +179,7 @@ def initialize_(
         plan=str(collector.plan) if collector else "",
         cached=store.served if store else 0,
         trainable=sum(layer.trainable for layer, _ in starts),
+        left_out=left_out(model, layers),
         warnings=sentences,
     )
 
@@ -277,8 +282,9 @@ def _norm_of_product(target: TargetLayer, factors: Factors) -> float:
 
 def layer_report(target: TargetLayer, factors: Factors, seconds: float) -> LayerReport:
     """Return a layer's line in the report: the norms of its start and of its weight, before that is installed."""
-    norm_weight = math.sqrt(squared_norm(dense(target.module.get_base_layer())))
-    if not math.isfinite(norm_weight):
+    base = target.module.get_base_layer()
+    norm_weight = None if unreadable(base) else math.sqrt(squared_norm(dense(base)))
+    if norm_weight is not None and not math.isfinite(norm_weight):
         raise not_finite(target.name)
     return LayerReport(
         name=target.name,

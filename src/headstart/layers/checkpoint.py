@@ -284,7 +284,8 @@ def _check_base(
         if name in held and residual_owner(held[name].module) is not None:
             continue  # its weight is not the base model's any more; its anchors are compared instead
         expected = (found or {}).get("weight")
-        if expected is not None and not _alike(fingerprint(plain[name]), expected, plain[name].weight.dtype):
+        seen = None if expected is None else fingerprint(plain[name])
+        if seen and expected and not _alike(seen, expected, plain[name].weight.dtype):
             where = Path(getattr(base, "name_or_path", None) or "", RESIDUAL_MARK)
             hint = " (This is a residual model: headstart.stream.load_residual loads both.)" if where.is_file() else ""
             raise CheckpointError(
@@ -298,8 +299,8 @@ def _alike(found: list[float], expected: list[float], dtype: torch.dtype) -> boo
     tolerance = 1.0 if dtype not in (torch.float32, torch.float64) else 0.0
     tolerance *= 2 * torch.finfo(torch.bfloat16).eps
     # The checkpoint may have come from a rounded base as well, which float32 then doesn't match to the bit.
-    rounded = [float(torch.tensor(value).bfloat16()) for value in found]
-    half = [float(torch.tensor(value).half()) for value in found]
+    rounded = [float(torch.tensor(value, dtype=torch.float32, device="cpu").bfloat16()) for value in found]
+    half = [float(torch.tensor(value, dtype=torch.float32, device="cpu").half()) for value in found]
     return any(
         all(math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-12) for a, b in zip(values, expected, strict=True))
         for values in (found, rounded, half)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from headstart.errors import BASE_PREFIX, DataError, HeadstartError, LayerError, MethodError
 from headstart.layers.find import TargetLayer, lora_layers
+from headstart.layers.formats import quantisation
 from headstart.layers.install import check_factors
-from headstart.layers.weights import full_precision, quantisation
+from headstart.layers.weights import full_precision
 from headstart.methods.base import Factors, Needs
 from headstart.methods.handed import EVA, CorDA, HandedOver, LoftQ, MiCA, PiSSANiter
 from headstart.progress import Show
@@ -244,7 +245,9 @@ def _eva(method: EVA, model: Any, layers: Sequence[TargetLayer], batches: Sequen
     made: Starts = []
     for layer in lora_layers(model, adapter):
         A = found[f"{BASE_PREFIX}{layer.name}"].float()
-        made.append((layer, Factors(A, torch.zeros(layer.d_out, layer.r, device=A.device), offset="keep")))
+        made.append(
+            (layer, Factors(A, torch.zeros(layer.d_out, layer.r, dtype=A.dtype, device=A.device), offset="keep"))
+        )
     return made
 
 

@@ -16,15 +16,16 @@ from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
 from headstart.layers.core import drop_core, set_core
 from headstart.layers.find import TargetLayer, set_record, set_residual_owner
+from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.weights import (
     assign,
     base_weight,
     fingerprint,
     full_precision,
+    give_values,
     oriented,
     product,
-    quantisation,
     whole,
 )
 from headstart.methods.base import Factors, Method
@@ -99,7 +100,8 @@ def install(model: Any, starts: Sequence[tuple[TargetLayer, Factors]], base: Bas
                 _install_one(target, factors, base, undo)
             undo.callback(set_record, target, None)
             frozen = {"frozen": list(factors.frozen)} if factors.frozen else {}
-            set_record(target, {**note, "offset": factors.offset, "weight": prints[target.name], **frozen})
+            seen = {} if prints[target.name] is None else {"weight": prints[target.name]}
+            set_record(target, {**note, "offset": factors.offset, **seen, **frozen})
         if any(factors.offset == "subtract" or factors.core is not None for _, factors in starts):
             mark_config(model, starts[0][0].adapter, undo)
         undo.pop_all()
@@ -121,6 +123,7 @@ def mark_config(model: Any, adapter: str, undo: ExitStack) -> None:
 
 def _install_one(target: TargetLayer, factors: Factors, base: Base, undo: ExitStack) -> None:
     module, adapter = target.module, target.adapter
+    give_values(module, adapter, undo)
     A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     for parameter, value in ((A, factors.A), (B, factors.B)):
         before = parameter.detach().clone()

@@ -103,7 +103,7 @@ class LayerInputs:
         weight: W (d_out, d_in) in float32, for methods that need it.
         moments: of the weights of this layer's kind, for methods that need them.
         gradient: the mean gradient G of the loss (d_out, d_in) in float32, for methods that need it.
-        sketch: thin products of G, of the sum over samples, where those were asked for instead.
+        sketch: thin products of the same mean gradient, where those were asked for instead.
         kronecker: the Fisher information's two factors, for methods that need them.
         population: N, how many samples the training set holds, as far as that is known.
         samples: how many samples were read.
@@ -128,7 +128,7 @@ class LayerInputs:
     def generator(self) -> torch.Generator:
         """Return a fresh CPU generator; the same seed and name give the same draws in any process, in any order."""
         digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def require_weight(self) -> Tensor:
         """Return the weight, which the caller must have collected."""

@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from headstart.errors import DataError, LayerError
+from headstart.layers.weights import model_device
 from headstart.methods.base import Wanted
 from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples
 from headstart.statistics.gather import Statistics, anywhere, finest, gathered
@@ -84,7 +85,7 @@ class Collector:
         self._offload = offload == "cpu"
         self._processes = processes or Processes()
         self._lockstep = self._processes.several and is_sharded(model)
-        device = next(model.parameters()).device
+        device = model_device(model)
         modules = {name: layers[name].get_base_layer() for name in wanted}
         tokens: Tokens = next((each.tokens for each in wanted.values()), "attention")
         self._layouts: dict[str, Layout] = {}
@@ -244,7 +245,7 @@ class Collector:
     def _add_up_sketches(self, sums: Sums, *, last: bool) -> None:
         wanted = [name for name, shape in sums.shapes.items() if shape.wanted.gradient == "sketch"]
         reached = anywhere(self._processes, {name for name in wanted if sums.layers[name].sketch is not None})
-        device = next(self._model.parameters()).device
+        device = model_device(self._model)
         for name in wanted:
             if name not in reached:
                 continue

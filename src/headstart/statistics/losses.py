@@ -74,10 +74,10 @@ def _weights(rule: Rule, batch: Batch, size: int) -> Tensor:
     """Return how much each sample's own loss weighs in the batch's."""
     counts = label_counts(batch)
     if rule == "sum":
-        return torch.ones(size, dtype=torch.float64)
+        return torch.ones(size, dtype=torch.float64, device="cpu")
     if rule == "samples" or counts is None:
-        return torch.full((size,), 1 / size, dtype=torch.float64)
-    used = counts[:, 1 if rule == "shifted tokens" else 0].double()
+        return torch.full((size,), 1 / size, dtype=torch.float64, device="cpu")
+    used = counts[:, 1 if rule == "shifted tokens" else 0].cpu().double()
     return used / used.sum()
 
 
@@ -115,6 +115,7 @@ def fitting_rules(
     apart = torch.tensor(
         [float(loss_of(each, index)) for each, index in zip(outputs_apart, (low, high), strict=True)],
         dtype=torch.float64,
+        device="cpu",
     )
     together = float(loss_of(outputs, low))
     misfits: dict[Rule, float] = {}

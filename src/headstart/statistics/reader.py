@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headstart.errors import BASE_PREFIX, DataError, not_finite
+from headstart.layers.weights import model_device
 from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, single_sample
 from headstart.statistics.losses import (
     RULES,
@@ -45,7 +46,7 @@ class Reader:
         self._model = model
         self._modules = modules
         self._tokens = tokens
-        self._device = next(model.parameters()).device
+        self._device = model_device(model)
         self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         config = getattr(model, "config", None)
         self._longest = getattr(config, "max_position_embeddings", None) or math.inf
@@ -137,7 +138,7 @@ class Reader:
         if failure is None:
             return
         for name, parameter in self._model.named_parameters():
-            if not math.isfinite(float(parameter.detach().abs().max())):
+            if parameter.device.type != "meta" and not math.isfinite(float(parameter.detach().abs().max())):
                 raise not_finite(name.removeprefix(BASE_PREFIX).replace(".base_layer", "").rpartition(".")[0])
         raise failure
 

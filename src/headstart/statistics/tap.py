@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headstart.linalg.precision import full_precision
+
 # Called in backward with a layer's input (tokens, d_in) and output gradient (tokens, d_out).
 Sink = Callable[[Tensor, Tensor], None]
 # Called in forward with a layer's name and its input (..., d_in); returns the sink for this call's backward.
@@ -32,7 +34,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inputs,) = ctx.saved_tensors
-        ctx.sink(*(each.reshape(-1, each.shape[-1]) for each in (inputs, grads[0])))
+        with full_precision([grads[0].device]):
+            ctx.sink(*(each.reshape(-1, each.shape[-1]) for each in (inputs, grads[0])))
         return grads[0], None, None, None
 
 
@@ -48,7 +51,7 @@ def tapped(modules: Mapping[str, nn.Module], watch: Watch) -> Iterator[None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             sink = watch(name, args[0])
             # The graph starts here where nothing before this layer is trained: the root makes the output part of it.
-            root = torch.zeros((), device=output.device, requires_grad=True)
+            root = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             return _Tap.apply(output, args[0].detach(), root, sink)
 
         return hook

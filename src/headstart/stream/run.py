@@ -20,6 +20,7 @@ from headstart.errors import CheckpointError, HeadstartError, LayerError, Method
 from headstart.layers.files import check_free
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import Base, check_base
+from headstart.layers.reach import left_out
 from headstart.meters import Clock, Memory
 from headstart.methods.base import Method, Needs
 from headstart.methods.handed import HandedOver
@@ -159,6 +160,7 @@ def stream_start(
         seconds_by_step=clock.seconds,
         peak_memory=memory.peak(),
         trainable=sum(facts["trainable"] for facts in parts),
+        left_out=left_out(maker.skeleton.model, maker.skeleton.layers),
         cached=store.served if store else 0,
         warnings=[f"{each.name}: {each.note}" for each in reports if each.note] + notes,
     )
