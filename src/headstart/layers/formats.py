@@ -89,15 +89,16 @@ def check_not_tensor_parallel(model: nn.Module, layers: Iterable[tuple[str, nn.M
             split = id(base) not in fully_sharded or _splits_further(weight)
         if split or getattr(base, "_hf_tp_plan", None) is not None:
             raise LayerError(
-                f"layer {name!r}: the model is split by tensor parallelism (tp_plan, a mesh with 'tp'), in which every "
-                "process computes a part of each layer: initialise it in one process, or sharded by FSDP2, save a "
-                "checkpoint, and load that into the split model."
+                f"layer {name!r}: the model is split by tensor parallelism (tp_plan, a mesh with 'tp'), where every "
+                "process computes a part of each layer and no start can be made: load it without tp_plan, in one "
+                "process, under DistributedDataParallel, or sharded by FSDP2."
             )
 
 
 def _splits_further(weight: DTensor) -> bool:
     """Return whether a tensor is split along a dimension of the mesh that is not FSDP2's."""
-    if "tp" in (weight.device_mesh.mesh_dim_names or ()):
+    names = weight.device_mesh.mesh_dim_names or ()
+    if "tp" in names and weight.device_mesh.size(names.index("tp")) > 1:
         return True
     # FSDP2 splits along one dimension of the mesh, and copies along the other of HSDP's.
     return sum(isinstance(placement, Shard) for placement in weight.placements) > 1

@@ -153,7 +153,7 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
 
     Raises:
         LayerError: another adapter lives on the same weight, and would be changed with it; or the weight is quantised,
-            or sharded over processes.
+            sharded over processes, or kept elsewhere by accelerate.
     """
     module, adapter = target.module, target.adapter
     others = [name for name in module.lora_A if name != adapter]
@@ -172,6 +172,11 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
         raise LayerError(
             f"layer {target.name!r} is sharded over processes, and residual weights have to be made before that; "
             'initialise before fully_shard, or use base="anchored".'
+        )
+    if weight.device.type == "meta":
+        raise LayerError(
+            f"layer {target.name!r}: accelerate keeps its weight elsewhere, and nothing is subtracted there; use "
+            'base="anchored", which leaves it alone.'
         )
     undo.callback(set_residual_owner, module, None)
     set_residual_owner(module, adapter)

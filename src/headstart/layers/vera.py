@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headstart.errors import BASE_PREFIX, LayerError
 from headstart.layers.find import TargetLayer, active_adapters
+from headstart.layers.formats import check_not_tensor_parallel
 from headstart.linalg.precision import double, like
 from headstart.methods.base import Factors
 
@@ -66,6 +67,7 @@ def find_vera_layers(model: Any, adapter: str) -> list[TargetLayer]:
     ]
     if not targets:
         raise LayerError(f"adapter {adapter!r} has no VeRA layer in this model: check its target_modules.")
+    check_not_tensor_parallel(model, [(target.name, target.module.get_base_layer()) for target in targets])
     for target in targets:
         module: Any = target.module
         if module.merged:
