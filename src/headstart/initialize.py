@@ -18,7 +18,9 @@ from headstart.context import Context, Memory, shown
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.adapters import find
 from headstart.layers.install import Subtracting, check_form
+from headstart.layers.reach import left_out
 from headstart.layers.unwrap import looked_through, looks_through
+from headstart.layers.weights import model_device
 from headstart.methods.base import ANY_LAYER, Factors, Method
 from headstart.methods.registry import parse_method
 from headstart.processes import Processes, is_sharded
@@ -110,15 +112,15 @@ def initialize_(
     check_form(form)
     reading = Reading(memory_budget, offload)
     _check_wrappers(model, method)
-    memory = Memory(next(model.parameters()).device)
     context = Context(seed=seed, processes=Processes.joined())
     # Approximations hold a weight twice: as it is, and divided by the scaling.
     context.batch_bytes = None if memory_budget is None else parse_bytes(memory_budget, torch.device("cpu")) // 2
     with shown(progress, context.processes) as context.show:
         with context.clock("find"):
             target = find(model, adapter)
+            memory = Memory(model_device(model))
             source = _source(data, method, collator, batch_size, loss, context)
-            checked(method, target.layers, seed, source.training)
+            checked(method, target.layers, seed, source.training, reads_weights=form == "residual")
             store = open_store(cache, context.notes.append)
         starts: dict[str, Factors] = {}
         for statistics in context.timed("collect", collect(model, target.layers, method, source, reading, context)):
@@ -147,6 +149,7 @@ def initialize_(
         plan=statistics.plan,
         cached=store.served if store else 0,
         trainable=sum(layer.trainable for layer in target.layers),
+        left_out=left_out(model, target.layers),
         warnings=notes,
     )
 

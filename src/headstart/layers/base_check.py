@@ -13,7 +13,8 @@ from headstart.errors import CheckpointError, HeadstartWarning
 from headstart.layers.adapter import AdapterLayer
 from headstart.layers.files import RESIDUAL_MARK
 from headstart.layers.find import lora_layers, residual_owner
-from headstart.layers.weights import fingerprint, linear_shape, quantisation
+from headstart.layers.formats import quantisation
+from headstart.layers.weights import fingerprint, linear_shape
 
 
 def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adapter: str) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def check_weights(model: Any, plain: dict[str, Any], records: dict[str, Any], fo
             continue
         here, there = quantisation(plain[name]), found.get("quantised")
         sample = fingerprint(plain[name])
-        if _alike(sample, expected, plain[name].weight.dtype):
+        if sample is None or _alike(sample, expected, plain[name].weight.dtype):
             continue
         if (here or there) and _near(sample, expected):
             differing.add((_words(here), _words(there)))

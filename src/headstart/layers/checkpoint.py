@@ -44,7 +44,8 @@ from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.watch import watch
-from headstart.layers.weights import fingerprint, quantisation
+from headstart.layers.formats import quantisation
+from headstart.layers.weights import fingerprint
 
 _FORMAT = 1
 

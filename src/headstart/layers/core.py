@@ -19,6 +19,7 @@ from headstart.errors import LayerError
 from headstart.layers.anchored import Formed, anchor_kind, fitted
 from headstart.layers.frozen import freeze_factors, thaw_factors
 from headstart.layers.weights import oriented, product, whole
+from headstart.linalg.precision import double, like
 
 # The name of the module that holds R, in layers and in files.
 CORE = "lora_core"
@@ -105,11 +106,11 @@ def optimal_gradient(model: nn.Module, adapter: str = "default") -> Iterator[Non
         R = core_of(module, adapter)
         if R is None:
             continue
-        A, B = (whole(factor[adapter].weight.detach()).double() for factor in (module.lora_A, module.lora_B))
+        A, B = (double(whole(factor[adapter].weight.detach())) for factor in (module.lora_A, module.lora_B))
         left, right = torch.linalg.inv(B.T @ B) / module.scaling[adapter] ** 2, torch.linalg.inv(A @ A.T)
 
         def corrected(g: Tensor, left: Tensor = left, right: Tensor = right) -> Tensor:
-            return (left @ g.double() @ right).to(g.dtype)
+            return like(left @ double(g) @ right, g)
 
         handles.append(R.register_hook(corrected))
     if not handles:

@@ -16,6 +16,7 @@ from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import drop_anchors, set_anchors, start_at
 from headstart.layers.core import drop_core, form_of, set_core
 from headstart.layers.find import TargetLayer, is_dora, lora_layers, set_record, set_residual_owner
+from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, thaw_factors
 from headstart.layers.mark import PLAIN, make_mark
 from headstart.layers.watch import watch
@@ -24,9 +25,9 @@ from headstart.layers.weights import (
     base_weight,
     fingerprint,
     full_precision,
+    give_values,
     oriented,
     product,
-    quantisation,
     whole,
 )
 from headstart.methods.base import Factors, Form, Method
@@ -78,7 +79,8 @@ def install(
                 _install_one(target, factors, form, undo)
             undo.callback(set_record, target, None)
             frozen = {"frozen": list(factors.frozen)} if factors.frozen else {}
-            set_record(target, {**note, "form": form, "weight": prints[target.name], **frozen})
+            sample = {} if prints[target.name] is None else {"weight": prints[target.name]}
+            set_record(target, {**note, "form": form, **sample, **frozen})
         if form != "kept":
             mark_config(model, starts[0][0].adapter, undo)
         undo.pop_all()
@@ -105,6 +107,7 @@ def mark_config(model: Any, adapter: str, undo: ExitStack, forms: Mapping[str, s
 
 def _install_one(target: TargetLayer, factors: Factors, form: LayerForm, undo: ExitStack) -> None:
     module, adapter = target.module, target.adapter
+    give_values(module, adapter, undo)
     A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     for parameter, value in ((A, factors.A), (B, factors.B)):
         before = parameter.detach().clone()
@@ -138,7 +141,7 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
 
     Raises:
         LayerError: another adapter lives on the same weight, and would be changed with it; or the weight is quantised,
-            or sharded over processes.
+            sharded over processes, or kept elsewhere by accelerate.
     """
     module, adapter = target.module, target.adapter
     others = [name for name in module.lora_A if name != adapter]
@@ -157,6 +160,11 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
         raise LayerError(
             f"layer {target.name!r} is sharded over processes, and residual weights have to be made before that; "
             'initialise before fully_shard, or use form="anchored".'
+        )
+    if weight.device.type == "meta":
+        raise LayerError(
+            f"layer {target.name!r}: accelerate keeps its weight elsewhere, and nothing is subtracted there; use "
+            'form="anchored", which leaves it alone.'
         )
     undo.callback(set_residual_owner, module, None)
     set_residual_owner(module, adapter)

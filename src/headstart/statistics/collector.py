@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from headstart.errors import DataError, LayerError
+from headstart.layers.weights import model_device
 from headstart.processes import Processes, in_step, together
 from headstart.statistics.batches import Samples
 from headstart.statistics.forward import ForwardReader, Restart
@@ -127,7 +128,7 @@ class Collector:
     def _add_up_sketches(self, sums: Sums, *, last: bool) -> None:
         sketched = [name for name, shape in sums.shapes.items() if shape.wanted.gradient == "sketch"]
         reached = anywhere(self.processes, {name for name in sketched if sums.layers[name].sketch is not None})
-        device = next(self.model.parameters()).device
+        device = model_device(self.model)
         for name in sketched:
             if name not in reached:
                 continue

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headstart.linalg.precision import full_precision
 from headstart.statistics.batches import Samples, moved
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.reader import Reader
 from headstart.statistics.sums import Regroup, Sums
-from headstart.statistics.tap import full_precision
 
 # In a batch, a sample's inputs differ by rounding from those that it has alone; more than this is padding that leaks.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -39,7 +39,7 @@ class ForwardReader:
         self._reader = reader
         self._modules = modules
         self._tokens = tokens
-        self._device = next(iter(modules.values())).get_parameter("weight").device
+        self._device = reader.device
         self._compared = False
         self._apart = False
 
@@ -91,7 +91,7 @@ class ForwardReader:
     def _watching(self, sums: Sums, names: set[str]) -> Iterator[None]:
         def hook_for(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                with full_precision(self._device):
+                with full_precision([self._device]):
                     sums.take(name, args[0])
 
             return hook

@@ -102,6 +102,7 @@ def gathered(sums: Sums, processes: Processes, samples: int, tokens: int) -> Sta
                 result.gradients[name] = total.div_(samples)
                 _check(total, name, "gradient", failures)
         elif wanted.gradient == "sketch" and layer.sketch is not None and mine:
+            layer.sketch.scale(1 / samples)
             result.sketches[name] = layer.sketch
         if not wanted.input_moments:
             continue

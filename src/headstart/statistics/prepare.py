@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from headstart.layers.weights import model_device
 from headstart.methods.base import Wants
 from headstart.processes import Processes, digest, is_sharded, together
 from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples, size_of
@@ -78,7 +79,7 @@ def prepare(
     """
     processes = processes or Processes()
     lockstep = processes.several and is_sharded(model)
-    device = next(model.parameters()).device
+    device = model_device(model)
     modules = {name: layers[name].get_base_layer() for name in wanted}
     tokens: Tokens = next((wants.tokens for wants in wanted.values()), "attention")
     backward = any(wants.backward for wants in wanted.values())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headstart.errors import BASE_PREFIX, DataError, not_finite
+from headstart.layers.weights import model_device
 from headstart.processes import Processes
 from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, moved, single_sample, token_labels
 from headstart.statistics.head import makes, plain_head, states_of, watched
@@ -72,7 +73,7 @@ class Reader:
         self._model = model
         self._modules = modules
         self._tokens = tokens
-        self._device = next(model.parameters()).device
+        self._device = model_device(model)
         self._loss = loss
         self._whole = whole
         self._seed = seed
@@ -91,6 +92,11 @@ class Reader:
         # Whether a batch, and a padded one, was found to give its samples' outputs.
         self._agreed = {False: False, True: False}
         self.notes: list[str] = []
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's inputs."""
+        return self._device
 
     @property
     def keeps_batches(self) -> bool:
@@ -401,7 +407,7 @@ class Reader:
         if failure is None:
             return
         for name, parameter in self._model.named_parameters():
-            if not math.isfinite(float(parameter.detach().abs().max())):
+            if parameter.device.type != "meta" and not math.isfinite(float(parameter.detach().abs().max())):
                 raise not_finite(name.removeprefix(BASE_PREFIX).replace(".base_layer", "").rpartition(".")[0])
         raise failure
 

@@ -167,7 +167,7 @@ class Sums:
     def gradient(self, name: str) -> Tensor:
         """Return the sum of g'x of a layer, zeros where none came."""
         held, shape = self.layers[name].gradient, self.shapes[name]
-        return torch.zeros(shape.d_out, shape.d_in) if held is None else held
+        return _zeros(shape.d_out, shape.d_in) if held is None else held
 
     def outputs(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the sums of g g' (its lower blocks) and g of a layer, zeros where none came."""
@@ -175,12 +175,12 @@ class Sums:
         if layer.gram is not None and layer.total is not None:
             return layer.gram, layer.total
         full = shape.wanted.outputs == "full"
-        return torch.zeros((shape.d_out, shape.d_out) if full else (shape.d_out,)), torch.zeros(shape.d_out)
+        return _zeros(*(shape.d_out,) * (2 if full else 1)), _zeros(shape.d_out)
 
     def input(self, name: str) -> InputSum:
         """Return the sums over the input that a layer reads, zeros where none came."""
         size = self.shapes[name].d_in
-        return self.inputs.setdefault(self.groups[name], InputSum(torch.zeros(size, size), torch.zeros(size)))
+        return self.inputs.setdefault(self.groups[name], InputSum(_zeros(size, size), _zeros(size)))
 
     def _shared(self, name: str, inputs: Tensor) -> _Shared:
         assert self._masks is not None
@@ -215,7 +215,7 @@ class Sums:
             mine.sketch.add(x, g)
             return
         if mine.gradient is None:
-            mine.gradient = torch.zeros(shape.d_out, shape.d_in, device=self._place(x))
+            mine.gradient = _zeros(shape.d_out, shape.d_in, device=self._place(x))
         _add_product(mine.gradient, g.float(), x.float())
 
     def new_sketch(self, shape: Shape, device: torch.device) -> GradientSketch:
@@ -232,8 +232,8 @@ class Sums:
         g = shared.rows.of(g).float()
         full = shape.wanted.outputs == "full"
         if mine.gram is None or mine.total is None:
-            mine.gram = torch.zeros((shape.d_out, shape.d_out) if full else (shape.d_out,), device=place)
-            mine.total = torch.zeros(shape.d_out, device=place)
+            mine.gram = _zeros(*(shape.d_out,) * (2 if full else 1), device=place)
+            mine.total = _zeros(shape.d_out, device=place)
         if full:
             _add_gram(mine.gram, g)
         else:
@@ -251,13 +251,18 @@ class Sums:
         shape, place = self.shapes[name], self._place(x)
         group = self.groups[name]
         if group not in self.inputs:
-            gram = torch.zeros(shape.d_in, shape.d_in, device=place)
-            self.inputs[group] = InputSum(gram, torch.zeros(shape.d_in, device=place))
+            gram = _zeros(shape.d_in, shape.d_in, device=place)
+            self.inputs[group] = InputSum(gram, _zeros(shape.d_in, device=place))
         held = self.inputs[group]
         x = shared.rows.of(x).float()
         _add_gram(held.gram, x)
         held.total += x.sum(0).to(place)
         held.tokens += shared.rows.count
+
+
+def _zeros(*shape: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return zeros in float32, whatever torch's defaults are."""
+    return torch.zeros(shape, dtype=torch.float32, device=device)
 
 
 def symmetric(gram: Tensor) -> Tensor:

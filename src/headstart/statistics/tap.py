@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headstart.linalg.precision import full_precision
 from headstart.statistics.scale import LossScale
 
 # Called in backward with a layer's input (tokens, d_in) and output gradient (tokens, d_out).
@@ -38,7 +39,7 @@ class _Tap(torch.autograd.Function):
             ctx.scale.see(gradient)
             return gradient, None, None, None, None
         (inputs,) = ctx.saved_tensors
-        with full_precision(gradient.device):
+        with full_precision([gradient.device]):
             flat = ctx.scale.undone(gradient.reshape(-1, gradient.shape[-1]))
             ctx.sink(inputs.reshape(-1, inputs.shape[-1]), flat)
         return gradient, None, None, None, None
@@ -62,7 +63,7 @@ def tapped(modules: Mapping[str, nn.Module], watch: Watch, scale: LossScale) -> 
             scale.notice(output.dtype)
             sink = watch(name, args[0])
             # The graph starts here where nothing before this layer is trained: the root makes the output part of it.
-            root = torch.zeros((), device=output.device, requires_grad=True)
+            root = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             return _Tap.apply(output, args[0].detach(), root, sink, scale)
 
         return hook
@@ -73,25 +74,6 @@ def tapped(modules: Mapping[str, nn.Module], watch: Watch, scale: LossScale) -> 
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Within the block, float32 products are computed in float32: no autocast, no TF32 and no bfloat16 instead."""
-    kept: list[tuple[object, str]] = [
-        (backend, "fp32_precision") for backend in matmul_settings() if hasattr(backend, "fp32_precision")
-    ]
-    # PyTorch before 2.9 has one switch, for CUDA alone.
-    kept = kept or [(torch.backends.cuda.matmul, "allow_tf32")]
-    before = [getattr(backend, name) for backend, name in kept]
-    try:
-        for backend, name in kept:
-            setattr(backend, name, "ieee" if name == "fp32_precision" else False)
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for (backend, name), value in zip(kept, before, strict=True):
-            setattr(backend, name, value)
 
 
 def matmul_settings() -> list[object]:

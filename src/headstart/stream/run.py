@@ -21,6 +21,7 @@ from headstart.errors import CheckpointError, HeadstartError, LayerError, Method
 from headstart.files import check_free
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import Subtracting, check_form
+from headstart.layers.reach import left_out
 from headstart.methods.base import ANY_LAYER, Method, Training
 from headstart.methods.registry import method_class, method_names, parse_method
 from headstart.progress import Show, progress_bars, silent
@@ -163,6 +164,7 @@ def stream_start(
         seconds_by_step=clock.seconds,
         peak_memory=memory.peak(),
         trainable=sum(facts["trainable"] for facts in parts),
+        left_out=left_out(maker.skeleton.model, maker.skeleton.layers),
         cached=store.served if store else 0,
         warnings=[f"{each.name}: {each.note}" for each in reports if each.note] + notes,
     )
