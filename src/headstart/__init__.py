@@ -5,6 +5,7 @@
 >>> hs.save_lora(peft_model, "adapter/")
 """
 
+from headstart import _imports  # noqa: F401 - before whatever imports PEFT
 from headstart._version import __version__
 from headstart.errors import (
     CheckpointError,
