@@ -10,6 +10,7 @@ from typing import Any
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -138,7 +139,10 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the active adapters of a PEFT model, or of a Transformers model with adapters of its own."""
     active: Any = getattr(model, "active_adapters", None)
-    return list(active() if callable(active) else active or getattr(model, "peft_config", None) or ())
+    if callable(active):
+        # Transformers' own asks for a release of PEFT by number, and then for what any of its layers knows.
+        active = next((layer.active_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer)), None)
+    return list(active or getattr(model, "peft_config", None) or ())
 
 
 def record(target: TargetLayer) -> dict[str, object] | None:

@@ -131,7 +131,8 @@ def _weights_kept(layers: Sequence[TargetLayer]) -> Iterator[None]:
 def _modules_kept(model: nn.Module, layers: Sequence[TargetLayer]) -> Iterator[None]:
     """Put every module's mode back after the block, and remove the hooks and notes that PEFT left, done or not."""
     modules = list(model.modules())
-    modes = [module.training for module in modules]
+    # By name: PEFT makes parts of a layer anew when its rank changes, and a new dropout would be switched on.
+    modes = {name: module.training for name, module in model.named_modules()}
     # bitsandbytes would reorder 4-bit weights for evaluation on a CPU, and compute with them what training doesn't.
     reordering = [module for module in modules if getattr(module, _REORDERS, False)]
     bases = [layer.module.get_base_layer() for layer in layers]
@@ -143,8 +144,9 @@ def _modules_kept(model: nn.Module, layers: Sequence[TargetLayer]) -> Iterator[N
     finally:
         for module in reordering:
             setattr(module, _REORDERS, True)
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        for name, module in model.named_modules():
+            module.training = modes.get(name, module.training)
+        for module in modules:
             for key, hook in list(module._forward_hooks.items()):
                 if getattr(hook, "__module__", None) in _HOOKING:
                     del module._forward_hooks[key]
