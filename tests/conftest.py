@@ -9,10 +9,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HEADSTART_CACHE_LIMIT"] = "0"
 
 from collections.abc import Callable
+from importlib.metadata import version
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 import headstart as hs
@@ -199,6 +200,29 @@ def wrap(base: nn.Module, **changes):
         settings["fan_in_fan_out"] = True
     torch.manual_seed(1)
     return get_peft_model(base, LoraConfig(**(settings | changes)))
+
+
+def injected(base, config):
+    """A model with PEFT's layers in it and no PeftModel around it, as transformers' ``add_adapter`` makes it."""
+    inject_adapter_in_model(config, base, "default")
+    base._hf_peft_config_loaded = True
+    return base
+
+
+def added(base, config):
+    """The same, made by transformers itself, which asks for a release of PEFT of its own choice."""
+    try:
+        base.add_adapter(config, "default")
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(
+            f"transformers {version('transformers')} does not add adapters with PEFT {version('peft')}: {error}"
+        )
+    return base
+
+
+WRAPPERS = pytest.mark.parametrize("wrapped", [injected, added])
 
 
 def started(base: nn.Module, method="init-ab", *, seed=0, data=None, form="anchored", **changes):

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import headstart as hs
-from conftest import logits, perturb, started, tiny_bert, tiny_gpt2, tiny_llama, wrap
+from conftest import WRAPPERS, logits, perturb, started, tiny_bert, tiny_gpt2, tiny_llama, wrap
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers
 
@@ -376,11 +376,10 @@ def test_a_start_that_froze_B_leaves_it_trainable_for_the_next(tmp_path):
         assert target.module.lora_B["default"].weight.requires_grad
 
 
+@WRAPPERS
 @pytest.mark.parametrize("trainable", [False, True])
-def test_into_a_model_that_transformers_wrapped(trainable, tmp_path, batch):
-    model, other = tiny_llama(), tiny_llama()
-    for each in (model, other):
-        each.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]), "default")
+def test_into_a_model_without_pefts_wrapper(wrapped, trainable, tmp_path, batch):
+    model, other = (wrapped(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"])) for _ in range(2))
     hs.initialize_(model, "pissa", progress=False)
     perturb(model)
     hs.save_checkpoint(model, tmp_path / "c")

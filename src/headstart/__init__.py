@@ -7,6 +7,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from headstart import _imports  # noqa: F401 - before whatever imports PEFT
 from headstart._version import __version__
 from headstart.errors import (
     CheckpointError,

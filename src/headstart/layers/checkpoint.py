@@ -40,11 +40,11 @@ from headstart.layers.find import (
     resolve_adapter,
     set_record,
 )
+from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.watch import watch
-from headstart.layers.formats import quantisation
 from headstart.layers.weights import fingerprint
 
 _FORMAT = 1

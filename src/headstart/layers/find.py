@@ -13,6 +13,7 @@ from accelerate.utils import has_offloaded_params
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -202,7 +203,10 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the active adapters of a PEFT model, or of a Transformers model with adapters of its own."""
     active: Any = getattr(model, "active_adapters", None)
-    return list(active() if callable(active) else active or getattr(model, "peft_config", None) or ())
+    if callable(active):
+        # Transformers' own asks for a release of PEFT by number, and then for what any of its layers knows.
+        active = next((layer.active_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer)), None)
+    return list(active or getattr(model, "peft_config", None) or ())
 
 
 def record(target: TargetLayer) -> dict[str, object] | None:
