@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from headstart.context import Context
 from headstart.errors import DataError, LayerError, MethodError
 from headstart.layers.find import TargetLayer
+from headstart.layers.original import Original
 from headstart.methods.base import ANY_LAYER, Method, Wants
 from headstart.processes import Processes, digest, in_step, is_sharded, together
 from headstart.statistics.batches import Batch, Collator, Samples, iterate_samples
@@ -324,7 +325,8 @@ def collect(
 ) -> Iterator[Statistics]:
     """Yield what the method wants, pass by pass; free each item before asking for the next.
 
-    The first item is for the layers that no data are needed for; it holds no more than moments of the weights.
+    The first item is for the layers that no data are needed for; it holds no more than moments of the weights, and
+    where those lie that quantisation has changed.
 
     Raises:
         DataError: data are wanted and there are none, or see :class:`Collector`.
@@ -339,7 +341,11 @@ def collect(
     if reads and not reading_layers:
         raise MethodError(f"method '{method}' leaves out every layer that the adapter has; change its setting layers.")
     measured = [layer for layer in layers if wants[layer.name].moments]
+    quantised = [layer for layer in layers if wants[layer.name].original]
+    path = wants[quantised[0].name].model_path if quantised else None
+    original = Original.open(model, quantised, path) if quantised else None
     yield Statistics(
+        original=original,
         layers=tuple(name for name in wants if name not in reading_layers),
         moments=kind_moments((layer.kind, layer.weight()) for layer in measured),
     )
@@ -361,4 +367,5 @@ def collect(
     for statistics in collector.passes(context.show):
         context.notes += statistics.notes
         statistics.plan = str(collector.plan)
+        statistics.original = original
         yield statistics
