@@ -27,7 +27,7 @@ from headstart.processes import Processes, is_sharded
 from headstart.progress import Show
 from headstart.report import Report
 from headstart.reporting import fallbacks, layer_report
-from headstart.solve import checked, solve
+from headstart.solve import checked, settled, solve
 from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Reading, collect
 from headstart.statistics.plan import parse_bytes
@@ -57,8 +57,8 @@ def initialize_(
 ) -> Report:
     """Initialise the LoRA factors of a PEFT model in place.
 
-    Rank, scaling, patterns and targets are read from the model. A failure half-way, Ctrl-C included, leaves the model
-    as it was.
+    Rank, scaling, patterns and targets are read from the model; methods that share ranks out among layers (eva) write
+    them anew. A failure half-way, Ctrl-C included, leaves the model as it was.
 
     Under ``torchrun`` or ``accelerate launch`` call it in every process with the same seed. Methods that read data
     share the work: each process reads its part of the samples (of the same data, or of data that are already divided)
@@ -69,7 +69,7 @@ def initialize_(
             inside DistributedDataParallel, DataParallel or torch.compile, or its parameters sharded by FSDP2. DoRA
             layers take methods that keep their start, and get the magnitude that goes with it; the layers of a VeRA
             adapter get a common dictionary from what the method finds in each (:mod:`headstart.layers.vera`). Methods
-            that train a core (lora-xs, lora-sb) have to come before DDP or FSDP2.
+            that train a core (lora-xs, lora-sb) or share ranks out (eva) have to come before DDP or FSDP2.
         method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``.
         data: for methods that read data: a trainer of Transformers or TRL, whose own data, collator, loss and schedule
             are used (:func:`headstart.statistics.trainer.from_trainer`); or an iterable of batches that the model
@@ -126,6 +126,8 @@ def initialize_(
         for statistics in context.timed("collect", collect(model, target.layers, method, source, reading, context)):
             with context.clock("factorise"):
                 starts |= solve(method, target.layers, statistics, context, source.training, store)
+    with context.clock("factorise"):
+        starts = settled(method, target.layers, starts)
     notes = [*fallbacks(starts, strict), *context.notes]
     pairs = [(layer, starts[layer.name]) for layer in target.layers]
     live_form = form if method.form == "anchored" else method.form
@@ -177,8 +179,9 @@ def _check_wrappers(model: nn.Module, method: Method) -> None:
             "before that, or use FSDP2."
         )
     distributed = any(isinstance(wrapper, DistributedDataParallel) for wrapper in looked_through())
-    if method.form == "core" and (distributed or is_sharded(model)):
+    if (method.form == "core" or method.shares_ranks) and (distributed or is_sharded(model)):
+        does = "adds a parameter to each layer" if method.form == "core" else "gives layers parameters of other ranks"
         raise LayerError(
-            f"method {method.name!r} adds a parameter to each layer, which DistributedDataParallel and FSDP2 would not "
-            "know of: initialise the model before it is wrapped."
+            f"method {method.name!r} {does}, which DistributedDataParallel and FSDP2 would not know of: initialise the "
+            "model before it is wrapped."
         )

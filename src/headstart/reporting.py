@@ -29,7 +29,7 @@ def layer_report(layer: TargetLayer, factors: Factors, form: LayerForm, context:
         name=layer.name,
         d_out=layer.d_out,
         d_in=layer.d_in,
-        r=layer.r,
+        r=len(factors.A),
         norm_A=float(torch.linalg.matrix_norm(factors.A)),
         norm_B=float(torch.linalg.matrix_norm(factors.B)),
         norm_product=layer.start_norm(factors),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headstart.cache import Store, cacheable, description, layer_key
 from headstart.context import Context
+from headstart.errors import LayerError
 from headstart.layers.find import TargetLayer
 from headstart.layers.formats import check_readable
 from headstart.layers.install import check_factors
@@ -67,6 +68,24 @@ def solve(
         starts |= others
         context.layer_seconds |= seconds
     return starts
+
+
+def settled(method: Method, layers: Sequence[TargetLayer], starts: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return the starts to install, now that those of all layers are known: the method may share their ranks out anew.
+
+    Raises:
+        LayerError: a layer's factors don't fit a rank that it can have; names the layer.
+    """
+    final = method.settle(starts, {layer.name: layer.r for layer in layers})
+    for layer in layers:
+        factors = final[layer.name]
+        rank = len(factors.A) if method.shares_ranks else layer.r
+        check_factors(layer, factors, method.form, rank)
+        if rank > min(layer.d_out, layer.d_in):
+            raise LayerError(f"layer {layer.name!r}: the method gave it rank {rank}, more than its smaller side.")
+    if not any(len(factors.A) for factors in final.values()):
+        raise LayerError(f"method {method.name!r} left no layer with a rank above 0.")
+    return final
 
 
 def _kept(method: Method, layers: Sequence[TargetLayer], store: Store) -> bool:
@@ -185,6 +204,7 @@ class _Solver:
         return replace(
             facts,
             weight=layer.weight() if weight and wants.weight else None,
+            original=statistics.original.weight(layer) if wants.original and statistics.original else None,
             moments=statistics.moments.get(layer.kind),
             gradient=None if gradient is None else gradient.to(device),
             sketch=statistics.sketches.get(layer.name),
@@ -217,4 +237,5 @@ def checked(
 def _on_cpu(factors: Factors) -> Factors:
     """Return factors that another process can receive, whichever devices it sees."""
     core = None if factors.core is None else factors.core.cpu()
-    return replace(factors, A=factors.A.cpu(), B=factors.B.cpu(), core=core)
+    spare = None if factors.spare is None else factors.spare.cpu()
+    return replace(factors, A=factors.A.cpu(), B=factors.B.cpu(), core=core, spare=spare)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,9 @@ from torch import nn
 
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.install import LayerForm, install, start_note
+from headstart.layers.ranks import Starts, set_ranks
 from headstart.layers.vera import find_vera_layers, install_dictionary, vera_adapter
-from headstart.methods.base import Factors, Method
-
-Starts = Sequence[tuple[TargetLayer, Factors]]
+from headstart.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,11 @@ class Adapter:
     form: str | None = None
 
     def install(self, starts: Starts, form: LayerForm, method: Method, seed: int) -> None:
-        """Put the starts into the layers: all of them, or none."""
-        install(self.model, starts, form, start_note(method, seed))
+        """Put the starts into the layers, and give these the starts' ranks: all of them, or none."""
+        with ExitStack() as undo:
+            starts = set_ranks(self.model, self.name, starts, undo)
+            install(self.model, starts, form, start_note(method, seed))
+            undo.pop_all()
 
 
 @dataclass(frozen=True)

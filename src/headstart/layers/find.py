@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import BASE_PREFIX, LayerError, nearest, not_finite
 from headstart.layers.core import core_of, form_of
-from headstart.layers.formats import check_not_tensor_parallel, format_of, home, unreadable
+from headstart.layers.formats import check_not_tensor_parallel, format_of, home, quantisation, unreadable
 from headstart.layers.frozen import frozen_factors
 from headstart.layers.unwrap import plain_name
 from headstart.layers.weights import base_weight, dense, is_transposed, place, weight_digest
@@ -69,6 +69,8 @@ class TargetLayer:
     @property
     def trainable(self) -> int:
         """The numbers that train: A, B, and DoRA's magnitude where there is one; of a core layer R alone."""
+        if self.adapter not in self.module.r:
+            return 0  # a method that shares ranks out left it without one
         if core_of(self.module, self.adapter) is not None:
             return self.r**2
         frozen = frozen_factors(self.module, self.adapter)
@@ -109,6 +111,8 @@ class TargetLayer:
 
     def start_norm(self, factors: Factors) -> float:
         """Return the Frobenius norm of s B A, or of s B R A."""
+        if not len(factors.A):
+            return 0.0
         B = factors.B if factors.core is None else factors.B @ factors.core
         return self.scaling * product_norm(B, factors.A)
 
@@ -122,6 +126,7 @@ class TargetLayer:
             scaling=self.scaling,
             dora=is_dora(self.module, self.adapter),
             frozen=frozen_factors(self.module, self.adapter),
+            quantised=quantisation(self.module.get_base_layer()),
         )
 
     @property

@@ -44,12 +44,16 @@ def check_form(form: str) -> None:
         raise MethodError(f"form={form!r} is not one of 'anchored', 'residual'.")
 
 
-def check_factors(target: TargetLayer, factors: Factors, form: Form) -> None:
-    """Raise LayerError, naming the layer, where factors have the wrong shape, are not finite, or not of the form."""
-    shapes = {"A": (target.r, target.d_in), "B": (target.d_out, target.r)}
+def check_factors(target: TargetLayer, factors: Factors, form: Form, rank: int | None = None) -> None:
+    """Raise LayerError, naming the layer, where factors have the wrong shape, are not finite, or not of the form.
+
+    ``rank`` is the one that they must have, by default the layer's own.
+    """
+    rank = target.r if rank is None else rank
+    shapes = {"A": (rank, target.d_in), "B": (target.d_out, rank)}
     matrices = {"A": factors.A, "B": factors.B}
     if form == "core" and factors.core is not None:
-        matrices["core"], shapes["core"] = factors.core, (target.r, target.r)
+        matrices["core"], shapes["core"] = factors.core, (rank, rank)
     elif form == "core" or factors.core is not None:
         raise LayerError(f"layer {target.name!r}: the method's form is {form!r}, which its factors are not.")
     for name, matrix in matrices.items():

@@ -12,8 +12,9 @@ import pkgutil
 from headstart.methods.base import ANY_LAYER, Factors, Form, Layer, Method, Moments, Training, Wants
 from headstart.methods.registry import get_method, method_class, method_names, methods_by_class, parse_method, register
 
-# The order of the tables: random, spectral, approximation, gradient, Fisher. A file that is not named comes last.
-_FAMILIES = ("zero", "nonzero", "inilora_random", "spectral", "lora_xs", "inilora", "gradient", "lora_sb", "lora_da")
+# The order of the tables: random, spectral, approximation, inputs, gradient. A file that is not named comes last.
+_RANDOM_AND_SPECTRAL = ("zero", "nonzero", "inilora_random", "spectral", "mica", "lora_xs")
+_FAMILIES = (*_RANDOM_AND_SPECTRAL, "inilora", "loftq", "eva", "corda", "gradient", "lora_sb", "lora_da")
 _found = [module.name for module in pkgutil.iter_modules(__path__)]
 for _name in [*_FAMILIES, *(name for name in _found if name not in _FAMILIES)]:
     importlib.import_module(f"{__name__}.{_name}")

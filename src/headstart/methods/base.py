@@ -57,6 +57,9 @@ class Wants:
         tokens: which tokens Z and Y are means over: those of the attention mask, or those whose output predicts a
             label.
         population: the size of the training set.
+        original: the weight as it was before the base model was quantised, from the model's files.
+        model_path: where these lie: a folder, a safetensors file, or a name on the hub; None for where the model came
+            from.
         vectors, width, passes: of the sketch: singular vectors needed, thin columns held in all, passes over the data.
     """
 
@@ -67,6 +70,8 @@ class Wants:
     outputs: Literal["diagonal", "full"] | None = None
     tokens: Literal["attention", "labels"] = "attention"
     population: bool = False
+    original: bool = False
+    model_path: str | None = None
     vectors: int = 0
     width: int = 0
     passes: int = 1
@@ -94,6 +99,7 @@ class Wants:
     def __str__(self) -> str:
         words = {
             "weight": self.weight,
+            "unquantised weight": self.original,
             "moments": self.moments,
             "gradient": self.gradient != "no",
             "Fisher factors": self.outputs is not None,
@@ -154,9 +160,11 @@ class Layer:
         scaling: s, the factor in front of ``B A``.
         dora: the layer splits its weight into magnitude and direction.
         frozen: which of "lora_A" and "lora_B" don't train (LoRA-FA).
+        quantised: "4-bit" or "8-bit" where bitsandbytes holds the weight, else None.
         seed: the user's seed; :meth:`generator` derives the layer's own stream from it and the name.
         training: what is known of the fine-tuning to come.
-        weight: W (d_out, d_in) in float32.
+        weight: W (d_out, d_in) in float32; dequantised where it has to be.
+        original: W before it was quantised (d_out, d_in), in float32.
         moments: of the weights of this layer's kind.
         gradient: the mean gradient G of the loss (d_out, d_in) in float32.
         sketch: thin products of G, where those were asked for instead.
@@ -171,9 +179,11 @@ class Layer:
     scaling: float
     dora: bool = False
     frozen: tuple[str, ...] = ()
+    quantised: str | None = None
     seed: int = 0
     training: Training = field(default_factory=Training)
     weight: Tensor | None = None
+    original: Tensor | None = None
     moments: Moments | None = None
     gradient: Tensor | None = None
     sketch: GradientSketch | None = None
@@ -190,6 +200,14 @@ class Layer:
         if self.weight is None:
             raise LayerError(f"layer {self.name!r}: this method needs the layer's weight, which was not collected")
         return self.weight
+
+    def require_original(self) -> Tensor:
+        """Return the weight as it was before it was quantised, which the method must want."""
+        if self.original is None:
+            raise LayerError(
+                f"layer {self.name!r}: this method needs the weight before it was quantised, which was not read"
+            )
+        return self.original
 
     def require_gradient(self) -> Tensor:
         """Return the mean gradient, which the method must want."""
@@ -223,6 +241,11 @@ class Factors:
         repair: one sentence for the report where arithmetic had to be made safer (damping raised), else empty.
         frozen: which of "lora_A" and "lora_B" must not train.
         history: of a descent, (step, mean squared error) on the way; empty for all else.
+        spare: (more, d_in), of a method that shares ranks out among layers: what A could go on with, for
+            :meth:`Method.settle`; B is zero there.
+        worth: what each row of A, and then of ``spare``, is worth to the layer, in descending order; empty where the
+            layer keeps its rank.
+        keeps: what stays where the rank becomes another one, the scaling s or lora_alpha.
     """
 
     A: Tensor
@@ -233,6 +256,9 @@ class Factors:
     repair: str = ""
     frozen: tuple[str, ...] = ()
     history: Sequence[Sequence[float]] = ()
+    spare: Tensor | None = None
+    worth: Sequence[float] = ()
+    keeps: Literal["scaling", "alpha"] = "scaling"
 
 
 @dataclass(frozen=True)
@@ -305,6 +331,23 @@ class Method(ABC):
         much there is).
         """
         return [self.factors(layer) for layer in layers]
+
+    @property
+    def shares_ranks(self) -> bool:
+        """Whether :meth:`settle` may give layers other ranks than they have."""
+        return False
+
+    def settle(self, starts: Mapping[str, Factors], ranks: Mapping[str, int]) -> dict[str, Factors]:
+        """Return the starts to install, once those of all layers are known: by default the same.
+
+        A method that shares ranks out among layers gives them here, as factors with more or fewer rows and columns. A
+        layer of rank 0 loses its adapter.
+
+        Args:
+            starts: of all layers, by name, in no particular order.
+            ranks: the layers' ranks, by name, in the model's order.
+        """
+        return dict(starts)
 
     def sample_count(self, population: int | None = None) -> int:
         """Return how many samples of the data the method reads: its setting ``samples``, 0 where it has none.

@@ -11,6 +11,7 @@ from torch import nn
 from headstart.context import Context
 from headstart.errors import DataError, MethodError
 from headstart.layers.find import TargetLayer
+from headstart.layers.original import Original
 from headstart.methods.base import ANY_LAYER, Method
 from headstart.statistics.gather import Statistics
 from headstart.statistics.moments import kind_moments
@@ -46,7 +47,8 @@ def collect(
 ) -> Iterator[Statistics]:
     """Yield what the method wants, pass by pass; free each item before asking for the next.
 
-    The first item is for the layers that no data are needed for; it holds no more than moments of the weights.
+    The first item is for the layers that no data are needed for; it holds no more than moments of the weights, and
+    where those lie that quantisation has changed.
 
     Raises:
         DataError: data are wanted and there are none, or see :func:`headstart.statistics.prepare.prepare`.
@@ -61,7 +63,11 @@ def collect(
     if reads and not read_for:
         raise MethodError(f"method '{method}' leaves out every layer that the adapter has; change its setting layers.")
     measured = [layer for layer in layers if wants[layer.name].moments]
+    quantised = [layer for layer in layers if wants[layer.name].original]
+    path = wants[quantised[0].name].model_path if quantised else None
+    original = Original.open(model, quantised, path) if quantised else None
     yield Statistics(
+        original=original,
         layers=tuple(name for name in wants if name not in read_for),
         moments=kind_moments((layer.kind, layer.weight()) for layer in measured),
     )
@@ -86,4 +92,5 @@ def collect(
     for statistics in collector.passes(context.show):
         context.notes += statistics.notes
         statistics.plan = str(collector.plan)
+        statistics.original = original
         yield statistics

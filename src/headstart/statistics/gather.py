@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from headstart.errors import LayerError
+from headstart.layers.original import Original
 from headstart.linalg.sketch import GradientSketch
 from headstart.methods.base import Kronecker, Moments
 from headstart.processes import Processes, owners, together
@@ -33,6 +34,7 @@ class Statistics:
         notes: sentences for the report, where something was not as asked for.
         plan: of the passes, in words.
         moments: by kind, of the layers' weights.
+        original: where the unquantised weights lie, where those were asked for.
     """
 
     layers: tuple[str, ...] = ()
@@ -46,6 +48,7 @@ class Statistics:
     notes: list[str] = field(default_factory=list)
     plan: str = ""
     moments: dict[str, Moments] = field(default_factory=dict)
+    original: Original | None = None
 
     def drop(self, name: str) -> None:
         """Free what is held of a layer."""
