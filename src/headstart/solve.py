@@ -214,11 +214,18 @@ class _Solver:
 
 
 def checked(
-    method: Method, layers: Sequence[TargetLayer], seed: int, training: Training, *, reads_weights: bool = False
+    method: Method,
+    layers: Sequence[TargetLayer],
+    seed: int,
+    training: Training,
+    *,
+    reads_weights: bool = False,
+    in_memory: bool = True,
 ) -> Mapping[str, Layer]:
     """Let the method refuse what it can't start, and return what is known of each layer before any data are read.
 
-    ``reads_weights`` says that weights are read whatever the method wants, as for residual ones.
+    ``reads_weights`` says that weights are read whatever the method wants, as for residual ones; ``in_memory`` that
+    they are in the layers, and not read from files later on.
 
     Raises:
         LayerError, MethodError: see :meth:`headstart.methods.base.Method.check`.
@@ -228,7 +235,7 @@ def checked(
         method.check(known)
     check_readable(
         (layer.name, layer.module.get_base_layer())
-        for layer in layers
+        for layer in (layers if in_memory else ())
         if reads_weights or layer.facts().dora or method.wants(facts[layer.name]).reads_weight
     )
     return facts

@@ -129,7 +129,7 @@ def stream_start(
     with clock("find"):
         source = Source.open(Path(folder))
         skeleton = build(source, config, name)
-        checked(method, skeleton.layers, seed, Training())
+        checked(method, skeleton.layers, seed, Training(), in_memory=False)
         live_form = form if method.form == "anchored" else method.form
         notes: list[str] = []
         store = open_store(cache, notes.append)
