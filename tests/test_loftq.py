@@ -267,6 +267,16 @@ def test_another_models_weights_are_refused(folder, tmp_path):
     assert isinstance(error, LayerError) and "it is another model's" in str(error)
 
 
+def test_files_with_infinities_are_refused(folder, tmp_path):
+    stored = load_file(folder / "model.safetensors")
+    stored["model.layers.1.mlp.up_proj.weight"][3, 5] = math.inf
+    save_file(stored, tmp_path / "model.safetensors")
+    error = refused(wrap(quantised(folder)), hs.LoftQ(model_path=str(tmp_path)))
+    assert isinstance(error, LayerError) and "'model.layers.1.mlp.up_proj': its weight has NaN or infinity" in str(
+        error
+    )
+
+
 def test_the_cache_keeps_no_start_that_rests_on_files(folder, tmp_path):
     report = hs.initialize_(wrap(quantised(folder)), "loftq", cache=str(tmp_path / "cache"))
     again = hs.initialize_(wrap(quantised(folder)), "loftq", cache=str(tmp_path / "cache"))
