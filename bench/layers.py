@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import headstart as hs
 from bench.harness import Timing, interleave, paired_ratio, paragraph, shared_copy, table, token_batches, write
 from headstart.context import peak_resident
-from headstart.layers.core import CORE as CORE_NAME
 from headstart.training.models import resolve_model
 
 RANK, LARGER, SAMPLES, ROUNDS = 8, 32, 4, 8
@@ -267,9 +266,7 @@ def multiply_adds(model: Any, batch: Batch) -> float:
 
 def entries(model: nn.Module) -> int:
     """Return the same from the shapes: a token meets every entry of every matrix that is multiplied with once."""
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    beside = (each.numel() for name, each in model.named_parameters() if "lora_anchor_" in name or CORE_NAME in name)
-    return linear + sum(beside)
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
 def inference_lines(base: Any, batch: Batch, what: str, rounds: int) -> list[str]:

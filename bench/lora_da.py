@@ -15,7 +15,7 @@ from bench.harness import interleave, paired_ratio, paragraph, table, token_batc
 from headstart.training.models import resolve_model
 
 SAMPLES = 32
-ROUNDS = 3
+ROUNDS = 5
 # GSM8K's training set: what one epoch reads, and N of the method.
 POPULATION = 7_473
 TRAINING_STEPS = 4

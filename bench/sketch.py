@@ -14,7 +14,7 @@ from bench.harness import paragraph, table, token_batches, write
 from headstart.layers.find import TargetLayer, lora_layers
 from headstart.linalg.svd import truncated_svd
 from headstart.methods import parse_method
-from headstart.statistics.collect import Collector
+from headstart.statistics.prepare import prepare
 from headstart.training.models import resolve_model
 
 PASSES = (1, 2, 3)
@@ -28,7 +28,7 @@ def statistics_of(model: Any, targets: list[TargetLayer], data: list[dict[str, t
     asked = {target.name: made.wants(target.facts()) for target in targets}
     layers = {target.name: target.module for target in targets}
     began = time.perf_counter()
-    (found,) = Collector(model, layers, asked, data, SAMPLES).passes()
+    (found,) = prepare(model, layers, asked, data, SAMPLES).passes()
     return found, time.perf_counter() - began
 
 

@@ -9,14 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HEADSTART_CACHE_LIMIT"] = "0"
 
 from collections.abc import Callable
+from importlib.metadata import version
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 import headstart as hs
 from headstart.layers.find import lora_layers
+from headstart.layers.weights import whole
 
 VOCABULARY = 97
 # By the names that most architectures have for them.
@@ -200,11 +202,44 @@ def wrap(base: nn.Module, **changes):
     return get_peft_model(base, LoraConfig(**(settings | changes)))
 
 
+def injected(base, config):
+    """A model with PEFT's layers in it and no PeftModel around it, as transformers' ``add_adapter`` makes it."""
+    inject_adapter_in_model(config, base, "default")
+    base._hf_peft_config_loaded = True
+    return base
+
+
+def added(base, config):
+    """The same, made by transformers itself, which asks for a release of PEFT of its own choice."""
+    try:
+        base.add_adapter(config, "default")
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(
+            f"transformers {version('transformers')} does not add adapters with PEFT {version('peft')}: {error}"
+        )
+    return base
+
+
+WRAPPERS = pytest.mark.parametrize("wrapped", [injected, added])
+
+
 def started(base: nn.Module, method="init-ab", *, seed=0, data=None, form="anchored", **changes):
     """Wrap and initialise."""
     model = wrap(base, **changes)
     hs.initialize_(model, method, seed=seed, data=data, base=form)
     return model
+
+
+@torch.no_grad()
+def factors_of(module: nn.Module, adapter: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) of a layer: what it holds, or where it holds differences to a start, start and difference together."""
+    A, B = (whole(part[adapter].weight.detach()).clone() for part in (module.lora_A, module.lora_B))
+    if adapter in getattr(module, "lora_start_A", ()):
+        A = module.lora_start_A[adapter].weight.detach() + A
+        B = module.lora_start_B[adapter].weight.detach() + B
+    return A, B
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import headstart as hs
-from conftest import ARCHITECTURES, logits, perturb, started, tiny_gpt2, tiny_llama, token_batch, wrap
-from headstart.layers.anchored import _Anchored, anchors
+from conftest import ARCHITECTURES, factors_of, logits, perturb, started, tiny_gpt2, tiny_llama, token_batch, wrap
+from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers
 
 SUBTRACTING = [
@@ -42,7 +42,7 @@ def test_start_is_the_base_model_bit_for_bit(method, dtype, batch):
         if "lora_" not in name:
             assert torch.equal(parameter, before[name.replace(".base_layer", "")]), name
     for target in lora_layers(model, "default"):
-        assert target.module.lora_B["default"].weight.abs().sum() > 0
+        assert factors_of(target.module)[1].abs().sum() > 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -84,7 +84,7 @@ def test_forward_is_the_formula(batch):
     target = next(iter(lora_layers(model, "default")))
     x = torch.randn(3, 5, target.d_in, dtype=torch.float64)
     # PEFT casts the input to the factors' dtype, float32 here.
-    A, B = target.module.lora_A["default"].weight.double(), target.module.lora_B["default"].weight.double()
+    A, B = (factor.double() for factor in factors_of(target.module))
     A0, B0 = (anchor.double() for anchor in anchors(target.module, "default"))
     W = target.module.get_base_layer().weight
     expected = x @ (W + target.scaling * (B @ A - B0 @ A0)).T
@@ -294,19 +294,25 @@ def test_an_anchored_layer_keeps_no_more_for_backward_than_a_plain_one(freeze_A)
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
-def test_the_written_out_backward_is_autograds(shape):
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64, requires_grad=True)
-
-    x, A, B, A0, B0 = drawn(*shape), drawn(2, 5), drawn(4, 2), drawn(2, 5).detach(), drawn(4, 2).detach()
-    assert torch.autograd.gradcheck(lambda x, A, B: _Anchored.apply(x, A, B, A0, B0, 1.5), (x, A, B))
-    out = _Anchored.apply(x, A, B, A0, B0, 1.5)
-    torch.testing.assert_close(out, 1.5 * x @ (B @ A - B0 @ A0).T)
-    (grad,) = torch.autograd.grad(out.square().sum(), A, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_first_and_second_derivatives_are_those_of_the_formula(shape):
+    """Against the dense s (B A - B0 A0) x, away from the start."""
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(5, 4, bias=False)), LoraConfig(r=2, lora_alpha=3, target_modules=["0"])
+    )
+    hs.initialize_(model, "pissa", progress=False)
+    perturb(model, scale=0.3)
+    model, layer = model.double(), model.base_model.model[0]
+    A0, B0 = (anchor.detach() for anchor in anchors(layer, "default"))
+    W, s = layer.base_layer.weight, layer.scaling["default"]
+    dA, dB = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    found = torch.func.functional_call(model, {}, (x,))
+    expected = x @ (W + s * ((B0 + dB) @ (A0 + dA) - B0 @ A0)).T
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(y.square().sum(), (x, dA, dB), create_graph=True) for y in (found, expected)]
+    seconds = [torch.autograd.grad(sum(g.square().sum() for g in first), (x, dA, dB)) for first in gradients]
+    for mine, dense in zip((*gradients[0], *seconds[0]), (*gradients[1], *seconds[1]), strict=True):
+        torch.testing.assert_close(mine, dense)
 
 
 def test_no_tokens_at_all_train_like_any_others():

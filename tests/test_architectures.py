@@ -14,6 +14,7 @@ from torch.func import functional_call
 import headstart as hs
 from conftest import (
     ARCHITECTURES,
+    factors_of,
     logits,
     tiny_experts,
     tiny_gpt2,
@@ -65,7 +66,7 @@ def relative(x, y):
 
 def factors(target):
     """A, B, the product of A0 and B0 (0 without anchors), and R (None without a core), in float64."""
-    A, B = (part["default"].weight.detach().double() for part in (target.module.lora_A, target.module.lora_B))
+    A, B = (factor.double() for factor in factors_of(target.module))
     held = anchors(target.module, "default")
     start = held[1].double() @ held[0].double() if held else 0 * B @ A
     R = core_of(target.module, "default")

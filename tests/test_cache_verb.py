@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 
 import headstart as hs
-from conftest import started, tiny_gpt2, tiny_llama, token_batch, wrap
+from conftest import factors_of, started, tiny_gpt2, tiny_llama, token_batch, wrap
 from headstart.cache import open_store
 from headstart.errors import HeadstartWarning
 from headstart.layers.find import lora_layers
@@ -25,10 +25,9 @@ def folder(tmp_path, monkeypatch):
 def factors(model):
     found = {}
     for target in lora_layers(model, "default"):
-        for name, part in (("A", target.module.lora_A), ("B", target.module.lora_B)):
-            found[target.name, name] = part["default"].weight.detach().clone()
+        found[target.name, "A"], found[target.name, "B"] = factors_of(target.module)
         if hasattr(target.module, "lora_core"):
-            found[target.name, "R"] = target.module.lora_core["default"].detach().clone()
+            found[target.name, "R"] = target.module.lora_core["default"].weight.detach().clone()
     return found
 
 
@@ -70,8 +69,6 @@ def test_a_changed_weight_setting_rank_or_scaling_is_computed_anew(folder):
 
 
 def test_the_seed_matters_where_it_draws(folder):
-    run(tiny_llama(), "pissa", folder, seed=0)
-    assert run(tiny_llama(), "pissa", folder, seed=1)[1].cached > 0
     run(tiny_llama(), "inilora:steps=5", folder, seed=0)
     assert run(tiny_llama(), "inilora:steps=5", folder, seed=1)[1].cached == 0
 
@@ -102,14 +99,6 @@ def test_a_flipped_bit_is_found_and_reported(folder):
     assert run(tiny_llama(), "pissa", folder)[1].cached == len(report.layers)
 
 
-def test_layers_that_are_alike_are_computed_once(folder):
-    base = tiny_llama()
-    with torch.no_grad():
-        base.model.layers[1].self_attn.q_proj.weight.copy_(base.model.layers[0].self_attn.q_proj.weight)
-    _, report = run(base, "pissa", folder)
-    assert len(open_store(folder).entries()) == len(report.layers) - 1
-
-
 def test_a_limit_of_zero_switches_it_off(folder, monkeypatch):
     monkeypatch.setenv("HEADSTART_CACHE_LIMIT", "0")
     run(tiny_llama(), "pissa", folder)
@@ -119,6 +108,8 @@ def test_a_limit_of_zero_switches_it_off(folder, monkeypatch):
 def test_the_users_folder_is_used_by_default(folder, monkeypatch):
     monkeypatch.setenv("HEADSTART_CACHE", str(folder))
     started(tiny_llama(), "pissa")
+    assert not open_store(True).entries()  # costs less than looking it up
+    started(tiny_llama(), "inilora:steps=3")
     assert open_store(True).entries()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -21,8 +22,9 @@ import headstart as hs
 from conftest import logits, tiny_llama, token_batch
 from headstart.cli import main
 from headstart.cli.compare import split_methods
-from headstart.cli.methods import markdown_table
+from headstart.cli.methods import describe
 from headstart.cli.options import target_modules
+from headstart.methods import Needs, method_class, method_names
 
 ROOT = Path(__file__).parent.parent
 
@@ -205,7 +207,7 @@ def test_compare_never_takes_over_a_folder_with_something_else(tiny, sums, tmp_p
         (("init", "MODEL", "-m", "PISSA", "-o", "x"), 1, "Did you mean 'pissa'?"),
         (("init", "MODEL", "-m", "lora-sb:samples=2", "-o", "x", "--data", "BROKEN"), 1, "(--lr)"),
         (("init", "MODEL", "-m", "pissa", "-o", "EXISTING"), 1, "--force"),
-        (("init", "MODEL", "-m", "pissa", "-o", "BROKEN"), 1, "neither an adapter's folder nor a model's"),
+        (("init", "MODEL", "-m", "pissa", "-o", "BROKEN"), 1, "is no folder, so it is not overwritten"),
         (("init", "MODEL", "-m", "pissa", "-o", "."), 1, "the folder that the command runs in"),
         (("init", "MODEL", "-m", "pissa", "-o", "x", "-r", "40"), 1, "smaller side"),
         (("init", "MODEL", "-m", "pissa", "-o", "x", "--targets", "nothing"), 1, "nothing"),
@@ -309,7 +311,7 @@ def test_force_deletes_nothing_but_comparisons(tiny, sums, tmp_path, capsys):
     (tmp_path / "c" / "precious").write_text("x")
     code, _, err = run(capsys, *small(tiny, sums, tmp_path / "c", "--methods", "lora", "--force"))
     assert code == 1
-    assert "is not deleted" in err
+    assert "nothing in it is deleted" in err
     assert (tmp_path / "c" / "precious").exists()
     # A comparison is only deleted once the new one can be made.
     out = tmp_path / "d"
@@ -320,8 +322,43 @@ def test_force_deletes_nothing_but_comparisons(tiny, sums, tmp_path, capsys):
     assert (out / "lora" / "result.json").exists()
 
 
-def test_the_readme_holds_the_registrys_table():
-    assert markdown_table() in (ROOT / "README.md").read_text()
+def test_the_page_of_methods_is_the_registrys(capsys):
+    """`make docs` writes it anew."""
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert run(capsys, "methods", "--markdown") == (0, page, "")
+    for name in method_names():
+        reads_data = bool(method_class(name).needs & (Needs.GRADIENT | Needs.INPUTS))
+        assert f"| `{name}` |" in page
+        assert describe(name)["data"] == ("yes" if reads_data else "no")
+    assert describe("eva")["data"] == describe("corda")["data"] == "yes"
+
+
+def test_the_readmes_numbers_are_of_benchmarks_that_can_be_run_by_name():
+    from bench.__main__ import ALL, MORE
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = set(re.findall(r"\(docs/results/(\w+)\.md\)", text[text.index("## Numbers") :]))
+    assert pages <= {*ALL, *MORE} and len(pages) >= 6
+    for name in pages - set(ALL):
+        assert f"python -m bench {name}" in text
+    for name in (*ALL, *MORE):
+        assert callable(importlib.import_module(f"bench.{name}").main)
+
+
+def test_what_is_said_to_be_tested_is():
+    page = (ROOT / "docs" / "supported.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page)
+    assert len(named) > 40
+    for file, test in named:
+        assert f"def {test}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, test)
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    assert len(pages[0].read_text(encoding="utf-8").splitlines()) < 150
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
 
 
 def test_splitting_lists_of_methods():

@@ -327,7 +327,12 @@ def test_the_rate_is_needed():
     with pytest.raises(hs.MethodError, match="rate of the first optimizer step"):
         hs.initialize_(wrap(tiny_llama()), "lora-sb:samples=4", data=[token_batch()], progress=False)
     model = wrap(tiny_llama())
-    hs.initialize_(model, "lora-sb:samples=4", data=[token_batch()], first_lr=1e-3, progress=False)
+    hs.initialize_(
+        model,
+        "lora-sb:samples=4",
+        data=hs.TrainingData([token_batch()], training=hs.Training(first_lr=1e-3)),
+        progress=False,
+    )
     same, _ = start(tiny_llama())
     for name, R in cores(model).items():
         assert torch.equal(R, cores(same)[name])

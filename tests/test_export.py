@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import headstart as hs
-from conftest import ARCHITECTURES, logits, perturb, started, tiny_bert, tiny_gpt2, tiny_llama, token_batch
+from conftest import ARCHITECTURES, factors_of, logits, perturb, started, tiny_bert, tiny_gpt2, tiny_llama, token_batch
+from headstart.layers.export import write_merged
 from headstart.layers.find import lora_layers
 
 
@@ -30,10 +32,7 @@ def deltas(model):
 
     found = {}
     for target in lora_layers(model, "default"):
-        A, B = (
-            target.module.lora_A["default"].weight.double(),
-            target.module.lora_B["default"].weight.double(),
-        )
+        A, B = (factor.double() for factor in factors_of(target.module))
         held = anchors(target.module, "default")
         A0, B0 = (part.double() for part in held) if held else (A * 0, B * 0)
         found[target.name] = target.scaling * (B @ A - B0 @ A0)
@@ -59,7 +58,7 @@ def test_plain_lora_has_the_same_logits(method, use_rslora, tmp_path, batch):
     plain = reloaded(tiny_llama(), tmp_path / "adapter")
     expected = logits(model, batch)
     assert (logits(plain, batch) - expected).norm() <= 1e-5 * expected.norm()
-    assert not any("anchor" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert not any("lora_start" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     factor = 1 if method in ("lora", "init-ab-plus") else 2
     assert plain.peft_config["default"].r == 4 * factor
     for mine, theirs in zip(lora_layers(model, "default"), lora_layers(plain, "default"), strict=True):
@@ -148,20 +147,55 @@ for each in (model, model.merge_and_unload()):
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_an_existing_path_is_kept_unless_forced(tmp_path):
-    model = started(tiny_llama())
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "precious").write_text("x")
-    with pytest.raises(hs.CheckpointError, match="exists"):
-        hs.save_lora(model, tmp_path / "adapter")
-    assert (tmp_path / "adapter" / "precious").exists()
-    with pytest.raises(hs.CheckpointError, match="is neither an adapter's folder nor a model's"):
-        hs.save_lora(model, tmp_path / "adapter", force=True)
-    assert (tmp_path / "adapter" / "precious").exists()
-    (tmp_path / "adapter" / "precious").rename(tmp_path / "adapter" / "adapter_config.json")
-    hs.save_lora(model, tmp_path / "adapter", force=True)
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 8
-    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+@pytest.mark.parametrize("save", [hs.save_lora, hs.save_checkpoint])
+def test_only_an_adapters_own_files_are_replaced(save, tmp_path, batch):
+    """A Trainer's output folder holds what nobody wants to lose."""
+    model = started(tiny_llama(), "pissa")
+    out = tmp_path / "run"
+    arguments = TrainingArguments(out, max_steps=2, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(4)]
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    (out / "eval_results.json").write_text("{}")
+    hs.save_checkpoint(model, tmp_path / "c")
+    shutil.copy(tmp_path / "c" / "headstart.json", out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    ours = {out / name for name in ("adapter_model.safetensors", "adapter_config.json", "headstart.json")}
+    with pytest.raises(
+        hs.CheckpointError,
+        match=r"replaces adapter_config.json, adapter_model.safetensors and headstart.json there, and leaves "
+        r"README.md, checkpoint-1, checkpoint-2, eval_results.json and 1 more as they are",
+    ):
+        save(model, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    perturb(model)
+    save(model, out, force=True)
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert before.keys() - ours <= after.keys() <= before.keys()
+    assert all(after[path] == before[path] for path in before.keys() - ours)
+    load = {hs.save_lora: PeftModel.from_pretrained, hs.save_checkpoint: hs.load_checkpoint}[save]
+    wanted = logits(model, batch)
+    assert (logits(load(tiny_llama(), out), batch) - wanted).norm() <= 1e-6 * wanted.norm()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "run"]
+
+
+def test_a_merged_model_replaces_a_model_and_an_adapter_and_nothing_else(tmp_path, batch):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{}")
+
+    model = started(tiny_llama(), "pissa")
+    perturb(model)
+    wanted, out = logits(model, batch), tmp_path / "out"
+    hs.save_lora(model, out)
+    (out / "notes").write_text("mine")
+    tiny_llama().save_pretrained(out, max_shard_size="20KB")
+    write_merged(model, Tokenizer(), out, force=True)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "notes", "tokenizer.json",
+    ]  # fmt: skip
+    assert (logits(LlamaForCausalLM.from_pretrained(out), batch) - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="modes are POSIX")
@@ -190,6 +224,56 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+class Alike(torch.nn.Module):
+    """Layers whose names end alike, are parts of each other, or hold what regular expressions give a meaning to."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = torch.nn.ModuleDict({"proj": torch.nn.Linear(16, 16), "my_proj": torch.nn.Linear(16, 16)})
+        self.blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"proj": torch.nn.Linear(16, 16)}) for _ in range(12))
+        self.blockXproj = torch.nn.Linear(16, 16)
+        self.proj = torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        for layer in (self.block["proj"], self.block["my_proj"], *(each["proj"] for each in self.blocks)):
+            x = x + layer(x).tanh()
+        return self.proj(self.blockXproj(x).tanh())
+
+
+@pytest.mark.parametrize("save", ["save_lora", "rank", "uniform", "checkpoint"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_patterns_are_of_the_layers_that_they_name_and_no_others(method, use_rslora, save, tmp_path):
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=r".*proj",
+        rank_pattern={"^proj": 2, "blocks.1.proj": 3, "block.proj": 1},
+        alpha_pattern={"^proj": 3, "my_proj": 5, r"blocks\.1[01]\.proj": 7},
+        use_rslora=use_rslora,
+    )
+    model = get_peft_model(Alike(), config)
+    assert len({(target.r, target.scaling) for target in lora_layers(model, "default")}) >= 5
+    hs.initialize_(model, method, progress=False)
+    perturb(model, scale=0.2)
+    x = torch.randn(3, 16)
+    wanted = model(x)
+    if save == "checkpoint":
+        hs.save_checkpoint(model, tmp_path / "a")
+        loaded = hs.load_checkpoint(Alike(), tmp_path / "a")
+    else:
+        options = {"save_lora": {}, "rank": {"rank": 8}, "uniform": {"uniform": True}}[save]
+        hs.save_lora(model, tmp_path / "a", **options)
+        loaded = PeftModel.from_pretrained(Alike(), tmp_path / "a")
+    assert (loaded(x) - wanted).norm() <= 1e-6 * wanted.norm()
+    for there, here in zip(lora_layers(loaded, "default"), lora_layers(model, "default"), strict=True):
+        assert there.name == here.name
+        found, expected = (each.module.get_delta_weight("default") for each in (there, here))
+        if method == "lora":
+            assert (found - expected).norm() <= 1e-5 * expected.norm(), there.name
+
+
 def test_rank_must_be_positive(tmp_path):
     with pytest.raises(hs.CheckpointError, match="rank=0"):
         hs.save_lora(started(tiny_llama()), tmp_path / "adapter", rank=0)
@@ -203,10 +287,10 @@ def test_exported_ranks_and_scalings_fit_the_tensors(r, rank):
 
     A, B = torch.randn(r, 90), torch.randn(95, r)
     tensors = {
-        "base_model.model.layer.lora_A.weight": A + 1,
-        "base_model.model.layer.lora_B.weight": B - 1,
-        "base_model.model.layer.lora_anchor_A": A,
-        "base_model.model.layer.lora_anchor_B": B,
+        "base_model.model.layer.lora_A.weight": torch.ones_like(A),
+        "base_model.model.layer.lora_B.weight": -torch.ones_like(B),
+        "base_model.model.layer.lora_start_A.weight": A,
+        "base_model.model.layer.lora_start_B.weight": B,
     }
     for use_rslora in (False, True):
         config = LoraConfig(r=r, lora_alpha=12, use_rslora=use_rslora)

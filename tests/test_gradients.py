@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import headstart as hs
-from conftest import ARCHITECTURES, class_batch, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch, wrap
+from conftest import ARCHITECTURES, class_batch, factors_of, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch, wrap
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Wants
-from headstart.statistics.collect import Collector
+from headstart.statistics.prepare import prepare
 
 
 def oracle(base, batches, names):
@@ -45,7 +45,9 @@ def oracle(base, batches, names):
 
 def collect(model, data, samples, **kwargs):
     layers = {target.name: target.module for target in lora_layers(model, "default")}
-    (statistics,) = Collector(model, layers, dict.fromkeys(layers, Wants(gradient="exact")), data, samples, **kwargs).passes()
+    (statistics,) = prepare(
+        model, layers, dict.fromkeys(layers, Wants(gradient="exact")), data, samples, **kwargs
+    ).passes()
     return statistics
 
 
@@ -212,8 +214,7 @@ def test_the_verb_takes_a_dataset_as_trainers_do():
     hs.initialize_(models[1], "lora-one:samples=5", data=[batch])
     assert report.samples == 5
     for mine, theirs in zip(*(lora_layers(model, "default") for model in models), strict=True):
-        for part in ("lora_A", "lora_B"):
-            found, expected = (getattr(each.module, part)["default"].weight for each in (mine, theirs))
+        for found, expected in zip(factors_of(mine.module), factors_of(theirs.module), strict=True):
             assert torch.allclose(found, expected, atol=1e-5)
 
 

@@ -28,9 +28,7 @@ def weight(d_out: int, d_in: int, seed: int, std: float = 0.05) -> Tensor:
     return std * (noise + left @ right / 2)
 
 
-def layers(
-    count: int, d_out: int = 50, d_in: int = 30, r: int = 4, s: float = 1.0, std: float = 0.05
-) -> list[Layer]:
+def layers(count: int, d_out: int = 50, d_in: int = 30, r: int = 4, s: float = 1.0, std: float = 0.05) -> list[Layer]:
     return [
         Layer(f"layer{i}", d_out, d_in, r, s, weight=weight(d_out, d_in, i, std), moments=Moments(0.0, 1.4 * std))
         for i in range(count)

@@ -12,11 +12,13 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
+import conftest
 import headstart as hs
-from conftest import logits, perturb, started, tiny_gpt2, tiny_llama, tiny_vit, token_batch, wrap
+from conftest import WRAPPERS, logits, perturb, started, tiny_gpt2, tiny_llama, tiny_vit, token_batch, wrap
 from headstart.layers import anchored
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers, record
+from headstart.layers.mark import make_mark
 
 ZERO_PRODUCT = ["lora", "init-a", "init-b", "gaussian", "orthogonal"]
 SUBTRACTING = ["init-ab", "inilora-alpha", "inilora-beta", "inilora:steps=3", "inilora:solver=svd", "pissa"]
@@ -35,8 +37,7 @@ def targets_of(model, adapter="default"):
 
 
 def factors_of(target):
-    A = target.module.lora_A[target.adapter].weight.detach()
-    return A, target.module.lora_B[target.adapter].weight.detach()
+    return conftest.factors_of(target.module, target.adapter)
 
 
 def all_factors(model, adapter="default"):
@@ -59,6 +60,11 @@ def best(W, r):
     return U[:, :r] @ torch.diag(S[:r]) @ Vh[:r]
 
 
+def live_form(method, form):
+    own = hs.methods.parse_method(method).form
+    return form if own == "anchored" else own
+
+
 def relative(x, y):
     return float((x.double() - y.double()).norm() / y.double().norm())
 
@@ -73,8 +79,10 @@ def snapshot(model):
         "variants": {n: dict(m.lora_variant) for n, m in model.named_modules() if hasattr(m, "lora_variant")},
         "disabled": {n: m._disable_adapters for n, m in model.named_modules() if hasattr(m, "_disable_adapters")},
         "configs": {n: copy.deepcopy(c.to_dict()) for n, c in getattr(model, "peft_config", {}).items()},
-        "modes": {n: m.training for n, m in model.named_modules() if "lora_anchor" not in n and "residual" not in n},
-        "hooks": [len(m._forward_hooks) for m in model.modules() if not isinstance(m, nn.ParameterDict)],
+        "modes": {n: m.training for n, m in model.named_modules() if "lora_start" not in n and "residual" not in n},
+        "hooks": {
+            n: len(m._forward_hooks) for n, m in model.named_modules() if "lora_start" not in n and "residual" not in n
+        },
         "records": {n: record(t) for a in getattr(model, "peft_config", {}) for n, t in targets_of(model, a).items()},
     }
 
@@ -103,7 +111,7 @@ def test_report_against_dense_norms(method, form):
     model = wrap(tiny_llama(), r=4, lora_alpha=12, target_modules=["q_proj", "v_proj", "down_proj"])
     before = {name: dense_weight(target) for name, target in targets_of(model).items()}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    report = hs.initialize_(model, method, data=data_for(method), base=form, seed=3)
+    report = hs.initialize_(model, method, data=data_for(method), form=form, seed=3)
     targets = targets_of(model)
     assert [layer.name for layer in report.layers] == list(targets)
     assert len(report.layers) == 6
@@ -123,7 +131,7 @@ def test_report_against_dense_norms(method, form):
         assert layer.note == ""
         if "error" in layer.info:
             assert layer.info["error"] == pytest.approx(float((W / 3 - B @ A).square().sum()), rel=1e-5)
-    assert report.base == form and report.adapter == "default" and report.seed == 3
+    assert report.form == live_form(method, form) and report.adapter == "default" and report.seed == 3
     assert report.seconds == pytest.approx(sum(report.seconds_by_step.values()))
     assert 0 < sum(layer.seconds for layer in report.layers) <= report.seconds_by_step["factorise"] * 1.01
     assert report.peak_memory > 2**20
@@ -190,8 +198,10 @@ def test_trainable_counts_the_adapter_that_was_started():
     model.set_adapter("second")
     third = wrap(tiny_llama(), target_modules=["q_proj"])
     third.add_adapter("second", LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj"]))
-    # Not active, so none of its parameters trains now.
-    assert hs.initialize_(third, "lora", adapter="second").trainable in (0, 2 * (2 * 32 + 16 * 2))
+    # Not active, so none of them trains now: these are what trains once it is.
+    assert hs.initialize_(third, "lora", adapter="second").trainable == 2 * (2 * 32 + 16 * 2)
+    third.set_adapter("second")
+    assert sum(each.numel() for each in third.parameters() if each.requires_grad) == 2 * (2 * 32 + 16 * 2)
 
 
 @pytest.mark.parametrize("method", ["init-ab", "pissa", "lora-one:samples=4"])
@@ -236,10 +246,9 @@ def test_ranks_alphas_and_rslora_are_pefts(architecture, rslora):
         assert layer.norm_product == pytest.approx(float(torch.linalg.svdvals(W)[:r].norm()), rel=1e-5)
 
 
-def test_transformers_own_adapters_work_too(batch):
-    """A model wrapped by transformers' add_adapter, without PeftModel around it."""
-    model = tiny_llama()
-    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+@WRAPPERS
+def test_models_without_pefts_wrapper_work_too(wrapped, batch):
+    model = wrapped(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     expected = logits(model, batch)
     report = hs.initialize_(model, "pissa")
     assert report.layers[0].name == "model.layers.0.self_attn.q_proj"
@@ -391,9 +400,9 @@ def test_other_adapters_buffers_and_frozen_weights_are_left_alone(method, form):
     subtracts = method in SUBTRACTING or "lora-ga" in method
     if subtracts and form == "residual":
         # The first adapter lives on one of the weights that would change.
-        refused(model, hs.LayerError, "holds adapter 'default' as well", method, data=data_for(method), base=form)
+        refused(model, hs.LayerError, "holds adapter 'default' as well", method, data=data_for(method), form=form)
         return
-    hs.initialize_(model, method, data=data_for(method), base=form)
+    hs.initialize_(model, method, data=data_for(method), form=form)
     after = snapshot(model)
     touched = {n for n in before["parameters"] if ".second." in n}
     for name, (value, flag, dtype) in before["parameters"].items():
@@ -428,9 +437,12 @@ def test_the_config_is_marked_where_plain_peft_would_misread_the_adapter(method,
     model = started(tiny_llama(), method, form=form, data=data_for(method), target_modules=["q_proj"])
     subtracts = method in SUBTRACTING or "lora-ga" in method
     mark = model.peft_config["default"].init_lora_weights
-    assert mark == anchored.ANCHORED_MARK if subtracts else mark is True
+    assert mark == make_mark({"q_proj": form}) if subtracts else mark is True
     (target, _) = lora_layers(model, "default")
-    assert (record(target)["method"].partition(":")[0], record(target)["base"]) == (method.partition(":")[0], form)
+    assert (record(target)["method"].partition(":")[0], record(target)["form"]) == (
+        method.partition(":")[0],
+        live_form(method, form),
+    )
     held = anchors(target.module, "default")
     assert (held is not None) == subtracts
     for anchor, factor in zip(held or (), factors_of(target), strict=False):
@@ -440,7 +452,7 @@ def test_the_config_is_marked_where_plain_peft_would_misread_the_adapter(method,
 # A failure half-way.
 
 STEPS = [
-    ("anchored", "init-ab", "set_anchors"),
+    ("anchored", "init-ab", "start_at"),
     ("anchored", "pissa", "set_record"),
     ("residual", "init-ab", "set_anchors"),
     ("residual", "init-ab", "subtract_product"),
@@ -483,7 +495,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch, batch, form,
         place = f"headstart.layers.install.{step}"
         calls = fail_at(patch, place, getattr(install, step), error, at, when)
         with pytest.raises(error, match="no more"):
-            hs.initialize_(model, method, data=data_for(method), base=form)
+            hs.initialize_(model, method, data=data_for(method), form=form)
         assert len(calls) >= at  # putting things back may call it again
     assert_unchanged(model, before)
     assert torch.equal(logits(model, batch), expected)
@@ -492,8 +504,8 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch, batch, form,
     other = "residual" if form == "anchored" else "anchored"
     for again in (form, other) if (at, when) == (4, "after") else (form,):
         second, fresh = copy.deepcopy(model), wrap(tiny_llama(), target_modules=["q_proj", "v_proj", "down_proj"])
-        hs.initialize_(second, method, data=data_for(method), base=again)
-        hs.initialize_(fresh, method, data=data_for(method), base=again)
+        hs.initialize_(second, method, data=data_for(method), form=again)
+        hs.initialize_(fresh, method, data=data_for(method), form=again)
         assert same(all_factors(second), all_factors(fresh))
         assert second.state_dict().keys() == fresh.state_dict().keys()
         assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in second.state_dict().items())
@@ -514,11 +526,11 @@ def test_a_failure_between_the_two_anchors(monkeypatch, form, at):
         return nn.Parameter(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(anchored, "nn", SimpleNamespace(Parameter=parameter, ParameterDict=nn.ParameterDict))
+        patch.setattr(anchored, "nn", SimpleNamespace(Parameter=parameter, ModuleDict=nn.ModuleDict))
         with pytest.raises(MemoryError, match="no more"):
-            hs.initialize_(model, "init-ab", base=form)
+            hs.initialize_(model, "init-ab", form=form)
     assert_unchanged(model, before)
-    hs.initialize_(model, "init-ab", base=form)
+    hs.initialize_(model, "init-ab", form=form)
     assert same(
         all_factors(model),
         all_factors(started(tiny_llama(), form=form, target_modules=["q_proj", "v_proj", "down_proj"])),
@@ -541,7 +553,7 @@ def test_a_method_that_gives_nonsense_is_caught_before_any_layer_changes(monkeyp
     model = wrap(tiny_llama())
     before = snapshot(model)
     with pytest.raises(hs.LayerError, match=r"model\.layers\.1\.mlp\.down_proj"):
-        hs.initialize_(model, "init-ab", base=form)
+        hs.initialize_(model, "init-ab", form=form)
     assert_unchanged(model, before)
 
 
@@ -612,7 +624,7 @@ def test_a_rank_over_the_smaller_side(method):
 @pytest.mark.parametrize("method", EVERY)
 def test_an_embedding(method, form):
     model = wrap(tiny_llama(), target_modules=["q_proj", "embed_tokens"])
-    refused(model, hs.LayerError, r"model\.embed_tokens.*Embedding", method, data=[token_batch()], base=form)
+    refused(model, hs.LayerError, r"model\.embed_tokens.*Embedding", method, data=[token_batch()], form=form)
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -704,7 +716,7 @@ def test_a_weight_that_is_not_finite_is_named(method, form, value):
     base = tiny_llama()
     base.model.layers[1].mlp.up_proj.weight.data[3, 2] = value
     match = r"model\.layers\.1\.mlp\.up_proj.*(NaN|infinity)"
-    refused(wrap(base), hs.LayerError, match, method, data=[token_batch()], base=form)
+    refused(wrap(base), hs.LayerError, match, method, data=[token_batch()], form=form)
 
 
 @pytest.mark.parametrize("form", ["anchored", "residual"])
@@ -712,11 +724,11 @@ def test_a_weight_that_is_not_finite_is_named_by_draws_too(form):
     """The docstring of initialize_: a LayerError for NaN or infinity in weights, whatever the method."""
     base = tiny_llama()
     base.model.layers[1].mlp.up_proj.weight.data[3, 2] = float("nan")
-    refused(wrap(base), hs.LayerError, r"model\.layers\.1\.mlp\.up_proj.*NaN", "init-ab", base=form)
+    refused(wrap(base), hs.LayerError, r"model\.layers\.1\.mlp\.up_proj.*NaN", "init-ab", form=form)
 
 
-def test_an_unknown_base():
-    refused(wrap(tiny_llama()), hs.MethodError, r"base='subtracted'.*anchored.*residual", base="subtracted")
+def test_an_unknown_form():
+    refused(wrap(tiny_llama()), hs.MethodError, r"form='subtracted'.*anchored.*residual", form="subtracted")
 
 
 def test_an_unknown_method_or_setting():
@@ -787,7 +799,7 @@ def test_an_odd_rank_names_the_layer():
 def test_a_layer_without_gradient_falls_back_and_is_named(method, form):
     model = small("used", "unused")
     plain = all_factors(started_small("lora", "used", "unused"))
-    report = hs.initialize_(model, f"{method}:samples=4", data=[small_batch()], base=form)
+    report = hs.initialize_(model, f"{method}:samples=4", data=[small_batch()], form=form)
     found = all_factors(model)
     assert torch.equal(found["unused"][0], plain["unused"][0])
     assert not found["unused"][1].any()
@@ -809,7 +821,7 @@ def started_small(method, *targets):
 @pytest.mark.parametrize("form", ["anchored", "residual"])
 @pytest.mark.parametrize("method", ["lora-one", "lora-ga"])
 def test_strict_refuses_a_layer_without_gradient(method, form):
-    given = dict(data=[small_batch()], base=form, strict=True)
+    given = dict(data=[small_batch()], form=form, strict=True)
     refused(small("used", "unused"), hs.LayerError, r"unused.*no gradient", f"{method}:samples=4", **given)
     # With gradients everywhere strict has nothing to refuse.
     report = hs.initialize_(small("used"), f"{method}:samples=4", **given)
@@ -829,7 +841,7 @@ def test_a_config_can_serve_several_models():
     for _ in range(2):
         model = get_peft_model(tiny_llama(), config)
         hs.initialize_(model, "pissa")
-        assert model.peft_config["default"].init_lora_weights == anchored.ANCHORED_MARK
+        assert model.peft_config["default"].init_lora_weights == make_mark({"q_proj": "anchored"})
     assert config.init_lora_weights is True
 
 

@@ -31,8 +31,7 @@ from conftest import (
 from headstart.errors import HeadstartWarning
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Wants
-from headstart.statistics.collect import Collector
-from headstart.statistics.losses import RULES, fitting_rules
+from headstart.statistics.prepare import prepare
 
 # The oracle: the definitions of METHODS, "Notation" and "LoRA-DA", word for word.
 
@@ -129,7 +128,7 @@ def collect(model, data, samples=None, *, outputs="full", tokens="attention", gr
     layers = named(model)
     wanted = Wants(gradient=gradient, outputs=outputs, tokens=tokens)
     samples = samples or sum(len(batch["labels"]) for batch in data)
-    (statistics,) = Collector(model, layers, dict.fromkeys(layers, wanted), data, samples, **kwargs).passes()
+    (statistics,) = prepare(model, layers, dict.fromkeys(layers, wanted), data, samples, **kwargs).passes()
     return statistics
 
 
@@ -293,8 +292,12 @@ def test_a_decoder_with_its_own_input_ids_and_mask():
 def test_gradient_and_factors_of_one_pass_are_those_of_two():
     base = tiny_llama()
     both = collect(wrap(copy.deepcopy(base)), [token_batch()])
-    (plain,) = Collector(
-        model := wrap(copy.deepcopy(base)), named(model), dict.fromkeys(named(model), Wants(gradient="exact")), [token_batch()], 4
+    (plain,) = prepare(
+        model := wrap(copy.deepcopy(base)),
+        named(model),
+        dict.fromkeys(named(model), Wants(gradient="exact")),
+        [token_batch()],
+        4,
     ).passes()
     only = collect(wrap(copy.deepcopy(base)), [token_batch()], gradient="no")
     assert not only.gradients and not plain.kronecker
@@ -1071,10 +1074,12 @@ def test_only_some_of_the_layers_ask_for_factors():
     model = wrap(copy.deepcopy(base), target_modules=["q_proj", "k_proj", "v_proj"])
     layers = named(model)
     wanted = {
-        name: Wants(gradient="exact") if "q_proj" in name else Wants(gradient="exact", outputs="full" if "k_proj" in name else "diagonal")
+        name: Wants(gradient="exact")
+        if "q_proj" in name
+        else Wants(gradient="exact", outputs="full" if "k_proj" in name else "diagonal")
         for name in layers
     }
-    (found,) = Collector(model, layers, wanted, [token_batch()], 4).passes()
+    (found,) = prepare(model, layers, wanted, [token_batch()], 4).passes()
     exact = exact_factors(base, [token_batch()], list(layers))
     assert set(found.gradients) == set(layers)
     for name in layers:

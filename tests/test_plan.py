@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headstart as hs
-from conftest import tiny_llama, tiny_t5, token_batch, wrap
+from conftest import factors_of, tiny_llama, tiny_t5, token_batch, wrap
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Wants
-from headstart.statistics.collect import Collector
 from headstart.statistics.plan import Need, Plan, free_memory, make_plan, parse_bytes
+from headstart.statistics.prepare import prepare
 
 CPU = torch.device("cpu")
 # The machine may be busy with other things.
@@ -224,7 +224,8 @@ def test_a_plan_in_words(count, repeats, seconds, size, text):
 
 def collector(model, wanted, **kwargs):
     layers = {target.name: target.module for target in lora_layers(model, "default")}
-    return Collector(model, layers, dict.fromkeys(layers, wanted), [token_batch(5), token_batch(4, 9, 7)], 8, **kwargs)
+    data = [token_batch(5), token_batch(4, 9, 7)]
+    return prepare(model, layers, dict.fromkeys(layers, wanted), data, 8, **kwargs)
 
 
 def bytes_of(passed):
@@ -285,7 +286,7 @@ def test_the_encoders_states_are_planned_once():
     layers = {target.name: target.module for target in lora_layers(model, "default")}
     batch = token_batch(4, 12)
     wanted = dict.fromkeys(layers, Wants(gradient="exact", outputs="diagonal"))
-    plan = Collector(model, layers, wanted, [batch], 4, memory_budget=1).plan
+    plan = prepare(model, layers, wanted, [batch], 4, memory_budget=1).plan
     cross = [names for names in plan.passes if any("EncDec" in name for name in names)]
     assert len(cross) == 1 and len(cross[0]) == 4
 
@@ -329,7 +330,7 @@ def test_notes_come_once():
     model = wrap(base)
     layers = {target.name: target.module for target in lora_layers(model, "default")}
     wanted = dict.fromkeys(layers, Wants(gradient="exact", outputs="diagonal"))
-    passes = list(Collector(model, layers, wanted, [token_batch()], 9, memory_budget=1).passes())
+    passes = list(prepare(model, layers, wanted, [token_batch()], 9, memory_budget=1).passes())
     over, short = (note for passed in passes for note in passed.notes)
     assert "q_proj' alone needs more than memory_budget" in over
     assert short == "the data held 4 samples, 9 were asked for"
@@ -339,10 +340,7 @@ def test_notes_come_once():
 
 
 def all_factors(model):
-    return {
-        target.name: (target.module.lora_A["default"].weight, target.module.lora_B["default"].weight)
-        for target in lora_layers(model, "default")
-    }
+    return {target.name: factors_of(target.module) for target in lora_layers(model, "default")}
 
 
 @pytest.mark.parametrize("settings_", ["", ",fisher=full", ",tokens=labels", ",layers=attention"])

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import headstart as hs
-from conftest import class_batch, tiny_bert, tiny_llama, token_batch, wrap
+from conftest import class_batch, factors_of, tiny_bert, tiny_llama, token_batch, wrap
 from headstart.layers.find import lora_layers
 from headstart.processes import Processes, in_step, owners
 
@@ -42,13 +42,7 @@ def batches():
 
 
 def factors(model):
-    return {
-        target.name: (
-            whole(target.module.lora_A["default"].weight),
-            whole(target.module.lora_B["default"].weight),
-        )
-        for target in lora_layers(model, "default")
-    }
+    return {target.name: tuple(map(whole, factors_of(target.module))) for target in lora_layers(model, "default")}
 
 
 def whole(parameter):

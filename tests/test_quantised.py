@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import PeftModel
@@ -9,7 +11,7 @@ from torch.nn import functional
 
 import headstart as hs
 from conftest import perturb, tiny_llama, token_batch, wrap
-from headstart.errors import LayerError
+from headstart.errors import HeadstartWarning, LayerError
 from headstart.layers.find import lora_layers
 from headstart.layers.weights import dense
 from headstart.methods import method_names, parse_method
@@ -180,3 +182,45 @@ def test_merging_requantises_base_and_adapter_together(folder, bits, method):
         # largest entry, bounded by the whole matrix's.
         step = 0.155 if bits == "4-bit" else 0.5 / 127 + 2**-11
         assert (found - exact).abs().max() <= step * exact.abs().max(), target.name
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("to", ["unquantised", "quantised"])
+def test_a_checkpoint_of_a_quantised_base_goes_on_the_other_one_with_a_warning(to, bits, folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    def plain():
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+    here, there = (quantised(folder, bits), plain()) if to == "unquantised" else (plain(), quantised(folder, bits))
+    model = wrap(here, target_modules=["q_proj", "v_proj"])
+    hs.initialize_(model, "pissa", progress=False)
+    perturb(model)
+    hs.save_checkpoint(model, tmp_path / "c")
+    words = [f"held in {bits[0]} bits", "not quantised"]
+    made, found = words if to == "unquantised" else reversed(words)
+    with pytest.warns(HeadstartWarning, match=f"made on a base model that is {made}, and this one is {found}") as seen:
+        loaded = hs.load_checkpoint(there, tmp_path / "c")
+    assert len([each for each in seen if issubclass(each.category, HeadstartWarning)]) == 1
+    assert seen[0].filename == __file__
+    for expected, target in zip(lora_layers(model, "default"), lora_layers(loaded, "default"), strict=True):
+        for which in ("lora_A", "lora_B"):
+            factors = [getattr(each.module, which)["default"].weight for each in (expected, target)]
+            assert torch.equal(*factors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HeadstartWarning)
+        hs.load_checkpoint(loaded, tmp_path / "c", check_base=False)
+        hs.load_checkpoint(plain() if to == "quantised" else quantised(folder, bits), tmp_path / "c")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_another_base_is_refused_quantised_or_not(bits, folder, tmp_path):
+    model = wrap(quantised(folder, bits), target_modules=["q_proj", "v_proj"])
+    hs.save_checkpoint(model, tmp_path / "c")
+    other = tiny_llama(hidden_size=64, intermediate_size=128)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(parameter.flip(0))
+    with pytest.raises(hs.CheckpointError, match="but other weights"):
+        hs.load_checkpoint(other, tmp_path / "c")
+    hs.load_checkpoint(other, tmp_path / "c", check_base=False)

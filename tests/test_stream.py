@@ -82,7 +82,7 @@ def config_for(name, **changes):
 def in_memory(folder, name, method, out, form="anchored", seed=0, **changes):
     model = MODELS[name][0]().__class__.from_pretrained(folder, dtype="auto")
     model = get_peft_model(model, config_for(name, **changes))
-    report = hs.initialize_(model, method, base=base, seed=seed, progress=False)
+    report = hs.initialize_(model, method, form=form, seed=seed, progress=False)
     hs.save_checkpoint(model, out)
     return model, report
 

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_llama
+from headstart import files
 from headstart.cache import FileDigests
 from headstart.errors import CheckpointError, HeadstartError, LayerError, ModelError
 from headstart.stream import load_residual, parts, run, stream_start, tensors
@@ -43,7 +44,7 @@ def expected(folder, tmp_path_factory):
 
 def start(folder, out, method=METHOD, form="residual", **options):
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    return stream_start(folder, method, config, out, name="tiny", base=base, progress=False, **options)
+    return stream_start(folder, method, config, out, name="tiny", form=form, progress=False, **options)
 
 
 def contents(out):
@@ -206,7 +207,7 @@ def test_damaged_pieces_are_made_again(folder, expected, tmp_path, damage):
         elif damage == "swap":
             shutil.copy(found[1], file)
         else:
-            file.with_suffix(".safetensors.0.partial").write_bytes(b"half")
+            file.with_name(f".{file.name}.{'0' * 8}-{'0' * 16}.headstart").write_bytes(b"half")
             file.unlink()
     start(folder, out)
     assert contents(out) == expected
@@ -463,7 +464,7 @@ def test_locks_are_the_systems(tmp_path):
 
 
 def test_what_was_cleared_is_not_begun_anew(tmp_path):
-    work, late = (Work(tmp_path / "out", {}, writer) for writer in (0, 1))
+    work, late = (Work(tmp_path / "out", {}) for _ in range(2))
     work.create()
     work.clear()
     with pytest.raises(CheckpointError, match="is gone"), late.claim("a"):
@@ -503,18 +504,16 @@ def test_a_start_that_others_work_on_is_left_alone(tmp_path):
 
 def test_where_there_are_no_locks_processes_write_to_files_of_their_own(folder, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "take_lock", lambda path: None)
+    monkeypatch.setattr(files, "fcntl", None)
     out, plain = tmp_path / "out", tensors.write_chunks
 
     def halfway(path, chunks):
         first, rest = next(chunks), b"".join(chunks)
-        beside = [each for each in path.parent.glob("*.partial") if each != path]
-        assert not beside
-        other = path.with_name(path.name.replace(".0.partial", ".1.partial"))
-        assert other != path
-        other.write_bytes(b"what another process has written so far")
-        digest = plain(path, iter([first, rest]))
-        other.unlink()
-        return digest
+        assert [each for each in path.parent.iterdir() if files.is_hidden(each.name)] == [path]
+        with files.whole_file(path.with_name(path.name[1:].rsplit(".", 2)[0])) as other:
+            assert other != path
+            other.write_bytes(b"what another process has written so far")
+            return plain(path, iter([first, rest]))
 
     monkeypatch.setattr(parts, "write_chunks", halfway)
     start(folder, out)

@@ -7,6 +7,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from headstart import _imports  # noqa: F401 - before whatever imports PEFT
 from headstart._version import __version__
 from headstart.errors import (
     CheckpointError,
@@ -20,7 +21,6 @@ from headstart.initialize import initialize_
 from headstart.layers import peft_hooks
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
 from headstart.layers.core import optimal_gradient
-from headstart.layers.decay import decay_to_anchor_
 from headstart.layers.export import save_lora
 from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import (
@@ -63,7 +63,6 @@ __all__ = [
     "TrainingData",
     "Wants",
     "__version__",
-    "decay_to_anchor_",
     "get_method",
     "initialize_",
     "load_checkpoint",

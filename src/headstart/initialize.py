@@ -11,13 +11,17 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
 
 from headstart.cache import open_store
 from headstart.context import Context, Memory, shown
-from headstart.errors import HeadstartWarning, LayerError, MethodError
+from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.adapters import find
 from headstart.layers.install import Subtracting, check_form
-from headstart.methods.base import Factors, Method
+from headstart.layers.reach import left_out
+from headstart.layers.unwrap import looked_through, looks_through
+from headstart.layers.weights import model_device
+from headstart.methods.base import ANY_LAYER, Factors, Method
 from headstart.methods.registry import parse_method
 from headstart.processes import Processes, is_sharded
 from headstart.progress import Show
@@ -27,17 +31,21 @@ from headstart.solve import checked, settled, solve
 from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Reading, collect
 from headstart.statistics.plan import parse_bytes
+from headstart.statistics.reader import Loss
+from headstart.statistics.trainer import from_trainer, known_training
 from headstart.statistics.training import TrainingData
 
 
+@looks_through
 def initialize_(
     model: nn.Module,
     method: Method | str,
     *,
-    data: Iterable[Any] | TrainingData | None = None,
+    data: Iterable[Any] | Trainer | TrainingData | None = None,
     seed: int = 0,
     form: Subtracting = "anchored",
     adapter: str | None = None,
+    loss: Loss | None = None,
     collator: Collator | None = None,
     batch_size: int = 8,
     memory_budget: int | str | None = None,
@@ -58,17 +66,20 @@ def initialize_(
 
     Args:
         model: what ``peft.get_peft_model`` returned, fresh: its adapter neither trained nor initialised. It may be
-            inside DistributedDataParallel, or its parameters sharded by FSDP2. DoRA layers take methods that keep their
-            start, and get the magnitude that goes with it; the layers of a VeRA adapter get a common dictionary from
-            what the method finds in each (:mod:`headstart.layers.vera`). Methods that train a core (lora-xs, lora-sb)
-            or share ranks out (eva) have to come before DDP or FSDP2.
+            inside DistributedDataParallel, DataParallel or torch.compile, or its parameters sharded by FSDP2. DoRA
+            layers take methods that keep their start, and get the magnitude that goes with it; the layers of a VeRA
+            adapter get a common dictionary from what the method finds in each (:mod:`headstart.layers.vera`). Methods
+            that train a core (lora-xs, lora-sb) or share ranks out (eva) have to come before DDP or FSDP2.
         method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``.
-        data: for methods that read data: an iterable of batches that the model accepts as keyword arguments and
-            returns a loss for, or a tokenised dataset together with ``collator``. Samples are counted, not batches.
+        data: for methods that read data: a trainer of Transformers or TRL, whose own data, collator, loss and schedule
+            are used (:func:`headstart.statistics.trainer.from_trainer`); or an iterable of batches that the model
+            accepts as keyword arguments and returns a loss for; or a tokenised dataset together with ``collator``.
+            Samples are counted, not batches.
         seed: the same seed gives the same factors.
         form: of methods whose start must not change the model: "anchored" leaves the frozen weights untouched (see
             :mod:`headstart.layers.anchored`); "residual" subtracts s B A from them, as the papers do.
         adapter: the adapter's name; the active one by default.
+        loss: a callable (model, batch) -> scalar loss in place of the model's own, as for diffusion or distillation.
         collator, batch_size: how a dataset of single samples becomes batches.
         memory_budget: bytes for what a pass over the data sums, or a string such as "6GiB"; by default half of what is
             free. Where not everything fits, the data are read in several passes; the report says how many. Without
@@ -93,23 +104,23 @@ def initialize_(
         DataError: data that are missing, empty, or can't be learned from.
     """
     if base is not None:
-        warnings.warn("base= is now called form=, and goes in the next version.", FutureWarning, stacklevel=2)
+        warnings.warn("base= is now called form=, and goes in the next version.", FutureWarning, stacklevel=3)
         form = base
     method = parse_method(method) if isinstance(method, str) else method
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
     check_form(form)
     reading = Reading(memory_budget, offload)
-    model = _unwrapped(model, method)
-    memory = Memory(next(model.parameters()).device)
+    _check_wrappers(model, method)
     context = Context(seed=seed, processes=Processes.joined())
     # Approximations hold a weight twice: as it is, and divided by the scaling.
     context.batch_bytes = None if memory_budget is None else parse_bytes(memory_budget, torch.device("cpu")) // 2
     with shown(progress, context.processes) as context.show:
         with context.clock("find"):
             target = find(model, adapter)
-            source = TrainingData.of(data, collator, batch_size, context.processes)
-            checked(method, target.layers, seed, source.training)
+            memory = Memory(model_device(model))
+            source = _source(data, method, collator, batch_size, loss, context)
+            checked(method, target.layers, seed, source.training, reads_weights=form == "residual")
             store = open_store(cache, context.notes.append)
         starts: dict[str, Factors] = {}
         for statistics in context.timed("collect", collect(model, target.layers, method, source, reading, context)):
@@ -125,7 +136,7 @@ def initialize_(
     with context.clock("install"):
         target.install(pairs, live_form, method, seed)
     for sentence in notes:
-        warnings.warn(sentence, HeadstartWarning, stacklevel=2)
+        warnings.warn(sentence, HeadstartWarning, stacklevel=3)  # over looks_through
     return Report(
         method=str(method),
         form=target.form or live_form,
@@ -140,16 +151,26 @@ def initialize_(
         plan=statistics.plan,
         cached=store.served if store else 0,
         trainable=sum(layer.trainable for layer in target.layers),
+        left_out=left_out(model, target.layers),
         warnings=notes,
     )
 
 
-def _unwrapped(model: nn.Module, method: Method) -> nn.Module:
-    """Return the PEFT model inside DistributedDataParallel.
+def _source(
+    data: object, method: Method, collator: Collator | None, batch_size: int, loss: Loss | None, context: Context
+) -> TrainingData:
+    """Return what was given as data, a trainer's included."""
+    if not isinstance(data, Trainer):
+        return TrainingData.of(data, collator, batch_size, loss, context.processes)
+    if collator is not None or loss is not None:
+        raise DataError("a trainer given as data brings its own collator and loss: leave collator= and loss= out.")
+    reads = method.wants(ANY_LAYER).data
+    samples = method.sample_count(known_training(data).population) if reads else 0
+    return from_trainer(data, samples, context.seed)
 
-    Raises:
-        LayerError: it is wrapped in a way in which its layers can't be read, or a core would come too late.
-    """
+
+def _check_wrappers(model: nn.Module, method: Method) -> None:
+    """Raise LayerError where layers can't be read, or a core would come too late."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
     ):
@@ -157,11 +178,10 @@ def _unwrapped(model: nn.Module, method: Method) -> nn.Module:
             "the model is sharded by FSDP1 or DeepSpeed, whose parts can't be read layer by layer: initialise it "
             "before that, or use FSDP2."
         )
-    inside = model.module if isinstance(model, DistributedDataParallel) else model
-    if (method.form == "core" or method.shares_ranks) and (inside is not model or is_sharded(inside)):
+    distributed = any(isinstance(wrapper, DistributedDataParallel) for wrapper in looked_through())
+    if (method.form == "core" or method.shares_ranks) and (distributed or is_sharded(model)):
         does = "adds a parameter to each layer" if method.form == "core" else "gives layers parameters of other ranks"
         raise LayerError(
             f"method {method.name!r} {does}, which DistributedDataParallel and FSDP2 would not know of: initialise the "
             "model before it is wrapped."
         )
-    return inside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class Processes:
         if not self.several:
             return [value]
         found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
+        with self._waiting():
+            dist.all_gather_object(found, value)
         return found
 
     def sum_to(self, tensor: Tensor, owner: int | None) -> None:
@@ -62,12 +64,29 @@ class Processes:
         if not self.several:
             return
         moved = tensor.to(_device_for(tensor))
-        if owner is None:
-            dist.all_reduce(moved)
-        else:
-            dist.reduce(moved, dst=owner)
+        with self._waiting():
+            if owner is None:
+                dist.all_reduce(moved)
+            else:
+                dist.reduce(moved, dst=owner)
         if moved is not tensor:
             tensor.copy_(moved)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Say whom this process waited for, where the process group's time runs out or another process dies.
+
+        Raises:
+            HeadstartError: that happened.
+        """
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            others = "1 other process" if self.count == 2 else f"{self.count - 1} other processes"
+            raise HeadstartError(
+                f"process {self.rank} waited {time.monotonic() - began:.0f} s for {others}: {error}"
+            ) from error
 
 
 @contextmanager
@@ -109,12 +128,22 @@ def owners(costs: Mapping[T, float], count: int) -> dict[T, int]:
 def digest(batch: Mapping[str, Any]) -> str:
     """Return a short hash of a batch's content, by which processes tell whether they were given the same data."""
     found = hashlib.blake2b(digest_size=16)
-    for key in sorted(batch):
-        value = batch[key]
-        found.update(key.encode())
+
+    def add(value: Any) -> None:
         if isinstance(value, Tensor):
             found.update(str(tuple(value.shape)).encode())
             found.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Mapping):
+            for key in sorted(value, key=str):
+                found.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for part in value:
+                add(part)
+        elif isinstance(value, str | int | float):
+            found.update(repr(value).encode())
+
+    add(batch)
     return found.hexdigest()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+
+from headstart.names import kind_of
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class LayerReport:
         d_out, d_in, r: its shape and the adapter's rank.
         norm_A, norm_B: Frobenius norms of the factors.
         norm_product: Frobenius norm of s B A; of a core layer, of s B R A; 0 in a VeRA layer, which adds nothing yet.
-        norm_weight: Frobenius norm of W.
+        norm_weight: Frobenius norm of W; None where W can't be read (a quantised format, or weights kept elsewhere).
         seconds: time spent on its factors (a batch's time is divided evenly among its layers).
         info: the method's own numbers, such as ``error`` and ``bound`` (squared Frobenius), ``steps``, ``residual``.
         note: what had to be done differently, else empty.
@@ -34,7 +37,7 @@ class LayerReport:
     norm_A: float
     norm_B: float
     norm_product: float
-    norm_weight: float
+    norm_weight: float | None
     seconds: float
     info: dict[str, float] = field(default_factory=dict)
     note: str = ""
@@ -44,8 +47,31 @@ class LayerReport:
 
     @property
     def relative_product(self) -> float:
-        """The norm of s B A over the norm of W."""
-        return self.norm_product / self.norm_weight if self.norm_weight else float("inf")
+        """The norm of s B A over the norm of W; NaN where that isn't known."""
+        if self.norm_weight is None:
+            return math.nan
+        return self.norm_product / self.norm_weight if self.norm_weight else math.inf
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What of a model an adapter doesn't reach.
+
+    Attributes:
+        parameters: how many lie in no layer of the adapter, and don't train beside it.
+        total: how many the model has, without the adapter.
+        experts: by kind of layer, how many of ``parameters`` are those of experts.
+    """
+
+    parameters: int
+    total: int
+    experts: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"the adapter leaves out {self.parameters:,} of the model's {self.total:,} parameters"
+        if not self.experts:
+            return text
+        return f"{text}, among them {sum(self.experts.values()):,} of experts ({', '.join(self.experts)})"
 
 
 @dataclass(frozen=True)
@@ -65,6 +91,7 @@ class Report:
         plan: passes over the data, the bytes that they held and the seconds that were expected, in words.
         cached: layers whose factors were found in the cache.
         trainable: parameters of the adapter's layers that train; heads beside it (modules_to_save) are not counted.
+        left_out: what of the model the adapter doesn't reach.
         warnings: sentences about what was not as asked for.
     """
 
@@ -81,6 +108,7 @@ class Report:
     plan: str = ""
     cached: int = 0
     trainable: int = 0
+    left_out: LeftOut | None = None
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,6 +146,8 @@ class Report:
         yield self._table()
         if worst := self._worst():
             yield worst
+        if self.left_out:
+            yield str(self.left_out)
         for repair in self.repairs():
             yield f"repaired: {repair}"
         for warning in self.warnings:
@@ -140,7 +170,7 @@ class Report:
             table.add_column(title, justify="left" if title == "kind" else "right")
         kinds: dict[tuple[str, int, int, int], list[LayerReport]] = {}
         for layer in self.layers:
-            key = (layer.name.rpartition(".")[2], layer.d_out, layer.d_in, layer.r)
+            key = (kind_of(layer.name), layer.d_out, layer.d_in, layer.r)
             kinds.setdefault(key, []).append(layer)
         for (kind, d_out, d_in, r), group in kinds.items():
             ratios = [layer.info["error"] / layer.info["bound"] for layer in group if layer.info.get("bound", 0) > 0]
@@ -151,11 +181,15 @@ class Report:
                 str(r),
                 f"{_mean([layer.norm_A for layer in group]):.3g}",
                 f"{_mean([layer.norm_B for layer in group]):.3g}",
-                f"{_mean([layer.relative_product for layer in group]):.3g}",
+                _known(_mean([layer.relative_product for layer in group])),
                 f"{max(ratios):.6f}" if ratios else "",
                 f"{sum(layer.seconds for layer in group):.2f}",
             )
         return table
+
+
+def _known(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3g}"
 
 
 def _mean(values: list[float]) -> float:

@@ -11,6 +11,7 @@ import torch
 from headstart.context import Context
 from headstart.errors import LayerError, not_finite
 from headstart.layers.find import TargetLayer
+from headstart.layers.formats import unreadable
 from headstart.layers.install import LayerForm
 from headstart.layers.weights import dense
 from headstart.linalg.norms import squared_norm
@@ -20,8 +21,9 @@ from headstart.report import LayerReport
 
 def layer_report(layer: TargetLayer, factors: Factors, form: LayerForm, context: Context) -> LayerReport:
     """Return a layer's line in the report: the norms of its start and of its weight, before that is installed."""
-    norm_weight = math.sqrt(squared_norm(dense(layer.module.get_base_layer())))
-    if not math.isfinite(norm_weight):
+    base = layer.module.get_base_layer()
+    norm_weight = None if unreadable(base) else math.sqrt(squared_norm(dense(base)))
+    if norm_weight is not None and not math.isfinite(norm_weight):
         raise not_finite(layer.name)
     return LayerReport(
         name=layer.name,

@@ -15,6 +15,7 @@ from headstart.cache import Store, cacheable, description, layer_key
 from headstart.context import Context
 from headstart.errors import LayerError
 from headstart.layers.find import TargetLayer
+from headstart.layers.formats import check_readable
 from headstart.layers.install import check_factors
 from headstart.layers.weights import full_precision
 from headstart.methods.base import Factors, Layer, Method, Training
@@ -174,8 +175,7 @@ class _Solver:
                 yield group[start : start + size]
 
     def _reads_inputs(self, layer: TargetLayer) -> bool:
-        wants = self._method.wants(layer.facts())
-        return wants.inputs or wants.outputs is not None
+        return self._method.wants(layer.facts()).input_moments
 
     def _fitting(self, layer: TargetLayer) -> int:
         """Return how many layers of this one's shape are solved together."""
@@ -213,8 +213,12 @@ class _Solver:
         )
 
 
-def checked(method: Method, layers: Sequence[TargetLayer], seed: int, training: Training) -> Mapping[str, Layer]:
+def checked(
+    method: Method, layers: Sequence[TargetLayer], seed: int, training: Training, *, reads_weights: bool = False
+) -> Mapping[str, Layer]:
     """Let the method refuse what it can't start, and return what is known of each layer before any data are read.
+
+    ``reads_weights`` says that weights are read whatever the method wants, as for residual ones.
 
     Raises:
         LayerError, MethodError: see :meth:`headstart.methods.base.Method.check`.
@@ -222,6 +226,11 @@ def checked(method: Method, layers: Sequence[TargetLayer], seed: int, training: 
     facts = {layer.name: replace(layer.facts(), seed=seed, training=training) for layer in layers}
     for known in facts.values():
         method.check(known)
+    check_readable(
+        (layer.name, layer.module.get_base_layer())
+        for layer in layers
+        if reads_weights or layer.facts().dora or method.wants(facts[layer.name]).reads_weight
+    )
     return facts
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from headstart.cache.entries import write_whole
+from headstart.files import write_whole
 from headstart.layers.weights import weight_digest
 
 _FILE = "digests.json"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from torch import Tensor
 from headstart.methods.base import Factors
 
 SUFFIX = ".safetensors"
-TEMPORARY = ".tmp"
 KEY = re.compile(r"[0-9a-f]{64}")
 
 _FORMAT = "headstart factors 1"
@@ -92,27 +88,6 @@ def describe_file(path: Path) -> dict[str, Any]:
     if not isinstance(about, dict):
         raise DamagedEntryError("it does not say what it holds")
     return about
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all, even if the process is killed.
-
-    Not even a power cut needs waiting for the disk: what it leaves of a file that had its name already is found out
-    by the checksum.
-
-    Raises:
-        OSError: it can't be written; nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{uuid.uuid4().hex}{TEMPORARY}")
-    try:
-        with work.open("xb") as file:
-            file.write(content)
-        os.replace(work, path)  # noqa: PTH105 - Path.replace says nothing about what is there already
-    except BaseException:
-        with contextlib.suppress(OSError):
-            work.unlink()
-        raise
 
 
 def _as_tuples(value: Any) -> Any:

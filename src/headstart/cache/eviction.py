@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from headstart.cache.entries import KEY, TEMPORARY, entry_path
+from headstart.cache.entries import KEY, entry_path
 from headstart.cache.locks import remove_old_locks
-
-# Writing one file takes seconds at most; a temporary file this old is a killed process's.
-_ABANDONED = 3600.0
+from headstart.files import is_hidden, remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Entry:
 
 def list_entries(folder: Path) -> list[Entry]:
     """Return what lies in the cache, the least recently used first; files that are not named by a key don't count."""
-    return sorted(_scan(folder)[0], key=lambda entry: (entry.used, entry.key))
+    return sorted(_scan(folder), key=lambda entry: (entry.used, entry.key))
 
 
 def evict(folder: Path, limit: int, keep: Collection[str] = ()) -> int:
@@ -50,11 +47,10 @@ def evict(folder: Path, limit: int, keep: Collection[str] = ()) -> int:
     Returns:
         The bytes that remain.
     """
-    entries, temporary = _scan(folder)
-    for path, changed in temporary:
-        if time.time() - changed > _ABANDONED:
-            with contextlib.suppress(OSError):
-                path.unlink()
+    entries = _scan(folder)
+    for shard in (folder, *map(Path, _shards(folder))):
+        if any(is_hidden(file.name) for file in _children(shard)):
+            remove_leftovers(shard)
     remove_old_locks(folder)
     total = sum(entry.bytes for entry in entries)
     for entry in sorted(entries, key=lambda entry: (entry.used, entry.key)):
@@ -81,21 +77,19 @@ def remove_entry(entry: Entry) -> bool:
     return False
 
 
-def _scan(folder: Path) -> tuple[list[Entry], list[tuple[Path, float]]]:
-    """Return the entries, and the temporary files with their times."""
+def _scan(folder: Path) -> list[Entry]:
     entries: list[Entry] = []
-    temporary: list[tuple[Path, float]] = []
-    shards = _children(folder)
-    files = [file for shard in shards if len(shard.name) == 2 for file in _children(Path(shard.path))]
-    for file in shards + files:
+    for file in (file for shard in _shards(folder) for file in _children(Path(shard))):
         path = Path(file.path)
         with contextlib.suppress(OSError):
             found = file.stat()
-            if path.suffix == TEMPORARY and stat.S_ISREG(found.st_mode):
-                temporary.append((path, found.st_mtime))
-            elif KEY.fullmatch(path.stem) and path == entry_path(folder, path.stem) and stat.S_ISREG(found.st_mode):
+            if KEY.fullmatch(path.stem) and path == entry_path(folder, path.stem) and stat.S_ISREG(found.st_mode):
                 entries.append(Entry(path, path.stem, found.st_size, found.st_mtime))
-    return entries, temporary
+    return entries
+
+
+def _shards(folder: Path) -> list[os.DirEntry[str]]:
+    return [shard for shard in _children(folder) if len(shard.name) == 2]
 
 
 def _children(folder: Path) -> list[os.DirEntry[str]]:

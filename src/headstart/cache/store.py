@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headstart.cache.entries import KEY, DamagedEntryError, decode, encode, entry_path, write_whole
+from headstart.cache.entries import KEY, DamagedEntryError, decode, encode, entry_path
 from headstart.cache.eviction import Entry, evict, list_entries, remove_entry
 from headstart.cache.folder import factors_folder, size_limit
-from headstart.cache.locks import held
+from headstart.cache.locks import LONGEST_WAIT, Patience, duration, held, lock_path, owner
 from headstart.errors import HeadstartWarning
+from headstart.files import write_whole
 from headstart.methods.base import Factors
 from headstart.progress import Show, silent
 
@@ -88,7 +89,8 @@ class Store:
 
         Each group is written before the next is begun, so a process that is killed loses one group. What another
         process is making at the moment is left to it, and waited for when nothing else is left to do: processes
-        that ask for the same keys share the work. An error in ``compute`` passes through.
+        that ask for the same keys share the work. Where none of it comes for 10 minutes, it is computed here as well,
+        with a sentence. An error in ``compute`` passes through.
 
         Args:
             keys: of :func:`headstart.cache.keys.layer_key`; some may be the same.
@@ -115,8 +117,11 @@ class Store:
         wait = _Wait(show, len(set(keys)))
         while pending:
             before = len(found)
+            if regardless := wait.patience.over:
+                self._warn(self._tired(wait.patience, [keys[position] for group in pending for position in group]))
             for group in pending:
-                with held(self.folder, [keys[position] for position in group]) as locks:
+                asked = [keys[position] for position in group]
+                with held(self.folder, asked, regardless=regardless) as locks:
                     mine = [position for position in group if keys[position] in locks.keys]
                     for position in list(mine):
                         # Another process may have made it before the lock was free.
@@ -135,7 +140,9 @@ class Store:
                 if wrote and (self._bytes is None or self._bytes > self.limit_bytes):
                     self._bytes = evict(self.folder, self.limit_bytes, set(keys))
             pending = _pieces(keys, pending, found)
-            if pending and len(found) == before:
+            if len(found) > before:
+                wait.patience.renew()
+            elif pending:
                 wait(len(found))
         if wrote:
             # Counted again: other processes write too.
@@ -161,6 +168,13 @@ class Store:
     def remove(self, entry: Entry) -> bool:
         """Remove an entry, unless it was used since it was listed; return whether it is gone."""
         return remove_entry(entry)
+
+    def _tired(self, patience: Patience, keys: Sequence[str]) -> str:
+        """Return what to say where another process keeps keys for too long."""
+        return (
+            f"waited {duration(patience.waited)} for factors of {len(keys)} layers in {self.folder}, which are "
+            f"being computed by {owner(lock_path(self.folder, keys[0]))}: they are computed here as well."
+        )
 
     def _read(self, key: str) -> Factors | None:
         """Return a key's factors, None where there are none or nothing that can be believed."""
@@ -208,6 +222,7 @@ class _Wait:
     """Waits longer each time, and shows it once that takes a while."""
 
     def __init__(self, show: Show, total: int) -> None:
+        self.patience = Patience(LONGEST_WAIT)
         self._show = show
         self._total = total
         self._pause = _FIRST_PAUSE

@@ -14,10 +14,11 @@ from headstart.cli.app import app
 from headstart.cli.console import output
 from headstart.cli.options import Force
 from headstart.errors import CheckpointError
+from headstart.files import check_free
 from headstart.layers.adapter import make_plain
 from headstart.layers.checkpoint import load_checkpoint, read_adapter
-from headstart.layers.export import write_merged, write_plain
-from headstart.layers.files import check_free
+from headstart.layers.export import write_diffusers, write_merged, write_plain
+from headstart.layers.files import ADAPTER_FOLDER, DIFFUSERS_FOLDER, MODEL_FOLDER
 from headstart.layers.inspection import inspect_adapter
 from headstart.training.models import resolve_model
 
@@ -28,6 +29,7 @@ class Form(enum.StrEnum):
     """What an adapter can be exported to."""
 
     LORA = "lora"
+    DIFFUSERS = "diffusers"
     MERGED = "merged"
 
 
@@ -36,32 +38,36 @@ def export(
     adapter: Adapter,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     to: Annotated[
-        Form, typer.Option("--to", help="A plain LoRA, or the whole model with the adapter in it.")
+        Form, typer.Option("--to", help="A plain LoRA, one in diffusers' layout, or the whole model with it merged in.")
     ] = Form.LORA,
     rank: Annotated[
-        int | None, typer.Option("--rank", "-r", min=1, help="Truncate the update to this rank (lora only).")
+        int | None, typer.Option("--rank", "-r", min=1, help="Truncate the update to this rank (not merged).")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="The base model; by default the one it was made on.")
     ] = None,
     uniform: Annotated[
         bool,
-        typer.Option("--uniform", help="One rank and scaling for all layers, as engines read them (lora only)."),
+        typer.Option("--uniform", help="One rank and scaling for all layers, as engines read them (not merged)."),
     ] = False,
     force: Force = False,
 ) -> None:
     """Write a plain LoRA that any program can load, or merge the adapter into its base model."""
-    check_free(out, force)
+    folders = {Form.LORA: ADAPTER_FOLDER, Form.DIFFUSERS: DIFFUSERS_FOLDER, Form.MERGED: MODEL_FOLDER}
+    check_free(out, folders[to], force)
     found = read_adapter(adapter)
-    if to is Form.LORA:
+    if to is not Form.MERGED:
         plain = make_plain(found.layers, found.rest, found.config, rank, uniform=uniform)
-        write_plain(plain, out, force=force)
+        if to is Form.DIFFUSERS:
+            write_diffusers(plain, out, force=force)
+        else:
+            write_plain(plain, out, force=force)
         lost = f", relative error {plain.relative_error:.3g}" if rank is not None else ""
         output.print(f"wrote {out}: rank {plain.config.r}{lost}", markup=False, highlight=False)
         return
     if rank is not None or uniform:
         option = "--uniform" if rank is None else "--rank"
-        raise CheckpointError(f"{option} goes with --to lora; a merged model holds the whole update.")
+        raise CheckpointError(f"{option} does not go with --to merged: a merged model holds the whole update.")
     base, tokenizer, _ = resolve_model(_base_name(model, found.config.base_model_name_or_path, adapter))
     write_merged(load_checkpoint(base, adapter, trainable=False), tokenizer, out, force=force)
     output.print(f"wrote {out}: the whole model, merged", markup=False, highlight=False)

@@ -22,6 +22,7 @@ from headstart.cli.options import (
     Targets,
     target_modules,
 )
+from headstart.files import write_whole
 from headstart.progress import progress_bars
 from headstart.study.compare import Comparison, described, prepare, start_over
 from headstart.study.compare import compare as run_all
@@ -104,13 +105,13 @@ def compare(
         return loaded, tokenizer
 
     def keep(results: list[Result]) -> None:
-        (out / "table.md").write_text(markdown(results), encoding="utf-8")
+        write_whole(out / "table.md", markdown(results))
         write_page(out / "report.html", "Starts compared", described(comparison, results), results)
 
     if force:
         # Only once it is known that the new comparison can be made.
         prepare(comparison, load()[1])
-        start_over(out)
+        start_over(out, comparison)
     with progress_bars(console) as show:
         results = run_all(
             comparison,

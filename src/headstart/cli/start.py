@@ -26,9 +26,10 @@ from headstart.cli.options import (
     target_modules,
 )
 from headstart.errors import DataError, LayerError
+from headstart.files import check_free
 from headstart.initialize import initialize_
 from headstart.layers.checkpoint import save_checkpoint
-from headstart.layers.files import check_free
+from headstart.layers.files import ADAPTER_FOLDER
 from headstart.methods import ANY_LAYER, Method, Training, parse_method
 from headstart.progress import progress_bars, silent
 from headstart.statistics.training import TrainingData
@@ -81,7 +82,7 @@ def init(
                 )
         _stream(model, made, out, rank, alpha, rslora, targets, seed, form, cache, strict, force)
         return
-    check_free(out, force)
+    check_free(out, ADAPTER_FOLDER, force)
     probe = replace(ANY_LAYER, training=Training(None, lr))
     with suppress(LayerError):  # of a setting that is missing; what is wrong with layers, the verb finds
         made.check(probe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,14 +15,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headstart.errors import BASE_PREFIX, CheckpointError
-from headstart.layers.anchored import ANCHOR_NAMES
+from headstart.layers.anchored import START_NAMES, stacked
 from headstart.layers.core import CORE
+from headstart.layers.unwrap import plain_name
 from headstart.linalg.product import product_norm, truncate_product
 
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """One layer's tensors: A (r, d_in), B (d_out, r), the anchors or the core where there are any, and s."""
+    """One layer's tensors as they are stored: A (r, d_in), B (d_out, r), anchors or core where there are any, and s.
+
+    Of an anchored layer A and B are the differences to the anchors A0 and B0.
+    """
 
     A: Tensor
     B: Tensor
@@ -34,28 +39,35 @@ class AdapterLayer:
     def plain(self) -> tuple[Tensor, Tensor]:
         """Return (A_out, B_out) of the plain LoRA that does the same on the untouched base model.
 
-        That is (A, B) itself, or of an anchored or residual layer A_out = [A; A - A0] and B_out = [B - B0, B0], or of
-        a core layer A and B R.
+        That is (A, B) itself; of an anchored or residual layer A_out = [A0 + dA; dA] and B_out = [dB, B0], where
+        dA = A - A0 and dB = B - B0; of a core layer A and B R. Whatever is computed for it is in float32 at least, as
+        half precision would round what the running layer doesn't.
         """
         if self.core is not None:
-            return self.A, (self.B.float() @ self.core.float()).to(self.B.dtype)
+            B, core = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (self.B, self.core))
+            return self.A, B @ core
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
-        return torch.cat((self.A, self.A - self.A0)), torch.cat((self.B - self.B0, self.B0), dim=1)
+        if self.kind == "residual":
+            return torch.cat((self.A, self.A - self.A0)), torch.cat((self.B - self.B0, self.B0), dim=1)
+        return stacked(self.A, self.B, self.A0, self.B0)
 
 
 def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, AdapterLayer], dict[str, Tensor]]:
     """Sort a PEFT adapter's tensors into layers, and the rest (heads that are trained beside it).
+
+    Those that earlier versions of headstart wrote are read, too.
 
     Raises:
         CheckpointError: a layer lacks one of its tensors, or their shapes don't fit together.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
-    roles = {"lora_A.weight": "A", "lora_B.weight": "B", CORE: "core"}
-    for kind, (name_A, name_B) in ANCHOR_NAMES.items():
-        roles |= {name_A: f"{kind} A0", name_B: f"{kind} B0"}
-    for key, tensor in tensors.items():
+    roles = {"lora_A.weight": "A", "lora_B.weight": "B", f"{CORE}.weight": "core"}
+    for kind, (name_A, name_B) in START_NAMES.items():
+        roles |= {f"{name_A}.weight": f"{kind} A0", f"{name_B}.weight": f"{kind} B0"}
+    # PEFT's own saving of a model with compiled parts writes their wrappers' names.
+    for key, tensor in renewed({plain_name(name): tensor for name, tensor in tensors.items()}).items():
         role = next((role for ending, role in roles.items() if key.endswith(f".{ending}")), None)
         if role is None:
             rest[key] = tensor
@@ -65,8 +77,39 @@ def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, 
     return {name: _layer(name, found, config) for name, found in parts.items()}, rest
 
 
+# How earlier versions named anchors and cores, which were parameters and not modules.
+_EARLIER = {
+    "lora_anchor_A": ("lora_start_A.weight", "lora_A.weight"),
+    "lora_anchor_B": ("lora_start_B.weight", "lora_B.weight"),
+    "lora_residual_A": ("lora_residual_A.weight", None),
+    "lora_residual_B": ("lora_residual_B.weight", None),
+    CORE: (f"{CORE}.weight", None),
+}
+
+
+def renewed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors as this version stores them; those that are so already, as they are.
+
+    Earlier versions kept the whole factors of an anchored layer, beside anchors that had other names: what is kept now
+    is A - A0 and B - B0.
+    """
+    new = dict(tensors)
+    for key, tensor in tensors.items():
+        layer, _, ending = key.rpartition(".")
+        if ending not in _EARLIER:
+            continue
+        name, factor = _EARLIER[ending]
+        del new[key]
+        new[f"{layer}.{name}"] = tensor
+        whole = tensors.get(f"{layer}.{factor}")
+        if whole is not None and whole.shape == tensor.shape:
+            wide = torch.promote_types(whole.dtype, torch.float32)
+            new[f"{layer}.{factor}"] = whole.to(wide) - tensor.to(wide)
+    return new
+
+
 def _layer(name: str, found: dict[str, Tensor], config: LoraConfig) -> AdapterLayer:
-    kind = next((kind for kind in ANCHOR_NAMES if any(role.startswith(kind) for role in found)), "lora")
+    kind = next((kind for kind in START_NAMES if any(role.startswith(kind) for role in found)), "lora")
     roles = ["A", "B"] if kind == "lora" else ["A", "B", f"{kind} A0", f"{kind} B0"]
     if kind == "lora" and "core" in found:
         kind = "core"
@@ -74,7 +117,7 @@ def _layer(name: str, found: dict[str, Tensor], config: LoraConfig) -> AdapterLa
     if missing:
         raise CheckpointError(f"the adapter's layer {name!r} lacks {', '.join(missing)}: the file is not complete.")
     A, B = found["A"], found["B"]
-    A0, B0 = (found[role] for role in roles[2:]) if kind in ANCHOR_NAMES else (None, None)
+    A0, B0 = (found[role] for role in roles[2:]) if kind in START_NAMES else (None, None)
     core = found.get("core")
     shapes_fit = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
     shapes_fit = shapes_fit and (core is None or tuple(core.shape) == (A.shape[0], A.shape[0]))
@@ -202,11 +245,16 @@ def _fitting_config(
         config,
         r=r,
         lora_alpha=alpha,
-        rank_pattern={name: value for name, value in ranks.items() if value != r},
-        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        rank_pattern={_exactly(name): value for name, value in ranks.items() if value != r},
+        alpha_pattern={_exactly(name): value for name, value in alphas.items() if value != alpha},
         use_rslora=False,
         **_WRITTEN,
     )
+
+
+def _exactly(name: str) -> str:
+    """Return the pattern that matches this layer alone: PEFT takes a bare name for the ending of others, too."""
+    return f"^{re.escape(name)}"
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

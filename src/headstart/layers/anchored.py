@@ -1,45 +1,60 @@
-"""Anchored LoRA layers: the frozen weight stays as it is, and the layer remembers where its factors started.
+"""Anchored LoRA layers: the frozen weight stays as it is, and what trains is how far the factors are from their start.
 
 A start with s B0 A0 != 0 is usually made harmless by subtracting that product from the weight. An anchored layer
-computes
+keeps A0 and B0 beside its factors, and ``lora_A`` and ``lora_B`` hold the differences dA = A - A0 and dB = B - B0,
+both zero at the start. It computes
 
-    y = W x + s [ (B - B0) (A x) + B0 ((A - A0) x) ]
+    y = W x + s [ dB (A0 + dA) x + B0 dA x ]
 
-instead, which equals W x + s (B A - B0 A0) x, is exactly W x while A = A0 and B = B0, in any precision, and gives A
-and B the gradients of the subtracted form. It lives in a :class:`peft.tuners.lora.layer.LoraVariant`, PEFT's own way
-to change what a LoRA layer computes; the anchors are frozen parameters beside ``lora_A`` and ``lora_B``, so that PEFT
-moves, saves and deletes them with the adapter.
+which equals W x + s (B A - B0 A0) x, is exactly W x at the start, in any precision, and gives A and B the gradients of
+the subtracted form. A cast rounds the differences relative to themselves, and weight decay draws them to the anchor.
+
+The form lives in PEFT's own place for what a LoRA layer computes (its variants). All four matrices are read through
+modules, so that whatever shards, offloads or watches modules sees the read.
 """
 
 from __future__ import annotations
 
-import itertools
+import threading
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from headstart.compat import LoraVariant
 from headstart.layers.weights import oriented, product, whole
 
-# PEFT's own loading code builds every layer before it reads the weights, and stops at a value of init_lora_weights
-# that it does not know. So a program that can't read anchors says so, in these words, and does not drop them silently.
-ANCHORED_MARK = "headstart: load with headstart.load_checkpoint, or make a plain LoRA with headstart.save_lora"
-
-# The names of the parameters that hold A0 and B0. Files tell the two forms apart by them.
-ANCHOR_NAMES: dict[str, tuple[str, str]] = {
-    "anchored": ("lora_anchor_A", "lora_anchor_B"),
+# The names of the modules that hold A0 and B0. Files tell the two forms apart by them.
+START_NAMES: dict[str, tuple[str, str]] = {
+    "anchored": ("lora_start_A", "lora_start_B"),
     "residual": ("lora_residual_A", "lora_residual_B"),
 }
 
 
-class Merging(LoraVariant):
-    """What headstart's forms share: they merge what :meth:`delta` returns."""
+class Formed(LoraVariant):
+    """What headstart's forms share: they merge what :meth:`delta` returns.
 
-    @staticmethod
-    def delta(module: LoraLayer, adapter: str) -> Tensor:
+    Attributes:
+        has_run: whether the layer has ever computed with it.
+        running: the threads in which it has, in a call that isn't over; see :mod:`headstart.layers.watch`.
+    """
+
+    def __init__(self) -> None:
+        self.has_run = False
+        self.running: set[int] = set()
+
+    def note_run(self) -> None:
+        """Note that the layer computes with this form."""
+        self.has_run = True
+        if not torch.compiler.is_compiling():
+            self.running.add(threading.get_ident())
+
+    def init(self, module: LoraLayer, adapter_name: str, **_: Any) -> None:
+        """Nothing is left to do when PEFT builds a layer: headstart sets a form only on what is built."""
+
+    def delta(self, module: LoraLayer, adapter: str) -> Tensor:
         """Return what the adapter adds to the layer's weight, in the orientation in which that is stored."""
         return delta_weight(module, adapter)
 
@@ -47,88 +62,71 @@ class Merging(LoraVariant):
         """Say no to PEFT's conversion, which reads B A alone and knows no anchors; ``save_lora`` does it."""
         return False
 
-    @classmethod
-    def merge_safe(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the weight with the adapter in it."""
-        return orig_weight + cls.delta(module, active_adapter).to(orig_weight.dtype)
+        return orig_weight + self.delta(module, active_adapter).to(orig_weight.dtype)
 
-    @classmethod
-    def merge_unsafe(cls, module: LoraLayer, active_adapter: str, orig_weight: nn.Parameter) -> None:
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: nn.Parameter) -> None:
         """Add the adapter to the weight in place."""
-        orig_weight.data += cls.delta(module, active_adapter).to(orig_weight.dtype)
+        orig_weight.data += self.delta(module, active_adapter).to(orig_weight.dtype)
 
-    @classmethod
-    def unmerge(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the weight with the adapter taken out."""
-        return orig_weight.data - cls.delta(module, active_adapter).to(orig_weight.dtype)
+        return orig_weight.data - self.delta(module, active_adapter).to(orig_weight.dtype)
 
 
-class _Anchored(torch.autograd.Function):
-    """s [(B - B0) (A x) + B0 ((A - A0) x)] for x (..., d_in), keeping for backward what a plain LoRA layer keeps.
+class Start(nn.Linear):
+    """A frozen factor of a start, of shape (d_out, d_in); it stays as it is even where a program unfreezes it."""
 
-    That is x and r numbers a token; left to autograd, the stacked factors and 2 r numbers would be kept as well. A
-    second derivative, or ``torch.func``, gets an error from PyTorch.
-    """
+    def __init__(self, value: Tensor) -> None:
+        # Built without numbers, so that none are drawn at random, and the generators stay where they are.
+        super().__init__(value.shape[1], value.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(value, requires_grad=False)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, scaling: float) -> Tensor:
-        # One product with the stacked factors reads x once. Scaling in between touches 2 r numbers a token, not d_out.
-        inner = functional.linear(x, torch.cat((A, A - A0))) * scaling
-        _, A_trains, B_trains, *_ = ctx.needs_input_grad
-        kept = inner[..., : len(A)].contiguous() if B_trains else None
-        ctx.save_for_backward(x if A_trains else None, kept, A, B, A0, B0)
-        ctx.scaling = scaling
-        return functional.linear(inner, torch.cat((B - B0, B0), dim=1))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, A, B, A0, B0 = ctx.saved_tensors
-        r = len(A)
-        rows = grad.reshape(-1, grad.shape[-1])
-        # Under autocast all products of the forward pass were in the gradient's type.
-        grad_inner = rows @ torch.cat((B - B0, B0), dim=1).to(grad.dtype) * ctx.scaling
-        grad_x = grad_A = grad_B = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_inner @ torch.cat((A, A - A0)).to(grad.dtype)).reshape(*grad.shape[:-1], A.shape[1])
-        if x is not None:
-            grad_A = (grad_inner[:, :r] + grad_inner[:, r:]).T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
-        if inner is not None:
-            grad_B = rows.T @ inner.reshape(-1, r)
-        return grad_x, grad_A, grad_B, None, None, None
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product with x (..., d_in), in the factor's own precision; under autocast, in that one's."""
+        # Detached, because programs that unfreeze whatever is called lora_ would train it.
+        return functional.linear(fitted(x, self.weight), self.weight.detach())
 
 
-class AnchoredVariant(Merging):
+def fitted(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x in the dtype of the weight that it is multiplied by, where autocast doesn't see to that."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
+
+
+class AnchoredVariant(Formed):
     """The anchored form; see the module's docstring."""
 
-    @staticmethod
-    def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+    def forward(self, module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """Add the adapter's part to the base layer's output."""
-        A = module.lora_A[active_adapter].weight
-        B = module.lora_B[active_adapter].weight
-        # A training program may cast the trained factors; rounded alike, the anchors still cancel them exactly.
-        # Detached, because programs that unfreeze whatever is called lora_ would train them.
-        A0 = module.lora_anchor_A[active_adapter].detach().to(A.dtype)
-        B0 = module.lora_anchor_B[active_adapter].detach().to(B.dtype)
+        self.note_run()
         x = module.lora_dropout[active_adapter](x)
-        return result + _Anchored.apply(x, A, B, A0, B0, module.scaling[active_adapter])
+        scaling = module.scaling[active_adapter]
+        # Scaling in between touches r numbers a token, not d_out.
+        moved = module.lora_A[active_adapter](x) * scaling
+        started = module.lora_start_A[active_adapter](x).to(moved.dtype)
+        inner = torch.add(moved, started, alpha=scaling)
+        return result + (module.lora_B[active_adapter](inner) + module.lora_start_B[active_adapter](moved))
 
 
-class ResidualVariant(Merging):
+class ResidualVariant(Formed):
     """The papers' form: the frozen weight is W - s B0 A0, and the layer is a plain LoRA layer on it.
 
     The anchors are kept beside the factors, unused by the layer, because a plain LoRA for the untouched base model
-    can't be written without them.
+    can't be written without them. ``lora_A`` and ``lora_B`` are A and B themselves here, and so the names of the
+    anchors are others than an anchored layer's.
     """
 
-    @staticmethod
-    def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+    def forward(self, module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """Compute what a plain LoRA layer computes."""
+        self.note_run()
         inner = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         return result + module.lora_B[active_adapter](inner) * module.scaling[active_adapter]
 
 
-VARIANTS: dict[str, type[LoraVariant]] = {
+VARIANTS: dict[str, type[Formed]] = {
     "anchored": AnchoredVariant,
     "residual": ResidualVariant,
 }
@@ -136,7 +134,7 @@ VARIANTS: dict[str, type[LoraVariant]] = {
 
 def anchor_kind(module: LoraLayer, adapter: str) -> str | None:
     """Return "anchored" or "residual", None for a plain LoRA layer."""
-    for kind, (name, _) in ANCHOR_NAMES.items():
+    for kind, (name, _) in START_NAMES.items():
         if adapter in getattr(module, name, ()):
             return kind
     return None
@@ -147,35 +145,52 @@ def anchors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
     kind = anchor_kind(module, adapter)
     if kind is None:
         return None
-    name_A, name_B = ANCHOR_NAMES[kind]
-    return getattr(module, name_A)[adapter], getattr(module, name_B)[adapter]
+    name_A, name_B = START_NAMES[kind]
+    return getattr(module, name_A)[adapter].weight, getattr(module, name_B)[adapter].weight
 
 
+@torch.no_grad()
+def current_factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """Return (A, B) as they are now, detached: what the layer holds, or in an anchored one A0 + dA and B0 + dB."""
+    A, B = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+    if anchor_kind(module, adapter) != "anchored":
+        return A, B
+    A0, B0 = (module.lora_start_A[adapter].weight.detach(), module.lora_start_B[adapter].weight.detach())
+    return whole(A) + A0, whole(B) + B0
+
+
+@torch.no_grad()
 def set_anchors(module: LoraLayer, adapter: str, A0: Tensor, B0: Tensor, kind: str) -> None:
     """Give a LoRA layer its anchors and the variant that computes with them.
 
-    A0 (r, d_in) and B0 (d_out, r) are held as frozen parameters in the dtype and on the device of the factors;
-    ``kind`` is "anchored" or "residual".
+    A0 (r, d_in) and B0 (d_out, r) are held as frozen modules in the dtype and on the device of the factors; ``kind`` is
+    "anchored" or "residual". The factors are left as they are.
     """
-    name_A, name_B = ANCHOR_NAMES[kind]
-    for name, value, factor in ((name_A, A0, module.lora_A), (name_B, B0, module.lora_B)):
+    for name, value, factor in zip(START_NAMES[kind], (A0, B0), (module.lora_A, module.lora_B), strict=True):
         if not hasattr(module, name):
-            setattr(module, name, nn.ParameterDict())
+            setattr(module, name, nn.ModuleDict())
             # PEFT moves and deletes what these names list, and does not make it trainable.
             module.other_param_names = (*module.other_param_names, name)
         like = factor[adapter].weight
         # FSDP2 gathers the factors for the forward pass, so anchors beside them are held whole.
-        held = whole(value.detach()).to(device=like.device, dtype=like.dtype).clone()
-        getattr(module, name)[adapter] = nn.Parameter(held, requires_grad=False)
+        getattr(module, name)[adapter] = Start(whole(value.detach()).to(device=like.device, dtype=like.dtype).clone())
     module.lora_variant[adapter] = VARIANTS[kind]()
+
+
+@torch.no_grad()
+def start_at(module: LoraLayer, adapter: str) -> None:
+    """Make a layer that holds a start's factors an anchored one that has not moved: its differences are zero."""
+    set_anchors(module, adapter, module.lora_A[adapter].weight, module.lora_B[adapter].weight, "anchored")
+    for factor in (module.lora_A, module.lora_B):
+        factor[adapter].weight.zero_()
 
 
 def drop_anchors(module: LoraLayer, adapter: str) -> None:
     """Make the layer a plain LoRA layer again (the inverse of :func:`set_anchors`)."""
-    for name in itertools.chain(*ANCHOR_NAMES.values()):
-        held = getattr(module, name, {})
-        if adapter in held:
-            del held[adapter]
+    for names in START_NAMES.values():
+        for name in names:
+            if adapter in getattr(module, name, ()):
+                del getattr(module, name)[adapter]
     module.lora_variant.pop(adapter, None)
 
 
@@ -186,8 +201,16 @@ def delta_weight(module: LoraLayer, adapter: str) -> Tensor:
     """
     if anchor_kind(module, adapter) == "residual":
         return module.get_delta_weight(adapter)
-    A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    A0 = module.lora_anchor_A[adapter].to(A.dtype)
-    B0 = module.lora_anchor_B[adapter].to(B.dtype)
-    delta = product(torch.cat((B - B0, B0), dim=1), torch.cat((A, A - A0)))
-    return oriented(module, delta * module.scaling[adapter])
+    A0, B0 = module.lora_start_A[adapter].weight, module.lora_start_B[adapter].weight
+    A_out, B_out = stacked(module.lora_A[adapter].weight, module.lora_B[adapter].weight, A0, B0)
+    return oriented(module, product(B_out, A_out) * module.scaling[adapter])
+
+
+def stacked(dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (A_out (2 r, d_in), B_out (d_out, 2 r)) of the plain LoRA that does what an anchored layer does.
+
+    A_out = [A0 + dA; dA] and B_out = [dB, B0], in float32 at least: in half precision the sum would lose digits of dA
+    that the layer computes with.
+    """
+    dA, dB, A0, B0 = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (dA, dB, A0, B0))
+    return torch.cat((A0 + dA, dA)), torch.cat((dB, B0), dim=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,27 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import set_requires_grad
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer, set_requires_grad
 from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import Tensor, nn
 
 from headstart._version import __version__
-from headstart.errors import CheckpointError
+from headstart.errors import BASE_PREFIX, CheckpointError
+from headstart.files import sha256, whole_folder, write_json
 from headstart.layers.adapter import AdapterLayer, split
 from headstart.layers.anchored import anchors, drop_anchors, set_anchors
+from headstart.layers.base_check import check_shapes, check_weights
 from headstart.layers.core import core_of, drop_core, form_of, set_core
 from headstart.layers.export import adapter_tensors, one_writes, portable_config, save_config
 from headstart.layers.files import (
+    ADAPTER_FOLDER,
     CONFIG,
     RECORD,
-    RESIDUAL_MARK,
     WEIGHTS,
     read_json,
     read_tensors,
-    sha256,
-    whole_folder,
-    write_json,
     write_tensors,
 )
 from headstart.layers.find import (
@@ -42,15 +40,21 @@ from headstart.layers.find import (
     resolve_adapter,
     set_record,
 )
+from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
-from headstart.layers.weights import fingerprint, linear_shape
+from headstart.layers.unwrap import looks_through, plain_name
+from headstart.layers.watch import watch
+from headstart.layers.weights import fingerprint
 
 _FORMAT = 1
 
 
+@looks_through
 def save_checkpoint(model: nn.Module, path: str | Path, *, adapter: str | None = None, force: bool = False) -> None:
     """Write everything needed to go on training: factors, anchors, trained heads, and how the start was made.
+
+    Embeddings are written where PEFT would write them, after ``resize_token_embeddings`` above all.
 
     The folder holds ``adapter_model.safetensors``, ``adapter_config.json`` and ``headstart.json``. Other programs
     can't load it, and PEFT says so; :func:`headstart.save_lora` writes what they can.
@@ -59,19 +63,19 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, adapter: str | None =
         model: the PEFT model. Of one that FSDP2 has sharded, every process must call this, and the first one writes.
         path: the folder to write, whole or not at all.
         adapter: the adapter's name; the active one by default.
-        force: overwrite an existing folder.
+        force: replace an adapter's files in a folder that exists; what else is in it stays.
 
     Raises:
         LayerError: the model has no such adapter.
         CheckpointError: the path exists.
     """
     adapter = resolve_adapter(model, adapter)
-    tensors = adapter_tensors(model, adapter)
+    tensors = adapter_tensors(model, adapter, "auto")
     records = {layer.name: _record_to_save(layer) for layer in lora_layers(model, adapter)}
     with one_writes(model) as mine:
         if not mine:
             return
-        with whole_folder(path, force=force) as folder:
+        with whole_folder(path, ADAPTER_FOLDER, force=force) as folder:
             digest = write_tensors(tensors, folder / WEIGHTS)
             save_config(portable_config(model, adapter), folder)
             write_record(folder, digest, records)
@@ -83,8 +87,14 @@ def write_record(folder: Path, digest: str, layers: Mapping[str, Any]) -> None:
     write_json(content, folder / RECORD)
 
 
+@looks_through
 def load_checkpoint(
-    model: nn.Module, path: str | Path, *, adapter: str = "default", trainable: bool = True
+    model: nn.Module,
+    path: str | Path,
+    *,
+    adapter: str = "default",
+    trainable: bool = True,
+    check_base: bool = True,
 ) -> PeftModel:
     """Load a checkpoint, of :func:`save_checkpoint` or as a ``Trainer`` saves it, ready to go on training.
 
@@ -93,9 +103,12 @@ def load_checkpoint(
         path: the folder.
         adapter: the adapter's name.
         trainable: False freezes the adapter, for inference.
+        check_base: False takes any base model whose layers have the same names and shapes. By default a sample of its
+            weights is compared with that of the checkpoint's own base; where one of the two is quantised, they may
+            differ as quantisation makes them differ, and a HeadstartWarning says so.
 
     Returns:
-        The PEFT model.
+        The PEFT model, without what stood around it.
 
     Raises:
         CheckpointError: the checkpoint is damaged or incomplete, or belongs to another base model, rank or set of
@@ -106,7 +119,9 @@ def load_checkpoint(
     folder = Path(path)
     read = read_adapter(folder)
     config, layers, records = read.config, read.layers, read.record.get("layers", {})
-    _check_base(model, layers, records, folder, adapter)
+    plain = check_shapes(model, layers, folder, adapter)
+    if check_base:
+        check_weights(model, plain, records, folder, adapter)
 
     config.inference_mode = not trainable
     with ExitStack() as undo:
@@ -118,7 +133,7 @@ def load_checkpoint(
         for name, layer in layers.items():
             _prepare_layer(targets[name], layer, undo)
         try:
-            result = set_peft_model_state_dict(wrapped, read.tensors, adapter_name=adapter)
+            result = set_peft_model_state_dict(wrapped, _placed(wrapped, read, undo), adapter_name=adapter)
         except RuntimeError as error:  # a head of another shape; PyTorch's sentence names it
             reason = str(error).strip().split("\n")[-1].strip().rstrip(".")
             raise CheckpointError(f"{folder} belongs to another base model: {reason}.") from error
@@ -146,8 +161,11 @@ def _with_adapter(model: Any, config: LoraConfig, adapter: str, undo: ExitStack)
         undo.callback(wrapped.unload)
         return wrapped
     if adapter not in model.peft_config:
-        model.add_adapter(adapter, config)
-        undo.callback(model.delete_adapter, adapter)
+        undo.callback(_drop_adapter, model, adapter)
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter, config)
+        else:  # its own add_adapter has other arguments
+            inject_adapter_in_model(config, model, adapter)
         return model
     lacking = sorted(set(config.modules_to_save or ()) - set(model.peft_config[adapter].modules_to_save or ()))
     if lacking:
@@ -162,6 +180,23 @@ def _with_adapter(model: Any, config: LoraConfig, adapter: str, undo: ExitStack)
     if config.inference_mode or adapter in active_adapters(model):
         set_requires_grad(model, adapter, requires_grad=not config.inference_mode)
     return model
+
+
+def _drop_adapter(model: Any, adapter: str) -> None:
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.delete_adapter(adapter)
+    model.peft_config.pop(adapter, None)
+
+
+def _placed(model: nn.Module, read: AdapterFolder, undo: ExitStack) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors by the names that they have in this model; note the base's that they replace."""
+    prefix = BASE_PREFIX if isinstance(model, PeftModel) else ""
+    tensors = {f"{prefix}{name.removeprefix(BASE_PREFIX)}": tensor for name, tensor in read.tensors.items()}
+    for name, parameter in model.named_parameters():
+        if name in tensors:  # embeddings
+            undo.callback(parameter.data.copy_, parameter.detach().clone())
+    return tensors
 
 
 def _own_parameters(model: nn.Module, adapter: str) -> Iterator[Tensor]:
@@ -206,7 +241,7 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     """
     folder = Path(path)
     record = _read_record(folder)
-    tensors = read_tensors(folder / WEIGHTS)
+    tensors = {plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
     config = _read_config(folder)
     layers, rest = split(tensors, config)
     if not layers:
@@ -215,10 +250,9 @@ def read_adapter(path: str | Path) -> AdapterFolder:
 
 
 def _record_to_save(layer: TargetLayer) -> dict[str, object]:
-    found = record(layer)
-    if found is not None:
-        return found
-    return {"method": None, "weight": fingerprint(layer.module.get_base_layer())}
+    base = layer.module.get_base_layer()
+    found = record(layer) or {"method": None, "weight": fingerprint(base)}
+    return found if quantisation(base) is None else found | {"quantised": quantisation(base)}
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -250,60 +284,6 @@ def _read_config(folder: Path) -> LoraConfig:
     # What it holds says that unaware programs must not load it; here the layers are made plain and then anchored.
     config.init_lora_weights = True
     return config
-
-
-def _check_base(
-    model: Any, layers: dict[str, AdapterLayer], records: dict[str, Any], folder: Path, adapter: str
-) -> None:
-    """Compare a checkpoint with the model's own layers, before anything is changed: all shapes, then all weights."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    held = {target.name: target for target in lora_layers(model, adapter)} if hasattr(model, "peft_config") else {}
-    plain: dict[str, Any] = {}
-    for name, layer in layers.items():
-        try:
-            module: Any = base.get_submodule(name)
-        except AttributeError:
-            raise CheckpointError(f"{folder} belongs to another base model: this one has no layer {name!r}.") from None
-        plain[name] = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        here, there = linear_shape(plain[name]), (layer.B.shape[0], layer.A.shape[1])
-        if here != there:
-            raise CheckpointError(
-                f"{folder} belongs to another base model: layer {name!r} is {_times(here)} here, and {_times(there)} "
-                "there."
-            )
-        if name in held and held[name].r != layer.A.shape[0]:
-            raise CheckpointError(
-                f"{folder} has another rank: layer {name!r} has r = {held[name].r} here, and {layer.A.shape[0]} there."
-            )
-        if name in held and not math.isclose(held[name].scaling, layer.scaling, rel_tol=1e-6):
-            raise CheckpointError(
-                f"{folder} has another scaling: layer {name!r} has s = {held[name].scaling:g} here, and "
-                f"{layer.scaling:g} there; wrap the model with the same lora_alpha."
-            )
-    for name, found in records.items():
-        if name in held and residual_owner(held[name].module) is not None:
-            continue  # its weight is not the base model's any more; its anchors are compared instead
-        expected = (found or {}).get("weight")
-        if expected is not None and not _alike(fingerprint(plain[name]), expected, plain[name].weight.dtype):
-            where = Path(getattr(base, "name_or_path", None) or "", RESIDUAL_MARK)
-            hint = " (This is a residual model: headstart.stream.load_residual loads both.)" if where.is_file() else ""
-            raise CheckpointError(
-                f"{folder} belongs to another base model: layer {name!r} has the same shape here, but other "
-                f"weights.{hint}"
-            )
-
-
-def _alike(found: list[float], expected: list[float], dtype: torch.dtype) -> bool:
-    """Compare fingerprints; a base loaded in half precision differs from itself by rounding, no more."""
-    tolerance = 1.0 if dtype not in (torch.float32, torch.float64) else 0.0
-    tolerance *= 2 * torch.finfo(torch.bfloat16).eps
-    # The checkpoint may have come from a rounded base as well, which float32 then doesn't match to the bit.
-    rounded = [float(torch.tensor(value).bfloat16()) for value in found]
-    half = [float(torch.tensor(value).half()) for value in found]
-    return any(
-        all(math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-12) for a, b in zip(values, expected, strict=True))
-        for values in (found, rounded, half)
-    )
 
 
 def _check_targets(targets: dict[str, TargetLayer], layers: dict[str, AdapterLayer], folder: Path) -> None:
@@ -341,6 +321,7 @@ def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) ->
         if mine is None:
             undo.callback(drop_core, module, adapter)
             set_core(module, adapter, layer.core)
+            undo.callback(watch(module, adapter, target.name))
         else:
             undo.callback(mine.data.copy_, mine.detach().clone())
     if layer.A0 is None or layer.B0 is None:
@@ -355,13 +336,10 @@ def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) ->
         module.lora_B[adapter].weight.data.copy_(layer.B0)
         subtract_product(target, undo)
     set_anchors(module, adapter, layer.A0, layer.B0, layer.kind)
+    undo.callback(watch(module, adapter, target.name))
 
 
 def _same(mine: Tensor, theirs: Tensor | None) -> bool:
     return (
         theirs is not None and mine.shape == theirs.shape and bool(torch.equal(mine.cpu(), theirs.to(mine.dtype).cpu()))
     )
-
-
-def _times(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} x {shape[1]}"

@@ -1,8 +1,8 @@
 """Core layers, the form of LoRA-XS and LoRA-SB: y = W x + s B R A x, of which only R (r, r) is trained.
 
-Like an anchored layer, a core layer is a :class:`peft.tuners.lora.layer.LoraVariant`: ``lora_A`` and ``lora_B`` are
-PEFT's own, frozen, and R is a parameter beside them that PEFT trains, moves, saves and deletes with the adapter. What
-it adds is a LoRA of rank r, exactly: A and B R.
+Like an anchored layer, a core layer lives in PEFT's variants: ``lora_A`` and ``lora_B`` are PEFT's own, frozen, and R
+is a linear module between them that PEFT trains, moves, saves and deletes with the adapter. What it adds is a LoRA of
+rank r, exactly: A and B R.
 """
 
 from __future__ import annotations
@@ -14,40 +14,44 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional
 
 from headstart.errors import LayerError
-from headstart.layers.anchored import Merging, anchor_kind
+from headstart.layers.anchored import Formed, anchor_kind, fitted
 from headstart.layers.frozen import freeze_factors, thaw_factors
 from headstart.layers.weights import oriented, product, whole
+from headstart.linalg.precision import double, like
 
-# The name of the parameter that holds R, in layers and in files.
+# The name of the module that holds R, in layers and in files.
 CORE = "lora_core"
 
 
-class CoreVariant(Merging):
+class CoreVariant(Formed):
     """The core form; see the module's docstring."""
 
-    @staticmethod
-    def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+    def forward(self, module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """Add the adapter's part to the base layer's output."""
-        R = getattr(module, CORE)[active_adapter]
+        self.note_run()
+        R, B = getattr(module, CORE)[active_adapter], module.lora_B[active_adapter]
         inner = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        # Scaling in between touches r numbers a token, and not d_out.
-        return result + module.lora_B[active_adapter](functional.linear(inner, R) * module.scaling[active_adapter])
+        # Programs that cast what trains to half precision leave A and B as they are. Scaling in between touches r
+        # numbers a token, and not d_out.
+        inner = R(fitted(inner, R.weight)) * module.scaling[active_adapter]
+        return result + B(fitted(inner, B.weight))
 
-    @staticmethod
-    def delta(module: LoraLayer, adapter: str) -> Tensor:
+    def delta(self, module: LoraLayer, adapter: str) -> Tensor:
         """Return s B R A, in the orientation in which the base layer stores its weight."""
-        A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        delta = product(product(B, getattr(module, CORE)[adapter].to(B.dtype)), A)
-        return oriented(module, delta * module.scaling[adapter])
+        parts = (module.lora_B[adapter].weight, getattr(module, CORE)[adapter].weight, module.lora_A[adapter].weight)
+        B, R, A = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
+        return oriented(module, product(product(B, R), A) * module.scaling[adapter])
 
 
 def core_of(module: LoraLayer, adapter: str) -> nn.Parameter | None:
     """Return R of a core layer, None for any other."""
     held = getattr(module, CORE, None)
-    return held[adapter] if held is not None and adapter in held else None
+    if held is None or adapter not in held:
+        return None
+    R: nn.Parameter = held[adapter].weight
+    return R
 
 
 def form_of(module: LoraLayer, adapter: str) -> str | None:
@@ -58,7 +62,7 @@ def form_of(module: LoraLayer, adapter: str) -> str | None:
 def set_core(module: LoraLayer, adapter: str, R: Tensor) -> None:
     """Make a LoRA layer a core layer with this R (r, r), held in the dtype and on the device of the factors."""
     if not hasattr(module, CORE):
-        setattr(module, CORE, nn.ParameterDict())
+        setattr(module, CORE, nn.ModuleDict())
         # What these names list, PEFT trains, moves and deletes with the adapter.
         module.adapter_layer_names = (*module.adapter_layer_names, CORE)
     held = core_of(module, adapter)
@@ -66,7 +70,9 @@ def set_core(module: LoraLayer, adapter: str, R: Tensor) -> None:
     like = module.lora_A[adapter].weight
     value = whole(R.detach()).to(device=like.device, dtype=like.dtype).clone()
     # First R, so that drop_core finds something to undo; then A and B.
-    getattr(module, CORE)[adapter] = nn.Parameter(value, requires_grad=trained)
+    linear = nn.Linear(len(value), len(value), bias=False, device="meta")  # without numbers: none are drawn at random
+    linear.weight = nn.Parameter(value, requires_grad=trained)
+    getattr(module, CORE)[adapter] = linear
     freeze_factors(module, adapter, ("lora_A", "lora_B"))
     module.lora_variant[adapter] = CoreVariant()
 
@@ -76,7 +82,7 @@ def drop_core(module: LoraLayer, adapter: str) -> None:
     held = getattr(module, CORE, {})
     if adapter not in held:
         return
-    trained = held[adapter].requires_grad
+    trained = held[adapter].weight.requires_grad
     del held[adapter]
     module.lora_variant.pop(adapter, None)
     thaw_factors(module, adapter, trained)
@@ -100,11 +106,11 @@ def optimal_gradient(model: nn.Module, adapter: str = "default") -> Iterator[Non
         R = core_of(module, adapter)
         if R is None:
             continue
-        A, B = (whole(factor[adapter].weight.detach()).double() for factor in (module.lora_A, module.lora_B))
+        A, B = (double(whole(factor[adapter].weight.detach())) for factor in (module.lora_A, module.lora_B))
         left, right = torch.linalg.inv(B.T @ B) / module.scaling[adapter] ** 2, torch.linalg.inv(A @ A.T)
 
         def corrected(g: Tensor, left: Tensor = left, right: Tensor = right) -> Tensor:
-            return (left @ g.double() @ right).to(g.dtype)
+            return like(left @ double(g) @ right, g)
 
         handles.append(R.register_hook(corrected))
     if not handles:

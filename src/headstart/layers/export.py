@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from headstart.layers.adapter import PlainAdapter, make_plain, split
-from headstart.layers.files import WEIGHTS, whole_folder, write_tensors
+from headstart.errors import BASE_PREFIX, CheckpointError
+from headstart.files import whole_folder
+from headstart.layers.adapter import AdapterLayer, PlainAdapter, make_plain, split
+from headstart.layers.embeddings import SaveEmbeddings, needs_embeddings
+from headstart.layers.files import (
+    ADAPTER_FOLDER,
+    DIFFUSERS_FOLDER,
+    DIFFUSERS_WEIGHTS,
+    MODEL_FOLDER,
+    WEIGHTS,
+    write_tensors,
+)
 from headstart.layers.find import resolve_adapter
-from headstart.layers.weights import whole
+from headstart.layers.unwrap import looks_through
+from headstart.layers.weights import product, whole
 from headstart.processes import Processes, is_sharded, together
 
 
+@looks_through
 def save_lora(
     model: nn.Module,
     path: str | Path,
@@ -25,8 +38,10 @@ def save_lora(
     *,
     adapter: str | None = None,
     force: bool = False,
-    save_embedding_layers: bool = False,
+    save_embedding_layers: SaveEmbeddings = "auto",
     uniform: bool = False,
+    layout: Literal["peft", "diffusers"] = "peft",
+    prefix: str | None = None,
 ) -> float:
     """Write a plain LoRA adapter: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
@@ -39,10 +54,15 @@ def save_lora(
         path: the folder to write, whole or not at all.
         rank: None for the exact adapter.
         adapter: the adapter's name; the active one by default.
-        force: overwrite an existing adapter.
-        save_embedding_layers: write the embeddings too, as they must be after ``resize_token_embeddings``.
+        force: replace an adapter's files in a folder that exists; what else is in it stays.
+        save_embedding_layers: write the embeddings and the output layer too, as an adapter needs them after
+            ``resize_token_embeddings``; "auto" decides as PEFT does (:mod:`headstart.layers.embeddings`).
         uniform: one rank and one scaling for all layers, in place of ``rank_pattern`` and ``alpha_pattern``, which
             serving engines don't read.
+        layout: "diffusers" writes one file, ``pytorch_lora_weights.safetensors``, as ``load_lora_adapter`` and the
+            pipelines' ``load_lora_weights`` of diffusers read it: its header holds rank and alpha.
+        prefix: of the names in that file: the model's place in a pipeline, which ``load_lora_adapter`` is to be given.
+            By default "unet" for a U-Net, else "transformer", which is that function's own default.
 
     Returns:
         The relative error of the truncation over all layers (Frobenius norm of what is missing over that of the
@@ -50,39 +70,80 @@ def save_lora(
 
     Raises:
         LayerError: the model has no such adapter.
-        CheckpointError: the path exists, or ``rank`` is not positive.
+        CheckpointError: the path exists, ``rank`` is not positive, or something is trained beside the layers that
+            diffusers doesn't read.
     """
+    if layout not in ("peft", "diffusers"):
+        raise CheckpointError(f"layout={layout!r} is not one of 'peft', 'diffusers'.")
     adapter = resolve_adapter(model, adapter)
     config = portable_config(model, adapter)
     layers, rest = split(adapter_tensors(model, adapter, save_embedding_layers), config)
+    _restore_bases(layers, rest)
     plain = make_plain(layers, rest, config, rank, uniform=uniform)
     with one_writes(model) as mine:
-        if mine:
+        if mine and layout == "diffusers":
+            write_diffusers(plain, path, prefix, force=force)
+        elif mine:
             write_plain(plain, path, force=force)
     return plain.relative_error
 
 
 def write_plain(plain: PlainAdapter, path: str | Path, *, force: bool = False) -> None:
     """Write a plain adapter to a folder."""
-    with whole_folder(path, force=force) as folder:
+    with whole_folder(path, ADAPTER_FOLDER, force=force) as folder:
         write_tensors(plain.tensors, folder / WEIGHTS)
         save_config(plain.config, folder)
+
+
+def write_diffusers(plain: PlainAdapter, path: str | Path, prefix: str | None = None, *, force: bool = False) -> None:
+    """Write a plain adapter as diffusers does; see :func:`save_lora`.
+
+    Raises:
+        CheckpointError: the path exists, or something is trained beside the layers.
+    """
+    if beside := next((name for name in plain.tensors if ".lora_" not in name), None):
+        raise CheckpointError(
+            f"{beside.removeprefix(BASE_PREFIX)!r} is trained beside the layers, and diffusers reads LoRA layers "
+            "alone: leave it out of modules_to_save."
+        )
+    settings = {
+        name: sorted(value) if isinstance(value, set) else value for name, value in plain.config.to_dict().items()
+    }
+    if prefix is None:
+        base = (plain.config.auto_mapping or {}).get("base_model_class") or ""
+        prefix = "unet" if "unet" in base.lower() else "transformer"
+    tensors = {f"{prefix}.{name.removeprefix(BASE_PREFIX)}": tensor for name, tensor in plain.tensors.items()}
+    about = json.dumps({f"{prefix}.{name}": value for name, value in settings.items()}, sort_keys=True)
+    with whole_folder(path, DIFFUSERS_FOLDER, force=force) as folder:
+        write_tensors(tensors, folder / DIFFUSERS_WEIGHTS, {"lora_adapter_metadata": about})
 
 
 def write_merged(model: Any, tokenizer: Any, path: str | Path, *, force: bool = False) -> None:
     """Write the whole model with its adapter merged into the weights, and its tokenizer; ``model`` is used up."""
     merged = model.merge_and_unload()
-    with whole_folder(path, force=force) as folder:
+    with whole_folder(path, MODEL_FOLDER, force=force) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def adapter_tensors(model: nn.Module, adapter: str, save_embedding_layers: bool = False) -> dict[str, Tensor]:
+def adapter_tensors(model: nn.Module, adapter: str, save_embedding_layers: SaveEmbeddings = False) -> dict[str, Tensor]:
     """Return an adapter's tensors by the names that PEFT gives them in files, anchors included; sharded ones whole."""
+    if save_embedding_layers == "auto":
+        save_embedding_layers = needs_embeddings(model, portable_config(model, adapter))
     tensors: dict[str, Tensor] = get_peft_model_state_dict(
         model, adapter_name=adapter, save_embedding_layers=save_embedding_layers
     )
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+    # In a model that holds adapters of its own, without PEFT's model around it, names lack what that would put before.
+    return {f"{BASE_PREFIX}{name.removeprefix(BASE_PREFIX)}": whole(tensor) for name, tensor in tensors.items()}
+
+
+def _restore_bases(layers: Mapping[str, AdapterLayer], rest: dict[str, Tensor]) -> None:
+    """Put the start back into base weights that leave with the adapter: what is written is for the untouched model."""
+    for name, layer in layers.items():
+        key = f"{BASE_PREFIX}{name}.base_layer.weight"
+        if key in rest and layer.kind == "residual" and layer.A0 is not None and layer.B0 is not None:
+            start = layer.scaling * product(layer.B0.float(), layer.A0.float())
+            rest[key] = (rest[key].float() + start.to(rest[key].device)).to(rest[key].dtype)
 
 
 @contextmanager

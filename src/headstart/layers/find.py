@@ -9,19 +9,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import BASE_PREFIX, LayerError, nearest, not_finite
 from headstart.layers.core import core_of, form_of
+from headstart.layers.formats import check_not_tensor_parallel, format_of, home, quantisation, unreadable
 from headstart.layers.frozen import frozen_factors
-from headstart.layers.weights import base_weight, dense, is_transposed, quantisation, weight_digest
+from headstart.layers.unwrap import plain_name
+from headstart.layers.weights import base_weight, dense, is_transposed, place, weight_digest
 from headstart.linalg.product import product_norm
 from headstart.methods.base import Factors, Layer
+from headstart.names import kind_of
 
 _RECORD = "headstart_record"
 _RESIDUAL = "headstart_residual_of"
@@ -75,9 +80,8 @@ class TargetLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer's weight is."""
-        device: torch.device = self.module.get_base_layer().weight.device
-        return device
+        """Where the layer's factors are solved for: on its own device, or the CPU where that has no float64."""
+        return place(self.module)
 
     @property
     def transposed(self) -> bool:
@@ -127,8 +131,8 @@ class TargetLayer:
 
     @property
     def kind(self) -> str:
-        """The layer's own name without its path, such as ``q_proj``: what layers of one kind share."""
-        return self.name.rpartition(".")[2]
+        """What layers of one kind share: see :func:`headstart.names.kind_of`."""
+        return kind_of(self.name)
 
 
 def is_dora(module: LoraLayer, adapter: str) -> bool:
@@ -137,12 +141,12 @@ def is_dora(module: LoraLayer, adapter: str) -> bool:
 
 
 def lora_layers(model: nn.Module, adapter: str) -> Iterator[TargetLayer]:
-    """Yield all LoRA layers that hold ``adapter``, in the model's order, whatever their type."""
+    """Yield all LoRA layers that hold ``adapter``, in the model's order, whatever their type, by their own names."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and (
             adapter in module.lora_A or adapter in module.lora_embedding_A or adapter in module.r
         ):
-            yield TargetLayer(name.removeprefix(BASE_PREFIX), module, adapter)
+            yield TargetLayer(plain_name(name).removeprefix(BASE_PREFIX), module, adapter)
 
 
 def resolve_adapter(model: nn.Module, adapter: str | None) -> str:
@@ -178,12 +182,13 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
 
     Raises:
         LayerError: there is none, or one is of a kind that can't be initialised (embedding, convolution, tied or
-            merged weights, another LoRA variant than DoRA), holds a trained or already initialised adapter, or has a
-            rank over its smaller side. The message names the layer.
+            merged weights, another LoRA variant than DoRA, split by tensor parallelism, on the meta device), holds a
+            trained or already initialised adapter, or has a rank over its smaller side. The message names the layer.
     """
     targets = list(lora_layers(model, adapter))
     if not targets:
         raise LayerError(f"adapter {adapter!r} has no LoRA layer in this model: check its target_modules.")
+    check_not_tensor_parallel(model, [(target.name, target.module.get_base_layer()) for target in targets])
     holders = _holders_of_parameters(model)
     for target in targets:
         _check_kind(target)
@@ -203,7 +208,10 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the active adapters of a PEFT model, or of a Transformers model with adapters of its own."""
     active: Any = getattr(model, "active_adapters", None)
-    return list(active() if callable(active) else active or getattr(model, "peft_config", None) or ())
+    if callable(active):
+        # Transformers' own asks for a release of PEFT by number, and then for what any of its layers knows.
+        active = next((layer.active_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer)), None)
+    return list(active or getattr(model, "peft_config", None) or ())
 
 
 def record(target: TargetLayer) -> dict[str, object] | None:
@@ -247,6 +255,11 @@ def _check_kind(target: TargetLayer) -> None:
     # PEFT's layers on bitsandbytes' can't be imported where that isn't installed.
     known = isinstance(target.module, Linear) or type(target.module).__module__ == "peft.tuners.lora.bnb"
     if not known or not isinstance(base, (nn.Linear, Conv1D)):
+        if words := format_of(base):
+            raise LayerError(
+                f"layer {target.name!r} holds its weight in {words}: only nn.Linear, Conv1D and bitsandbytes layers "
+                "can be initialised; load the base model unquantised, or in bitsandbytes' 4 or 8 bits."
+            )
         raise LayerError(
             f"layer {target.name!r} is {_article(type(base).__name__)}: only nn.Linear, Conv1D and bitsandbytes layers "
             "can be initialised; leave it out of target_modules."
@@ -295,7 +308,16 @@ def _check_state(target: TargetLayer) -> None:
             f"layer {target.name!r} uses PEFT's variant {variant}, which can't be combined with a headstart start; "
             "switch it off in the LoraConfig."
         )
-    if float(module.lora_B[adapter].weight.detach().abs().max()) != 0:
+    factors = (module.lora_A[adapter], module.lora_B[adapter])
+    if any(has_offloaded_params(part) for part in factors):
+        raise LayerError(
+            f"layer {target.name!r}: accelerate keeps the factors of adapter {adapter!r} elsewhere (its hooks were put "
+            "on after the adapter); initialise the model before cpu_offload, disk_offload or dispatch_model."
+        )
+    no_values = factors[1].weight.device.type == "meta"
+    if no_values and home(module.get_base_layer()).type == "meta":
+        raise LayerError(f"layer {target.name!r} {unreadable(module.get_base_layer())}")
+    if not no_values and float(factors[1].weight.detach().abs().max()) != 0:
         raise LayerError(
             f"layer {target.name!r}: lora_B of adapter {adapter!r} is not zero, so the adapter is already trained or "
             "initialised; start from a fresh one, made with init_lora_weights=True."

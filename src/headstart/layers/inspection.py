@@ -8,6 +8,7 @@ from typing import Any
 
 from headstart.layers.checkpoint import AdapterFolder
 from headstart.linalg.product import product_svd
+from headstart.names import kind_of
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ class Description:
         """Return a row a kind of layer; numbers are means over its layers."""
         kinds: dict[tuple[str, int, int, str, int, float], list[LayerDescription]] = defaultdict(list)
         for layer in self.layers:
-            kind = layer.name.rpartition(".")[2]
-            kinds[kind, layer.d_out, layer.d_in, layer.form, layer.r, layer.scaling].append(layer)
+            kinds[kind_of(layer.name), layer.d_out, layer.d_in, layer.form, layer.r, layer.scaling].append(layer)
         return [
             (
                 kind,

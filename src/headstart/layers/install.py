@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
@@ -13,18 +13,21 @@ from torch.distributed.tensor import DTensor
 
 from headstart._version import __version__
 from headstart.errors import LayerError, MethodError
-from headstart.layers.anchored import ANCHORED_MARK, drop_anchors, set_anchors
-from headstart.layers.core import drop_core, set_core
-from headstart.layers.find import TargetLayer, is_dora, set_record, set_residual_owner
+from headstart.layers.anchored import drop_anchors, set_anchors, start_at
+from headstart.layers.core import drop_core, form_of, set_core
+from headstart.layers.find import TargetLayer, is_dora, lora_layers, set_record, set_residual_owner
+from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, thaw_factors
+from headstart.layers.mark import PLAIN, make_mark
+from headstart.layers.watch import watch
 from headstart.layers.weights import (
     assign,
     base_weight,
     fingerprint,
     full_precision,
+    give_values,
     oriented,
     product,
-    quantisation,
     whole,
 )
 from headstart.methods.base import Factors, Form, Method
@@ -80,7 +83,8 @@ def install(
                 _install_one(target, factors, form, undo)
             undo.callback(set_record, target, None)
             frozen = {"frozen": list(factors.frozen)} if factors.frozen else {}
-            set_record(target, {**note, "form": form, "weight": prints[target.name], **frozen})
+            sample = {} if prints[target.name] is None else {"weight": prints[target.name]}
+            set_record(target, {**note, "form": form, **sample, **frozen})
         if form != "kept":
             mark_config(model, starts[0][0].adapter, undo)
         undo.pop_all()
@@ -91,17 +95,23 @@ def start_note(method: Method, seed: int) -> dict[str, object]:
     return {"method": str(method), "seed": seed, "version": __version__}
 
 
-def mark_config(model: Any, adapter: str, undo: ExitStack) -> None:
-    """Let a copy of the adapter's config say that it is no plain LoRA; the user's own object may serve other models."""
+def mark_config(model: Any, adapter: str, undo: ExitStack, forms: Mapping[str, str | None] | None = None) -> None:
+    """Let a copy of the adapter's config say which forms its layers have; the user's own object may serve other models.
+
+    ``forms`` is by layer name, None for a plain one; by default it is read from the model.
+    """
+    if forms is None:
+        forms = {target.name: form_of(target.module, adapter) for target in lora_layers(model, adapter)}
     config = model.peft_config[adapter]
     undo.callback(model.peft_config.__setitem__, adapter, config)
     marked = copy.copy(config)
-    marked.init_lora_weights = ANCHORED_MARK
+    marked.init_lora_weights = make_mark({name: form or PLAIN for name, form in forms.items()})
     model.peft_config[adapter] = marked
 
 
 def _install_one(target: TargetLayer, factors: Factors, form: LayerForm, undo: ExitStack) -> None:
     module, adapter = target.module, target.adapter
+    give_values(module, adapter, undo)
     A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     for parameter, value in ((A, factors.A), (B, factors.B)):
         before = parameter.detach().clone()
@@ -113,6 +123,7 @@ def _install_one(target: TargetLayer, factors: Factors, form: LayerForm, undo: E
     if factors.core is not None:
         undo.callback(drop_core, module, adapter)
         set_core(module, adapter, factors.core)
+        undo.callback(watch(module, adapter, target.name))
     if is_dora(target.module, target.adapter):
         magnitude = module.lora_magnitude_vector[adapter].weight
         undo.callback(_copy, magnitude, magnitude.detach().clone())
@@ -120,9 +131,12 @@ def _install_one(target: TargetLayer, factors: Factors, form: LayerForm, undo: E
     if form in ("kept", "core"):
         return
     undo.callback(drop_anchors, module, adapter)
-    set_anchors(module, adapter, A, B, form)
     if form == "residual":
+        set_anchors(module, adapter, A, B, form)
         subtract_product(target, undo)
+    else:
+        start_at(module, adapter)
+        undo.callback(watch(module, adapter, target.name))
 
 
 @torch.no_grad()
@@ -131,7 +145,7 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
 
     Raises:
         LayerError: another adapter lives on the same weight, and would be changed with it; or the weight is quantised,
-            or sharded over processes.
+            sharded over processes, or kept elsewhere by accelerate.
     """
     module, adapter = target.module, target.adapter
     others = [name for name in module.lora_A if name != adapter]
@@ -150,6 +164,11 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
         raise LayerError(
             f"layer {target.name!r} is sharded over processes, and residual weights have to be made before that; "
             'initialise before fully_shard, or use form="anchored".'
+        )
+    if weight.device.type == "meta":
+        raise LayerError(
+            f"layer {target.name!r}: accelerate keeps its weight elsewhere, and nothing is subtracted there; use "
+            'form="anchored", which leaves it alone.'
         )
     undo.callback(set_residual_owner, module, None)
     set_residual_owner(module, adapter)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from headstart.errors import LayerError
+from headstart.layers.anchored import current_factors
 from headstart.layers.core import core_of
 from headstart.layers.find import lora_layers, resolve_adapter
 from headstart.layers.frozen import freeze_factors, frozen_factors
+from headstart.layers.unwrap import looks_through
 
 
+@looks_through
 def lora_fa_(model: nn.Module, adapter: str | None = None) -> int:
     """Freeze every layer's A, for good: PEFT keeps it frozen whatever adapter is switched on or off.
 
@@ -37,7 +40,7 @@ def lora_fa_(model: nn.Module, adapter: str | None = None) -> int:
             )
         if "lora_B" in frozen_factors(target.module, adapter):
             raise LayerError(f"layer {target.name!r}: its B is frozen by its start already, so nothing would train.")
-        if not bool(target.module.lora_A[adapter].weight.count_nonzero()):
+        if not bool(current_factors(target.module, adapter)[0].count_nonzero()):
             raise LayerError(f"layer {target.name!r}: its A is zero, and frozen it would keep B from mattering.")
     for target in targets:
         freeze_factors(target.module, adapter, ("lora_A",))

@@ -1,43 +1,79 @@
-"""Three steps of PEFT that must know of anchors, extended so that nothing is dropped or misread in silence.
+"""Steps of PEFT that must know of forms, extended so that nothing is dropped or misread in silence.
 
-Loading: a ``Trainer`` resumes by ``model.load_adapter(folder, name)``. On a model that ``initialize_`` prepared, the
-anchors are parameters like others and are loaded like others. On a fresh one they would have no place, and PEFT drops
-what has no place without a word; so the place is made first, in the step in which PEFT sorts an adapter's tensors.
+Building: an adapter whose config is marked gets layers of the form that the mark says, before any tensor is read. So
+``add_adapter`` with a prepared adapter's config, ``load_adapter``, ``PeftModel.from_pretrained`` and
+``inject_adapter_in_model`` work as for a plain LoRA.
+
+Loading: tensors of another form than the layers', or on another base model's weights, are refused; what an earlier
+version wrote is read, and gives its layers their form where the mark doesn't say it.
 
 Combining: ``add_weighted_adapter`` reads B A, which of an anchored adapter is not what it does; it is refused.
 
 Hot-swapping: ``hotswap_adapter`` copies factors into a live adapter and sets to zero what a file lacks, such as a
 core's R or the anchors of a residual base model; into any but a plain adapter it is refused.
-
-These steps are PEFT's own business and may be renamed; importing headstart then fails with a sentence that says so.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from peft.tuners.lora.model import LoraModel
-from peft.utils import hotswap
+import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from headstart import compat
 from headstart.errors import CheckpointError, LayerError
-from headstart.layers.adapter import split
-from headstart.layers.anchored import set_anchors
+from headstart.layers.adapter import renewed, split
+from headstart.layers.anchored import Formed, set_anchors
 from headstart.layers.checkpoint import check_form
-from headstart.layers.core import CORE, form_of, set_core
-from headstart.layers.find import lora_layers
+from headstart.layers.core import form_of, set_core
+from headstart.layers.find import TargetLayer, lora_layers, residual_owner
 from headstart.layers.install import mark_config
+from headstart.layers.mark import is_mark, marked_form
+from headstart.layers.watch import watch
 
-_LOADING = "_remap_adapter_state_dict_for_load"
-_COMBINING = "_check_add_weighted_adapter"
-_SWAPPING = "hotswap_adapter_from_state_dict"
+
+class FromConfig(Formed):
+    """Stands in a layer's place for a form until PEFT calls :meth:`init`, with the config that says which."""
+
+    def init(self, module: LoraLayer, adapter_name: str, **given: Any) -> None:
+        """Make the place for what the form needs, empty, and for a plain layer nothing.
+
+        Until something is loaded into it, an anchored layer is a plain LoRA layer by what it computes, and a core layer
+        adds nothing.
+        """
+        del module.lora_variant[adapter_name]
+        name = str(given.get("target_name") or "")
+        form = marked_form(given["config"].init_lora_weights, name)
+        A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+        if form == "core":
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+            set_core(module, adapter_name, torch.zeros(len(A), len(A), device=A.device))
+        elif form is not None:
+            set_anchors(module, adapter_name, torch.zeros_like(A), torch.zeros_like(B), form)
+        if form in ("core", "anchored"):
+            watch(module, adapter_name, name)
+
+
+def build(arguments: dict[str, Any]) -> None:
+    """Let a layer be drawn as a plain one where the config is marked, and leave the form to :class:`FromConfig`."""
+    module = arguments["self"]
+    if is_mark(arguments["init_lora_weights"]):
+        arguments["init_lora_weights"] = True
+        module.lora_variant[arguments["adapter_name"]] = FromConfig()
+
+
+def load(arguments: dict[str, Any]) -> None:
+    """Check what is loaded; read what an earlier version wrote, and give its layers their form."""
+    tensors = arguments["state_dict"] = renewed(arguments["state_dict"])
+    prepare(arguments["model"], arguments["config"], arguments["adapter_name"], tensors)
 
 
 def prepare(model: Any, config: Any, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    """Check an adapter's tensors against the form of the layers, and give fresh layers the anchors that they need.
+    """Check an adapter's tensors against the form of the layers, and give layers without one the form they need.
 
     Raises:
         CheckpointError: the tensors are of another form than the layers, or belong to a residual base model while this
@@ -46,32 +82,36 @@ def prepare(model: Any, config: Any, adapter: str, tensors: Mapping[str, Tensor]
     targets = list(lora_layers(model, adapter))
     formed = any(form_of(target.module, adapter) for target in targets)
     if not formed and not any(
-        ours in key for key in tensors for ours in (".lora_anchor_", ".lora_residual_", f".{CORE}")
+        ours in key for key in tensors for ours in (".lora_start_", ".lora_residual_", ".lora_core.")
     ):
         return
-    found, _ = split(tensors, config)
+    layers, _ = split(tensors, config)
     fresh = False
     for target in targets:
-        layer = found.get(target.name)
+        layer = layers.get(target.name)
         if layer is None:
             continue
         check_form(target, layer)
-        if layer.core is not None and form_of(target.module, adapter) is None:
-            set_core(target.module, adapter, layer.core)
-            fresh = True
-        if form_of(target.module, adapter) is not None or layer.A0 is None or layer.B0 is None:
-            continue
-        if layer.kind == "residual":
+        if layer.kind == "residual" and residual_owner(target.module) is None:
             raise CheckpointError(
                 f"layer {target.name!r}: this checkpoint was trained on residual weights, which PEFT's loading can't "
                 'restore; load it with headstart.load_checkpoint, or call initialize_(..., base="residual") first.'
             )
-        set_anchors(target.module, adapter, layer.A0, layer.B0, "anchored")
-        fresh = True
+        if layer.kind != "lora" and form_of(target.module, adapter) is None:
+            _set_form(target, layer.A0, layer.B0, layer.core, layer.kind)
+            fresh = True
     if fresh:
         with ExitStack() as undo:
             mark_config(model, adapter, undo)
             undo.pop_all()
+
+
+def _set_form(target: TargetLayer, A0: Tensor | None, B0: Tensor | None, core: Tensor | None, kind: str) -> None:
+    if core is not None:
+        set_core(target.module, target.adapter, core)
+    elif A0 is not None and B0 is not None:
+        set_anchors(target.module, target.adapter, A0, B0, kind)
+    watch(target.module, target.adapter, target.name)
 
 
 def refuse_forms(model: nn.Module, adapters: Sequence[str], why: str) -> None:
@@ -83,46 +123,24 @@ def refuse_forms(model: nn.Module, adapters: Sequence[str], why: str) -> None:
                 raise LayerError(f"adapter {adapter!r} is {kind} (layer {target.name!r}), {why}")
 
 
+def combine(arguments: dict[str, Any]) -> None:
+    """Refuse to combine adapters that are no plain LoRA."""
+    why = "PEFT combines B A alone: write it with save_lora, load that, and combine it."
+    refuse_forms(arguments["self"], arguments["adapters"], why)
+
+
+def swap(arguments: dict[str, Any]) -> None:
+    """Refuse to swap tensors into an adapter that is no plain LoRA."""
+    why = "PEFT swaps A and B alone: write the adapters with save_lora, load one of those, and swap the others in."
+    refuse_forms(arguments["model"], [arguments["adapter_name"]], why)
+
+
 def register() -> None:
-    """Extend PEFT's three steps, once.
-
-    Raises:
-        ImportError: this version of PEFT has no such step.
-    """
-    for name in (_LOADING, _COMBINING):
-        if not hasattr(LoraModel, name):
-            raise ImportError(f"headstart can't work with this version of PEFT, which has no LoraModel.{name}.")
-    if not hasattr(hotswap, _SWAPPING):
-        raise ImportError(
-            f"headstart can't work with this version of PEFT, which has no peft.utils.hotswap.{_SWAPPING}."
-        )
-    loading, combining = getattr(LoraModel, _LOADING).__func__, getattr(LoraModel, _COMBINING)
-    swapping = getattr(hotswap, _SWAPPING)
-    if getattr(loading, "knows_anchors", False):
-        return
-
-    @functools.wraps(loading)
-    def load(
-        cls: type[LoraModel], model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> Any:
-        prepare(model, config, adapter_name, state_dict)
-        return loading(cls, model=model, config=config, adapter_name=adapter_name, state_dict=state_dict)
-
-    @functools.wraps(combining)
-    def combine(self: LoraModel, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
-        refuse_forms(self, adapters, "PEFT combines B A alone: write it with save_lora, load that, and combine it.")
-        return combining(self, adapters, *args, **kwargs)
-
-    @functools.wraps(swapping)
-    def swap(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        refuse_forms(
-            model,
-            [adapter_name],
-            "PEFT swaps A and B alone: write the adapters with save_lora, load one of those, and swap the others in.",
-        )
-        swapping(model, state_dict, adapter_name, *args, **kwargs)
-
-    load.knows_anchors = True  # type: ignore[attr-defined]
-    setattr(LoraModel, _LOADING, classmethod(load))
-    setattr(LoraModel, _COMBINING, combine)
-    setattr(hotswap, _SWAPPING, swap)
+    """Extend PEFT's steps, once; one that this PEFT has otherwise is left alone, with a warning."""
+    for step, before in (
+        (compat.RESETTING, build),
+        (compat.LOADING, load),
+        (compat.COMBINING, combine),
+        (compat.SWAPPING, swap),
+    ):
+        compat.extend(step, before)

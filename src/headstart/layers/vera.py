@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from headstart.errors import BASE_PREFIX, LayerError
 from headstart.layers.find import TargetLayer, active_adapters
+from headstart.layers.formats import check_not_tensor_parallel
+from headstart.linalg.precision import double, like
 from headstart.methods.base import Factors
 
 
@@ -69,10 +71,16 @@ def find_vera_layers(model: Any, adapter: str) -> list[TargetLayer]:
     ]
     if not targets:
         raise LayerError(f"adapter {adapter!r} has no VeRA layer in this model: check its target_modules.")
+    check_not_tensor_parallel(model, [(target.name, target.module.get_base_layer()) for target in targets])
     for target in targets:
         module: Any = target.module
         if module.merged:
             raise LayerError(f"layer {target.name!r} has merged adapters: call model.unmerge_adapter() first.")
+        if module.vera_lambda_b[adapter].device.type == "meta":
+            raise LayerError(
+                f"layer {target.name!r} has its adapter on the meta device, where there are no values: load the "
+                "model's weights onto a device before it is wrapped."
+            )
         if float(module.vera_lambda_b[adapter].detach().abs().max()) != 0:
             raise LayerError(
                 f"layer {target.name!r}: vera_lambda_b of adapter {adapter!r} is not zero, so the adapter is already "
@@ -116,12 +124,12 @@ def principal_directions(spaces: Sequence[Tensor], random: Tensor) -> Tensor:
     r, n = random.shape
     rows = []
     for space in spaces:
-        basis = torch.linalg.svd(space.double(), full_matrices=False).Vh
+        basis = torch.linalg.svd(double(space), full_matrices=False).Vh
         rows.append(torch.nn.functional.pad(basis, (0, n - basis.shape[1])))
     _, S, Vh = torch.linalg.svd(torch.cat(rows), full_matrices=False)
     count = min(r, int((1e-10 * S[0] < S).sum()))
-    unit = torch.nn.functional.normalize(random.double(), dim=1)
+    unit = torch.nn.functional.normalize(double(random), dim=1)
     found = torch.cat((Vh[:count].to(unit.device), unit[count:]))
     largest = found.gather(1, found.abs().argmax(dim=1, keepdim=True))
     found = torch.where(largest < 0, -found, found)
-    return (found * (random.double().norm() / found.norm())).to(random.dtype)
+    return like(found * (double(random).norm() / found.norm()), random)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
+
+from headstart.errors import LayerError
+from headstart.layers.formats import home, quantisation, unreadable
+from headstart.linalg import precision
 
 # Rows are hashed in parts of about this size, on as many threads as torch has. Part of every digest: a change of it
 # makes new digests.
@@ -26,16 +32,38 @@ def is_transposed(layer: LoraLayer) -> bool:
 
 
 def base_weight(layer: LoraLayer, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return W (d_out, d_in), detached, in ``dtype``; a view of the parameter where nothing had to be converted."""
-    return oriented(layer, dense(layer.get_base_layer())).to(dtype)
+    """Return W (d_out, d_in), detached, in ``dtype``, where the layer's factors are solved for (:func:`place`).
+
+    A view of the parameter where nothing had to be converted.
+
+    Raises:
+        LayerError: see :func:`dense`.
+    """
+    return oriented(layer, dense(layer.get_base_layer())).to(place(layer)).to(dtype)
+
+
+def place(layer: LoraLayer) -> torch.device:
+    """Return the device on which a layer's factors are solved for: its own, or the CPU where that has no float64."""
+    return precision.solving_device(home(layer.get_base_layer()))
 
 
 def dense(base: nn.Module) -> Tensor:
     """Return a base layer's weight, detached and in its own storage order; whole, and dequantised where it has to be.
 
-    bitsandbytes' 4-bit layers are reordered for inference when they run on a CPU in evaluation mode; saving the state
-    is what puts them back in the order that can be dequantised.
+    One that accelerate keeps elsewhere is brought in for the moment. bitsandbytes' 4-bit layers are reordered for
+    inference when they run on a CPU in evaluation mode; saving the state is what puts them back in the order that can
+    be dequantised.
+
+    Raises:
+        LayerError: it can't be read (see :func:`headstart.layers.formats.unreadable`, whose caller knows the layer).
     """
+    if why := unreadable(base):
+        raise LayerError(f"a layer {why}")
+    with align_module_device(base):
+        return _dense(base)
+
+
+def _dense(base: nn.Module) -> Tensor:
     weight = base.get_parameter("weight")
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         base.state_dict()
@@ -43,12 +71,6 @@ def dense(base: nn.Module) -> Tensor:
         # PEFT's function for modules would also put a new weight there, and lose what the next forward pass needs.
         return dequantize_bnb_weight(weight, state=base.state).detach()
     return whole(dequantize_module_weight(base).detach())
-
-
-def quantisation(base: nn.Module) -> str | None:
-    """Return "4-bit" or "8-bit" for a layer of bitsandbytes, None for any other."""
-    found = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
-    return found.get(type(base.get_parameter("weight")).__name__)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -75,14 +97,34 @@ def oriented(layer: LoraLayer, matrix: Tensor) -> Tensor:
     return matrix.T if is_transposed(layer) else matrix
 
 
-@contextmanager
-def full_precision(layers: Iterable[LoraLayer]) -> Iterator[None]:
-    """Switch autocast off within the block, on the devices that the layers are on."""
-    with ExitStack() as stack:
-        for kind in {layer.get_base_layer().get_parameter("weight").device.type for layer in layers}:
-            if torch.amp.is_autocast_available(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+def full_precision(layers: Iterable[LoraLayer]) -> AbstractContextManager[None]:
+    """Keep autocast, TF32 and the like off within the block: :func:`headstart.linalg.precision.full_precision`."""
+    return precision.full_precision([home(layer.get_base_layer()) for layer in layers])
+
+
+def give_values(layer: LoraLayer, adapter: str, undo: ExitStack) -> None:
+    """Give factors that are on the meta device, where they have no values, zeros on the device of the layer.
+
+    PEFT makes such factors for a layer whose weight accelerate keeps elsewhere.
+    """
+    for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        part: Any = getattr(layer, name, {})
+        if adapter not in part or part[adapter].weight.device.type != "meta":
+            continue
+        owner, empty = part[adapter], part[adapter].weight
+        undo.callback(setattr, owner, "weight", empty)
+        values = torch.zeros_like(empty, device=home(layer.get_base_layer()))
+        owner.weight = nn.Parameter(values, requires_grad=empty.requires_grad)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of a model's inputs: of its first parameter that has values, or will have when it is run."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            device = home(module) if parameter.device.type == "meta" else parameter.device
+            if device.type != "meta":
+                return device
+    raise LayerError("the model is on the meta device, where there are no values: load its weights first.")
 
 
 def product(B: Tensor, A: Tensor) -> Tensor:
@@ -100,10 +142,15 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(base, Conv1D) else (rows, columns)
 
 
-def fingerprint(base: nn.Module, values: int = 8) -> list[float]:
-    """Return a few of a base layer's weights, evenly spread over it: enough to tell one base model from another."""
+def fingerprint(base: nn.Module, values: int = 8) -> list[float] | None:
+    """Return a few of a base layer's weights, evenly spread over it: enough to tell one base model from another.
+
+    None where they can't be read.
+    """
+    if unreadable(base):
+        return None
     flat = dense(base).reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, values, dtype=torch.float64).long()
+    places = torch.linspace(0, flat.numel() - 1, values, dtype=torch.float64, device="cpu").long()
     return [float(value) for value in flat[places.to(flat.device)].float()]
 
 

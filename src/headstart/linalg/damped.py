@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headstart.linalg.precision import double
+
 # The sums that covariances come from are float32: what is smaller than their rounding, relative to the variances of
 # the two entries, is noise, and its inverse would drown everything else.
 _NOISE = torch.finfo(torch.float32).eps
@@ -56,11 +58,10 @@ def damped_inverse(matrix: Tensor, damping: float) -> DampedInverse:
         raise ValueError(f"expected a square matrix, got {tuple(matrix.shape)}")
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping must be at least 0 and finite, got {damping}")
-    # The largest entry of a covariance is on its diagonal.
-    diagonal = matrix.diagonal().double()
     if not math.isfinite(float(matrix.abs().max())):
         raise ValueError("the matrix holds a value that isn't finite")
-    mean = float(diagonal.clamp_min(0).mean())
+    # The largest entry of a covariance is on its diagonal.
+    mean = float(double(matrix.diagonal()).clamp_min(0).mean())
     used = damping
     while True:
         found = _try(matrix, used)
@@ -75,7 +76,8 @@ def damped_inverse(matrix: Tensor, damping: float) -> DampedInverse:
 
 def _try(matrix: Tensor, damping: float) -> DampedInverse | None:
     # Products in float32 aren't symmetric to the last digit.
-    damped = torch.lerp(matrix.double(), matrix.double().mT, 0.5)
+    whole = double(matrix)
+    damped = torch.lerp(whole, whole.mT, 0.5)
     damped.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
@@ -97,8 +99,8 @@ def _try(matrix: Tensor, damping: float) -> DampedInverse | None:
 
 def _norm(matrix: Tensor, scale: Tensor) -> float:
     """Return the norm of D M D for a diagonal D, from below, by a few steps of the power method."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(_PROBES, len(scale), generator=generator, dtype=torch.float64).to(matrix)
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows = torch.randn(_PROBES, len(scale), generator=generator, dtype=torch.float64, device="cpu").to(matrix)
     norm = 0.0
     for _ in range(_POWER_STEPS):
         rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)

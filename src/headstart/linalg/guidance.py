@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headstart.linalg.precision import solving_device
+
 TOLERANCE = 1e-6
 MAX_ITERATIONS = 100
 
@@ -87,7 +89,7 @@ def guidance_space(
     of Z. Where eigenvalues beyond the r smallest equal one of them, the space isn't unique; the seed settles it.
 
     Args:
-        inverse: Z^-1 (n, n), symmetric positive definite, best in float64, on a device that has float64.
+        inverse: Z^-1 (n, n), symmetric positive definite, best in float64; what comes back is on its solving device.
         delta: Delta (m, n), any floating-point type.
         r: how many, from 1 to n.
         variance: c, at least 0.
@@ -105,12 +107,13 @@ def guidance_space(
     """
     matrices = {"inverse": inverse, "factor": factor, "delta": delta}
     _check(matrices, r, variance, bias, tol, (max_iterations, 1 if iterations is None else iterations))
-    n = inverse.shape[0]
+    n, device = inverse.shape[0], solving_device(inverse.device)
+    inverse, delta, factor = (matrix.to(device) for matrix in (inverse, delta, factor))
     inverse, scaled = _scaled(inverse, variance, False)
     delta, bias = _scaled(delta, bias, True)
     block = min(n, _BLOCK * math.ceil(r / _BLOCK))
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(n, block, generator=generator, dtype=torch.float64).to(inverse.device).mT
+    generator = torch.Generator("cpu").manual_seed(seed)
+    start = torch.randn(n, block, generator=generator, dtype=torch.float64, device="cpu").to(device).mT
     single = _Omega(inverse.float(), delta.float(), scaled, bias)
     spread, depth = single.norms(start[:_SPARE])
     unit = max(spread, depth)
@@ -267,7 +270,7 @@ def _krylov(
     rows = start.new_empty(most * block, n)
     # Symmetric; only its lower half is filled and read.
     projected = start.new_zeros(most * block, most * block)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     new = torch.linalg.qr(start.mT).Q.mT
     largest, due, last = 0.0, min(_FIRST_CHECK, most), (0, 0.0)
     for step in range(1, most + 1):
@@ -317,7 +320,7 @@ def _fresh(block: Tensor, basis: Tensor, zero: float, generator: torch.Generator
     if float(sizes.min()) < max(_LITTLE * float(sizes.max()), zero):
         # A direction of which almost nothing was left: normalised, its rounding errors are large.
         nothing = sizes <= zero
-        noise = torch.randn(Q.shape, generator=generator, dtype=torch.float64).to(Q) / math.sqrt(len(Q))
+        noise = torch.randn(Q.shape, generator=generator, dtype=torch.float64, device="cpu").to(Q) / math.sqrt(len(Q))
         Q, triangle = torch.where(nothing, noise, Q), torch.where(nothing[:, None], 0.0, triangle)
         for _ in range(2):
             Q, again = torch.linalg.qr(Q - basis.mT @ (basis @ Q))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from headstart.linalg.adam import Path, Schedule, Stop, descend
 from headstart.linalg.norms import in_double, squared_norm
+from headstart.linalg.precision import double, solving_device
 from headstart.linalg.svd import TruncatedSVD
 
 Gauge = Literal["balanced", "aligned", "flow", "random"]
@@ -93,17 +94,19 @@ def adam_lowrank(
         ValueError: where shapes or types don't fit, or a setting is out of its range.
     """
     _check_fit(W, A0, B0, steps, lr, decay_every, check_every, tolerance, optimum)
+    device = solving_device(W[0].device)
+    W, A0, B0 = [w.detach().to(device) for w in W], A0.to(device), B0.to(device)
     schedule = Schedule(steps, lr, decay, decay_every, betas, eps)
     good_enough = None
     if tolerance is not None and optimum is not None:
-        good_enough = (1 + tolerance) * optimum.to(W[0].device, torch.float64)
+        good_enough = (1 + tolerance) * double(optimum).to(device)
     # Of the looks, as many as leave a hundred.
     keep_every = check_every * max(1, math.ceil(steps / (100 * check_every)))
 
     @torch.no_grad()
     def run(chosen: slice, tell: Callable[[int], None], stop: Stop) -> LowRankFit:
         # A copy: it begins where vector instructions like it, as the same matrix alone would.
-        stack = torch.stack([w.detach() for w in W[chosen]])
+        stack = torch.stack(W[chosen])
         path = descend(
             stack,
             A0[chosen].detach(),
@@ -116,16 +119,18 @@ def adam_lowrank(
             stop=stop,
         )
         errors = squared_error(stack, path.A, path.B)
-        return LowRankFit(path.A, path.B, errors, torch.tensor(path.steps), _history(path, errors, W[0].numel()))
+        return LowRankFit(
+            path.A, path.B, errors, torch.tensor(path.steps, device="cpu"), _history(path, errors, W[0].numel())
+        )
 
     n = len(W)
-    alone = W[0].device.type == "cpu"
+    alone = device.type == "cpu"
     fits = _run_all(run, [slice(i, i + 1) for i in range(n)] if alone else [slice(0, n)], steps, progress)
     return LowRankFit(
         A=torch.cat([fit.A for fit in fits]),
         B=torch.cat([fit.B for fit in fits]),
         error=torch.cat([fit.error for fit in fits]),
-        steps=torch.cat([fit.steps for fit in fits]).to(W[0].device),
+        steps=torch.cat([fit.steps for fit in fits]).to(device),
         history=[history for fit in fits for history in fit.history],
     )
 
@@ -190,10 +195,10 @@ def squared_error(W: Tensor | Sequence[Tensor], A: Tensor, B: Tensor) -> Tensor:
         A: (n, r, d_in).
         B: (n, d_out, r).
     """
-    errors = torch.zeros(len(W), dtype=torch.float64, device=A.device)
+    errors = torch.zeros(len(W), dtype=torch.float64, device=solving_device(A.device))
     # Copies, so that each is aligned as it would be alone.
     for i, (w, a, b) in enumerate(zip(W, A, B, strict=True)):
-        a, b = (each.detach().to(torch.float64, copy=True) for each in (a, b))
+        a, b = (double(each.clone()) for each in (a, b))
         cross = sum(((part @ a.mT) * b[rows]).sum() for rows, part in in_double(w))
         errors[i] = squared_norm(w) - 2 * cross + ((b.mT @ b) * (a @ a.mT)).sum()
     return errors.clamp_min(0.0)
@@ -232,13 +237,13 @@ def svd_lowrank_factors(
     Raises:
         ValueError: for an unknown gauge, or "aligned" or "flow" without a fitting A0 and B0.
     """
-    U, S, V = svd.U.double(), svd.S.double(), svd.V.double()
-    Q, delta = torch.eye(len(S)).to(U), S.new_zeros(())
+    U, S, V = double(svd.U), double(svd.S), double(svd.V)
+    Q, delta = torch.eye(len(S), dtype=U.dtype, device=U.device), S.new_zeros(())
     if gauge in ("aligned", "flow"):
         shapes = (len(S), len(V)), (len(U), len(S))
         if A0 is None or B0 is None or (A0.shape, B0.shape) != shapes:
             raise ValueError(f'gauge "{gauge}" needs A0 {shapes[0]} and B0 {shapes[1]}')
-        A0, B0 = A0.detach().to(V), B0.detach().to(U)
+        A0, B0 = double(A0).to(V), double(B0).to(U)
         if gauge == "flow":
             delta = (B0.square().sum() - A0.square().sum()) / len(S)
         columns, rows = _norms(S, delta)
@@ -262,7 +267,7 @@ def _norms(S: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _haar(size: int, generator: torch.Generator | None) -> Tensor:
-    Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64, device="cpu"))
     # QR alone isn't uniform: it fixes signs by its own convention (Mezzadri, 2007).
     turned: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
     return turned

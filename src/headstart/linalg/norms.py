@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor, float64
+from torch import Tensor
+
+from headstart.linalg.precision import double
 
 _ENTRIES = 2**20
 
@@ -14,7 +16,8 @@ def in_double(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
     step = max(1, _ENTRIES // max(1, matrix.shape[-1]))
     for start in range(0, len(matrix), step):
         rows = slice(start, start + step)
-        yield rows, matrix[rows].detach().to(float64, copy=True)
+        part = double(matrix[rows])
+        yield rows, part.clone() if part.dtype == matrix.dtype else part
 
 
 def squared_norm(matrix: Tensor) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headstart.linalg.precision import double, like
+
 
 def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the thin SVD of B A: ``(U, S, V)`` with ``B @ A = U @ diag(S) @ V.T``, S in descending order.
@@ -17,13 +19,14 @@ def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         A: (r, d_in), of the same type.
 
     Returns:
-        U (d_out, k), S (k,), V (d_in, k) with k = min(d_out, r, d_in), computed in float64, in the type of B.
+        U (d_out, k), S (k,), V (d_in, k) with k = min(d_out, r, d_in), computed in float64, in the type of B and on its
+        device.
 
     Raises:
         ValueError: where B and A don't fit together.
     """
     U, S, V = _svd(B, A)
-    return U.to(B.dtype), S.to(B.dtype), V.to(B.dtype)
+    return like(U, B), like(S, B), like(V, B)
 
 
 def product_norm(B: Tensor, A: Tensor) -> float:
@@ -55,7 +58,7 @@ def truncate_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, f
         rank: at least 1. Above min(d_out, r, d_in), the factors are filled up with zeros.
 
     Returns:
-        B' (d_out, rank) and A' (rank, d_in), computed in float64, in the type of B; and the error.
+        B' (d_out, rank) and A' (rank, d_in), computed in float64, in the type and on the device of B; and the error.
 
     Raises:
         ValueError: where B and A don't fit together, or ``rank`` is below 1.
@@ -66,8 +69,8 @@ def truncate_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, f
     root = S[:rank].sqrt()
     left = B.new_zeros(B.shape[0], rank)
     right = A.new_zeros(rank, A.shape[1])
-    left[:, : len(root)] = (U[:, :rank] * root).to(B.dtype)
-    right[: len(root)] = (V[:, :rank] * root).mT.to(A.dtype)
+    left[:, : len(root)] = like(U[:, :rank] * root, B)
+    right[: len(root)] = like((V[:, :rank] * root).mT, A)
     whole = float(S.norm())
     return left, right, float(S[rank:].norm()) / whole if whole > 0 else 0.0
 
@@ -85,4 +88,4 @@ def _double(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"B {tuple(B.shape)} and A {tuple(A.shape)} don't make a product")
     if not B.is_floating_point() or not A.is_floating_point():
         raise ValueError(f"expected floating-point factors, got {B.dtype} and {A.dtype}")
-    return B.detach().double(), A.detach().double()
+    return double(B), double(A)

@@ -17,6 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from headstart.linalg.precision import double, full_precision, like
+
 # What only the error estimates see: the square of one vector's norm is off by about 70 percent with so few.
 TEST_COLUMNS = 4
 # The first of several passes sums one side only, in the memory of both; more columns than this many widths gain little.
@@ -27,7 +29,9 @@ _CORE_LEAST, _CORE_MOST = 3, 5
 
 @dataclass(frozen=True)
 class SketchedSVD:
-    """k leading singular triplets of a (d_out, d_in) matrix G, in descending order, in float32, where the sketch is.
+    """k leading singular triplets of a (d_out, d_in) matrix G, in descending order, in float32.
+
+    They are on the sketch's solving device.
 
     ``norm`` and what follows it are estimates, from `TEST_COLUMNS` random combinations of G's columns or rows that
     the triplets don't depend on. A G of zeros, or to which nothing was added, has ``S[0] == 0`` and ``norm == 0``;
@@ -148,8 +152,7 @@ class GradientSketch:
             raise ValueError(f"expected (..., {d_in}) and (..., {d_out}), got {tuple(x.shape)} and {tuple(g.shape)}")
         right, left = (tensor.reshape(-1, tensor.shape[-1]).to(self._like) for tensor in (x, g))
         right, left = (left, right) if self._flip else (right, left)
-        # Autocast would take the products in half precision.
-        with torch.autocast(self._like.device.type, enabled=False):
+        with full_precision([self._like.device]):
             images = [factor @ side.mT for factor, side in zip(self._factors, (right, left), strict=True)]
             for sums, image, side in zip(self._sums, images, (left, right), strict=True):
                 sums.addmm_(image[: len(sums)], side)
@@ -174,7 +177,7 @@ class GradientSketch:
             self._test = self._sums[0][-TEST_COLUMNS:].clone()
             rows = rows if summed else rows[:-TEST_COLUMNS]
         # Sorted by value: a wide start leaves only its leading part.
-        basis = torch.linalg.svd(rows.double(), full_matrices=False).Vh[: self.rank_limit].to(self._like).contiguous()
+        basis = like(torch.linalg.svd(double(rows), full_matrices=False).Vh[: self.rank_limit], self._like).contiguous()
         # What was summed on the left (0) multiplies the left (1) now, and the other way round.
         self._factors[1 - summed], self._sums[1 - summed] = basis, self._like.new_zeros(len(basis), other)
         self._factors[summed], self._sums[summed] = self._like.new_empty(0, other), self._like.new_empty(0, d)
@@ -216,23 +219,23 @@ class GradientSketch:
             raise ValueError("the sum of the gradient isn't finite")
 
     def _from_last_pass(self) -> _Found:
-        image, Q = self._sums[0].double().mT, self._factors[0].double().mT
+        image, Q = double(self._sums[0]).mT, double(self._factors[0]).mT
         U, S, rotation = torch.linalg.svd(image, full_matrices=False)
         V = Q @ rotation.mT
-        phi = _random_rows(*self._draws[0], self._like)[-TEST_COLUMNS:].double().mT
+        phi = double(_random_rows(*self._draws[0], self._like)[-TEST_COLUMNS:]).mT
         # A Q is exact, so A V = U S, and only A'U - V S = (A - A V V')'U is to be estimated.
-        missed = self._test.double().mT - (U * S) @ (V.mT @ phi)
+        missed = double(self._test).mT - (U * S) @ (V.mT @ phi)
         right = (U.mT @ missed).square().mean(dim=1)
         norm_squared = float(S.square().sum() + missed.square().sum() / TEST_COLUMNS)
         return _Found(U, S, V, torch.zeros_like(right), right, norm_squared)
 
     def _from_one_pass(self) -> _Found:
         rank, end = self.rank_limit, len(self._sums[0])
-        (Y, test_left), (Z, test_right) = ((s[:rank].double().mT, s[rank:].double().mT) for s in self._sums)
-        omega, psi = (factor.double().mT for factor in self._factors)
+        (Y, test_left), (Z, test_right) = ((double(s[:rank]).mT, double(s[rank:]).mT) for s in self._sums)
+        omega, psi = (double(factor).mT for factor in self._factors)
         Q, P = torch.linalg.qr(Y).Q, torch.linalg.qr(Z).Q
         # A is about Q X P', and the core psi'A omega about (psi'Q) X (P'omega).
-        X = torch.linalg.lstsq(psi[:, end:].mT @ Q, self._core.double()).solution
+        X = torch.linalg.lstsq(psi[:, end:].mT @ Q, double(self._core)).solution
         X = torch.linalg.lstsq(omega[:, end:].mT @ P, X.mT).solution.mT
         left, S, right = torch.linalg.svd(X)
         U, V = Q @ left, P @ right.mT
@@ -295,5 +298,7 @@ def _random_rows(seed: int, place: str, rows: int, d: int, like: Tensor) -> Tens
     if drawn is None:
         # A digest, because neighbouring seeds and places would otherwise give related streams.
         digest = int.from_bytes(hashlib.blake2b(repr(key[:4]).encode(), digest_size=7).digest(), "big")
-        drawn = _shared[key] = torch.randn(rows, d, generator=torch.Generator().manual_seed(digest)).to(like)
+        drawn = _shared[key] = torch.randn(
+            rows, d, generator=torch.Generator("cpu").manual_seed(digest), dtype=torch.float32, device="cpu"
+        ).to(like)
     return drawn

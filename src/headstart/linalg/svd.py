@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headstart.linalg.norms import squared_norm
+from headstart.linalg.precision import double, solving_device
 
 Which = Literal["largest", "smallest"]
 
@@ -76,7 +77,7 @@ def truncated_svd(
     Matrices in float64 skip float32. The smallest always take the dense decomposition.
 
     Args:
-        matrix: (d_out, d_in), any floating-point type, on any device.
+        matrix: (d_out, d_in), any floating-point type, on any device; the triplets come back on its solving device.
         k: how many triplets, from 1 to min(d_out, d_in).
         which: "largest" or "smallest"; both are returned in descending order.
         tol: the largest residual to accept, relative to the singular value (see `TruncatedSVD`).
@@ -87,7 +88,7 @@ def truncated_svd(
         ValueError: where ``matrix`` isn't a finite floating-point matrix or an argument is out of its range.
     """
     _check(matrix, k, which, tol, max_iterations)
-    matrix = matrix.detach()
+    matrix = matrix.detach().to(solving_device(matrix.device))
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
     # NaN where there is one. An infinity norm says the same, but many times slower on a processor.
@@ -174,7 +175,7 @@ def eckart_young_tail(matrix: Tensor, svd: TruncatedSVD) -> float:
         matrix: W (d_out, d_in).
         svd: its k largest triplets.
     """
-    return max(0.0, squared_norm(matrix) - float(svd.S.double().square().sum()))
+    return max(0.0, squared_norm(matrix) - float(double(svd.S).square().sum()))
 
 
 @dataclass(frozen=True)
@@ -224,8 +225,8 @@ def _krylov(tall: Tensor, k: int, block: int, tol: float, max_iterations: int, s
     rows = torch.empty(most * block, n, dtype=tall.dtype, device=tall.device)
     # Symmetric; only its lower half is filled and read.
     projected = torch.zeros(most * block, most * block, dtype=tall.dtype, device=tall.device)
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(n, block, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    start = torch.randn(n, block, generator=generator, dtype=torch.float64, device="cpu")
     new = torch.linalg.qr(start.to(tall)).Q.mT
     due, last = min(_FIRST_CHECK, most), (0, 0.0)
     for step in range(1, most + 1):

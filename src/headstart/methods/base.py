@@ -82,9 +82,19 @@ class Wants:
         return self.gradient != "no" or self.outputs is not None
 
     @property
+    def input_moments(self) -> bool:
+        """Whether Z is collected."""
+        return self.inputs or self.outputs is not None
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether W is read."""
+        return self.weight or self.moments
+
+    @property
     def data(self) -> bool:
         """Whether data are read."""
-        return self.backward or self.inputs
+        return self.backward or self.input_moments
 
     def __str__(self) -> str:
         words = {
@@ -183,7 +193,7 @@ class Layer:
     def generator(self) -> torch.Generator:
         """Return a fresh CPU generator; the same seed and name give the same draws in any process, in any order."""
         digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def require_weight(self) -> Tensor:
         """Return the weight, which the method must want."""

@@ -21,11 +21,16 @@ Distribution = Literal[
 ]
 
 
+def empty(rows: int, columns: int) -> Tensor:
+    """Return an unset matrix, float32 on the CPU whatever torch's defaults are, to be filled from a CPU generator."""
+    return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
+
+
 def draw(
     shape: tuple[int, int], distribution: Literal["normal", "uniform"], std: float, generator: torch.Generator
 ) -> Tensor:
     """Return a zero-mean matrix (rows, columns) of standard deviation ``std``, float32 on the CPU."""
-    matrix = torch.empty(shape)
+    matrix = empty(*shape)
     if distribution == "uniform":
         bound = math.sqrt(3) * std
         return matrix.uniform_(-bound, bound, generator=generator)
@@ -38,7 +43,7 @@ def draw_named(shape: tuple[int, int], distribution: Distribution, generator: to
     kaiming: gain sqrt(2), fan-in. xavier: gain 1. normal: standard deviation 0.01. uniform: -0.1 to 0.1.
     sparse: half of each column zero, the rest normal with standard deviation 0.01. constant: 0.001.
     """
-    matrix = torch.empty(shape)
+    matrix = empty(*shape)
     init = torch.nn.init
     if distribution == "kaiming-normal":
         return init.kaiming_normal_(matrix, generator=generator)
@@ -56,7 +61,7 @@ def draw_named(shape: tuple[int, int], distribution: Distribution, generator: to
         return init.orthogonal_(matrix, generator=generator)
     if distribution == "sparse":
         matrix.normal_(0.0, 0.01, generator=generator)
-        order = torch.rand(shape, generator=generator).argsort(dim=0)
+        order = empty(*shape).uniform_(generator=generator).argsort(dim=0)
         # torch.nn.init.sparse_ takes no generator for the places of the zeros, and rounds half of an odd number up: of
         # a single row (r = 1) it leaves nothing.
         return matrix.masked_fill_(order < shape[0] // 2, 0.0)

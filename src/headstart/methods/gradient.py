@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from headstart.errors import LayerError
+from headstart.linalg.precision import double
 from headstart.linalg.sketch import SketchedSVD
 from headstart.linalg.svd import TruncatedSVD, truncated_svd
 from headstart.methods.base import Factors, Form, Layer, Method, Wants, check_positive
@@ -155,4 +156,4 @@ class LoRAOne(GradientMethod):
 
 def _share(G: Tensor, S: Tensor) -> float:
     """Return the share of ||G||_F^2 that the kept singular values hold."""
-    return float(S.double().square().sum() / G.double().square().sum())
+    return float(double(S).square().sum() / double(G).square().sum())

@@ -14,6 +14,7 @@ from torch import Tensor
 from headstart.errors import LayerError, MethodError
 from headstart.linalg.damped import DampedInverse, damped_inverse
 from headstart.linalg.guidance import guidance_space
+from headstart.linalg.precision import double
 from headstart.linalg.svd import truncated_svd
 from headstart.methods.base import Factors, Form, Layer, Wants, check_positive
 from headstart.methods.gradient import GradientMethod, no_gradient
@@ -134,7 +135,7 @@ class LoRADA(GradientMethod):
             # Only one input's inverse is held at a time.
             inverses.clear()
             Z = inverses[id(kronecker.inputs)] = damped_inverse(kronecker.inputs, self.damping)
-        preconditioned, trace, damping_Y = self._outputs_solved(kronecker.outputs, G.double())
+        preconditioned, trace, damping_Y = self._outputs_solved(kronecker.outputs, double(G))
         delta = -(preconditioned @ Z.inverse)
         population = self.population or layer.training.population or self.samples
         space = guidance_space(
@@ -149,13 +150,13 @@ class LoRADA(GradientMethod):
             seed=layer.seed,
         )
         # In float64: where damping is tiny, Delta leaves the range of float32.
-        sigma = float((delta @ truncated_svd(delta, 1, tol=_SIGMA_TOLERANCE).V.double()).norm())
+        sigma = float((delta @ truncated_svd(delta, 1, tol=_SIGMA_TOLERANCE).V.to(delta)).norm())
         if not 0 < sigma < math.inf:
             raise LayerError(
                 f"layer {layer.name!r}: -Y^-1 G Z^-1 has norm {sigma}, out of the range of numbers; raise damping."
             )
         scale = 1.0 / (sigma if self.normalise else 1.0)
-        A0 = space.vectors.double()
+        A0 = double(space.vectors)
         B = delta @ A0 * scale
         info = {
             "objective": space.objective * scale**2,
@@ -189,8 +190,8 @@ class LoRADA(GradientMethod):
         if outputs.dim() == 1:
             damping = float(self.damping)
             if damping == 0 and float(outputs.min()) <= 0:
-                damping = max(float(torch.finfo(torch.float32).eps * outputs.double().mean()), 1e-30)
-            inverse = 1.0 / (outputs.double() + damping)
+                damping = max(float(torch.finfo(torch.float32).eps * double(outputs).mean()), 1e-30)
+            inverse = 1.0 / (double(outputs) + damping)
             return inverse[:, None] * G, float(inverse.sum()), damping
         Y = damped_inverse(outputs, self.damping)
         return Y.inverse @ G, float(Y.inverse.diagonal().sum()), Y.damping

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
+from headstart.linalg.precision import double
 from headstart.linalg.svd import truncated_svd
 from headstart.methods.base import Factors, Form, Layer, Wants, check_positive
+from headstart.methods.draws import draw, empty
 from headstart.methods.gradient import GradientMethod
 from headstart.methods.registry import register
 
@@ -98,15 +100,14 @@ class LoRASB(GradientMethod):
             svd, info = self.decompose(layer, layer.r)
             if svd is None:
                 return self._unreached(layer)
-            # -G = U S (-V)'; what was sketched is the sum over the samples.
-            samples = layer.samples or 1
-            return self._split(layer, svd.U, eta / samples * svd.S, -svd.V, info)
+            # -G = U S (-V)'.
+            return self._split(layer, svd.U, eta * svd.S, -svd.V, info | {"lr": eta})
         G = layer.require_gradient()
         if not bool(G.count_nonzero()):
             return self._unreached(layer)
         delta = self._matrix(layer, -eta * (G.sign() if self.optimizer == "adamw" else G))
         found = truncated_svd(delta, layer.r)
-        share = float(found.S.double().square().sum() / delta.double().square().sum())
+        share = float(double(found.S).square().sum() / double(delta).square().sum())
         return self._split(layer, found.U, found.S, found.V, {"residual": found.residual, "share": share, "lr": eta})
 
     def _matrix(self, layer: Layer, delta: Tensor) -> Tensor:
@@ -114,9 +115,9 @@ class LoRASB(GradientMethod):
             return delta
         generator = layer.generator()
         if self.source_matrix == "noise":
-            drawn = torch.randn(layer.d_out, layer.d_in, generator=generator).to(delta.device)
+            drawn = draw((layer.d_out, layer.d_in), "normal", 1.0, generator).to(delta.device)
             return delta + self.noise * delta.std(correction=0) * drawn
-        drawn = (2 * torch.rand(layer.d_out, layer.d_in, generator=generator) - 1).to(delta.device)
+        drawn = empty(layer.d_out, layer.d_in).uniform_(-1.0, 1.0, generator=generator).to(delta.device)
         return drawn * (delta.norm() / drawn.norm())
 
     def _split(self, layer: Layer, U: Tensor, S: Tensor, V: Tensor, info: dict[str, float]) -> Factors:
@@ -126,14 +127,14 @@ class LoRASB(GradientMethod):
                 "that could not train; lower r, or read more samples."
             )
         if self.split == "suboptimal":
-            eye = torch.eye(layer.r, device=U.device)
+            eye = torch.eye(layer.r, dtype=U.dtype, device=U.device)
             return Factors(V.T, U * S, core=eye / layer.scaling, info=info)
         return Factors(V.T.contiguous(), U, core=torch.diag(S) / layer.scaling, info=info)
 
     def _unreached(self, layer: Layer) -> Factors:
         """Where no gradient came, the core is zero between random directions, and can still train."""
         generator = layer.generator()
-        B = torch.linalg.qr(torch.randn(layer.d_out, layer.r, generator=generator)).Q
-        A = torch.linalg.qr(torch.randn(layer.d_in, layer.r, generator=generator)).Q.T
+        B = torch.linalg.qr(draw((layer.d_out, layer.r), "normal", 1.0, generator)).Q
+        A = torch.linalg.qr(draw((layer.d_in, layer.r), "normal", 1.0, generator)).Q.T
         note = "no gradient reached this layer in the samples; its core starts at zero between random directions"
-        return Factors(A.contiguous(), B, core=torch.zeros(layer.r, layer.r), note=note)
+        return Factors(A.contiguous(), B, core=empty(layer.r, layer.r).zero_(), note=note)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from headstart.linalg.svd import truncated_svd
 from headstart.methods.base import Factors, Form, Layer, Method, Wants, check_positive
+from headstart.methods.draws import draw
 from headstart.methods.registry import register
 
 
@@ -44,5 +43,5 @@ class LoRAXS(Method):
         """Decompose the weight and draw R."""
         svd = truncated_svd(layer.require_weight(), layer.r)
         B, A = (svd.U * svd.S, svd.V.T) if self.scale == "output" else (svd.U, svd.S[:, None] * svd.V.T)
-        R = self.std * torch.randn(layer.r, layer.r, generator=layer.generator())
+        R = draw((layer.r, layer.r), "normal", self.std, layer.generator())
         return Factors(A, B, core=R.to(A.device), info={"residual": svd.residual})

@@ -13,7 +13,7 @@ import torch
 
 from headstart.errors import LayerError
 from headstart.methods.base import Factors, Form, Layer, Method, check_positive
-from headstart.methods.draws import draw
+from headstart.methods.draws import draw, empty
 from headstart.methods.registry import register
 
 
@@ -31,8 +31,8 @@ class LoRA(Method):
     def factors(self, layer: Layer) -> Factors:
         """Draw A, leave B zero."""
         bound = 1 / math.sqrt(layer.d_in)
-        A = torch.empty(layer.r, layer.d_in).uniform_(-bound, bound, generator=layer.generator())
-        return Factors(A, torch.zeros(layer.d_out, layer.r))
+        A = empty(layer.r, layer.d_in).uniform_(-bound, bound, generator=layer.generator())
+        return Factors(A, empty(layer.d_out, layer.r).zero_())
 
 
 @register("init-a")
@@ -62,7 +62,7 @@ class InitA(Method):
     def factors(self, layer: Layer) -> Factors:
         """Draw A, leave B zero."""
         A = draw((layer.r, layer.d_in), self.distribution, self.beta / math.sqrt(layer.d_in), layer.generator())
-        return Factors(A, torch.zeros(layer.d_out, layer.r))
+        return Factors(A, empty(layer.d_out, layer.r).zero_())
 
 
 @register("init-b")
@@ -85,7 +85,7 @@ class InitB(Method):
     def factors(self, layer: Layer) -> Factors:
         """Draw B, leave A zero."""
         B = draw((layer.d_out, layer.r), self.distribution, 1 / math.sqrt(layer.r), layer.generator())
-        return Factors(torch.zeros(layer.r, layer.d_in), B)
+        return Factors(empty(layer.r, layer.d_in).zero_(), B)
 
 
 @register("gaussian")
@@ -102,7 +102,7 @@ class Gaussian(Method):
     def factors(self, layer: Layer) -> Factors:
         """Draw A, leave B zero."""
         A = draw((layer.r, layer.d_in), "normal", 1 / layer.r, layer.generator())
-        return Factors(A, torch.zeros(layer.d_out, layer.r))
+        return Factors(A, empty(layer.d_out, layer.r).zero_())
 
 
 @register("orthogonal")
@@ -131,9 +131,9 @@ class Orthogonal(Method):
         """Draw Q, X and Y."""
         generator = layer.generator()
         half = layer.r // 2
-        Q, _ = torch.linalg.qr(torch.randn(layer.r, layer.r, generator=generator, dtype=torch.float64))
-        X = torch.randn(layer.d_in, half, generator=generator, dtype=torch.float64)
-        Y = torch.randn(layer.d_out, half, generator=generator, dtype=torch.float64)
+        Q, _ = torch.linalg.qr(torch.randn(layer.r, layer.r, generator=generator, dtype=torch.float64, device="cpu"))
+        X = torch.randn(layer.d_in, half, generator=generator, dtype=torch.float64, device="cpu")
+        Y = torch.randn(layer.d_out, half, generator=generator, dtype=torch.float64, device="cpu")
         A = (X @ Q[0::2]).T / 10
         B = Y @ Q[1::2] / 10
         return Factors(A.float(), B.float())

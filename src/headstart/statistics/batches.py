@@ -1,4 +1,4 @@
-"""Counting and cutting samples: any iterable of batches becomes batches of exactly the samples asked for."""
+"""What a batch holds: any iterable of batches becomes batches of exactly the samples asked for."""
 
 from __future__ import annotations
 
@@ -11,19 +11,30 @@ import torch
 from torch import Tensor
 
 from headstart.errors import DataError
+from headstart.statistics.packing import unpacked
 
 # The label of a token that isn't learned, as PyTorch's cross entropy and Transformers have it.
 IGNORED = -100
 Batch = dict[str, Any]
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
+# Tensors of tokens, whose first dimension is the sample whatever else a batch holds.
+_TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "labels")
+
 
 @dataclass(frozen=True)
 class Samples:
-    """A batch of samples and the place of each in the data."""
+    """A batch of samples and the place of each in the data.
+
+    Attributes:
+        batch: what the model takes.
+        indices: one a sample; of a batch whose samples can't even be counted, one for all of it.
+        cut: whether single samples can be taken out of the batch.
+    """
 
     batch: Batch
     indices: tuple[int, ...]
+    cut: bool = True
 
     @property
     def first(self) -> int:
@@ -37,16 +48,27 @@ class Samples:
 
 
 def iterate_samples(
-    data: Iterable[Any], samples: int, *, collator: Collator | None = None, batch_size: int = 8
+    data: Iterable[Any],
+    samples: int,
+    *,
+    collator: Collator | None = None,
+    batch_size: int = 8,
+    single: bool = False,
 ) -> Iterator[Samples]:
     """Yield batches that hold the first ``samples`` samples of ``data`` in all; the last one is cut to fit.
 
+    A batch of sequences that were packed into rows (positions that begin anew, or ``cu_seq_lens_q``) becomes a padded
+    batch of these sequences: each is a sample. A batch that can't be cut is given whole; where it doesn't even tell how
+    many samples it holds, it counts as one.
+
     Args:
-        data: an iterable of batches (mappings of tensors whose first dimension is the sample), or, with ``collator``,
-            a dataset of single samples, ``datasets.Dataset`` among them.
+        data: an iterable of batches (mappings of what the model takes: tensors whose first dimension is the sample,
+            lists of one entry a sample, mappings of these, and settings), or, with ``collator``, a dataset of single
+            samples, ``datasets.Dataset`` among them.
         samples: how many samples to read; fewer are read if the data end before.
         collator: makes a batch of a list of samples.
         batch_size: samples a batch, where a collator is given.
+        single: each batch is one sample, whatever its tensors hold.
 
     Raises:
         DataError: the data hold no sample, or something that is not a batch.
@@ -54,12 +76,23 @@ def iterate_samples(
     first = 0
     for item in _collated(data, collator, batch_size) if collator is not None else data:
         batch = _as_batch(item, first)
-        size = _batch_size(batch, first)
-        if first + size > samples:
+        if single:
+            yield Samples(batch, (first,), cut=False)
+            first += 1
+            if first >= samples:
+                return
+            continue
+        batch = unpacked(batch) or batch
+        size, cut = _size(batch)
+        if size is None:
+            raise DataError(
+                f"the batch after sample {first} holds no tensor: collate the samples first, or give a collator."
+            )
+        if cut and first + size > samples:
             size = samples - first
-            batch = {key: value[:size] if _has_samples(value) else value for key, value in batch.items()}
+            batch = take(batch, list(range(size)))
         if size:
-            yield Samples(batch, tuple(range(first, first + size)))
+            yield Samples(batch, tuple(range(first, first + size)), cut)
         first += size
         if first >= samples:
             return
@@ -73,11 +106,17 @@ def label_counts(batch: Batch) -> Tensor | None:
     A causal language model predicts the next token, so that a label in first place is never used; other models use
     it. None where labels are not one integer a token (classes, scores).
     """
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+    labels = token_labels(batch)
+    if labels is None:
         return None
     used = labels != IGNORED
     return torch.stack((used.sum(1), used[:, 1:].sum(1)), dim=1).cpu()
+
+
+def token_labels(batch: Batch) -> Tensor | None:
+    """Return the labels (samples, tokens) where they are one integer a token, else None."""
+    labels = batch.get("labels")
+    return labels if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point() else None
 
 
 def single_sample(batch: Batch, index: int, *, encoder_decoder: bool = False) -> Batch:
@@ -86,7 +125,7 @@ def single_sample(batch: Batch, index: int, *, encoder_decoder: bool = False) ->
     With ``encoder_decoder``, labels and all that begins with ``decoder_`` lie along a decoder's tokens, and end where
     the last label or the decoder's own mask does.
     """
-    one = {key: value[index : index + 1] if _has_samples(value) else value for key, value in batch.items()}
+    one = take(batch, [index])
     along_decoder = tuple(key for key in one if key.startswith("decoder_") or key == "labels")
     along_input = tuple(key for key in one if key not in along_decoder)
     if not encoder_decoder:
@@ -108,14 +147,62 @@ def single_sample(batch: Batch, index: int, *, encoder_decoder: bool = False) ->
 
 def take(batch: Batch, indices: list[int]) -> Batch:
     """Return some samples of a batch, padding and all."""
-    return {key: value[indices] if _has_samples(value) else value for key, value in batch.items()}
+    return {key: _rows(value, indices) for key, value in batch.items()}
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a batch, or a part of one, with all its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(part, device) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [moved(part, device) for part in value]
+    return value
 
 
 def size_of(batch: object) -> int:
     """Return how many samples a batch holds, 0 for what is no batch."""
     if not isinstance(batch, Mapping):
         return 0
-    return next((value.shape[0] for value in batch.values() if _has_samples(value)), 0)
+    given = dict(batch)
+    return _size(unpacked(given) or given)[0] or 0
+
+
+def _size(batch: Batch) -> tuple[int | None, bool]:
+    """Return how many samples a batch holds, and whether they can be told apart; (None, False) where it holds none.
+
+    They can where all that the batch holds has as many entries.
+    """
+    lengths = set(_lengths(batch))
+    if len(lengths) <= 1:
+        return next(iter(lengths), None), True
+    for name in _TOKENS:
+        value = batch.get(name)
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return int(value.shape[0]), False
+    return 1, False
+
+
+def _lengths(value: Any) -> Iterator[int]:
+    if isinstance(value, Tensor):
+        if value.dim() > 0:
+            yield int(value.shape[0])
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _lengths(part)
+    elif isinstance(value, list | tuple):
+        yield len(value)
+
+
+def _rows(value: Any, indices: list[int]) -> Any:
+    if isinstance(value, Tensor):
+        return value[indices] if value.dim() > 0 else value
+    if isinstance(value, Mapping):
+        return {key: _rows(part, indices) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [value[index] for index in indices]
+    return value
 
 
 def _trim(batch: Batch, mask_name: str, names: tuple[str, ...], *, with_labels: bool) -> None:
@@ -156,19 +243,3 @@ def _as_batch(item: Any, first: int) -> Batch:
             "a collator as well."
         )
     return {key: item[key] for key in item.keys()}  # noqa: SIM118 - a BatchEncoding iterates over its values
-
-
-def _has_samples(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
-
-
-def _batch_size(batch: Batch, first: int) -> int:
-    sizes = {key: value.shape[0] for key, value in batch.items() if _has_samples(value)}
-    if not sizes:
-        raise DataError(
-            f"the batch after sample {first} holds no tensor: collate the samples first, or give a collator."
-        )
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{key} {size}" for key, size in sizes.items())
-        raise DataError(f"the batch after sample {first} has tensors with different numbers of samples: {listed}.")
-    return int(next(iter(sizes.values())))

@@ -105,14 +105,20 @@ def gathered(sums: Sums, processes: Processes, samples: int, tokens: int) -> Sta
                 result.gradients[name] = total.div_(samples)
                 _check(total, name, "gradient", failures)
         elif wanted.gradient == "sketch" and layer.sketch is not None and mine:
+            layer.sketch.scale(1 / samples)
             result.sketches[name] = layer.sketch
-        if wanted.outputs is None:
+        if not wanted.input_moments:
             continue
         group = sums.groups[name]
         if group not in inputs:
             inputs[group] = _input_mean(sums, name, processes, owner, counts)
             if mine:
                 _check(inputs[group].gram, name, "input", failures)
+        if wanted.outputs is None:
+            if mine:
+                held = inputs[group]
+                result.kronecker[name] = Kronecker(held.gram, None, held.total, None, held.tokens)
+            continue
         gram, total = sums.outputs(name)
         for tensor in (gram, total):
             processes.sum_to(tensor, owner)

@@ -22,7 +22,7 @@ def by_length(chunks: Sequence[Samples]) -> list[Samples]:
     has holes, or where little padding would be saved.
     """
     chunks = list(chunks)
-    if not chunks or not all(_is_plain(chunk.batch) for chunk in chunks):
+    if not chunks or not all(chunk.cut and _is_plain(chunk.batch) for chunk in chunks):
         return chunks
     if len({tuple(chunk.batch) for chunk in chunks}) > 1:
         return chunks

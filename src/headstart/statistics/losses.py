@@ -1,28 +1,31 @@
-"""Making a batched pass weight its samples as one sample at a time would.
+"""A sample's own loss, from the logits.
 
 A method's gradient is the mean over samples of each sample's own loss gradient, and for a language model a sample's
 own loss is the mean over its label tokens. A batch's loss is mostly something else: the mean over all label tokens
-of the batch, in which long samples count more. How a model weights is not written down anywhere, so it is measured:
-two samples are run apart and together, and the rule that explains the three losses is used from there on.
+of the batch, in which long samples count more. So samples' own losses are computed here from the logits, wherever that
+gives what the model itself says: on the same logits, the same loss and the same gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from headstart.errors import DataError
-from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, single_sample, take
+from headstart.statistics.batches import IGNORED, Samples, label_counts
 
-# How a batch's loss is made of its samples' own: a mean over samples; a mean over all label tokens; the same without
-# the labels in first place (causal language models); their sum; none of these, so that samples have to be run one at
-# a time.
-Rule = Literal["samples", "tokens", "shifted tokens", "sum", "apart"]
+# Cross entropy of the next token's label, of the token's own, or of one class a sample; mean squared error; binary
+# cross entropy.
+Kind = Literal["next token", "token", "class", "squares", "logistic"]
 
-Forward = Callable[[Batch], Any]
+# Of two computations of one loss from the same logits in float32, and of its gradient.
+_SAME_LOSS, _SAME_GRADIENT = 1e-5, 1e-2
+# Logits that are computed at once, as floats: 64 MiB.
+_AT_ONCE = 2**24
 
 
 def loss_of(outputs: Any, first: int) -> Tensor:
@@ -40,10 +43,16 @@ def loss_of(outputs: Any, first: int) -> Tensor:
     return loss if loss.dim() == 0 else loss.mean()
 
 
+def logits_of(outputs: Any) -> Tensor | None:
+    """Return the logits of a model's outputs, where they are one tensor."""
+    logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
 def check_labels(samples: Samples) -> None:
     """Raise DataError, naming the sample, where a sample has no label to learn from."""
     counts = label_counts(samples.batch)
-    if counts is None:
+    if counts is None or len(counts) != samples.size:
         return
     empty = (counts[:, 0] == 0).nonzero().flatten()
     if len(empty):
@@ -51,115 +60,6 @@ def check_labels(samples: Samples) -> None:
             f"sample {samples.indices[int(empty[0])]} has no label left (all are -100): it may have been truncated "
             "before its answer; raise the maximum length or drop the sample."
         )
-
-
-# In the order in which models use them; "apart" is what is left where none fits.
-RULES: tuple[Rule, ...] = ("shifted tokens", "tokens", "samples", "sum")
-
-
-def tells_apart(rules: Sequence[Rule], batch: Batch, size: int, dtype: torch.dtype) -> bool:
-    """Return whether a batch's samples would weigh so differently under some of these rules that losses show it."""
-    weights = [_weights(rule, batch, size) for rule in rules]
-    visible = 1e-4 if dtype in (torch.float32, torch.float64) else 3e-2
-    return any(float((each - weights[0]).abs().max()) > visible for each in weights[1:])
-
-
-def has_padding(batch: Batch) -> bool:
-    """Return whether an attention mask hides something."""
-    mask = batch.get("attention_mask")
-    return isinstance(mask, Tensor) and not bool((mask != 0).all())
-
-
-def _weights(rule: Rule, batch: Batch, size: int) -> Tensor:
-    """Return how much each sample's own loss weighs in the batch's."""
-    counts = label_counts(batch)
-    if rule == "sum":
-        return torch.ones(size, dtype=torch.float64)
-    if rule == "samples" or counts is None:
-        return torch.full((size,), 1 / size, dtype=torch.float64)
-    used = counts[:, 1 if rule == "shifted tokens" else 0].double()
-    return used / used.sum()
-
-
-@torch.no_grad()
-def fitting_rules(
-    forward: Forward, batch: Batch, dtype: torch.dtype, rules: Sequence[Rule], *, encoder_decoder: bool
-) -> list[Rule]:
-    """Find out how the model weights the samples of a batch, from the two that differ most in their labels.
-
-    Args:
-        forward: runs the model on a batch.
-        batch: at least two samples.
-        dtype: of the model; decides how closely the losses must agree.
-        rules: those to choose from, in this order.
-        encoder_decoder: whether labels lie along a decoder's tokens, of which none is left out of the loss.
-
-    Returns:
-        The rules that explain the two samples' losses apart and together; none where samples depend on each other, or
-        on the padding beside them.
-    """
-    counts = label_counts(batch)
-    if counts is None:
-        low, high = _padding_extremes(batch)
-    else:
-        low, high = int(counts[:, 0].argmin()), int(counts[:, 0].argmax())
-        if low == high:
-            low, high = _padding_extremes(batch)
-    alone = [single_sample(batch, index, encoder_decoder=encoder_decoder) for index in (low, high)]
-    outputs_apart = [forward(one) for one in alone]
-    pair = take(batch, [low, high])
-    outputs = forward(pair)
-    exact = dtype in (torch.float32, torch.float64)
-    if _padding_matters(outputs_apart, alone, outputs, pair, 1e-3 if exact else 5e-2):
-        return []
-    apart = torch.tensor(
-        [float(loss_of(each, index)) for each, index in zip(outputs_apart, (low, high), strict=True)],
-        dtype=torch.float64,
-    )
-    together = float(loss_of(outputs, low))
-    misfits: dict[Rule, float] = {}
-    for rule in rules:
-        skipped = counts is None and rule in ("tokens", "shifted tokens")
-        if not skipped and not (encoder_decoder and rule == "shifted tokens"):
-            expected = float(_weights(rule, pair, 2) @ apart)
-            misfits[rule] = abs(expected - together) / max(abs(together), 1e-12)
-    # Half precisions round the logits, so the three losses agree to a few units in the third digit only. What they
-    # can't tell apart is left open.
-    tolerance, noise = (2e-5, 2e-6) if exact else (1e-2, 4e-3)
-    likely = min(max(min(misfits.values(), default=0.0), noise), tolerance)
-    return [rule for rule, misfit in misfits.items() if misfit <= likely]
-
-
-def backward_of_sum(outputs: Any, samples: Samples, rule: Rule) -> bool:
-    """Run backward so that the layers see the gradient of the sum of the samples' own losses.
-
-    Returns:
-        False, having computed nothing, where the rule can't be applied because the loss is not a function of the
-        ``logits`` that the model returned; the samples then have to be run apart.
-    """
-    loss = loss_of(outputs, samples.first)
-    if not loss.requires_grad:  # no tapped layer took part in this batch
-        return True
-    counts = label_counts(samples.batch)
-    if rule == "sum":
-        loss.backward()
-        return True
-    if rule in ("samples", "apart") or counts is None or bool((counts == counts[0]).all()):
-        (loss * samples.size).backward()
-        return True
-    logits = outputs.get("logits") if hasattr(outputs, "get") else None
-    if not isinstance(logits, Tensor) or logits.shape[0] != samples.size or not logits.requires_grad:
-        return False
-    (gradient,) = torch.autograd.grad(loss, [logits], allow_unused=True)
-    if gradient is None:
-        return False
-    used = counts[:, 1 if rule == "shifted tokens" else 0].to(device=gradient.device, dtype=torch.float32)
-    if bool((used == 0).any()):
-        raise only_first_label(samples)
-    weights = (used.sum() / used).reshape(-1, *[1] * (gradient.dim() - 1))
-    # In place: of a language model this is the largest tensor of the whole pass.
-    torch.autograd.backward([logits], [gradient.mul_(weights)])
-    return True
 
 
 def only_first_label(samples: Samples) -> DataError:
@@ -172,50 +72,129 @@ def only_first_label(samples: Samples) -> DataError:
     )
 
 
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the model's first floating-point parameter."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return torch.float32
+def predicted(labels: Tensor, *, shifted: bool) -> Tensor:
+    """Return the label that each position predicts (samples, tokens), the next one's where ``shifted``."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if shifted else labels
 
 
-def _padding_matters(apart: Sequence[Any], alone: Sequence[Batch], outputs: Any, pair: Batch, tolerance: float) -> bool:
-    """Return whether a model's logits for a sample depend on the padding beside it; False where that can't be seen."""
-    together = _logits(outputs)
-    if together is None or len(together) != len(apart):
-        return False
-    for row, (each, one) in enumerate(zip(apart, alone, strict=True)):
-        mine = _logits(each)
-        if mine is None or len(mine) != 1 or mine.dim() != together.dim():
-            return False
-        mine, theirs = mine[0].float(), together[row].float()
-        if mine.dim() == 2:
-            # What a sample alone has kept is what the mask, or where logits lie along a decoder the labels, show.
-            for name in ("attention_mask", "labels"):
-                small, large = one.get(name), pair.get(name)
-                if isinstance(small, Tensor) and isinstance(large, Tensor) and large.dim() == 2:
-                    hidden = 0 if name == "attention_mask" else IGNORED
-                    kept, held = small[0] != hidden, large[row] != hidden
-                    if len(kept) == len(mine) and len(held) == len(theirs) and int(kept.sum()) == int(held.sum()):
-                        mine, theirs = mine[kept], theirs[held]
-                        break
+@dataclass(frozen=True)
+class OwnLoss:
+    """How samples' own losses follow from logits (samples, tokens, classes) or (samples, classes), and labels."""
+
+    kind: Kind
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether each token has a label."""
+        return self.kind in ("next token", "token")
+
+    def gradient(
+        self, states: Tensor, labels: Tensor, scale: float, *, head: nn.Linear | None = None, together: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the samples' own losses (samples,) and the gradient of their scaled sum with respect to the states.
+
+        Args:
+            states: the logits, or with ``head`` what the head makes them of; needs no graph.
+            labels: as the model takes them.
+            scale: of the gradient.
+            head: makes logits of states, some rows at a time.
+            together: return the gradient of the mean over all of the batch's labels instead, as models compute it.
+        """
+        if not self.of_tokens:
+            return self._rows(states, labels, scale, together=together)
+        targets = predicted(labels, shifted=self.kind == "next token").to(states.device)
+        used = targets != IGNORED
+        counts = used.sum(1)
+        weights = 1 / (counts.sum().expand_as(counts) if together else counts).float()
+        places = used.flatten().nonzero().flatten()
+        flat = states.detach().flatten(0, 1)
+        gradient = torch.zeros_like(flat)
+        losses = torch.zeros(len(states), device=states.device)
+        classes = flat.shape[1] if head is None else head.out_features
+        for rows in places.split(max(16, _AT_ONCE // classes)):
+            owners = rows // states.shape[1]
+            picked = targets.flatten()[rows]
+            part = flat[rows]
+            if head is None:
+                terms, slope = _cross_entropy(part.float(), picked, weights[owners] * scale)
+                gradient[rows] = slope.to(gradient.dtype)
             else:
-                return False
-        if mine.shape == theirs.shape and float((mine - theirs).norm()) > tolerance * float(mine.norm()):
-            return True
-    return False
+                with torch.enable_grad():
+                    logits = head(part.requires_grad_(True))
+                terms, slope = _cross_entropy(logits.detach().float(), picked, weights[owners] * scale)
+                (gradient[rows],) = torch.autograd.grad(logits, part, slope.to(logits.dtype))
+            losses.index_add_(0, owners, terms * weights[owners])
+        return losses, gradient.view_as(states)
+
+    def _rows(self, logits: Tensor, labels: Tensor, scale: float, *, together: bool) -> tuple[Tensor, Tensor]:
+        count = len(logits)
+        given = logits.detach().float().reshape(count, -1).requires_grad_(True)
+        with torch.enable_grad():
+            if self.kind == "class":
+                losses = functional.cross_entropy(given, labels.reshape(-1), reduction="none")
+            else:
+                of = functional.mse_loss if self.kind == "squares" else functional.binary_cross_entropy_with_logits
+                losses = of(given, labels.reshape(count, -1).float(), reduction="none").mean(1)
+            total = losses.mean() if together else losses.sum()
+        (gradient,) = torch.autograd.grad(total, given)
+        return losses.detach(), gradient.mul_(scale).reshape(logits.shape).to(logits.dtype)
 
 
-def _logits(outputs: Any) -> Tensor | None:
-    logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
-    return logits if isinstance(logits, Tensor) and logits.dim() in (2, 3) else None
+def find_own_loss(loss: Tensor, logits: Tensor, gradient: Tensor, labels: Tensor) -> OwnLoss | None:
+    """Return the loss that a model computes, told by its value and its gradient; None where none is alike, or two are.
+
+    Args:
+        loss: of a batch; a scalar.
+        logits: of which it is a function.
+        gradient: of the loss with respect to the logits.
+        labels: of the batch.
+    """
+    alike = []
+    for kind in _possible(logits, labels):
+        own = OwnLoss(kind)
+        losses, slope = own.gradient(logits, labels, 1.0, together=True)
+        value = losses.sum() if own.of_tokens else losses.mean()
+        if _same(value, slope, loss, gradient):
+            alike.append(own)
+    return alike[0] if len(alike) == 1 else None
 
 
-def _padding_extremes(batch: Batch) -> tuple[int, int]:
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, Tensor):
-        return 0, 1
-    lengths = mask.sum(1)
-    low, high = int(lengths.argmin()), int(lengths.argmax())
-    return (low, high) if low != high else (0, 1)
+def predicts_next(gradient: Tensor, labels: Tensor) -> bool | None:
+    """Return whether positions predict the next token's label, told by where logits have a gradient; None if not told.
+
+    Args:
+        gradient: of the loss with respect to the logits (samples, tokens, classes).
+        labels: one integer a token.
+    """
+    if gradient.shape[:-1] != labels.shape:
+        return None
+    used = (gradient != 0).any(-1)
+    fits = [torch.equal(used, predicted(labels, shifted=shifted) != IGNORED) for shifted in (True, False)]
+    return fits[0] if fits[0] != fits[1] else None
+
+
+def _possible(logits: Tensor, labels: Tensor) -> tuple[Kind, ...]:
+    if labels.is_floating_point():
+        fits = len(logits) == len(labels) and logits.numel() == labels.numel()
+        return ("squares", "logistic") if fits else ()
+    if labels.dim() == 2 and logits.dim() == 3 and logits.shape[:-1] == labels.shape:
+        return ("next token", "token")
+    return ("class",) if logits.dim() == 2 and labels.numel() == len(logits) else ()
+
+
+def _same(value: Tensor, slope: Tensor, loss: Tensor, gradient: Tensor) -> bool:
+    # A loss that the model itself rounds to half precision agrees to that precision only.
+    tolerance = max(_SAME_LOSS, 2 * torch.finfo(loss.dtype).eps)
+    if not float((value - loss.float()).abs()) <= tolerance * float(loss.float().abs()) + 1e-7:
+        return False
+    theirs = gradient.float()
+    return float((slope.float() - theirs).norm()) <= _SAME_GRADIENT * float(theirs.norm())
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's cross entropy, and the gradient of its multiple; the logits are used up."""
+    total = logits.logsumexp(1)
+    terms = total - logits.gather(1, labels[:, None]).squeeze(1)
+    slope = logits.sub_(total[:, None]).exp_()
+    slope.scatter_add_(1, labels[:, None], slope.new_full((len(labels), 1), -1.0))
+    return terms, slope.mul_(weights[:, None])

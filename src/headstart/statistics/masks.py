@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from headstart.errors import DataError
-from headstart.statistics.batches import IGNORED, Batch
+from headstart.statistics.batches import IGNORED, Batch, token_labels
+from headstart.statistics.losses import predicted
 
 Tokens = Literal["attention", "labels"]
 # How a layer's rows lie: (samples, tokens), (tokens, samples), all tokens of all samples in a row, one row a sample, or
@@ -44,15 +45,25 @@ class TokenMasks:
     Args:
         batch: on the model's device.
         size: samples in it.
-        tokens: "attention" counts what the attention mask shows, "labels" what has a label.
+        tokens: "attention" counts what the attention mask shows, "labels" what predicts a label.
         encoder_decoder: the model's labels lie along its decoder, not along its input.
-        alone: the batch is one sample without padding, so that rows of unknown kind all count.
+        alone: the batch is one sample without padding, or can't be cut, so that rows of unknown kind all count.
+        shifted: each position predicts the label of the next one, as in causal language models.
 
     Raises:
         DataError: ``tokens`` is "labels", and the batch has no label a token.
     """
 
-    def __init__(self, batch: Batch, size: int, tokens: Tokens, *, encoder_decoder: bool, alone: bool) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        size: int,
+        tokens: Tokens,
+        *,
+        encoder_decoder: bool,
+        alone: bool,
+        shifted: bool = False,
+    ) -> None:
         self._size = size
         self._alone = alone
         self._masks: dict[tuple[int, ...], Rows] = {}
@@ -60,10 +71,8 @@ class TokenMasks:
         self.unmatched = False
         attention = _mask(batch.get("attention_mask"))
         decoder = _mask(batch.get("decoder_attention_mask"))
-        labels = batch.get("labels")
-        learned = None
-        if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
-            learned = labels != IGNORED
+        labels = token_labels(batch)
+        learned = None if labels is None else predicted(labels, shifted=shifted) != IGNORED
         if tokens == "labels" and learned is None:
             raise DataError(
                 "tokens='labels' counts tokens that have a label, but these data have none a token: use "
@@ -125,9 +134,9 @@ class TokenMasks:
         return Rows((rows.index % length) * size + rows.index // length, rows.count)
 
 
-def layout_of(inputs: Tensor | None, tokens: int) -> Layout:
-    """Return how a layer lays out its rows, from what it reads of one sample of ``tokens`` tokens."""
-    shape = () if inputs is None else tuple(inputs.shape[:-1])
+def layout_of(inputs: tuple[int, ...] | None, tokens: int) -> Layout:
+    """Return how a layer lays out its rows, from the shape of what it reads of one sample of ``tokens`` tokens."""
+    shape = () if inputs is None else tuple(inputs[:-1])
     if len(shape) == 2:
         return "tokens first" if shape[0] > 1 and shape[1] == 1 else "tokens"
     if len(shape) == 1 and shape[0] == 1 != tokens:

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from headstart.errors import BASE_PREFIX, DataError, not_finite
+from headstart.layers.weights import model_device
 from headstart.processes import Processes
-from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, single_sample
+from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, moved, single_sample, token_labels
+from headstart.statistics.head import makes, plain_head, states_of, watched
 from headstart.statistics.losses import (
-    RULES,
-    Rule,
-    backward_of_sum,
-    fitting_rules,
-    has_padding,
+    OwnLoss,
+    find_own_loss,
+    logits_of,
     loss_of,
-    model_dtype,
     only_first_label,
-    tells_apart,
+    predicted,
+    predicts_next,
 )
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
+from headstart.statistics.quiet import drawn_from
+from headstart.statistics.scale import LossScale
 from headstart.statistics.sums import Regroup, Sums
 from headstart.statistics.tap import tapped
+from headstart.statistics.trial import Run, Seen, rounding, tried
+
+# (model, batch) -> loss, a scalar.
+Loss = Callable[[nn.Module, Batch], Tensor]
+# Samples' own losses from the outputs of a whole batch; one sample at a time; batches as wholes, with their own loss.
+Way = Literal["own", "apart", "whole"]
+
+# Tokens of the sample on which the loss is found out.
+_WINDOW = 64
 
 
 class Reader:
-    """Reads batches into sums, weighting samples by the rule measured on the batches that can tell.
+    """Reads batches into sums, in whichever way gives every sample's own loss the same weight.
+
+    The first sample is read on trial: where its loss is one that can be computed from the logits, whole batches are
+    read so, else one sample at a time. It is read twice, since a model that is random has no gradient to start from.
 
     Args:
         model: called with each batch as keyword arguments.
@@ -37,98 +53,352 @@ class Reader:
         tokens: which tokens count in Kronecker factors.
         in_step_with: processes that must run the model in step, because its parameters are sharded over them: samples
             are then read one at a time, and what one process finds wrong, all do.
+        loss: computes a batch's loss in place of the model: one sample at a time, or where a sample can't be taken out
+            or has no loss by itself, of whole batches.
+        whole: read batches as wholes with their own loss, as losses need that compare the samples of a batch.
+        seed: of what a loss draws at random.
     """
 
     def __init__(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], tokens: Tokens, *, in_step_with: Processes | None
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        tokens: Tokens,
+        *,
+        in_step_with: Processes | None,
+        loss: Loss | None = None,
+        whole: bool = False,
+        seed: int = 0,
     ) -> None:
         self._model = model
         self._modules = modules
         self._tokens = tokens
-        self._device = next(model.parameters()).device
-        self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._device = model_device(model)
+        self._loss = loss
+        self._whole = whole
+        self._seed = seed
         config = getattr(model, "config", None)
+        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self._longest = getattr(config, "max_position_embeddings", None) or math.inf
-        self._apart = in_step_with is not None
         self._in_step_with = in_step_with
-        self._dtype = model_dtype(model)
-        # Which rules of weighting fit all that was measured so far.
-        self._rules: list[Rule] = list(RULES)
-        self._measured = False
-        self._padding_measured = False
+        self._scale = LossScale()
+        self._way: Way | None = None
+        self._why = "the loss of the first sample is not finite"
+        self._own: OwnLoss | None = None
+        self._head = plain_head(model, set(modules.values())) if in_step_with is None and loss is None else None
+        self._with_labels = True
+        # Whether positions predict the label of the next token; None where that can't be told.
+        self._shifted: bool | None = None
+        # Whether a batch, and a padded one, was found to give its samples' outputs.
+        self._agreed = {False: False, True: False}
         self.notes: list[str] = []
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's inputs."""
+        return self._device
+
+    @property
+    def keeps_batches(self) -> bool:
+        """Whether batches mean something, so that samples mustn't be put together in others."""
+        return self.encoder_decoder or self._whole or self._loss is not None
 
     def read(self, samples: Samples, sums: Sums) -> None:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
-        batch = self.moved(samples.batch)
-        samples = Samples(batch, samples.indices)
-        if not self._apart and samples.size > 1:
-            self._measure(batch, samples.size)
+        samples = Samples(moved(samples.batch, self._device), samples.indices, samples.cut)
+        self.learn(samples)
+        expected = self._expected(samples)
         names = {name: self._modules[name] for name in sums.shapes}
-        with tapped(names, sums.watch):
-            self._accumulate(samples, sums)
+        draws = drawn_from(self._seed + 7919 * samples.first, self._device)
+        with draws, tapped(names, sums.watch, self._scale):
+            self._accumulate(samples, sums, expected)
 
-    def forward(self, batch: Batch) -> Any:
-        """Run the model on a batch of its own device."""
-        return self._model(**batch)
+    def run_layers(self, batch: Batch) -> None:
+        """Run the model on a batch for what its layers see, up to its head where it has a plain one."""
+        with torch.no_grad(), drawn_from(self._seed, self._device):
+            batch = self._given(moved(batch, self._device))
+            if self._loss is not None:
+                self._loss(self._model, batch)
+            elif self._head is not None:
+                states_of(self._model, self._head, batch)
+            else:
+                self._model(**batch)
 
     def alone(self, batch: Batch, row: int) -> Batch:
         """Return one sample of a batch without its padding."""
         return single_sample(batch, row, encoder_decoder=self.encoder_decoder)
 
-    def moved(self, batch: Batch) -> Batch:
-        """Return a batch on the model's device."""
-        return {key: value.to(self._device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    @property
+    def predicts_next(self) -> bool:
+        """Whether positions predict the label of the next token, as far as that was found out."""
+        return bool(self._shifted) and not self.encoder_decoder
 
-    def _measure(self, batch: Batch, size: int) -> None:
-        """Narrow down the rules on the first batch, the first padded one, and those that can tell open rules apart."""
-        padding = has_padding(batch) and not self._padding_measured
-        if self._measured and not padding and not tells_apart(self._rules, batch, size, self._dtype):
-            return
-        self._measured = True
-        self._padding_measured |= padding
-        # Without taps: only the pass's own backward may reach the sums.
-        self._rules = fitting_rules(self.forward, batch, self._dtype, self._rules, encoder_decoder=self.encoder_decoder)
-        if not self._rules:
-            self._read_apart("the loss of a batch is not a mean of its samples' losses in this model")
+    def learn(self, samples: Samples) -> None:
+        """Find out what the model's loss is, from one sample, where that isn't known yet."""
+        if self._way is None:
+            self._find_way(samples)
 
-    def _accumulate(self, samples: Samples, sums: Sums) -> None:
-        if self._apart and samples.size > 1:
-            for row in range(samples.size):
-                self._accumulate(Samples(self.alone(samples.batch, row), (samples.indices[row],)), sums)
-            return
-        alone = samples.size == 1
-        if alone:
-            samples = Samples(self.alone(samples.batch, 0), samples.indices)
+    # Finding out how to read.
+
+    def _find_way(self, samples: Samples) -> None:
+        one = self._sample_on_trial(samples)
         try:
-            outputs, masks = self._tapped_forward(samples, sums, alone)
+            first = self._tried(partial(self._examined, one, 1), 0)
+        except Exception:
+            if self._loss is None or not samples.cut or samples.size == 1:
+                raise
+            # Such as a loss of pairs that lie one after the other: a genuine fault shows on the whole batch as well.
+            self._read_whole("the loss can't be computed of a sample alone")
+            one, first = samples.batch, self._tried(partial(self._examined, samples.batch, 1), 0)
+        if self._any(not math.isfinite(first.loss)):
+            return  # reading the sample will say so
+        if self._way is None:
+            self._choose(samples, first)
+        tolerance = math.sqrt(rounding(self._model, self._device))
+        second = self._tried_without_labels(one, first, tolerance) or self._tried(self._read_on_trial(one), 1)
+        if not self._any(not first.is_like(second, tolerance)):
+            return
+        if self._way == "own":
+            self._read_apart("the loss is not a function of the logits that the model returns")
+            second = self._tried(partial(self._examined, one, 1), 2)
+            if first.is_like(second, tolerance):
+                return
+        self._random(first, second, samples)
+
+    def _tried_without_labels(self, one: Batch, first: Seen, tolerance: float) -> Seen | None:
+        """Read without labels, so that the model doesn't compute its own loss as well; None where that won't do."""
+        if self._way != "own" or self._with_labels:
+            return None
+        try:
+            second = self._tried(self._read_on_trial(one), 1)
+        except Exception:  # whatever a model says that can't do without its labels
+            second = None
+        if second is None or not first.is_like(second, tolerance):
+            self._with_labels = True
+            return None
+        return second
+
+    def _random(self, first: Seen, second: Seen, samples: Samples) -> None:
+        losses = f"of sample {samples.first} it was {first.loss:.6g} and {second.loss:.6g}"
+        if self._loss is None:
+            raise DataError(
+                f"the model is random in evaluation mode, so that it has no gradient to start from: read twice, the "
+                f"loss {losses}; switch off what draws at random, or give loss= with fixed draws."
+            )
+        self.note(f"the loss is random ({losses}): its draws follow from the seed")
+
+    def _choose(self, samples: Samples, first: Seen) -> None:
+        if self._whole or not samples.cut:
+            if self._own is not None and not self._whole:
+                self._way = "own"
+                return
+            self._way = "whole"
+            if not self._whole:
+                self.note("the samples of a batch can't be told apart, so each batch was read as a whole")
+            return
+        if self._own is not None:
+            self._way = "own"
+            return
+        if self._in_step_with is None and self._compares_samples(samples, first):
+            self._read_whole("the loss compares the samples of a batch")
+        elif not first.flat or samples.size > 1:
+            # A batch of one may yet be followed by larger ones that have a gradient.
+            self._way = "apart"
+            given = "loss= was given" if self._loss else "the model's loss can't be computed from its logits"
+            self._why = "its parameters are sharded" if self._in_step_with else given
+
+    def _compares_samples(self, samples: Samples, first: Seen) -> bool:
+        """Return whether a sample alone has no loss to learn from, but a batch does."""
+        if samples.size == 1:
+            return False
+        if first.flat:
+            return not self._tried(partial(self._examined, samples.batch, 1), 0).flat
+        if self._loss is not None or not samples.batch.get("return_loss"):
+            return False
+        # So contrastive models are asked for their loss, which has no labels.
+        with torch.no_grad():
+            apart = [loss_of(self._model(**self.alone(samples.batch, row)), 0) for row in range(samples.size)]
+            together = float(loss_of(self._model(**samples.batch), 0))
+        mean = float(torch.stack(apart).mean())
+        return abs(mean - together) > math.sqrt(rounding(self._model, self._device)) * abs(together)
+
+    def _sample_on_trial(self, samples: Samples) -> Batch:
+        """Return a short sample with two labels or more, cut to a window of its tokens where it has nothing else."""
+        if not samples.cut or self._whole:
+            return samples.batch
+        counts = label_counts(samples.batch)
+        if counts is None:
+            return self.alone(samples.batch, 0)
+        widths = [int((row != IGNORED).nonzero()[-1]) for row in samples.batch["labels"].cpu()]
+        enough = [row for row in range(samples.size) if int(counts[row, 1]) > 1] or [int(counts[:, 1].argmax())]
+        one = self.alone(samples.batch, min(enough, key=lambda row: widths[row]))
+        labels = one["labels"]
+        if self.encoder_decoder or any(isinstance(v, Tensor) and v.shape != labels.shape for v in one.values()):
+            return one
+        if not all(isinstance(value, Tensor | bool | int | float | str | None) for value in one.values()):
+            return one
+        end = int((labels[0] != IGNORED).nonzero()[-1]) + 1
+        low = max(0, end - _WINDOW)
+        return {key: value[:, low:end] if isinstance(value, Tensor) else value for key, value in one.items()}
+
+    def _examined(self, batch: Batch, size: int) -> Run:
+        """Run the model as it is, and find out what its loss is."""
+        if self._loss is not None:
+            return self._with_loss(self._loss(self._model, batch), size)
+        batch = self._given(batch)
+        with watched(self._head) as call:
+            outputs = self._model(**batch)
+        loss, logits, labels = loss_of(outputs, 0), logits_of(outputs), batch.get("labels")
+        if self._way is None and isinstance(labels, Tensor) and logits is not None and logits.requires_grad:
+            (gradient,) = torch.autograd.grad(loss, [logits], retain_graph=True, allow_unused=True)
+            if gradient is not None:
+                tokens = token_labels(batch)
+                self._shifted = None if tokens is None else predicts_next(gradient, tokens)
+                if self._in_step_with is None:
+                    self._own = find_own_loss(loss.detach(), logits.detach(), gradient, labels)
+            if self._own is None or not self._own.of_tokens or not makes(self._head, call, logits, labels):
+                self._head = None
+            self._with_labels = self.encoder_decoder or self._own is None
+        return self._with_loss(loss, size)
+
+    def _read_on_trial(self, batch: Batch) -> Callable[[], Run]:
+        return partial(self._run_own, batch, 1) if self._way == "own" else partial(self._examined, batch, 1)
+
+    def _tried(self, run: Callable[[], Run], draw: int) -> Seen:
+        return tried(run, self._modules, self._scale, self._seed + draw, self._device, self._most)
+
+    # Reading.
+
+    def _accumulate(self, samples: Samples, sums: Sums, expected: Tensor | None = None) -> None:
+        if self._way != "whole" and samples.cut:
+            if samples.size > 1 and self._way != "own":
+                self.note(f"{self._why}, so samples were read one at a time")
+                for row in range(samples.size):
+                    self._accumulate(Samples(self.alone(samples.batch, row), (samples.indices[row],)), sums)
+                return
+            if samples.size == 1:
+                samples = Samples(self.alone(samples.batch, 0), samples.indices)
+        batch = self._given(samples.batch)
+        if self._way == "own":
+            self._check_predicted(batch, samples)
+        try:
+            run, masks = self._tapped_forward(batch, samples, sums)
         except Unmatched:
             self._read_apart("some layers see other rows than the batch's tokens, among which padding can't be found")
             self._accumulate(samples, sums)
             return
-        if masks.unmatched:
-            self._note("some layers see other rows than the batch's tokens: all of theirs count")
-        self._check_finite(outputs, samples)
-        if not backward_of_sum(outputs, samples, self._rules[0] if self._rules else "apart"):
-            self._read_apart("the loss is not a function of the logits that the model returns")
+        if expected is not None and not self._found(run, batch, samples, expected):
+            self._read_apart("a sample's outputs depend on the batch or the padding around it")
             self._accumulate(samples, sums)
+            return
+        if masks.unmatched:
+            self.note("some layers see other rows than the batch's tokens: all of theirs count")
+        self._finish(run, samples)
 
-    def _tapped_forward(self, samples: Samples, sums: Sums, alone: bool) -> tuple[Any, TokenMasks]:
-        batch = _told_apart(samples.batch, self._longest) if self.encoder_decoder else samples.batch
+    def _tapped_forward(self, batch: Batch, samples: Samples, sums: Sums) -> tuple[Run, TokenMasks]:
+        alone = samples.size == 1 or not samples.cut or self._way == "whole"
+        if self._tokens == "labels" and self._shifted is None and not self.encoder_decoder:
+            self.note("which positions predict a label can't be told: those that carry one were counted")
         while True:
-            masks = TokenMasks(batch, samples.size, self._tokens, encoder_decoder=self.encoder_decoder, alone=alone)
+            masks = TokenMasks(
+                batch,
+                samples.size,
+                self._tokens,
+                encoder_decoder=self.encoder_decoder,
+                alone=alone,
+                shifted=self.predicts_next,
+            )
             sums.begin(masks)
             try:
-                outputs = self.forward(batch)
+                run = self._run_own(batch, samples.size) if self._way == "own" else self._examined(batch, samples.size)
                 sums.check_groups()
             except Regroup as found:
                 sums.split(found.group)
             else:
                 sums.replaying = True
-                return outputs, masks
+                return run, masks
 
-    def _check_finite(self, outputs: Any, samples: Samples) -> None:
-        loss = float(loss_of(outputs, samples.first).detach())
+    def _finish(self, run: Run, samples: Samples) -> None:
+        checked = False
+
+        def gradient_at(scale: float) -> Tensor:
+            nonlocal checked
+            loss, gradient = run.at(scale)
+            if not checked:
+                self._check_finite(loss, samples)
+                checked = True
+            return gradient
+
+        self._scale.backward(run.tensor, gradient_at, self._most)
+
+    def _run_own(self, batch: Batch, size: int) -> Run:
+        batch = self._given(batch)
+        states, labels, own = self._states(batch), batch["labels"], self._own
+        assert own is not None
+
+        def at(scale: float) -> tuple[Tensor, Tensor]:
+            # A batch that can't be cut may count as one.
+            losses, gradient = own.gradient(states, labels, scale * size / len(states), head=self._head)
+            return losses.mean(), gradient
+
+        return Run(states, at)
+
+    def _states(self, batch: Batch) -> Tensor:
+        """Return what the own losses are computed of: the head's input, or the logits."""
+        if self._head is not None:
+            return states_of(self._model, self._head, batch)
+        given = batch if self._with_labels else {key: value for key, value in batch.items() if key != "labels"}
+        logits = logits_of(self._model(**given))
+        assert logits is not None
+        return logits
+
+    def _with_loss(self, loss: Tensor, size: int) -> Run:
+        loss = loss if loss.dim() == 0 else loss.mean()
+        return Run(loss, lambda scale: (loss.detach(), torch.full_like(loss, size * scale)))
+
+    def _given(self, batch: Batch) -> Batch:
+        return _told_apart(batch, self._longest) if self.encoder_decoder else batch
+
+    # Whether a batch gives its samples' own outputs.
+
+    def _expected(self, samples: Samples) -> Tensor | None:
+        """Return the outputs of the most padded sample alone, where a batch like this one wasn't compared yet."""
+        if self._way != "own" or samples.size == 1 or not samples.cut:
+            return None
+        mask = samples.batch.get("attention_mask")
+        padded = isinstance(mask, Tensor) and not bool((mask != 0).all())
+        if self._agreed[padded]:
+            return None
+        self._agreed[padded] = True
+        batch = self._given(self.alone(samples.batch, _most_padded(samples.batch)))
+        with torch.no_grad():
+            return self._compared(self._states(batch), batch, 0)
+
+    def _found(self, run: Run, batch: Batch, samples: Samples, expected: Tensor) -> bool:
+        with torch.no_grad():
+            given = self._compared(run.tensor.detach(), batch, _most_padded(samples.batch))
+        if given.shape != expected.shape:
+            return False
+        allowed = math.sqrt(rounding(self._model, self._device)) * float(expected.norm())
+        return float((given - expected).norm()) <= allowed
+
+    def _compared(self, states: Tensor, batch: Batch, row: int) -> Tensor:
+        """Return what counts of a sample's states."""
+        if self._own is None or not self._own.of_tokens:
+            return states[row].float()
+        targets = predicted(batch["labels"], shifted=self._own.kind == "next token")
+        return states[row][targets[row] != IGNORED].float()
+
+    # Failures.
+
+    def _check_predicted(self, batch: Batch, samples: Samples) -> None:
+        counts = label_counts(batch)
+        next_token = self._own is not None and self._own.kind == "next token"
+        if next_token and counts is not None and bool((counts[:, 1] == 0).any()):
+            raise only_first_label(samples)
+
+    def _check_finite(self, value: Tensor, samples: Samples) -> None:
+        loss = float(value)
         failure = None if math.isfinite(loss) else _infinite(loss, samples)
         if self._in_step_with is not None:
             words = next((each for each in self._in_step_with.gather(failure and str(failure)) if each), None)
@@ -137,17 +407,32 @@ class Reader:
         if failure is None:
             return
         for name, parameter in self._model.named_parameters():
-            if not math.isfinite(float(parameter.detach().abs().max())):
+            if parameter.device.type != "meta" and not math.isfinite(float(parameter.detach().abs().max())):
                 raise not_finite(name.removeprefix(BASE_PREFIX).replace(".base_layer", "").rpartition(".")[0])
         raise failure
 
-    def _read_apart(self, why: str) -> None:
-        self._apart = True
-        self._note(f"{why}, so samples were read one at a time")
+    def _any(self, flag: bool) -> bool:
+        return flag if self._in_step_with is None else any(self._in_step_with.gather(flag))
 
-    def _note(self, sentence: str) -> None:
+    def _most(self, number: float) -> float:
+        return number if self._in_step_with is None else max(self._in_step_with.gather(number))
+
+    def _read_apart(self, why: str) -> None:
+        self._way, self._why = "apart", why
+
+    def _read_whole(self, why: str) -> None:
+        self._way = "whole"
+        self.note(f"{why}, so batches were read as wholes")
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence for the report, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+
+def _most_padded(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return int((mask != 0).sum(1).argmin()) if isinstance(mask, Tensor) and mask.dim() == 2 else 0
 
 
 def _told_apart(batch: Batch, longest: float) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -115,16 +115,30 @@ class Sums:
         if self.muted:
             return _mute
         wanted = self.shapes[name].wanted
-        if wanted.outputs is None:
+        if not wanted.input_moments:
             return lambda x, g: self._add_gradient(name, x, g)
         shared = self._shared(name, inputs)
 
         def sink(x: Tensor, g: Tensor) -> None:
             if wanted.gradient != "no":
                 self._add_gradient(name, x, g)
-            self._add_factors(name, x, g, shared)
+            if wanted.outputs is not None:
+                self._add_outputs(name, g, shared)
+            self._add_inputs(name, x, shared)
 
         return sink
+
+    def take(self, name: str, inputs: Tensor) -> None:
+        """Sum what a layer reads at once, in a forward pass that no backward pass follows."""
+        if not self.muted:
+            shared = self._shared(name, inputs)
+            self._add_inputs(name, inputs.detach().reshape(-1, inputs.shape[-1]), shared)
+
+    def clear(self) -> None:
+        """Forget all that was summed, to begin anew."""
+        self.layers = {name: LayerSum() for name in self.shapes}
+        self.inputs = {}
+        self._last = {}
 
     def check_groups(self) -> None:
         """Raise Regroup where a group's last input was not read by all of its layers: call it before backward."""
@@ -153,7 +167,7 @@ class Sums:
     def gradient(self, name: str) -> Tensor:
         """Return the sum of g'x of a layer, zeros where none came."""
         held, shape = self.layers[name].gradient, self.shapes[name]
-        return torch.zeros(shape.d_out, shape.d_in) if held is None else held
+        return _zeros(shape.d_out, shape.d_in) if held is None else held
 
     def outputs(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the sums of g g' (its lower blocks) and g of a layer, zeros where none came."""
@@ -161,12 +175,12 @@ class Sums:
         if layer.gram is not None and layer.total is not None:
             return layer.gram, layer.total
         full = shape.wanted.outputs == "full"
-        return torch.zeros((shape.d_out, shape.d_out) if full else (shape.d_out,)), torch.zeros(shape.d_out)
+        return _zeros(*(shape.d_out,) * (2 if full else 1)), _zeros(shape.d_out)
 
     def input(self, name: str) -> InputSum:
         """Return the sums over the input that a layer reads, zeros where none came."""
         size = self.shapes[name].d_in
-        return self.inputs.setdefault(self.groups[name], InputSum(torch.zeros(size, size), torch.zeros(size)))
+        return self.inputs.setdefault(self.groups[name], InputSum(_zeros(size, size), _zeros(size)))
 
     def _shared(self, name: str, inputs: Tensor) -> _Shared:
         assert self._masks is not None
@@ -201,7 +215,7 @@ class Sums:
             mine.sketch.add(x, g)
             return
         if mine.gradient is None:
-            mine.gradient = torch.zeros(shape.d_out, shape.d_in, device=self._place(x))
+            mine.gradient = _zeros(shape.d_out, shape.d_in, device=self._place(x))
         _add_product(mine.gradient, g.float(), x.float())
 
     def new_sketch(self, shape: Shape, device: torch.device) -> GradientSketch:
@@ -209,35 +223,46 @@ class Sums:
         wanted = shape.wanted
         return GradientSketch(shape.d_out, shape.d_in, wanted.width, wanted.passes, seed=self._seed, device=device)
 
-    def _add_factors(self, name: str, x: Tensor, g: Tensor, shared: _Shared) -> None:
+    def _add_outputs(self, name: str, g: Tensor, shared: _Shared) -> None:
         mine, shape = self.layers[name], self.shapes[name]
-        if not len(x):
+        if not len(g):
             return
         mine.reached = True
-        place = self._place(x)
+        place = self._place(g)
         g = shared.rows.of(g).float()
         full = shape.wanted.outputs == "full"
         if mine.gram is None or mine.total is None:
-            mine.gram = torch.zeros((shape.d_out, shape.d_out) if full else (shape.d_out,), device=place)
-            mine.total = torch.zeros(shape.d_out, device=place)
+            mine.gram = _zeros(*(shape.d_out,) * (2 if full else 1), device=place)
+            mine.total = _zeros(shape.d_out, device=place)
         if full:
             _add_gram(mine.gram, g)
         else:
             mine.gram += torch.linalg.vecdot(g, g, dim=0).to(place)
         mine.total += g.sum(0).to(place)
         mine.tokens += shared.rows.count
+
+    def _add_inputs(self, name: str, x: Tensor, shared: _Shared) -> None:
+        if not len(x):
+            return
+        self.layers[name].reached = True
         if shared.summed:
             return
         shared.summed = True
+        shape, place = self.shapes[name], self._place(x)
         group = self.groups[name]
         if group not in self.inputs:
-            gram = torch.zeros(shape.d_in, shape.d_in, device=place)
-            self.inputs[group] = InputSum(gram, torch.zeros(shape.d_in, device=place))
+            gram = _zeros(shape.d_in, shape.d_in, device=place)
+            self.inputs[group] = InputSum(gram, _zeros(shape.d_in, device=place))
         held = self.inputs[group]
         x = shared.rows.of(x).float()
         _add_gram(held.gram, x)
         held.total += x.sum(0).to(place)
         held.tokens += shared.rows.count
+
+
+def _zeros(*shape: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return zeros in float32, whatever torch's defaults are."""
+    return torch.zeros(shape, dtype=torch.float32, device=device)
 
 
 def symmetric(gram: Tensor) -> Tensor:
@@ -267,12 +292,3 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
     for low in range(0, size, _BLOCK):
         high = min(low + _BLOCK, size)
         _add_product(total[low:high, :high], rows[:, low:high], rows[:, :high])
-
-
-def input_groups(inputs: Iterable[tuple[str, Tensor | None]]) -> dict[str, int]:
-    """Return by layer the number of its group, from the input tensor that each one read (None: it read none)."""
-    numbers: dict[str, int] = {}
-    by_tensor: dict[int, int] = {}
-    for count, (name, tensor) in enumerate(inputs):
-        numbers[name] = count if tensor is None else by_tensor.setdefault(id(tensor), count)
-    return numbers

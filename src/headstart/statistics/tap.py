@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headstart.linalg.precision import full_precision
+from headstart.statistics.scale import LossScale
+
 # Called in backward with a layer's input (tokens, d_in) and output gradient (tokens, d_out).
 Sink = Callable[[Tensor, Tensor], None]
 # Called in forward with a layer's name and its input (..., d_in); returns the sink for this call's backward.
@@ -23,33 +26,45 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, root: Tensor, sink: Sink) -> Tensor:
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, root: Tensor, sink: Sink, scale: LossScale) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.sink = sink
+        ctx.sink, ctx.scale = sink, scale
         # Not a view: some models overwrite a layer's output in place, which autograd forbids for views made here.
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = grads
+        if ctx.scale.trying:
+            ctx.scale.see(gradient)
+            return gradient, None, None, None, None
         (inputs,) = ctx.saved_tensors
-        ctx.sink(*(each.reshape(-1, each.shape[-1]) for each in (inputs, grads[0])))
-        return grads[0], None, None, None
+        with full_precision([gradient.device]):
+            flat = ctx.scale.undone(gradient.reshape(-1, gradient.shape[-1]))
+            ctx.sink(inputs.reshape(-1, inputs.shape[-1]), flat)
+        return gradient, None, None, None, None
 
 
 @contextlib.contextmanager
-def tapped(modules: Mapping[str, nn.Module], watch: Watch) -> Iterator[None]:
+def tapped(modules: Mapping[str, nn.Module], watch: Watch, scale: LossScale) -> Iterator[None]:
     """Within the block, ``watch`` sees every forward call of the modules, and the sinks it returns see the backward.
 
     The modules need no trainable parameter: the taps themselves start the graph. An exception in ``watch`` ends the
-    forward pass before any sink was called.
+    forward pass before any sink was called. Sinks compute in full precision, whatever autocast and TF32 say outside.
+
+    Args:
+        modules: by name.
+        watch: see above.
+        scale: by which the loss is multiplied; gradients are divided by it before a sink sees them.
     """
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            scale.notice(output.dtype)
             sink = watch(name, args[0])
             # The graph starts here where nothing before this layer is trained: the root makes the output part of it.
-            root = torch.zeros((), device=output.device, requires_grad=True)
-            return _Tap.apply(output, args[0].detach(), root, sink)
+            root = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            return _Tap.apply(output, args[0].detach(), root, sink, scale)
 
         return hook
 
@@ -59,3 +74,9 @@ def tapped(modules: Mapping[str, nn.Module], watch: Watch) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def matmul_settings() -> list[object]:
+    """Return what holds PyTorch's settings of float32 products, on CUDA and on the CPU."""
+    cpu = getattr(torch.backends.mkldnn, "matmul", None)
+    return [torch.backends.cuda.matmul] + ([] if cpu is None else [cpu])

@@ -10,6 +10,7 @@ from headstart.errors import MethodError
 from headstart.methods.base import Training
 from headstart.processes import Processes, digest
 from headstart.statistics.batches import Collator, size_of
+from headstart.statistics.reader import Loss
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,16 @@ class TrainingData:
         batches: an iterable of batches, or, with ``collator``, a dataset of single samples; None for no data.
         collator: makes a batch of a list of samples.
         batch_size: samples a batch, where a collator is given.
+        loss: computes a batch's loss, (model, batch) -> a scalar, in place of the model.
+        single: each batch is one sample, whatever its tensors hold.
         training: what is known of the fine-tuning to come.
     """
 
     batches: Iterable[Any] | None = None
     collator: Collator | None = None
     batch_size: int = 8
+    loss: Loss | None = None
+    single: bool = False
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
@@ -33,7 +38,9 @@ class TrainingData:
             raise MethodError(f"batch_size={self.batch_size!r} must be positive.")
 
     @classmethod
-    def of(cls, data: object, collator: Collator | None, batch_size: int, processes: Processes) -> TrainingData:
+    def of(
+        cls, data: object, collator: Collator | None, batch_size: int, loss: Loss | None, processes: Processes
+    ) -> TrainingData:
         """Return what a user gave as data, with the number of samples where that can be known without reading them.
 
         Raises:
@@ -42,7 +49,8 @@ class TrainingData:
         if isinstance(data, TrainingData):
             return data
         batches: Any = data
-        return cls(batches, collator, batch_size, Training(_known_length(batches, collator, processes)))
+        known = Training(_known_length(batches, collator, processes))
+        return cls(batches, collator, batch_size, loss, training=known)
 
 
 def _known_length(data: Iterable[Any] | None, collator: object, processes: Processes) -> int | None:

@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from headstart.errors import BASE_PREFIX, CheckpointError
+from headstart.files import check_free, put_in_place
 from headstart.layers.checkpoint import write_record
 from headstart.layers.export import adapter_tensors, portable_config, save_config
-from headstart.layers.files import WEIGHTS, check_free, put_in_place
+from headstart.layers.files import WEIGHTS
 from headstart.layers.install import mark_config
 from headstart.stream.parts import Part, Work
 from headstart.stream.pieces import Maker, layer_name, subtracted
-from headstart.stream.residual import FOLDER, move_model
+from headstart.stream.residual import FOLDER, STREAMED_FOLDER, move_model
 from headstart.stream.skeleton import ADAPTER, check_entry
 from headstart.stream.tensors import Planned, tensor_bytes, write_file, writing
 
@@ -28,8 +29,9 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
     Raises:
         CheckpointError: ``out`` has come into being meanwhile, a piece was lost, or the disk is full.
     """
-    check_free(out, force)
+    check_free(out, STREAMED_FOLDER, force)
     parts = [work.need(layer_name(place)) for place in range(len(maker.skeleton.layers))]
+    by_name = {layer.name: part for layer, part in zip(maker.skeleton.layers, parts, strict=True)}
     planned: dict[str, Planned] = {}
     for part in parts:
         planned |= {name: _from_part(part, name) for name in part.file.entries}
@@ -43,17 +45,22 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
         model = maker.skeleton.model
         with ExitStack() as undo:
             if any(part.facts["marked"] for part in parts):
-                mark_config(model, ADAPTER, undo)
+                mark_config(model, ADAPTER, undo, {name: _form(part) for name, part in by_name.items()})
             save_config(portable_config(model, ADAPTER), made)
-        names = [layer.name for layer in maker.skeleton.layers]
-        write_record(made, digest, {name: part.facts["record"] for name, part in zip(names, parts, strict=True)})
+        write_record(made, digest, {name: part.facts["record"] for name, part in by_name.items()})
         if maker.form == "residual" and any(map(subtracted, parts)):
             base = made / FOLDER
             base.mkdir()
             move_model(work, maker.source.folder, list(maker.source.shards), base)
-        put_in_place(made, out)
+        put_in_place(made, out, STREAMED_FOLDER, force=force)
     work.clear()
     return [part.facts for part in parts]
+
+
+def _form(part: Part) -> str | None:
+    """Return the form of a layer, as in memory; None for a plain one."""
+    form = str(part.facts["record"]["form"])
+    return None if form == "kept" else form
 
 
 def _from_part(part: Part, name: str) -> Planned:

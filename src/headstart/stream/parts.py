@@ -21,9 +21,9 @@ from typing import Any
 from filelock import Timeout
 from torch import Tensor
 
-from headstart.cache.locks import take_lock
+from headstart.cache.locks import duration, owner, take_lock
 from headstart.errors import CheckpointError
-from headstart.layers.files import sha256
+from headstart.files import sha256, whole_file
 from headstart.stream.tensors import Planned, TensorFile, write_chunks, write_file, writing
 
 _DIGEST = "digest"
@@ -49,14 +49,12 @@ class Work:
     Args:
         out: the folder that the start will write.
         key: all that the pieces depend on.
-        writer: this process's number. Where no locks can be had, two processes may write the same piece, and must not
-            write to the same file.
     """
 
-    def __init__(self, out: Path, key: Mapping[str, Any], writer: int = 0) -> None:
+    def __init__(self, out: Path, key: Mapping[str, Any]) -> None:
         self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self._prefix = f".{out.name}.stream-"
-        self._writer = writer
+        self._disregarded: set[str] = set()
         self.folder = out.parent / f"{self._prefix}{self.key[:16]}"
 
     def create(self) -> None:
@@ -128,30 +126,45 @@ class Work:
     @contextlib.contextmanager
     def _partial(self, target: Path) -> Iterator[Path]:
         """Yield a path to write to, which becomes ``target`` when the block ends well."""
-        # Always the same name, so that what a killed process left is written over.
-        path = target.with_name(f"{target.name}.{self._writer}.partial")
-        with writing(target):
+        with writing(target), whole_file(target) as path:
             yield path
-            path.replace(target)
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
-        """Yield whether this process may work on a piece: whether no other that is alive does.
+        """Yield whether this process may work on a piece: whether no other that is alive does, or that is disregarded.
 
         Raises:
             CheckpointError: the folder is gone.
         """
         with contextlib.ExitStack() as held:
             try:
-                if self.is_open() and (lock := take_lock(self.folder / f"{name}.lock")) is not None:
+                if self.is_open() and (lock := take_lock(self._lock(name))) is not None:
                     held.callback(lock.release)
             except Timeout:
-                yield False
-                return
+                if name not in self._disregarded:
+                    yield False
+                    return
             if not self.is_open():
                 shutil.rmtree(self.folder, ignore_errors=True)  # where taking the lock made it anew
                 raise CheckpointError(f"{self.folder} is gone: run the command again.")
             yield True
+
+    def disregard(self, name: str, waited: float) -> str:
+        """Let this process work on a piece whoever else does; return the sentence that says so.
+
+        Args:
+            name: the piece's.
+            waited: seconds that were waited for it.
+        """
+        self._disregarded.add(name)
+        # The other may be another command's process of the same number.
+        return (
+            f"waited {duration(waited)} for {name} in {self.folder}, which is being made by {owner(self._lock(name))}: "
+            "it is made here as well."
+        )
+
+    def _lock(self, name: str) -> Path:
+        return self.folder / f"{name}.lock"
 
     def clear(self) -> None:
         """Remove the folder, and those that other starts into the same place have left and nobody works in."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from headstart.errors import BASE_PREFIX, CheckpointError, ModelError
+from headstart.files import Kind, sha256, write_json
 from headstart.layers.adapter import AdapterLayer
 from headstart.layers.anchored import set_anchors
 from headstart.layers.checkpoint import load_checkpoint, read_adapter
-from headstart.layers.files import RESIDUAL_MARK, read_json, sha256, write_json
+from headstart.layers.files import ADAPTER_FOLDER, CONFIG, RESIDUAL_MARK, read_json
 from headstart.layers.find import TargetLayer, lora_layers, set_record, set_residual_owner
 from headstart.layers.install import mark_config, subtract_product
 from headstart.stream.parts import Work
@@ -27,6 +28,28 @@ from headstart.stream.tensors import tensor_bytes
 FOLDER = "base"
 # Weights in other formats, which would be the untouched model's.
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot"}
+
+
+def _owned(folder: Path) -> set[str]:
+    """Return what a streamed start writes: an adapter, and the files of the residual model as its mark lists them."""
+    owned = set(ADAPTER_FOLDER.owned(folder))
+    if (folder / FOLDER / RESIDUAL_MARK).is_file():
+        with suppress(CheckpointError):
+            mark = read_json(folder / FOLDER / RESIDUAL_MARK)
+            owned |= {f"{FOLDER}/{name}" for name in (RESIDUAL_MARK, *mark.get("sha256", ()), *mark.get("files", ()))}
+    return owned
+
+
+STREAMED_FOLDER = Kind(_owned, key=CONFIG)
+
+
+def check_place(out: Path) -> None:
+    """Raise CheckpointError where the residual model's place in a folder holds something else."""
+    place = out / FOLDER
+    if place.exists() and not (place / RESIDUAL_MARK).is_file():
+        raise CheckpointError(
+            f"{place} exists and holds no residual model, so nothing is written there: choose another path."
+        )
 
 
 def make_shard(maker: Maker, work: Work, shard: str) -> None:
@@ -81,7 +104,7 @@ def move_model(work: Work, source: Path, shards: Sequence[str], target: Path) ->
     for name, content in contents.items():
         (target / name).write_bytes(content)
     note = "the weights of the layers of the adapter in the folder above are W - s B0 A0"
-    write_json({"residual": note, "sha256": digests}, target / RESIDUAL_MARK)
+    write_json({"residual": note, "sha256": digests, "files": sorted(contents)}, target / RESIDUAL_MARK)
 
 
 def _beside_weights(file: Path) -> bool:

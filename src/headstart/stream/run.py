@@ -16,11 +16,13 @@ from peft import LoraConfig
 
 from headstart._version import __version__
 from headstart.cache import FileDigests, open_store
+from headstart.cache.locks import LONGEST_WAIT, Patience
 from headstart.context import Clock, Memory
 from headstart.errors import CheckpointError, HeadstartError, LayerError, MethodError
-from headstart.layers.files import check_free
+from headstart.files import check_free
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import Subtracting, check_form
+from headstart.layers.reach import left_out
 from headstart.methods.base import ANY_LAYER, Method, Training
 from headstart.methods.registry import method_class, method_names, parse_method
 from headstart.progress import Show, progress_bars, silent
@@ -29,9 +31,11 @@ from headstart.solve import checked
 from headstart.stream.assemble import assemble
 from headstart.stream.parts import Work
 from headstart.stream.pieces import Maker, averaged, layer_name, subtracted
-from headstart.stream.residual import make_shard
+from headstart.stream.residual import STREAMED_FOLDER, check_place, make_shard
 from headstart.stream.skeleton import ADAPTER, build
 from headstart.stream.source import Source
+
+Make = Callable[[Sequence[int], Show], None]
 
 _POLL = 0.2
 _PATIENCE = 120.0
@@ -99,7 +103,7 @@ def stream_start(
         device: where factors are computed; of several processes each takes its own of that type.
         cache: as in ``initialize_``; the content of a file is hashed once, and known from then on.
         strict: raise where a layer can't be started as asked for, instead of falling back with a note.
-        force: overwrite an existing adapter.
+        force: replace what an earlier start wrote in a folder that exists; what else is in it stays.
         progress: as in ``initialize_``.
 
     Returns:
@@ -118,7 +122,9 @@ def stream_start(
     crew, clock = Crew.here(), Clock()
     out = Path(out)
     if crew.rank == 0:
-        check_free(out, force)
+        check_free(out, STREAMED_FOLDER, force)
+        if form == "residual":
+            check_place(out)
     _check_apart(Path(folder), out)
     with clock("find"):
         source = Source.open(Path(folder))
@@ -129,7 +135,7 @@ def stream_start(
         store = open_store(cache, notes.append)
         digests = FileDigests(store.folder) if store else None
         maker = Maker(source, skeleton, method, live_form, seed, crew.device(torch.device(device)), store, digests)
-        work = Work(out, _key(maker), crew.rank)
+        work = Work(out, _key(maker))
     if crew.rank == 0:
         work.create()
     elif not _invited(work, out, crew):
@@ -137,7 +143,7 @@ def stream_start(
     memory = Memory(maker.device)
     with _shown(progress, crew) as show:
         try:
-            _make_all(maker, work, crew, clock, show, strict)
+            _make_all(maker, work, crew, clock, show, strict, notes.append)
         except CheckpointError:
             if crew.rank and not work.is_open():
                 return None  # the first process has put everything together
@@ -161,13 +167,20 @@ def stream_start(
         seconds_by_step=clock.seconds,
         peak_memory=memory.peak(),
         trainable=sum(facts["trainable"] for facts in parts),
+        left_out=left_out(maker.skeleton.model, maker.skeleton.layers),
         cached=store.served if store else 0,
         warnings=[f"{each.name}: {each.note}" for each in reports if each.note] + notes,
     )
 
 
-def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show, strict: bool) -> None:
+def _make_all(
+    maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show, strict: bool, warn: Callable[[str], None]
+) -> None:
     layers = maker.skeleton.layers
+
+    def shared(groups: Sequence[Sequence[int]], finished: Callable[[int], bool], make: Make, what: str) -> None:
+        share(groups, finished, make, what, work, crew, show, warn)
+
     if maker.method.wants(ANY_LAYER).moments:
         names = [f"moments-{place:05d}" for place in range(len(layers))]
 
@@ -178,7 +191,7 @@ def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show, st
 
         with clock("moments"):
             groups = [[place] for place in range(len(layers))]
-            share(groups, lambda place: work.get(names[place]) is not None, moments, "moments", work, crew, show)
+            shared(groups, lambda place: work.get(names[place]) is not None, moments, "moments")
             maker.moments = averaged([layer.kind for layer in layers], [work.need(name) for name in names])
 
     def start(group: Sequence[int], inner: Show) -> None:
@@ -187,7 +200,7 @@ def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show, st
 
     with clock("factorise"):
         groups = _groups(maker, layers)
-        share(groups, lambda place: work.get(layer_name(place)) is not None, start, "layer", work, crew, show)
+        shared(groups, lambda place: work.get(layer_name(place)) is not None, start, "layer")
     for place, layer in enumerate(layers if strict else ()):
         if note := work.need(layer_name(place)).facts["report"]["note"]:
             raise LayerError(f"{layer.name}: {note}")
@@ -200,22 +213,23 @@ def _make_all(maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show, st
 
         with clock("residual"):
             groups = [[place] for place in range(len(shards))]
-            share(groups, lambda place: work.file_digest(shards[place]) is not None, shard, "shard", work, crew, show)
+            shared(groups, lambda place: work.file_digest(shards[place]) is not None, shard, "shard")
 
 
 def share(
     groups: Sequence[Sequence[int]],
     finished: Callable[[int], bool],
-    make: Callable[[Sequence[int], Show], None],
+    make: Make,
     what: str,
     work: Work,
     crew: Crew,
     show: Show,
+    warn: Callable[[str], None],
 ) -> None:
     """Make all that is not finished, together with the other processes; return when everything is there.
 
     A piece that another process has claimed is left to it, and looked at again later: should that process die, its
-    claim is free.
+    claim is free. Where nothing comes for 10 minutes, it is made here as well, and ``warn`` is called with a sentence.
     """
     total = sum(map(len, groups))
     first = len(groups) * crew.rank // crew.count
@@ -226,6 +240,7 @@ def share(
         if step != "factorising":  # the layers of this group alone
             show(step, count, of)
 
+    patience = Patience(LONGEST_WAIT)
     while left:
         waiting = []
         for group in left:
@@ -234,10 +249,15 @@ def share(
                 missing = [place for place in group if not finished(place)]
                 if claimed := [place for place in missing if mine[place]]:
                     make(claimed, inner)
+                    patience.renew()
             if len(claimed) < len(missing):
+                if patience.over:
+                    for place in missing:
+                        warn(work.disregard(f"{what}-{place:05d}", patience.waited))
                 waiting.append(group)
                 continue
             done += len(group)
+            patience.renew()
             show(f"streaming: {what}s", done, total)
         if len(waiting) == len(left):
             time.sleep(_POLL)

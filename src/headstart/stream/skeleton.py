@@ -200,7 +200,7 @@ def _wrapped(base: Any, lora: LoraConfig) -> Any:
 def _set_zero(held: Any, adapter: str) -> None:
     part = held[adapter]
     like: torch.Tensor = part.get_parameter("weight") if isinstance(part, nn.Module) else part
-    zero = nn.Parameter(torch.zeros((), dtype=like.dtype).expand(like.shape), requires_grad=False)
+    zero = nn.Parameter(torch.zeros((), dtype=like.dtype, device="cpu").expand(like.shape), requires_grad=False)
     if isinstance(part, nn.Module):
         part.weight = zero
     else:

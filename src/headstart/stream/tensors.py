@@ -120,7 +120,7 @@ class TensorFile:
                 f"{self.path}: tensor {name!r} has type {entry.dtype_name}, which can't be read: whole "
                 "checkpoints can, quantised ones can't."
             )
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         bytes_of: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         flat = memoryview(bytes_of)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -11,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import DataError, HeadstartError, MethodError
+from headstart.files import write_json
 from headstart.methods import parse_method
 from headstart.training.data import Example, example_from_record, load_examples, token_ids, tokenize_examples
 from headstart.training.problems import generate_problems
-from headstart.training.run import Material, Recipe, Result, read_result, run
+from headstart.training.run import Material, Recipe, Result, method_of, read_result, remove_run, run
 
 BUILT_IN = "problems"
+# What the command line writes into a comparison's folder, beside its runs.
+PAGES = ("table.md", "report.html")
 
 
 @dataclass(frozen=True)
@@ -172,26 +174,31 @@ def _claim(folder: Path, comparison: Comparison) -> None:
             )
         mine = json.loads(json.dumps(asdict(comparison)))
     elif folder.exists() and any(folder.iterdir()):
-        raise HeadstartError(f"{folder} exists and holds something else: give another --out, or --force to replace it.")
+        raise HeadstartError(f"{folder} exists and holds something else than a comparison: give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_json(mine, path)
 
 
-def start_over(folder: Path) -> None:
-    """Delete a comparison's folder.
+def start_over(folder: Path, comparison: Comparison) -> None:
+    """Delete what an earlier comparison wrote in a folder, and make the folder this one's; all else in it stays.
 
     Raises:
-        HeadstartError: it holds something else.
+        HeadstartError: it holds something else than a comparison.
     """
-    if not folder.exists():
+    path = folder / "comparison.json"
+    if not folder.exists() or not any(folder.iterdir()):
         return
-    if any(folder.iterdir()) and not (folder / "comparison.json").is_file():
+    if not path.is_file():
         raise HeadstartError(
-            f"{folder} holds something else than a comparison, so it is not deleted: give another --out."
+            f"{folder} holds something else than a comparison, so nothing in it is deleted: give another --out."
         )
-    shutil.rmtree(folder)
+    earlier = {_folder_name(method) for method in json.loads(path.read_text(encoding="utf-8")).get("methods") or ()}
+    for place in folder.iterdir():
+        if place.is_dir() and (place.name in earlier or _folder_name(method_of(place) or "") == place.name):
+            remove_run(place)
+    for name in PAGES:
+        (folder / name).unlink(missing_ok=True)
+    write_json(asdict(comparison), path)
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

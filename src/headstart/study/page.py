@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import HeadstartError
+from headstart.files import write_whole
 from headstart.study.tables import TITLES, rows
 from headstart.training.run import Result
 
@@ -65,9 +66,7 @@ def write_page(path: Path, title: str, conditions: str, results: Sequence[Result
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text)
 
 
 def _table(results: Sequence[Result]) -> str:

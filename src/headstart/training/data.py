@@ -341,7 +341,9 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> d
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(key: str, value: int) -> Tensor:
-        return torch.tensor([[*row[key], *[value] * (longest - len(row[key]))] for row in rows], dtype=torch.long)
+        return torch.tensor(
+            [[*row[key], *[value] * (longest - len(row[key]))] for row in rows], dtype=torch.long, device="cpu"
+        )
 
     return {
         "input_ids": padded("input_ids", pad_token_id),

@@ -113,9 +113,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
+    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long, device="cpu")
         mask[row, width - len(prompt) :] = 1
     return ids, mask

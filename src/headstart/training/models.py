@@ -11,13 +11,10 @@ import importlib.util
 import io
 import json
 import re
-import shutil
 import sys
-import time
-import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from headstart.cache.folder import cache_folder
 from headstart.errors import ModelError, nearest
+from headstart.files import open_modes, work_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +38,6 @@ file.
 
 _MANIFEST = "conversion.json"  # in a converted folder: the size of each of its files
 _LAYOUT = "1"  # raise it when conversions of earlier versions must not be used any more
-_STALE_SECONDS = 24 * 3600  # a conversion folder this old was left by a process that was killed
 _HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
@@ -197,19 +194,15 @@ def _digest(file: Path) -> str:
 
 def _convert(file: Path, name: str, folder: Path) -> None:
     """Write the file's model and tokenizer to ``folder``, whole or not at all."""
-    partial = folder.parent / f".converting-{uuid.uuid4().hex}"
     try:
-        partial.mkdir(parents=True)
-        try:
-            _clear_stale(folder.parent)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with work_folder(folder.parent, folder.name) as partial:
             with _quiet(bars=False), redirect_stderr(io.StringIO()):
                 _write_converted(file, name, partial)
             sizes = {entry.name: entry.stat().st_size for entry in partial.iterdir()}
-            text = json.dumps({"source": file.name, "files": sizes}, indent=2)
-            (partial / _MANIFEST).write_text(text, encoding="utf-8")
+            write_json({"source": file.name, "files": sizes}, partial / _MANIFEST)
+            open_modes(partial)
             _publish(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise ModelError(
             f"The converted copy of {name} can't be written to {folder.parent} ({error.strerror or error}); "
@@ -264,21 +257,13 @@ def _complete(folder: Path) -> bool:
 
 def _remove(folder: Path) -> None:
     # Out of the way first, in one step: nobody may take a half-deleted folder for a finished one.
-    aside = folder.parent / f".converting-{uuid.uuid4().hex}"
     try:
-        folder.rename(aside)
+        with work_folder(folder.parent, folder.name) as aside:
+            folder.rename(aside / folder.name)
     except FileNotFoundError:
         return  # another process was quicker
     except OSError as error:
         raise ModelError(f"The damaged folder {folder} can't be removed ({error.strerror}); delete it.") from error
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _clear_stale(parent: Path) -> None:
-    for left in parent.glob(".converting-*"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from headstart.files import write_json
 from headstart.initialize import initialize_
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
+from headstart.layers.files import ADAPTER_FOLDER
 from headstart.layers.install import Subtracting
 from headstart.methods import Training, parse_method
 from headstart.progress import Show, silent
@@ -147,7 +150,7 @@ def run(
                 f"{graded.cut_off} of {graded.total} answers were cut off after {material.max_new_tokens} tokens",
             ]
     result = Result(**found)
-    _write_json(asdict(result), folder / "result.json")
+    write_json(asdict(result), folder / "result.json")
     (folder / "trained.json").unlink()
     return result
 
@@ -171,7 +174,7 @@ def _start_and_train(
         "losses": losses,
         "warnings": [*material.warnings, *report.warnings],
     }
-    _write_json(found, folder / "trained.json")
+    write_json(found, folder / "trained.json")
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     return found
 
@@ -182,14 +185,25 @@ def read_result(folder: Path) -> Result | None:
     return None if found is None else Result(**found)
 
 
+def method_of(folder: Path) -> str | None:
+    """Return the method whose run is in a folder and has been trained, None where there is none."""
+    found = _read_json(folder / "result.json") or _read_json(folder / "trained.json") or {}
+    return found.get("method")
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run wrote in its folder, and the folder if nothing else is in it."""
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    owned = [folder / "checkpoint" / name for name in ADAPTER_FOLDER.owned(folder / "checkpoint")]
+    for path in (*owned, folder / "trained.json", folder / "result.json"):
+        path.unlink(missing_ok=True)
+    for place in (folder / "checkpoint", folder):
+        with suppress(OSError):
+            place.rmdir()
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _write_json(content: dict[str, Any], path: Path) -> None:
-    partial_file = path.with_name(path.name + ".partial")
-    partial_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial_file.replace(path)
 
 
 def _start(

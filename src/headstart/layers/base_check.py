@@ -1,0 +1,106 @@
+"""Whether a checkpoint and a base model belong together: by the layers' shapes, and by a sample of their weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headstart.errors import CheckpointError, HeadstartWarning
+from headstart.layers.adapter import AdapterLayer
+from headstart.layers.files import RESIDUAL_MARK
+from headstart.layers.find import lora_layers, residual_owner
+from headstart.layers.formats import quantisation
+from headstart.layers.weights import fingerprint, linear_shape
+
+
+def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adapter: str) -> dict[str, Any]:
+    """Compare a checkpoint with the model's own layers, before anything is changed; return those layers by name."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    held = {target.name: target for target in lora_layers(model, adapter)} if hasattr(model, "peft_config") else {}
+    plain: dict[str, Any] = {}
+    for name, layer in layers.items():
+        try:
+            module: Any = base.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(f"{folder} belongs to another base model: this one has no layer {name!r}.") from None
+        plain[name] = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        here, there = linear_shape(plain[name]), (layer.B.shape[0], layer.A.shape[1])
+        if here != there:
+            raise CheckpointError(
+                f"{folder} belongs to another base model: layer {name!r} is {_times(here)} here, and {_times(there)} "
+                "there."
+            )
+        if name in held and held[name].r != layer.A.shape[0]:
+            raise CheckpointError(
+                f"{folder} has another rank: layer {name!r} has r = {held[name].r} here, and {layer.A.shape[0]} there."
+            )
+        if name in held and not math.isclose(held[name].scaling, layer.scaling, rel_tol=1e-6):
+            raise CheckpointError(
+                f"{folder} has another scaling: layer {name!r} has s = {held[name].scaling:g} here, and "
+                f"{layer.scaling:g} there; wrap the model with the same lora_alpha."
+            )
+    return plain
+
+
+def check_weights(model: Any, plain: dict[str, Any], records: dict[str, Any], folder: Path, adapter: str) -> None:
+    """Compare a sample of the weights of each layer with that of the base model that a checkpoint was made on."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    held = {target.name: target for target in lora_layers(model, adapter)} if hasattr(model, "peft_config") else {}
+    differing: set[tuple[str, str]] = set()
+    for name, found in records.items():
+        if name in held and residual_owner(held[name].module) is not None:
+            continue  # its weight is not the base model's any more; its anchors are compared instead
+        expected = (found or {}).get("weight")
+        if expected is None:
+            continue
+        here, there = quantisation(plain[name]), found.get("quantised")
+        sample = fingerprint(plain[name])
+        if sample is None or _alike(sample, expected, plain[name].weight.dtype):
+            continue
+        if (here or there) and _near(sample, expected):
+            differing.add((_words(here), _words(there)))
+        else:
+            where = Path(getattr(base, "name_or_path", None) or "", RESIDUAL_MARK)
+            hint = " (This is a residual model: headstart.stream.load_residual loads both.)" if where.is_file() else ""
+            raise CheckpointError(
+                f"{folder} belongs to another base model: layer {name!r} has the same shape here, but other "
+                f"weights.{hint}"
+            )
+    for here, there in sorted(differing):
+        warnings.warn(
+            f"{folder} was made on a base model that is {there}, and this one is {here}: the adapter meets weights "
+            "that differ by the quantisation error (check_base=False says that this is meant).",
+            HeadstartWarning,
+            stacklevel=4,  # over load_checkpoint and looks_through
+        )
+
+
+def _words(quantised: str | None) -> str:
+    return f"held in {quantised.replace('-bit', ' bits')}" if quantised else "not quantised"
+
+
+def _near(found: list[float], expected: list[float]) -> bool:
+    """Compare fingerprints of a weight and its quantised copy, which differ by a tenth, and others by more than all."""
+    apart = math.hypot(*(a - b for a, b in zip(found, expected, strict=True)))
+    return apart <= 0.4 * max(math.hypot(*found), math.hypot(*expected))
+
+
+def _alike(found: list[float], expected: list[float], dtype: torch.dtype) -> bool:
+    """Compare fingerprints; a base loaded in half precision differs from itself by rounding, no more."""
+    tolerance = 1.0 if dtype not in (torch.float32, torch.float64) else 0.0
+    tolerance *= 2 * torch.finfo(torch.bfloat16).eps
+    # The checkpoint may have come from a rounded base as well, which float32 then doesn't match to the bit.
+    rounded = [float(torch.tensor(value).bfloat16()) for value in found]
+    half = [float(torch.tensor(value).half()) for value in found]
+    return any(
+        all(math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-12) for a, b in zip(values, expected, strict=True))
+        for values in (found, rounded, half)
+    )
+
+
+def _times(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"

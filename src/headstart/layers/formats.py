@@ -1,0 +1,151 @@
+"""What a base layer's weight is held in, and whether its numbers can be read from that.
+
+Only what is known to be plain numbers (16 bits or more, in PyTorch's own tensors, with no scale beside them) or codes
+of bitsandbytes is read. Everything else is refused by the methods that need the weight: codes taken for numbers would
+give factors of another matrix, without an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate.utils import has_offloaded_params
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Shard
+
+from headstart.errors import LayerError
+
+_BITSANDBYTES = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
+_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Names of what quantisers keep beside a weight, or in place of it: weight_scale_inv, qweight, W_q, codebooks, ...
+_BESIDE = re.compile(r"scale|zero|quant|qweight|W_q|code|packed|absmax|g_idx|tables|qbias|lut", re.IGNORECASE)
+# Layers that round their weight when they run, or hold it rounded.
+_CLASSES = re.compile(r"fp[48]|int[48]|bitlinear|quant|eetq|hqq|awq|gptq|aqlm|higgs|vptq|spqr|metal", re.IGNORECASE)
+# What switches a format off while the model is loaded, by the file of Transformers that the layer comes from.
+_OFF = {
+    "finegrained_fp8": "FineGrainedFP8Config(dequantize=True)",
+    "mxfp4": "Mxfp4Config(dequantize=True)",
+    "metal_quantization": "MetalConfig(dequantize=True)",
+}
+
+
+def quantisation(base: nn.Module) -> str | None:
+    """Return "4-bit" or "8-bit" for a layer of bitsandbytes, None for any other."""
+    return _BITSANDBYTES.get(type(_weight(base)).__name__)
+
+
+def unreadable(base: nn.Module) -> str:
+    """Return why a base layer's weight can't be read and what to do, to follow the layer's name; empty where it can."""
+    weight = _weight(base)
+    if found := format_of(base):
+        switched = _OFF.get(type(base).__module__.rpartition(".")[2])
+        return (
+            f"holds its weight in {found}, which can't be read as numbers: load the base model unquantised"
+            f"{f' ({switched})' if switched else ''}, or use a method that doesn't read the weight, such as lora."
+        )
+    return _no_values(base, weight)
+
+
+def check_readable(layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise LayerError, naming the layer, where the weight of a base layer can't be read.
+
+    Args:
+        layers: names and base layers.
+    """
+    for name, base in layers:
+        if why := unreadable(base):
+            raise LayerError(f"layer {name!r} {why}")
+
+
+def home(base: nn.Module) -> torch.device:
+    """Return the device that a base layer computes on: its weight's, or that to which accelerate brings the weight."""
+    if has_offloaded_params(base):
+        hook: Any = base._hf_hook
+        return torch.device(hook.execution_device)
+    return next((tensor.device for tensor in _tensors(base).values()), torch.device("cpu"))
+
+
+def check_not_tensor_parallel(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise LayerError where weights are split over processes in another way than FSDP2's, which gathers them.
+
+    Args:
+        model: the PEFT model.
+        layers: names and base layers.
+    """
+    size = getattr(model, "tp_size", None)
+    split = isinstance(size, int) and size > 1
+    fully_sharded: set[int] | None = None
+    for name, base in layers:
+        weight = _weight(base)
+        if isinstance(weight, DTensor) and not split:
+            if fully_sharded is None:
+                roots = [module for module in model.modules() if isinstance(module, FSDPModule)]
+                fully_sharded = {id(module) for root in roots for module in root.modules()}
+            split = id(base) not in fully_sharded or _splits_further(weight)
+        if split or getattr(base, "_hf_tp_plan", None) is not None:
+            raise LayerError(
+                f"layer {name!r}: the model is split by tensor parallelism (tp_plan, a mesh with 'tp'), where every "
+                "process computes a part of each layer and no start can be made: load it without tp_plan, in one "
+                "process, under DistributedDataParallel, or sharded by FSDP2."
+            )
+
+
+def _splits_further(weight: DTensor) -> bool:
+    """Return whether a tensor is split along a dimension of the mesh that is not FSDP2's."""
+    names = weight.device_mesh.mesh_dim_names or ()
+    if "tp" in names and weight.device_mesh.size(names.index("tp")) > 1:
+        return True
+    # FSDP2 splits along one dimension of the mesh, and copies along the other of HSDP's.
+    return sum(isinstance(placement, Shard) for placement in weight.placements) > 1
+
+
+def _weight(base: nn.Module) -> Tensor | None:
+    weight = getattr(base, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _tensors(base: nn.Module) -> dict[str, Tensor]:
+    """Return a layer's own parameters and buffers, the weight first."""
+    own = dict(base.named_parameters(recurse=False)) | dict(base.named_buffers(recurse=False))
+    return dict(sorted(own.items(), key=lambda item: item[0] != "weight"))
+
+
+def format_of(base: nn.Module) -> str:
+    """Return in words what a base layer's weight is held in; empty where it is plain numbers or bitsandbytes' codes."""
+    weight, layer = _weight(base), type(base).__name__
+    if type(weight).__name__ in _BITSANDBYTES:
+        return ""
+    if weight is not None:
+        numbers: Tensor = weight.to_local().detach() if isinstance(weight, DTensor) else weight
+        if str(weight.dtype).startswith("torch.float8"):
+            return f"FP8 ({layer}, {_plain(weight.dtype)})"
+        if type(numbers) not in (Tensor, nn.Parameter):
+            return f"a {type(numbers).__name__} of {type(numbers).__module__.partition('.')[0]}"
+        if weight.dtype not in _NUMBERS:
+            return f"{_plain(weight.dtype)} codes ({layer})"
+    beside = next((name for name in _tensors(base) if name not in ("weight", "bias") and _BESIDE.search(name)), None)
+    if beside is None:
+        beside = next((name for name in vars(base) if name == "W_q" or name.startswith("quantization_sch")), None)
+    if beside is not None:
+        return f"a quantised format ({layer}, with {beside} {'beside it' if weight is not None else 'in its place'})"
+    if _CLASSES.search(layer) and not type(base).__module__.startswith("torch.nn."):
+        return f"a quantised format ({layer})"
+    return ""
+
+
+def _no_values(base: nn.Module, weight: Tensor | None) -> str:
+    if weight is None or weight.device.type != "meta" or has_offloaded_params(base):
+        return ""
+    return (
+        "has its weight on the meta device, where there are no values: load the model's weights first, and if a "
+        "device_map or accelerate's hooks keep them elsewhere, load this layer onto a device."
+    )
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

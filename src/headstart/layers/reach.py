@@ -1,0 +1,70 @@
+"""What of a model an adapter leaves out; experts of mixtures above all, which a list of linear layers may not name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from headstart.errors import BASE_PREFIX
+from headstart.layers.find import TargetLayer
+from headstart.names import kind_of
+from headstart.report import LeftOut
+
+_EXPERTS = re.compile(r"(^|_)experts?$")
+
+
+def left_out(model: nn.Module, layers: Sequence[TargetLayer]) -> LeftOut:
+    """Return how many of a model's parameters lie in no layer of the adapter, nor train beside it.
+
+    Args:
+        model: the PEFT model.
+        layers: those of the adapter.
+    """
+    added = {id(parameter) for module in model.modules() for parameter in _added(module)}
+    reached = {id(parameter) for layer in layers for parameter in layer.module.get_base_layer().parameters()}
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            reached |= {id(parameter) for parameter in module.original_module.parameters()}
+    total, missed, experts = 0, 0, dict[str, int]()
+    counted: set[int] = set()
+    for path, module in model.named_modules():
+        holder = _experts(path.removeprefix(BASE_PREFIX), module)
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in added or id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
+            # A quantised weight holds fewer numbers than it stands for.
+            whole = name == "weight" and isinstance(module, nn.Linear)
+            size = module.in_features * module.out_features if whole else parameter.numel()
+            total += size
+            if id(parameter) in reached or parameter.requires_grad:
+                continue
+            missed += size
+            if holder:
+                experts[holder] = experts.get(holder, 0) + size
+    return LeftOut(missed, total, experts)
+
+
+def _added(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield what PEFT has added to a module: factors, anchors, and copies that train in an original's place."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        originals = {id(parameter) for parameter in module.original_module.parameters()}
+        yield from (parameter for parameter in module.parameters() if id(parameter) not in originals)
+    elif isinstance(module, BaseTunerLayer):
+        for name in (*module.adapter_layer_names, *module.other_param_names):
+            part = getattr(module, name, None)
+            if isinstance(part, nn.Module):
+                yield from part.parameters()
+
+
+def _experts(path: str, module: nn.Module) -> str:
+    """Return the kind of the experts that a module is, or is a part of; empty where it is none."""
+    parts = path.replace(".base_layer", "").split(".")
+    for place, part in enumerate(parts):
+        if _EXPERTS.search(part):
+            return kind_of(".".join(parts[: place + 1]))
+    return kind_of(".".join(parts)) if "Expert" in type(module).__name__ else ""

@@ -1,0 +1,130 @@
+"""A trainer as data: its own training set, collator, loss and schedule, as its training will use them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sized
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from headstart.errors import DataError
+from headstart.methods.base import Training
+from headstart.statistics.reader import Loss
+from headstart.statistics.training import TrainingData
+
+# Losses of SFTTrainer that are the model's own.
+_PLAIN_LOSSES = ("nll", "chunked_nll")
+
+
+def from_trainer(trainer: Trainer, samples: int, seed: int) -> TrainingData:
+    """Return what a trainer trains on, as a start reads it.
+
+    Samples are drawn from the training set by ``seed``, whatever sampler the trainer has (an iterable data set gives
+    its first ones), and go through the trainer's own collator. Where its loss is the model's own, whole batches are
+    read; else ``compute_loss`` is called on one sample at a time, as collated, so that a sample is what the trainer
+    takes for one: a pair of answers of DPO's or a reward model's.
+
+    Args:
+        trainer: of Transformers or TRL, before it trains. Its metrics are left as they are.
+        samples: how many the method reads; 0 for none.
+        seed: see above.
+
+    Raises:
+        DataError: it has no training data, or makes its data while it trains.
+    """
+    dataset: Any = trainer.train_dataset
+    training = known_training(trainer)
+    if samples == 0:
+        return TrainingData(training=training)
+    if hasattr(trainer, "_generate_and_score_completions"):
+        raise DataError(
+            f"{type(trainer).__name__} makes its data while it trains, so there is nothing to read: give batches and "
+            "loss= instead."
+        )
+    if dataset is None:
+        raise DataError(f"{type(trainer).__name__} has no train_dataset: give it one, or give batches as data=.")
+    loss = _loss(trainer)
+    batch_size = trainer.args.per_device_train_batch_size if loss is None else 1
+    return TrainingData(
+        _chosen(dataset, samples, seed),
+        trainer._get_collator_with_removed_columns(trainer.data_collator),
+        batch_size,
+        loss=loss,
+        single=loss is not None,
+        training=training,
+    )
+
+
+def known_training(trainer: Any) -> Training:
+    """Return what a trainer tells of its training: the size of its data set, and the first rate of its schedule.
+
+    Of a warm-up that is the peak over its steps: the rate of the very first step is 0 there.
+    """
+    dataset: Any = trainer.train_dataset
+    size = len(dataset) if isinstance(dataset, Sized) else None
+    args = trainer.args
+    steps = args.max_steps
+    if steps <= 0 and size is not None:
+        a_step = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+        steps = math.ceil(args.num_train_epochs * max(1, size // a_step))
+    return Training(size, float(args.learning_rate) / max(1, args.get_warmup_steps(max(steps, 1))))
+
+
+def _chosen(dataset: Any, samples: int, seed: int) -> Iterable[Any]:
+    """Return single samples, drawn by the seed where the data set has places."""
+    if not isinstance(dataset, Sized):
+        return islice(iter(dataset), samples)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator, dtype=torch.int64, device="cpu")[:samples].tolist()
+    return (dataset[place] for place in order)  # type: ignore[index] # a map-style data set
+
+
+def _loss(trainer: Any) -> Loss | None:
+    """Return the trainer's loss, None where that is the model's own."""
+    custom = trainer.compute_loss_func is not None or trainer.label_smoother is not None
+    if type(trainer).compute_loss is Trainer.compute_loss and not custom:
+        return None
+    sft = any(cls.__name__ == "SFTTrainer" for cls in type(trainer).__mro__)
+    own_compute = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
+    plain = sft and own_compute.__name__ == "SFTTrainer" and not custom
+    if plain and trainer.args.loss_type in _PLAIN_LOSSES and not getattr(trainer, "aux_loss_enabled", False):
+        return None
+
+    def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        with _kept(trainer), _adapters_stay_off(model):
+            value = trainer.compute_loss(model, dict(batch))
+        return value[0] if isinstance(value, tuple) else value
+
+    return loss
+
+
+@contextlib.contextmanager
+def _kept(trainer: Any) -> Iterator[None]:
+    """Put back what a trainer notes of the batches that it has seen."""
+    names = [name for name in ("_metrics", "_total_train_tokens") if hasattr(trainer, name)]
+    before = {name: copy.deepcopy(getattr(trainer, name)) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(trainer, name, value)
+
+
+@contextlib.contextmanager
+def _adapters_stay_off(model: Any) -> Iterator[None]:
+    """Let a loss that switches adapters, as those with a reference do, leave all of them off: that is the start."""
+    replaced = {"disable_adapter": contextlib.nullcontext, "set_adapter": lambda *args, **kwargs: None}
+    present = [name for name in replaced if hasattr(model, name)]
+    try:
+        for name in present:
+            object.__setattr__(model, name, replaced[name])
+        yield
+    finally:
+        for name in present:
+            vars(model).pop(name, None)

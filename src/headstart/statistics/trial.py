@@ -1,0 +1,100 @@
+"""Reading a sample on trial: what its loss and gradients are, told apart from chance and rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from headstart.statistics.quiet import drawn_from
+from headstart.statistics.scale import LossScale
+from headstart.statistics.tap import Sink, matmul_settings, tapped
+
+
+@dataclass(frozen=True)
+class Run:
+    """A forward pass that was made, and what is left to do.
+
+    Attributes:
+        tensor: of the graph; backward starts there.
+        at: returns at a scale the loss, unscaled, and the gradient that backward starts with.
+    """
+
+    tensor: Tensor
+    at: Callable[[float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a reading on trial showed: the loss, and by layer the squared norm of all its output gradients."""
+
+    loss: float
+    slopes: dict[str, float]
+
+    @property
+    def flat(self) -> bool:
+        """Whether no layer has a gradient."""
+        return not any(self.slopes.values())
+
+    def is_like(self, other: Seen, tolerance: float) -> bool:
+        """Return whether loss and gradients are the same up to a relative tolerance."""
+        names = self.slopes.keys() | other.slopes.keys()
+        pairs = [(math.sqrt(self.slopes.get(name, 0.0)), math.sqrt(other.slopes.get(name, 0.0))) for name in names]
+        apart = math.hypot(*(first - second for first, second in pairs))
+        size = math.hypot(*(first for first, _ in pairs))
+        return abs(self.loss - other.loss) <= tolerance * max(abs(self.loss), 1e-6) and apart <= tolerance * size
+
+
+def tried(
+    run: Callable[[], Run],
+    modules: Mapping[str, nn.Module],
+    scale: LossScale,
+    seed: int,
+    device: torch.device,
+    agreed: Callable[[float], float],
+) -> Seen:
+    """Run forward and backward once, with chance drawn from a seed, without anything being summed.
+
+    Args:
+        run: the forward pass.
+        modules: the layers whose output gradients are looked at.
+        scale, agreed: see :class:`headstart.statistics.scale.LossScale`.
+        seed: of whatever is drawn at random.
+        device: of the model.
+    """
+    squares: dict[str, list[Tensor]] = {}
+    loss = torch.zeros(())
+
+    def watch(name: str, inputs: Tensor) -> Sink:
+        def sink(x: Tensor, g: Tensor) -> None:
+            squares.setdefault(name, []).append(g.float().square().sum())
+
+        return sink
+
+    with drawn_from(seed, device), tapped(modules, watch, scale):
+        made = run()
+
+        def gradient_at(factor: float) -> Tensor:
+            nonlocal loss
+            loss, gradient = made.at(factor)
+            return gradient
+
+        scale.backward(made.tensor, gradient_at, agreed)
+    return Seen(float(loss), {name: float(torch.stack(parts).sum()) for name, parts in squares.items()})
+
+
+def rounding(model: nn.Module, device: torch.device) -> float:
+    """Return the unit roundoff of the coarsest arithmetic that a model computes in on a device."""
+    units = {torch.finfo(torch.float32).eps}
+    for parameter in model.parameters():
+        # Quantised weights are computed with in half precision.
+        wide = parameter.is_floating_point() and parameter.dtype.itemsize > 1
+        units.add(torch.finfo(parameter.dtype if wide else torch.bfloat16).eps)
+    if torch.is_autocast_enabled(device.type):
+        units.add(torch.finfo(torch.get_autocast_dtype(device.type)).eps)
+    setting = matmul_settings()[0 if device.type == "cuda" else -1]
+    units.add({"tf32": 2.0**-10, "bf16": 2.0**-8}.get(str(getattr(setting, "fp32_precision", "none")), 0.0))
+    return max(units)

@@ -1,0 +1,203 @@
+"""Factors don't depend on what a program sets for its model: autocast, TF32, determinism, default type and device."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from headstart.methods.handed import HandedOver
+
+import headstart as hs
+from conftest import tiny_llama, token_batch, wrap
+from headstart.layers.find import lora_layers
+from headstart.linalg.precision import full_precision
+from headstart.methods import method_class, method_names
+
+OWN = [name for name in method_names() if not issubclass(method_class(name), HandedOver)]
+SETTINGS = {
+    "inilora": ":steps=20",
+    "lora-ga": ":samples=4",
+    "lora-one": ":samples=4",
+    "lora-da": ":samples=4",
+    "lora-sb": ":samples=4,lr=0.001",
+}
+# Settings that take other ways through the code than the defaults.
+MORE = [
+    "inilora:solver=svd,gauge=flow",
+    "inilora:solver=svd,gauge=random",
+    "inilora-beta:distribution=orthogonal",
+    "inilora-beta:distribution=sparse",
+    "init-ab:distribution=uniform",
+    "lora-one:samples=4,gradients=sketch",
+    "lora-one:samples=4,gradients=sketch,passes=1,width=30",
+    "lora-da:samples=4,fisher=full,tokens=labels",
+    "lora-da:samples=4,iterations=10",
+    "lora-sb:samples=4,lr=0.001,source_matrix=noise",
+    "lora-sb:samples=4,lr=0.001,source_matrix=kaiming,split=suboptimal",
+]
+METHODS = [name + SETTINGS.get(name, "") for name in OWN] + MORE
+NO_DATA = [name for name in METHODS if "samples" not in name]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def factors_of(model):
+    return [
+        part["default"].weight.detach().clone()
+        for target in lora_layers(model, "default")
+        for part in (target.module.lora_A, target.module.lora_B)
+    ]
+
+
+def start(base, method, setting=contextlib.nullcontext):
+    model = wrap(copy.deepcopy(base), target_modules=["q_proj", "down_proj"])
+    with setting():
+        report = hs.initialize_(model, method, data=[token_batch()], progress=False)
+    return factors_of(model), report
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_type_changes_nothing(method, dtype):
+    """The model has its own type; what torch takes for new tensors is neither the factors' nor the draws'."""
+    base = tiny_llama()
+    expected, _ = start(base, method)
+    found, report = start(base, method, lambda: default_dtype(dtype))
+    assert not report.warnings
+    for own, plain in zip(found, expected, strict=True):
+        assert own.dtype == torch.float32
+        assert torch.equal(own, plain)
+
+
+@pytest.mark.parametrize("method", NO_DATA)
+def test_the_default_device_changes_nothing(method):
+    """On the meta device nothing has values, so that a tensor made there by default would be found out."""
+    base = tiny_llama()
+    expected, _ = start(base, method)
+    found, _ = start(base, method, lambda: torch.device("meta"))
+    for own, plain in zip(found, expected, strict=True):
+        assert torch.equal(own, plain)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("setting", [tf32, deterministic, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_what_is_solved_is_solved_in_full_precision(method, setting):
+    """The model's own passes may differ, so methods with data get a model that autocast and TF32 leave alone."""
+    base = tiny_llama()
+    if "samples" in method:
+        base = base.double()
+    expected, _ = start(base, method)
+    found, _ = start(base, method, setting)
+    for own, plain in zip(found, expected, strict=True):
+        assert torch.equal(own, plain)
+
+
+SETTINGS_OF_PRODUCTS = {
+    "as torch comes": lambda: None,
+    "the older setting, high": lambda: torch.set_float32_matmul_precision("high"),
+    "the older setting, medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "the oldest setting": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "the newer setting": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "the newer setting of oneDNN": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "the newer setting for all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "the older and the newer, at odds": lambda: (
+        torch.set_float32_matmul_precision("high"),
+        setattr(torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),
+    ),
+}
+
+
+def seen():
+    """All that is set, as it reads; PyTorch refuses to read some of it where the older and the newer way differ."""
+    reads = {
+        "older": torch.get_float32_matmul_precision,
+        "oldest": lambda: torch.backends.cuda.matmul.allow_tf32,
+        "cuda": lambda: torch.backends.cuda.matmul.fp32_precision,
+        "oneDNN": lambda: torch.backends.mkldnn.matmul.fp32_precision,
+        "all": lambda: torch.backends.fp32_precision,
+        "float16": lambda: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        "bfloat16": lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "split k": lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction_split_k,
+        "accumulation": lambda: torch.backends.cuda.matmul.allow_fp16_accumulation,
+        "deterministic": torch.are_deterministic_algorithms_enabled,
+        "warns": torch.is_deterministic_algorithms_warn_only_enabled,
+        "autocast": lambda: torch.is_autocast_enabled("cpu"),
+    }
+    values = {}
+    for name, read in reads.items():
+        try:
+            values[name] = read()
+        except RuntimeError:
+            values[name] = "refused"
+    return values
+
+
+@pytest.fixture
+def restored():
+    """Leave torch as it came, whatever a test sets."""
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has the older setting alone")
+@pytest.mark.parametrize("name", SETTINGS_OF_PRODUCTS)
+def test_flags_are_ieee_within_and_restored_after(restored, name):
+    SETTINGS_OF_PRODUCTS[name]()
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = seen()
+        with contextlib.suppress(KeyError), full_precision():
+            within = seen()
+            raise KeyError
+        after = seen()
+    assert (within["cuda"], within["oneDNN"]) == ("ieee", "ieee")
+    assert (within["older"], within["oldest"]) == ("highest", False)
+    assert not any(within[flag] for flag in ("float16", "bfloat16", "accumulation", "deterministic", "autocast"))
+    assert after == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has the older setting alone")
+def test_a_flag_that_inherits_goes_on_inheriting(restored):
+    torch.backends.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    with full_precision():
+        pass
+    assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
+    torch.backends.fp32_precision = "ieee"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"

@@ -1,0 +1,213 @@
+"""A trainer given as data: its own samples, collator, loss, size and schedule."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+import headstart as hs
+from conftest import tiny_llama, wrap
+from headstart.layers.find import lora_layers
+from headstart.processes import Processes
+from headstart.statistics.prepare import prepare
+from headstart.statistics.trainer import from_trainer, known_training
+
+ROWS = 11
+LENGTHS = [5 + (3 * row) % 7 for row in range(ROWS)]
+
+
+def rows(labels=True):
+    generator = torch.Generator().manual_seed(5)
+    ids = [torch.randint(1, 60, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [{"input_ids": row} | ({"labels": row} if labels else {}) for row in ids]
+
+
+def padded(features):
+    width = max(len(feature["input_ids"]) for feature in features)
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    for feature in features:
+        missing = width - len(feature["input_ids"])
+        batch["input_ids"].append(feature["input_ids"] + [0] * missing)
+        batch["attention_mask"].append([1] * (width - missing) + [0] * missing)
+        batch["labels"].append(feature["labels"] + [-100] * missing)
+    return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+def arguments(folder, **changes):
+    given = dict(output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=4)
+    return TrainingArguments(**(given | changes))
+
+
+def plain_trainer(folder, model, **changes):
+    names = ("compute_loss_func",)
+    more = {name: changes.pop(name) for name in names if name in changes}
+    data = Dataset.from_list([row | {"source": "a file"} for row in rows()])
+    return Trainer(model, arguments(folder, **changes), train_dataset=data, data_collator=padded, **more)
+
+
+def gradients(model, data, samples):
+    """Return the mean gradients that the verb would collect, by layer."""
+    layers = {target.name: target.module for target in lora_layers(model, "default")}
+    wanted = dict.fromkeys(layers, hs.Wants(gradient="exact"))
+    collector = prepare(
+        model,
+        layers,
+        wanted,
+        data.batches,
+        samples,
+        collator=data.collator,
+        batch_size=data.batch_size,
+        loss=data.loss,
+        single=data.single,
+        processes=Processes(),
+    )
+    (statistics,) = collector.passes()
+    return statistics.gradients
+
+
+def oracle(base, losses):
+    """Return the mean over samples of the gradient of each one's own loss, in float64."""
+    model = copy.deepcopy(base).double().eval()
+    weights = {name.removesuffix(".weight"): value for name, value in model.named_parameters() if "proj" in name}
+    total = {name: torch.zeros_like(value) for name, value in weights.items()}
+    for loss in losses:
+        for name, gradient in zip(weights, torch.autograd.grad(loss(model), list(weights.values())), strict=True):
+            total[name] += gradient / len(losses)
+    return total
+
+
+def assert_close(got, expected, tolerance=1e-4):
+    for name, gradient in got.items():
+        apart = float((gradient.double() - expected[name]).norm() / expected[name].norm())
+        assert apart < tolerance, (name, apart)
+
+
+def chosen(samples, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(ROWS, generator=generator)[:samples].tolist()
+
+
+def token_losses(model, row):
+    ids = torch.tensor([row["input_ids"]])
+    logits = model(input_ids=ids).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+
+
+def test_its_data_collator_and_the_models_own_loss(tmp_path):
+    base = tiny_llama()
+    model = wrap(copy.deepcopy(base))
+    trainer = plain_trainer(tmp_path, model)
+    data = from_trainer(trainer, 6, seed=3)
+    assert data.loss is None and data.batch_size == 4 and not data.single
+    expected = oracle(base, [lambda m, row=row: token_losses(m, rows()[row]).mean() for row in chosen(6, 3)])
+    assert_close(gradients(model, data, 6), expected)
+
+
+@pytest.mark.parametrize("kind", ["label smoothing", "compute_loss_func"])
+def test_its_own_loss(tmp_path, kind):
+    base = tiny_llama()
+    model = wrap(copy.deepcopy(base))
+
+    def squared(outputs, labels, num_items_in_batch=None):
+        return (outputs.logits[:, -1] ** 2).mean()
+
+    changes = {"label_smoothing_factor": 0.3} if kind == "label smoothing" else {"compute_loss_func": squared}
+    trainer = plain_trainer(tmp_path, model, **changes)
+    data = from_trainer(trainer, 5, seed=0)
+    assert data.loss is not None and data.single
+
+    def loss(m, row):
+        ids = torch.tensor([rows()[row]["input_ids"]])
+        logits = m(input_ids=ids).logits
+        if kind == "compute_loss_func":
+            return (logits[:, -1] ** 2).mean()
+        log_p = logits[0, :-1].log_softmax(-1)
+        nll = -log_p.gather(1, ids[0, 1:, None]).mean()
+        return 0.7 * nll - 0.3 * log_p.mean()
+
+    assert_close(gradients(model, data, 5), oracle(base, [lambda m, row=row: loss(m, row) for row in chosen(5)]))
+
+
+def test_the_verb_takes_it_and_leaves_the_trainer_as_it_was(tmp_path):
+    base = tiny_llama()
+    starts = []
+    for sampler in (1, 2):
+        model = wrap(copy.deepcopy(base))
+        trainer = plain_trainer(tmp_path, model, seed=sampler)
+        report = hs.initialize_(trainer.model, "lora-da:samples=5", data=trainer, progress=False)
+        assert report.samples == 5 and trainer.state.global_step == 0
+        starts.append({name: value.clone() for name, value in model.state_dict().items() if "lora_" in name})
+    # Neither the trainer's seed nor its sampler matter.
+    assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
+    # N is the size of the training set.
+    model = wrap(copy.deepcopy(base))
+    again = from_trainer(plain_trainer(tmp_path, model), 5, 0)
+    known = hs.TrainingData(again.batches, again.collator, again.batch_size, training=hs.Training(ROWS))
+    hs.initialize_(model, "lora-da:samples=5", data=known, progress=False)
+    assert all(torch.equal(value, starts[0][name]) for name, value in model.state_dict().items() if "lora_" in name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict(max_steps=50, learning_rate=2e-3), 2e-3),
+        (dict(max_steps=50, learning_rate=2e-3, warmup_steps=5), 4e-4),
+        (dict(num_train_epochs=10, learning_rate=1e-3, warmup_steps=0.5), 1e-3 / 10),
+    ],
+)
+def test_the_first_rate_of_its_schedule(tmp_path, changes, expected):
+    known = known_training(plain_trainer(tmp_path, wrap(tiny_llama()), **changes))
+    assert known.population == ROWS and math.isclose(known.first_lr, expected)
+    model = wrap(tiny_llama())
+    trainer = plain_trainer(tmp_path, model, **changes)
+    report = hs.initialize_(model, "lora-sb:samples=4", data=trainer, progress=False)
+    assert all(math.isclose(layer.info["lr"], expected) for layer in report.layers)
+
+
+def test_a_share_of_its_training_set(tmp_path):
+    model = wrap(tiny_llama())
+    report = hs.initialize_(model, "lora-sb:share=0.5", data=plain_trainer(tmp_path, model), progress=False)
+    assert report.samples == math.ceil(ROWS / 2)
+
+
+def test_starts_without_data_need_none_of_it(tmp_path):
+    model = wrap(tiny_llama())
+    trainer = Trainer(model, arguments(tmp_path), data_collator=padded)
+    assert hs.initialize_(model, "pissa", data=trainer, progress=False).samples == 0
+    with pytest.raises(hs.DataError, match="train_dataset"):
+        hs.initialize_(wrap(tiny_llama()), "lora-one:samples=2", data=trainer, progress=False)
+
+
+def test_its_own_collator_and_loss_are_not_mixed_with_others(tmp_path):
+    model = wrap(tiny_llama())
+    trainer = plain_trainer(tmp_path, model)
+    for given in (dict(collator=padded), dict(loss=lambda model, batch: model(**batch).loss)):
+        with pytest.raises(hs.DataError, match="its own collator and loss"):
+            hs.initialize_(model, "lora-one:samples=2", data=trainer, progress=False, **given)
+
+
+def test_a_loss_of_ones_own(tmp_path):
+    base = tiny_llama()
+    model = wrap(copy.deepcopy(base))
+    batches = [padded(rows()[:4]), padded(rows()[4:6])]
+
+    def distance(m, batch):
+        logits = m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return (logits[batch["attention_mask"] != 0] ** 2).mean()
+
+    hs.initialize_(model, "lora-one:samples=6", data=batches, loss=distance, progress=False)
+
+    def alone(m, row):
+        return (m(input_ids=torch.tensor([rows()[row]["input_ids"]])).logits ** 2).mean()
+
+    expected = oracle(base, [lambda m, row=row: alone(m, row) for row in range(6)])
+    for target in lora_layers(model, "default"):
+        U, S, Vh = torch.linalg.svd(-expected[target.name], full_matrices=False)
+        best = U[:, :4] * S[:4] @ Vh[:4] / S[0] / 128
+        product = target.module.lora_B["default"].weight @ target.module.lora_A["default"].weight
+        assert float((product.double() - best).norm() / best.norm()) < 1e-3

@@ -1,0 +1,232 @@
+"""Whatever stands around a model or its parts, a start is the same, and so is what is written and loaded."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import compile_regions
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+import headstart as hs
+from conftest import logits, perturb, tiny_llama, wrap
+from headstart.layers.find import lora_layers
+from headstart.layers.unwrap import looked_through, unwrapped
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path_factory.mktemp('group') / 'init'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def eager(module):
+    return torch.compile(module, backend="eager")
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_base(model):
+    model.base_model.model = eager(model.base_model.model)
+    return model
+
+
+def compiled_layers(model):
+    layers = model.base_model.model.model.layers
+    for place, layer in enumerate(layers):
+        layers[place] = eager(layer)
+    return model
+
+
+def compiled_projections(model):
+    for layer in model.base_model.model.model.layers:
+        layer.self_attn.q_proj = eager(layer.self_attn.q_proj)
+        layer.mlp.compile(backend="eager")
+    return model
+
+
+def regional(model):
+    return compile_regions(model, backend="eager")
+
+
+def prepared(model):
+    return Accelerator(cpu=True).prepare_model(model)
+
+
+def unwrapped_by_accelerate(model):
+    return Accelerator(cpu=True).unwrap_model(eager(DistributedDataParallel(model)))
+
+
+WRAPPERS = {
+    "none": lambda model: model,
+    "torch.compile": eager,
+    "model.compile": compiled_in_place,
+    "compiled base": compiled_base,
+    "compiled layers": compiled_layers,
+    "compiled projections": compiled_projections,
+    "regional": regional,
+    "DDP": DistributedDataParallel,
+    "DataParallel": DataParallel,
+    "prepared": prepared,
+    "unwrap_model": unwrapped_by_accelerate,
+    "compile(DDP)": lambda model: eager(DistributedDataParallel(model)),
+    "DDP(compile)": lambda model: DistributedDataParallel(eager(model)),
+    "compile(DDP(compiled layers))": lambda model: eager(DistributedDataParallel(compiled_layers(model))),
+    "regional(DDP)": lambda model: regional(DistributedDataParallel(model)),
+}
+
+
+@pytest.fixture(params=WRAPPERS)
+def around(request):
+    torch._dynamo.reset()
+    return WRAPPERS[request.param]
+
+
+def factors(model):
+    with unwrapped(model) as inside:
+        return {
+            (target.name, which): getattr(target.module, which)["default"].weight.detach().clone()
+            for target in lora_layers(inside, "default")
+            for which in ("lora_A", "lora_B")
+        }
+
+
+def train(model, batch, steps=2):
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.02)
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-ga:samples=4"])
+def test_a_start_is_the_same_inside_a_wrapper(method, around, batch):
+    reports = []
+    models = [wrap(tiny_llama()), around(wrap(tiny_llama()))]
+    for model in models:
+        data = [batch] if "samples" in method else None
+        reports.append(hs.initialize_(model, method, data=data, seed=3, progress=False))
+    expected, found = map(factors, models)
+    assert [layer.name for layer in reports[1].layers] == [layer.name for layer in reports[0].layers]
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_what_is_saved_is_what_runs(around, tmp_path, batch):
+    model = around(wrap(tiny_llama()))
+    hs.initialize_(model, "pissa", progress=False)
+    train(model, batch)
+    wanted = logits(model, batch)
+    hs.save_lora(model, tmp_path / "lora")
+    hs.save_checkpoint(model, tmp_path / "checkpoint")
+    for name in ("lora", "checkpoint"):
+        assert not [key for key in load_file(tmp_path / name / "adapter_model.safetensors") if "_orig_mod" in key]
+        assert "_orig_mod" not in (tmp_path / name / "adapter_config.json").read_text()
+    assert "_orig_mod" not in (tmp_path / "checkpoint" / "headstart.json").read_text()
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
+    assert (logits(loaded, batch) - wanted).norm() <= 1e-6 * wanted.norm()
+    loaded = hs.load_checkpoint(tiny_llama(), tmp_path / "checkpoint")
+    assert (logits(loaded, batch) - wanted).norm() <= 1e-6 * wanted.norm()
+    # And the wrapped model is one as before.
+    assert torch.equal(logits(model, batch), wanted)
+
+
+def test_a_checkpoint_is_loaded_into_a_wrapped_model(around, tmp_path, batch):
+    first = wrap(tiny_llama())
+    hs.initialize_(first, "pissa", progress=False)
+    perturb(first)
+    hs.save_checkpoint(first, tmp_path / "c")
+    model = around(wrap(tiny_llama()))
+    logits(model, batch)  # compiled for the layers as they were
+    hs.load_checkpoint(model, tmp_path / "c")
+    wanted = logits(first, batch)
+    assert (logits(model, batch) - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_what_a_trainer_saves_of_a_wrapped_model_is_read(around, tmp_path, batch):
+    model = around(wrap(tiny_llama()))
+    hs.initialize_(model, "pissa", progress=False)
+    train(model, batch)
+    inside = Accelerator(cpu=True).unwrap_model(model, keep_torch_compile=False)
+    inside.save_pretrained(tmp_path / "c")
+    wanted = logits(model, batch)
+    loaded = hs.load_checkpoint(tiny_llama(), tmp_path / "c")
+    assert (logits(loaded, batch) - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_lora_fa_and_decay_look_through(around, batch):
+    model = around(wrap(tiny_llama()))
+    hs.initialize_(model, "pissa", progress=False)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], weight_decay=0.1)
+    handle = hs.decay_to_anchor_(optimizer, model)
+    handle.remove()
+    hs.lora_fa_(model)
+    with unwrapped(model) as inside:
+        for target in lora_layers(inside, "default"):
+            assert not target.module.lora_A["default"].weight.requires_grad
+
+
+def test_a_core_comes_before_ddp_and_may_come_into_the_others(batch):
+    for around in (eager, DataParallel, compiled_layers):
+        hs.initialize_(around(wrap(tiny_llama())), "lora-xs", progress=False)
+    for around in (WRAPPERS["DDP"], WRAPPERS["compile(DDP)"]):
+        with pytest.raises(hs.LayerError, match="before it is wrapped"):
+            hs.initialize_(around(wrap(tiny_llama())), "lora-xs", progress=False)
+
+
+class Counting(nn.Module):
+    """A module that says whether it is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.compiled = []
+
+    def forward(self, x):
+        self.compiled.append(torch.compiler.is_compiling())
+        return self.inner(x)
+
+
+def test_within_the_block_nothing_is_compiled_and_after_it_everything_is():
+    torch._dynamo.reset()
+    part, alone = Counting(), Counting()
+    alone.compile(backend="eager")
+    model = nn.Sequential(eager(part), alone)
+    parts, call = list(model), alone._compiled_call_impl
+    with pytest.raises(KeyboardInterrupt), unwrapped(DataParallel(model)) as inside:
+        assert inside is model
+        assert list(model) == [part, alone]
+        assert len(looked_through()) == 1
+        model(torch.ones(1, 2))
+        raise KeyboardInterrupt
+    assert looked_through() == ()
+    assert part.compiled == alone.compiled == [False]
+    assert list(model) == parts
+    assert alone._compiled_call_impl is call
+
+
+def test_what_is_no_module_is_left_to_others():
+    with unwrapped("a name") as found:
+        assert found == "a name"
+
+
+def test_a_wrapped_model_can_be_copied_and_both_can_be_saved(tmp_path):
+    model = compiled_layers(wrap(tiny_llama()))
+    hs.initialize_(model, "lora", progress=False)
+    hs.save_lora(copy.deepcopy(model), tmp_path / "copy")
+    hs.save_lora(model, tmp_path / "model")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("copy", "model"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
