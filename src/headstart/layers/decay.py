@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers, resolve_adapter
-from headstart.layers.unwrap import unwrapped
 from headstart.layers.weights import laid_out
 
 # Besides those that say it of themselves: torch's own whose step multiplies weights by 1 - lr * weight_decay.
@@ -48,8 +48,8 @@ def decay_to_anchor_(optimizer: Any, model: nn.Module, adapter: str | None = Non
         MethodError: the optimizer does not hold the factors, does not decay them, mixes the decay into the gradient, or
             is pulled to this adapter's anchors already.
     """
-    with unwrapped(model) as inside:
-        pull = _Pull(inside, resolve_adapter(inside, adapter))
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    pull = _Pull(model, resolve_adapter(model, adapter))
     held = pull.anchors()
     if not held:
         raise LayerError(
