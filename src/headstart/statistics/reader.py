@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headstart.errors import BASE_PREFIX, DataError, not_finite
-from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, moved, single_sample, token_labels
+from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, moved, single_sample, take, token_labels
 from headstart.statistics.head import makes, plain_head, states_of, watched
 from headstart.statistics.losses import (
     OwnLoss,
@@ -37,7 +37,9 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 Way = Literal["own", "apart", "whole"]
 
 # Tokens of the sample on which the loss is found out.
-_WINDOW = 64
+_WINDOW = 32
+# Tokens that are read at once: so many that a processor isn't any faster with more.
+_TOKENS_AT_ONCE = {"cpu": 1024, "other": 2048}
 
 
 class Reader:
@@ -102,11 +104,12 @@ class Reader:
         samples = Samples(moved(samples.batch, self._device), samples.indices, samples.cut)
         if self._way is None:
             self._find_way(samples)
-        expected = self._expected(samples)
         names = {name: self._modules[name] for name in sums.shapes}
-        draws = drawn_from(self._seed + 7919 * samples.first, self._device)
-        with draws, tapped(names, sums.watch, self._scale):
-            self._accumulate(samples, sums, expected)
+        for part in self._parts(samples):
+            expected = self._expected(part)
+            draws = drawn_from(self._seed + 7919 * part.first, self._device)
+            with draws, tapped(names, sums.watch, self._scale):
+                self._accumulate(part, sums, expected)
 
     def run_layers(self, batch: Batch) -> None:
         """Run the model on a batch for what its layers see, up to its head where it has a plain one."""
@@ -253,6 +256,18 @@ class Reader:
         return tried(run, self._modules, self._scale, self._seed + draw, self._device, self._most)
 
     # Reading.
+
+    def _parts(self, samples: Samples) -> list[Samples]:
+        """Divide a batch of which every sample's own loss is computed: what its layers keep is most of the memory."""
+        labels = samples.batch.get("labels")
+        if self._way != "own" or not samples.cut or not isinstance(labels, Tensor):
+            return [samples]
+        most = max(
+            1, _TOKENS_AT_ONCE["cpu" if self._device.type == "cpu" else "other"] // max(1, _width(samples.batch))
+        )
+        count = -(-samples.size // most)
+        rows = [list(range(part * samples.size // count, (part + 1) * samples.size // count)) for part in range(count)]
+        return [Samples(take(samples.batch, part), tuple(samples.indices[row] for row in part)) for part in rows]
 
     def _accumulate(self, samples: Samples, sums: Sums, expected: Tensor | None = None) -> None:
         if self._way != "whole" and samples.cut:
@@ -412,6 +427,12 @@ class Reader:
     def _note(self, sentence: str) -> None:
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+
+def _width(batch: Batch) -> int:
+    """Return how many tokens the longest sample has, padding and all; 0 for what isn't tokens."""
+    widths = (batch.get(name) for name in ("input_ids", "inputs_embeds", "labels"))
+    return max((value.shape[1] for value in widths if isinstance(value, Tensor) and value.dim() > 1), default=0)
 
 
 def _most_padded(batch: Batch) -> int:
