@@ -136,6 +136,7 @@ def initialize_(
                 offload=offload,
                 seed=seed,
                 processes=processes,
+                adapter=layers[0].adapter,
             )
             size = population or known_length(data, collator, processes)
             collector = _collector(method, layers, data, size, collect)

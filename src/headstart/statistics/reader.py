@@ -237,17 +237,26 @@ class Reader:
         with watched(self._head) as call:
             outputs = self._model(**batch)
         loss, logits, labels = loss_of(outputs, 0), logits_of(outputs), batch.get("labels")
-        if self._way is None and isinstance(labels, Tensor) and logits is not None and logits.requires_grad:
-            (gradient,) = torch.autograd.grad(loss, [logits], retain_graph=True, allow_unused=True)
-            if gradient is not None:
-                tokens = token_labels(batch)
-                self._shifted = None if tokens is None else predicts_next(gradient, tokens)
-                if self._in_step_with is None:
-                    self._own = find_own_loss(loss.detach(), logits.detach(), gradient, labels)
-            if self._own is None or not self._own.of_tokens or not makes(self._head, call, logits, labels):
-                self._head = None
-            self._with_labels = self.encoder_decoder or self._own is None
+        if self._way is not None or not isinstance(labels, Tensor) or logits is None or not logits.requires_grad:
+            return self._with_loss(loss, size)
+        tokens = token_labels(batch)
+        if self._in_step_with is not None:
+            # A backward pass through the outputs alone would put the processes out of step.
+            if tokens is not None:
+                logits.register_hook(lambda gradient: self._notice_shift(gradient, tokens))
+            return self._with_loss(loss, size)
+        (gradient,) = torch.autograd.grad(loss, [logits], retain_graph=True, allow_unused=True)
+        if gradient is not None:
+            self._own = find_own_loss(loss.detach(), logits.detach(), gradient, labels)
+            if tokens is not None:
+                self._notice_shift(gradient, tokens)
+        if self._own is None or not self._own.of_tokens or not makes(self._head, call, logits, labels):
+            self._head = None
+        self._with_labels = self.encoder_decoder or self._own is None
         return self._with_loss(loss, size)
+
+    def _notice_shift(self, gradient: Tensor, labels: Tensor) -> None:
+        self._shifted = predicts_next(gradient, labels)
 
     def _read_on_trial(self, batch: Batch) -> Callable[[], Run]:
         return partial(self._run_own, batch, 1) if self._way == "own" else partial(self._examined, batch, 1)
