@@ -301,7 +301,7 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_read(folders, tmp
         stream_start(folder, "pissa", config_for("llama"), out)
     (out / "base").mkdir()
     with pytest.raises(CheckpointError, match="holds no residual model"):
-        stream_start(folder, "pissa", config_for("llama"), out, base="residual", force=True)
+        stream_start(folder, "pissa", config_for("llama"), out, form="residual", force=True)
 
 
 def test_files_are_written_as_the_library_writes_them(tmp_path):
