@@ -196,10 +196,11 @@ def pefts_eva(base, r=4, use_rslora=False, **changes):
 
 def test_spans_and_ranks_are_pefts_but_for_ties():
     """One batch over and over, so that PEFT's decomposition is exact. Layers that read the same input tie, and which
-    of them gets one rank more is left to a sort that keeps no order there; ours takes the earlier one."""
+    of them gets one rank more is left to a sort that keeps no order there; ours takes the earlier one. PEFT counts the
+    tokens that have a label; ours are those that predict one."""
     batch = token_batch(8, 24)
     theirs = get_eva_state_dict(pefts_eva(tiny_llama()), [batch], show_progress_bar=False)
-    layers = layers_of(wrap(tiny_llama()), [batch], tokens="labels")
+    layers = layers_of(wrap(tiny_llama()), [batch], tokens="own labels")
     method, ranks = hs.EVA(), {name: layer.r for name, layer in layers.items()}
     settled = method.settle({name: method.factors(layer) for name, layer in layers.items()}, ranks)
     by_input: dict[str, list[str]] = {}
