@@ -33,8 +33,8 @@ class CorDA(Method):
             is small; the report has its largest entry.
         samples: how many samples Z is a mean over.
         damping: relative to the mean of Z's diagonal.
-        tokens: Z is a mean over the tokens that the attention mask shows, or over those with a label. The published
-            code divides each sample's inputs by their largest entry first, and takes padding along.
+        tokens: Z is a mean over the tokens that the attention mask shows, or over those that predict a label. The
+            published code divides each sample's inputs by their largest entry first, and takes padding along.
     """
 
     source: ClassVar[str] = "CorDA (Yang et al. 2024), section 3"

@@ -42,7 +42,8 @@ class EVA(Method):
     Settings:
         samples: how many samples Z and m are means over.
         rho: how much larger a layer's rank may become.
-        tokens: means over the tokens with a label, or over all that the attention mask shows.
+        tokens: means over the tokens that predict a label (the published code's are those that have one), or over all
+            that the attention mask shows.
         whiten: divide row i by the root of the i-th singular value of the centred inputs (all tokens, not their mean).
         adjust_scaling: lora_alpha follows the rank, so that s stays; else s follows it, and lora_alpha stays.
     """
