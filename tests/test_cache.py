@@ -24,6 +24,7 @@ from headstart.cache.keys import _source_digest, _sources
 from headstart.cli import main
 from headstart.cli.cache import human_age, human_bytes, parse_age
 from headstart.errors import HeadstartError, HeadstartWarning
+from headstart.files import is_hidden
 from headstart.layers import weights
 from headstart.layers.weights import weight_digest
 from headstart.methods import Moments, get_method, method_class, method_names, parse_method
@@ -401,8 +402,11 @@ def test_what_killed_processes_left_goes(tmp_path):
     fetch(tmp_path, KEYS[:2])
     shard = entry_path(tmp_path, KEYS[0]).parent
     (tmp_path / "locks").mkdir(exist_ok=True)
-    old = [shard / ".a.tmp", tmp_path / ".b.tmp", tmp_path / "locks" / f"{KEYS[0]}.lock"]
-    young = [shard / ".c.tmp", tmp_path / "locks" / f"{KEYS[1]}.lock"]
+    # Another machine's locks may not be seen here, so that time has to tell.
+    elsewhere = f"00000000-{'0' * 16}.headstart"
+    assert is_hidden(f".a.{elsewhere}")
+    old = [shard / f".a.{elsewhere}", tmp_path / f".b.{elsewhere}", tmp_path / "locks" / f"{KEYS[0]}.lock"]
+    young = [shard / f".c.{elsewhere}", tmp_path / "locks" / f"{KEYS[1]}.lock"]
     foreign = [tmp_path / "notes.txt", shard / "notes.safetensors", tmp_path / "models" / "x.tmp"]
     foreign[2].parent.mkdir()
     for path in old + young + foreign:

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from cached import content, contents, factors_of, fetch, key_of
-from headstart.cache import FileDigests, Store, digests, store, weight_digest
+from headstart.cache import FileDigests, Store, digests, store
 from headstart.cache.entries import DamagedEntryError, decode, encode, entry_path
 from headstart.cache.eviction import evict, list_entries
 from headstart.cache.locks import held
 from headstart.files import is_hidden, write_whole
+from headstart.layers.weights import weight_digest
 from headstart.methods.base import Factors
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes of these tests are forks")

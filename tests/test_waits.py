@@ -11,10 +11,12 @@ import socket
 import threading
 import time
 import warnings
+from concurrent.futures.thread import BrokenThreadPool
 from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from filelock import Timeout
 from peft import LoraConfig
@@ -26,6 +28,7 @@ from headstart.cache import locks, store
 from headstart.cache.entries import encode, entry_path
 from headstart.cache.locks import Patience, duration, held, owner, take_lock
 from headstart.files import write_whole
+from headstart.linalg.lowrank import adam_lowrank
 from headstart.processes import Processes
 from headstart.stream import run, stream_start
 from headstart.stream.parts import Work
@@ -177,6 +180,24 @@ def test_a_process_that_does_not_come_is_a_sentence(tmp_path):
     for process in started:
         process.kill()
     assert re.match(r"process 0 waited \d+ s for 1 other process: .*Timed out", sentence)
+
+
+# Threads.
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_threads_that_cannot_begin_are_not_waited_for(monkeypatch):
+    plain = torch.set_num_threads
+
+    def fails(count):
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("no thread can be had")
+        plain(count)
+
+    monkeypatch.setattr(torch, "set_num_threads", fails)
+    W, A, B = torch.randn(2, 6, 5), torch.randn(2, 2, 5), torch.randn(2, 6, 2)
+    with pytest.raises(BrokenThreadPool):
+        adam_lowrank(W, A, B, steps=3)
 
 
 # Locks.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Event
 from typing import Literal
 
@@ -21,6 +21,8 @@ from headstart.linalg.adam import Path, Schedule, Stop, descend
 from headstart.linalg.norms import in_double, squared_norm
 from headstart.linalg.precision import double, solving_device
 from headstart.linalg.svd import TruncatedSVD
+
+_CHECK_SECONDS = 1.0
 
 Gauge = Literal["balanced", "aligned", "flow", "random"]
 
@@ -171,7 +173,14 @@ def _run_all(
             try:
                 ended = 0
                 while ended < len(futures):
-                    i, step = messages.get()
+                    try:
+                        i, step = messages.get(timeout=_CHECK_SECONDS)
+                    except Empty:
+                        # A thread that could not begin says nothing, but for its error.
+                        for future in futures:
+                            if future.done():
+                                future.result()
+                        continue
                     if step < 0:
                         ended, step = ended + 1, steps
                         futures[i].result()
