@@ -28,12 +28,14 @@ def factors_of(key, r=2, d_out=5, d_in=7):
         A,
         B,
         core,
-        offset="keep" if number % 3 else "subtract",
         info=info,
         note="a note: é",
         repair=f"repair {number}",
         frozen=("lora_A",) if number % 2 else (),
         history=((0, 0.1 * number), (100, 1e-300)),
+        spare=torch.randn(1, d_in, generator=generator) if number % 5 else None,
+        worth=(0.1 * number, 1e-300),
+        keeps="alpha" if number % 3 else "scaling",
     )
 
 

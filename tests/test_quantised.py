@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch.nn import functional
 
 import headstart as hs
-from conftest import perturb, tiny_llama, token_batch, wrap
+from conftest import factors_of, perturb, tiny_llama, token_batch, wrap
 from headstart.errors import HeadstartWarning, LayerError
 from headstart.layers.find import lora_layers
 from headstart.layers.weights import dense
@@ -113,7 +113,7 @@ def test_the_factors_are_those_of_the_dequantised_model(folder, bits, method):
     assert torch.allclose(trained_logits(model, batch), trained_logits(twin, batch), atol=2e-3)
     for mine, theirs in zip(lora_layers(model, "default"), lora_layers(twin, "default"), strict=True):
         ours, plain = (
-            each.module.get_delta_weight("default")
+            torch.matmul(*reversed(factors_of(each.module)))
             if method[:7] not in ("lora-xs", "lora-sb")
             else each.module.lora_variant["default"].delta(each.module, "default")
             for each in (mine, theirs)

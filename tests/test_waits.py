@@ -23,8 +23,9 @@ import headstart as hs
 from cached import contents, factors_of, fetch, key_of
 from conftest import tiny_llama
 from headstart.cache import locks, store
-from headstart.cache.entries import encode, entry_path, write_whole
+from headstart.cache.entries import encode, entry_path
 from headstart.cache.locks import Patience, duration, held, owner, take_lock
+from headstart.files import write_whole
 from headstart.processes import Processes
 from headstart.stream import run, stream_start
 from headstart.stream.parts import Work
@@ -107,7 +108,7 @@ def test_what_is_computed_here_for_long_is_no_wait(tmp_path, monkeypatch):
 
 def streamed(folder, out):
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    report = stream_start(folder, "pissa", config, out, cache=False, progress=False, base="residual")
+    report = stream_start(folder, "pissa", config, out, cache=False, progress=False, form="residual")
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     return report, files
 
@@ -136,14 +137,16 @@ def test_pieces_that_another_process_never_finishes_are_made_here(pieces, tmp_pa
 
 
 def test_what_is_made_without_a_lock_goes_to_a_file_of_its_own(tmp_path):
-    work = Work(tmp_path / "out", {})
-    work.create()
-    with work._partial(work.file("a")) as first:
-        first.touch()
-    work.disregard("a", 1.0)
-    with work._partial(work.file("a")) as second:
-        second.touch()
-    assert first != second and str(os.getpid()) in second.name
+    one, other = Work(tmp_path / "out", {}), Work(tmp_path / "out", {})
+    one.create()
+    other.disregard("a", 1.0)
+    with one.claim("a") as first, other.claim("a") as second:
+        assert first and second
+        with one._partial(one.file("a")) as mine, other._partial(other.file("a")) as theirs:
+            assert mine != theirs
+            mine.write_text("one")
+            theirs.write_text("one")
+    assert one.file("a").read_text() == "one"
 
 
 # Processes that PyTorch's process group joins.

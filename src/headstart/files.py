@@ -36,6 +36,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _SUFFIX = ".headstart"
+_ATTEMPTS = 5
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _HIDDEN = re.compile(rf"\..*\.(?P<host>[0-9a-f]{{8}})-[0-9a-f]{{16}}{re.escape(_SUFFIX)}", re.DOTALL)
 # Where no lock tells whether the writer lives: no single file or folder takes this long.
@@ -199,7 +200,7 @@ def _hidden(place: Path, name: str, *, folder: bool) -> Iterator[Path]:
     # A file system's names have 255 bytes.
     stem = name.encode()[:150].decode(errors="ignore")
     lock: int | None = None
-    while True:
+    for attempt in range(_ATTEMPTS):
         work = place / f".{stem}.{_HOST}-{uuid.uuid4().hex[:16]}{_SUFFIX}"
         if folder:
             work.mkdir(mode=0o700)
@@ -208,8 +209,10 @@ def _hidden(place: Path, name: str, *, folder: bool) -> Iterator[Path]:
         try:
             lock = _locked(work)
         except BlockingIOError:  # somebody takes it for a dead process's, before it could be locked, and removes it
-            continue
-        if work.exists():
+            if attempt < _ATTEMPTS - 1:
+                continue
+            lock = None  # or there are no locks to be had here
+        if work.exists() or attempt == _ATTEMPTS - 1:
             break
         _unlock(lock)
     try:

@@ -157,7 +157,6 @@ class Work:
             waited: seconds that were waited for it.
         """
         self._disregarded.add(name)
-        # The other may be another command's process of the same number.
         return (
             f"waited {duration(waited)} for {name} in {self.folder}, which is being made by {owner(self._lock(name))}: "
             "it is made here as well."
