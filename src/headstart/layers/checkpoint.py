@@ -181,6 +181,9 @@ def _with_adapter(model: Any, config: LoraConfig, adapter: str, undo: ExitStack)
 
 
 def _drop_adapter(model: Any, adapter: str) -> None:
+    if isinstance(model, PeftModel) and adapter in model.peft_config:
+        model.delete_adapter(adapter)
+        return
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.delete_adapter(adapter)
