@@ -79,3 +79,5 @@ def test_killed_starts_leave_a_whole_folder_or_none(start, tmp_path, monkeypatch
             assert contents(out) == expected
     run(start, base, out, cache)
     assert contents(out) == expected
+    # Nothing that killed processes left is still there.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "cache", "out", "reference"]

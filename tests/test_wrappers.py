@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import compile_regions
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -175,6 +175,35 @@ def test_an_anchored_checkpoint_is_loaded_into_a_compiled_model_without_a_start(
     logits(model, batch)
     hs.load_checkpoint(model, tmp_path / "c")
     same(logits(model, batch), logits(first, batch))
+
+
+@pytest.mark.parametrize("compiled", ["base", "layers"])
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], "all-linear"])
+def test_what_was_compiled_before_peft_wrapped_it(targets, compiled, tmp_path, batch):
+    """PEFT then takes the wrappers' names for the layers', in its config as well."""
+    torch._dynamo.reset()
+
+    def base():
+        model = tiny()
+        if compiled == "base":
+            return eager(model)
+        model.model.layers[0] = eager(model.model.layers[0])
+        return model
+
+    torch.manual_seed(1)
+    model = get_peft_model(base(), LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    hs.initialize_(model, "pissa", progress=False)
+    perturb(model)
+    wanted = logits(model, batch)
+    hs.save_lora(model, tmp_path / "lora")
+    hs.save_checkpoint(model, tmp_path / "checkpoint")
+    model.save_pretrained(tmp_path / "peft")
+    same(logits(PeftModel.from_pretrained(tiny(), tmp_path / "lora"), batch), wanted)
+    for name in ("checkpoint", "peft"):
+        same(logits(hs.load_checkpoint(tiny(), tmp_path / name), batch), wanted)
+    same(logits(hs.load_checkpoint(base(), tmp_path / "checkpoint"), batch), wanted)
+    assert not [file for file in (tmp_path / "checkpoint").iterdir() if b"_orig_mod" in file.read_bytes()]
+    assert not [file for file in (tmp_path / "lora").iterdir() if b"_orig_mod" in file.read_bytes()]
 
 
 def test_a_core_comes_before_ddp_and_may_come_into_the_others(batch):

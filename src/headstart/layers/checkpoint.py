@@ -21,7 +21,7 @@ from headstart.layers.adapter import AdapterLayer, split
 from headstart.layers.anchored import anchors, drop_anchors, set_anchors
 from headstart.layers.base_check import check_shapes, check_weights
 from headstart.layers.core import core_of, drop_core, form_of, set_core
-from headstart.layers.export import adapter_tensors, one_writes, portable_config, save_config
+from headstart.layers.export import adapter_tensors, one_writes, plainly_named, portable_config, save_config
 from headstart.layers.files import (
     ADAPTER_FOLDER,
     CONFIG,
@@ -183,6 +183,9 @@ def _with_adapter(model: Any, config: LoraConfig, adapter: str, undo: ExitStack)
 
 
 def _drop_adapter(model: Any, adapter: str) -> None:
+    if isinstance(model, PeftModel) and adapter in model.peft_config:
+        model.delete_adapter(adapter)
+        return
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.delete_adapter(adapter)
@@ -281,7 +284,7 @@ def _read_config(folder: Path) -> LoraConfig:
     content = read_json(folder / CONFIG)
     if content.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder / CONFIG} has peft_type {content.get('peft_type')!r}; headstart reads LORA.")
-    config: LoraConfig = LoraConfig.from_pretrained(str(folder))
+    config = plainly_named(LoraConfig.from_pretrained(str(folder)))
     # What it holds says that unaware programs must not load it; here the layers are made plain and then anchored.
     config.init_lora_weights = True
     return config

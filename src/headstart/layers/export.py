@@ -25,7 +25,7 @@ from headstart.layers.files import (
     write_tensors,
 )
 from headstart.layers.find import resolve_adapter
-from headstart.layers.unwrap import looks_through
+from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.weights import product, whole
 from headstart.processes import Processes, is_sharded, together
 
@@ -159,7 +159,7 @@ def one_writes(model: nn.Module) -> Iterator[bool]:
 
 def portable_config(model: Any, adapter: str) -> LoraConfig:
     """Return a copy of an adapter's config that names the base model's class, as PEFT's own saving does."""
-    config: Any = copy.deepcopy(model.peft_config[adapter])
+    config: Any = plainly_named(copy.deepcopy(model.peft_config[adapter]))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
@@ -168,6 +168,14 @@ def portable_config(model: Any, adapter: str) -> LoraConfig:
             "base_model_class": type(base).__name__,
             "parent_library": type(base).__module__,
         }
+    return config
+
+
+def plainly_named(config: LoraConfig) -> LoraConfig:
+    """Take out of the names that PEFT resolved "all-linear" to what ``torch.compile`` had put into them."""
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(names := getattr(config, field, None), (set, list)):
+            setattr(config, field, type(names)(map(plain_name, names)))
     return config
 
 
