@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("spectral", "gradient", "lora_da", "memory", "sketch", "layers", "bfloat16", "inilora")
+ALL = ("spectral", "gradient", "lora_da", "memory", "sketch", "layers", "differences", "bfloat16", "inilora")
 
 for name in sys.argv[1:] or ALL:
     if name not in ALL:
