@@ -315,6 +315,24 @@ def test_first_and_second_derivatives_are_those_of_the_formula(shape):
         torch.testing.assert_close(mine, dense)
 
 
+def test_a_gradient_for_each_sample_by_function_transforms():
+    model = get_peft_model(nn.Sequential(nn.Linear(5, 4)), LoraConfig(r=2, target_modules=["0"]))
+    hs.initialize_(model, "pissa", progress=False)
+    perturb(model, scale=0.3)
+    factors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+
+    def loss(factors, row):
+        return torch.func.functional_call(model, factors, (row[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(factors, x)
+    for row in range(3):
+        model.zero_grad()
+        model(x[row : row + 1]).square().sum().backward()
+        for name in factors:
+            torch.testing.assert_close(found[name][row], model.get_parameter(name).grad)
+
+
 def test_no_tokens_at_all_train_like_any_others():
     model = get_peft_model(nn.Sequential(nn.Linear(16, 24)), LoraConfig(r=4, target_modules=["0"]))
     hs.initialize_(model, "pissa")

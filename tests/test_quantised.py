@@ -224,3 +224,46 @@ def test_another_base_is_refused_quantised_or_not(bits, folder, tmp_path):
     with pytest.raises(hs.CheckpointError, match="but other weights"):
         hs.load_checkpoint(other, tmp_path / "c")
     hs.load_checkpoint(other, tmp_path / "c", check_base=False)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("method", ["pissa", "lora-xs:std=0.5"])
+def test_forms_are_built_from_the_config_on_bitsandbytes_layers(folder, bits, method, tmp_path):
+    """Whose classes find a layer's variant in a way of their own."""
+    batch = token_batch()
+    model = wrap(quantised(folder, bits))
+    hs.initialize_(model, method, progress=False)
+    expected = trained_logits(model, batch)
+    hs.save_checkpoint(model, tmp_path / "c")
+    found = PeftModel.from_pretrained(quantised(folder, bits), tmp_path / "c", is_trainable=True)
+    torch.testing.assert_close(trained_logits(found, batch), expected)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, value in list(model.named_parameters()):
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(value.data)
+    model.set_adapter("ref")
+    torch.testing.assert_close(trained_logits(model, batch), expected)
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora-xs:std=0.5"])
+def test_qlora_with_factors_in_half_precision(folder, method, tmp_path):
+    """What trains is cast after the start, as TRL does; base, anchors and frozen factors stay as they are."""
+    batch = token_batch()
+    model = wrap(quantised(folder, "4-bit"))
+    hs.initialize_(model, method, progress=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.train()
+    model(**batch).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter -= 0.1 * parameter.grad
+    hs.save_lora(model, tmp_path / "a")
+    plain = PeftModel.from_pretrained(quantised(folder, "4-bit"), tmp_path / "a")
+    found, expected = trained_logits(plain, batch), trained_logits(model, batch)
+    base = trained_logits(quantised(folder, "4-bit"), batch)
+    # The model rounds its activations to bfloat16, the plain adapter is computed in float32.
+    assert (found - expected).norm() < 0.02 * (expected - base).norm()

@@ -336,4 +336,4 @@ def test_the_code_of_the_page_runs(block, tmp_path, monkeypatch):
 
 
 def test_the_page_has_code():
-    assert len(BLOCKS) >= 5
+    assert len(BLOCKS) >= 6

@@ -148,6 +148,38 @@ def test_compiled_from_the_first_pass(form, batch):
 
 
 @pytest.mark.parametrize("form", FORMED)
+@pytest.mark.parametrize("broken", [False, True], ids=["whole", "with a graph break in the base layer"])
+def test_a_compiled_layer_in_a_model_that_is_not(form, broken, batch):
+    model = started(tiny_llama(), FORMED[form], target_modules=["q_proj"]).eval()
+    expected = logits(model, batch)
+    for target in lora_layers(model, "default"):
+        base = target.module.get_base_layer()
+        if broken:
+            known = base.forward
+
+            def forward(x, known=known):
+                torch._dynamo.graph_break()
+                return known(x)
+
+            base.forward = forward
+        target.module.forward = torch.compile(target.module.forward, backend="eager")
+    for _ in range(2):
+        assert torch.allclose(logits(model, batch), expected, atol=1e-5)
+        model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize("form", FORMED)
+def test_a_compiled_model_that_breaks_inside_its_layers(form, batch):
+    model = started(tiny_llama(), FORMED[form], target_modules=["q_proj"]).eval()
+    expected = logits(model, batch)
+    for target in lora_layers(model, "default"):
+        target.module.lora_dropout["default"].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        assert torch.allclose(compiled(**batch).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMED)
 def test_copies_and_threads(form, batch):
     """A copy is watched by itself; replicas in threads share what is noted, each its own call."""
     model = started(tiny_llama(), FORMED[form])

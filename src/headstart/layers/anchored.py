@@ -38,17 +38,21 @@ class Formed(LoraVariant):
 
     Attributes:
         has_run: whether the layer has ever computed with it.
+        compiled: whether it has in compiled code, where calls can't be told apart.
         running: the threads in which it has, in a call that isn't over; see :mod:`headstart.layers.watch`.
     """
 
     def __init__(self) -> None:
         self.has_run = False
+        self.compiled = False
         self.running: set[int] = set()
 
     def note_run(self) -> None:
         """Note that the layer computes with this form."""
         self.has_run = True
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.compiled = True
+        else:
             self.running.add(threading.get_ident())
 
     def init(self, module: LoraLayer, adapter_name: str, **_: Any) -> None:

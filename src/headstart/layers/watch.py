@@ -54,7 +54,7 @@ class _Calls:
         self.adapter, self.name, self.variant = adapter, name, variant
 
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.variant.compiled:
             return
         if module.lora_variant.get(self.adapter) is not self.variant:
             self.handle.remove()
