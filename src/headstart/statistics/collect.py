@@ -175,7 +175,7 @@ class Collector:
             chunks = [
                 chunk if row is None else Samples(self._reader.alone(chunk.batch, row), (chunk.indices[row],))
                 for chunk in chunks
-                for row in _rows(chunk)
+                for row in _rows(chunk, whole=False)
             ]
         return (chunks if divided else self._processes.share(chunks)), chunks[0]
 
@@ -184,7 +184,8 @@ class Collector:
 
         The longest sample shows most; a second one of another length, what holds for all lengths.
         """
-        rows = [(chunk, row) for chunk in self._chunks or [self._spare] for row in _rows(chunk)]
+        chunks = self._chunks or [self._spare]
+        rows = [(chunk, row) for chunk in chunks for row in _rows(chunk, whole=self._reader.probes_batches)]
         lengths = [
             _tokens({key: value if row is None else value[row : row + 1] for key, value in _masks(chunk)})
             for chunk, row in rows
@@ -279,9 +280,9 @@ def _floats(shape: Shape) -> int:
     return gradient[wanted.gradient] + outputs[wanted.outputs]
 
 
-def _rows(chunk: Samples) -> Sequence[int | None]:
-    """Return the rows of a batch's samples, None for a batch that can't be cut."""
-    return range(chunk.size) if chunk.cut else (None,)
+def _rows(chunk: Samples, *, whole: bool) -> Sequence[int | None]:
+    """Return the rows of a batch's samples, None for a batch that can't, or mustn't, be cut."""
+    return range(chunk.size) if chunk.cut and not whole else (None,)
 
 
 def _masks(chunk: Samples) -> list[tuple[str, Tensor]]:

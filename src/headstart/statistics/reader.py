@@ -97,7 +97,12 @@ class Reader:
     @property
     def keeps_batches(self) -> bool:
         """Whether batches mean something, so that samples mustn't be put together in others."""
-        return self.encoder_decoder or self._whole or self._loss is not None
+        return self.encoder_decoder or self.probes_batches
+
+    @property
+    def probes_batches(self) -> bool:
+        """Whether a sample alone may be more than the loss can be computed of."""
+        return self._whole or self._loss is not None
 
     def read(self, samples: Samples, sums: Sums) -> None:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
