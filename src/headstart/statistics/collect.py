@@ -24,7 +24,8 @@ from headstart.statistics.plan import Need, Plan, make_plan, parse_bytes
 from headstart.statistics.probe import InputsSeen, inputs_seen
 from headstart.statistics.processes import Processes, digest, in_step, is_sharded, together
 from headstart.statistics.quiet import active_beside, adapters_off, drawn_from, dropout_off, frozen
-from headstart.statistics.reader import Loss, Reader
+from headstart.statistics.reader import Reader
+from headstart.statistics.runs import Loss
 from headstart.statistics.sums import Shape, Sums
 
 Progress = Callable[[str, int, int], None]
