@@ -31,7 +31,7 @@ from headstart.solve import check, check_weights, settled, solve
 from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Reading, collect
 from headstart.statistics.plan import parse_bytes
-from headstart.statistics.reader import Loss
+from headstart.statistics.runs import Loss
 from headstart.statistics.trainer import from_trainer, known_training
 from headstart.statistics.training import TrainingData
 

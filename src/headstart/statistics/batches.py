@@ -122,6 +122,9 @@ def token_labels(batch: Batch) -> Tensor | None:
 def single_sample(batch: Batch, index: int, *, encoder_decoder: bool = False) -> Batch:
     """Return one sample of a batch, without its padding where ``attention_mask`` tells what that is.
 
+    The padding stays where the batch holds other numbers than token ids, masks and embeddings that are as wide as the
+    tokens: an image's, for all that is known.
+
     With ``encoder_decoder``, labels and all that begins with ``decoder_`` lie along a decoder's tokens, and end where
     the last label or the decoder's own mask does.
     """
@@ -218,10 +221,16 @@ def _trim(batch: Batch, mask_name: str, names: tuple[str, ...], *, with_labels: 
         kept = (labels[0] != IGNORED).nonzero().flatten()
         if len(kept):
             low, high = min(low, int(kept[0])), max(high, int(kept[-1]) + 1)
-    for name in names:
-        value = batch[name]
-        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == width:
-            batch[name] = value[:, low:high]
+    along = [name for name in names if isinstance(batch[name], Tensor) and batch[name].shape[1:2] == (width,)]
+    if any(batch[name].is_floating_point() and not _is_of_tokens(name) for name in along):
+        # As wide as the tokens by chance, or along them: as it may be either, nothing is cut.
+        return
+    for name in along:
+        batch[name] = batch[name][:, low:high]
+
+
+def _is_of_tokens(name: str) -> bool:
+    return name.endswith(("mask", "inputs_embeds", "labels"))
 
 
 def _collated(data: Iterable[Any], collator: Collator, batch_size: int) -> Iterator[Mapping[str, Any]]:

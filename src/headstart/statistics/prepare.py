@@ -24,7 +24,8 @@ from headstart.statistics.masks import Layout, Tokens, layout_of
 from headstart.statistics.plan import Need, make_plan, parse_bytes
 from headstart.statistics.probe import InputsSeen, inputs_seen
 from headstart.statistics.quiet import active_beside, drawn_from, quiet
-from headstart.statistics.reader import Loss, Reader
+from headstart.statistics.reader import Reader
+from headstart.statistics.runs import Loss
 from headstart.statistics.sums import Shape
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def _share(
         chunks = [
             chunk if row is None else Samples(reader.alone(chunk.batch, row), (chunk.indices[row],))
             for chunk in chunks
-            for row in _rows(chunk)
+            for row in _rows(chunk, whole=False)
         ]
     return (chunks if divided else processes.share(chunks)), chunks[0]
 
@@ -154,7 +155,7 @@ def _probe(
 
     The longest sample shows most; a second one of another length, what holds for all lengths.
     """
-    rows = [(chunk, row) for chunk in chunks for row in _rows(chunk)]
+    rows = [(chunk, row) for chunk in chunks for row in _rows(chunk, whole=reader.probes_batches)]
     lengths = [
         _tokens({key: value if row is None else value[row : row + 1] for key, value in _masks(chunk)})
         for chunk, row in rows
@@ -203,9 +204,9 @@ def _floats(shape: Shape) -> int:
     return gradient[wanted.gradient] + outputs[wanted.outputs]
 
 
-def _rows(chunk: Samples) -> Sequence[int | None]:
-    """Return the rows of a batch's samples, None for a batch that can't be cut."""
-    return range(chunk.size) if chunk.cut else (None,)
+def _rows(chunk: Samples, *, whole: bool) -> Sequence[int | None]:
+    """Return the rows of a batch's samples, None for a batch that can't, or mustn't, be cut."""
+    return range(chunk.size) if chunk.cut and not whole else (None,)
 
 
 def _masks(chunk: Samples) -> list[tuple[str, Tensor]]:

@@ -9,31 +9,23 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from headstart.errors import BASE_PREFIX, DataError, not_finite
 from headstart.layers.weights import model_device
 from headstart.processes import Processes
-from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, moved, single_sample, take, token_labels
-from headstart.statistics.head import makes, plain_head, states_of, watched
+from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, moved, single_sample, take
 from headstart.statistics.losses import (
-    OwnLoss,
-    find_own_loss,
-    logits_of,
     loss_of,
     only_first_label,
-    predicted,
-    predicts_next,
 )
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.quiet import drawn_from
+from headstart.statistics.runs import Loss, Runs
 from headstart.statistics.scale import LossScale
 from headstart.statistics.sums import Regroup, Sums
 from headstart.statistics.tap import tapped
 from headstart.statistics.trial import Run, Seen, rounding, tried
 
-# (model, batch) -> loss, a scalar.
-Loss = Callable[[nn.Module, Batch], Tensor]
 # Samples' own losses from the outputs of a whole batch; one sample at a time; batches as wholes, with their own loss.
 Way = Literal["own", "apart", "whole"]
 
@@ -79,18 +71,11 @@ class Reader:
         self._loss = loss
         self._whole = whole
         self._seed = seed
-        config = getattr(model, "config", None)
-        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        self._longest = getattr(config, "max_position_embeddings", None) or math.inf
+        self._runs = Runs(model, modules, loss=loss, in_step=in_step_with is not None)
         self._in_step_with = in_step_with
         self._scale = LossScale()
         self._way: Way | None = None
         self._why = "the loss of the first sample is not finite"
-        self._own: OwnLoss | None = None
-        self._head = plain_head(model, set(modules.values())) if in_step_with is None and loss is None else None
-        self._with_labels = True
-        # Whether positions predict the label of the next token; None where that can't be told.
-        self._shifted: bool | None = None
         # Whether a batch, and a padded one, was found to give its samples' outputs.
         self._agreed = {False: False, True: False}
         self.notes: list[str] = []
@@ -101,9 +86,24 @@ class Reader:
         return self._device
 
     @property
+    def encoder_decoder(self) -> bool:
+        """Whether labels lie along a decoder."""
+        return self._runs.encoder_decoder
+
+    @property
+    def predicts_next(self) -> bool:
+        """Whether positions predict the label of the next token, as far as that was found out."""
+        return bool(self._runs.shifted) and not self.encoder_decoder
+
+    @property
     def keeps_batches(self) -> bool:
         """Whether batches mean something, so that samples mustn't be put together in others."""
-        return self.encoder_decoder or self._whole or self._loss is not None
+        return self._runs.encoder_decoder or self.probes_batches
+
+    @property
+    def probes_batches(self) -> bool:
+        """Whether a sample alone may be more than the loss can be computed of."""
+        return self._whole or self._loss is not None
 
     def read(self, samples: Samples, sums: Sums) -> None:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
@@ -116,43 +116,32 @@ class Reader:
             with draws, tapped(names, sums.watch, self._scale):
                 self._accumulate(part, sums, expected)
 
-    def run_layers(self, batch: Batch) -> None:
-        """Run the model on a batch for what its layers see, up to its head where it has a plain one."""
-        with torch.no_grad(), drawn_from(self._seed, self._device):
-            batch = self._given(moved(batch, self._device))
-            if self._loss is not None:
-                self._loss(self._model, batch)
-            elif self._head is not None:
-                states_of(self._model, self._head, batch)
-            else:
-                self._model(**batch)
-
-    def alone(self, batch: Batch, row: int) -> Batch:
-        """Return one sample of a batch without its padding."""
-        return single_sample(batch, row, encoder_decoder=self.encoder_decoder)
-
-    @property
-    def predicts_next(self) -> bool:
-        """Whether positions predict the label of the next token, as far as that was found out."""
-        return bool(self._shifted) and not self.encoder_decoder
-
     def learn(self, samples: Samples) -> None:
         """Find out what the model's loss is, from one sample, where that isn't known yet."""
         if self._way is None:
             self._find_way(samples)
+
+    def run_layers(self, batch: Batch) -> None:
+        """Run the model on a batch for what its layers see."""
+        with torch.no_grad(), drawn_from(self._seed, self._device):
+            self._runs.layers(moved(batch, self._device))
+
+    def alone(self, batch: Batch, row: int) -> Batch:
+        """Return one sample of a batch without its padding."""
+        return single_sample(batch, row, encoder_decoder=self._runs.encoder_decoder)
 
     # Finding out how to read.
 
     def _find_way(self, samples: Samples) -> None:
         one = self._sample_on_trial(samples)
         try:
-            first = self._tried(partial(self._examined, one, 1), 0)
+            first = self._tried(partial(self._runs.examined, one), 0)
         except Exception:
             if self._loss is None or not samples.cut or samples.size == 1:
                 raise
             # Such as a loss of pairs that lie one after the other: a genuine fault shows on the whole batch as well.
             self._read_whole("the loss can't be computed of a sample alone")
-            one, first = samples.batch, self._tried(partial(self._examined, samples.batch, 1), 0)
+            one, first = samples.batch, self._tried(partial(self._runs.whole, samples.batch, 1), 0)
         if self._any(not math.isfinite(first.loss)):
             return  # reading the sample will say so
         if self._way is None:
@@ -163,21 +152,21 @@ class Reader:
             return
         if self._way == "own":
             self._read_apart("the loss is not a function of the logits that the model returns")
-            second = self._tried(partial(self._examined, one, 1), 2)
+            second = self._tried(partial(self._runs.whole, one, 1), 2)
             if first.is_like(second, tolerance):
                 return
         self._random(first, second, samples)
 
     def _tried_without_labels(self, one: Batch, first: Seen, tolerance: float) -> Seen | None:
         """Read without labels, so that the model doesn't compute its own loss as well; None where that won't do."""
-        if self._way != "own" or self._with_labels:
+        if self._way != "own" or self._runs.with_labels:
             return None
         try:
             second = self._tried(self._read_on_trial(one), 1)
         except Exception:  # whatever a model says that can't do without its labels
             second = None
         if second is None or not first.is_like(second, tolerance):
-            self._with_labels = True
+            self._runs.with_labels = True
             return None
         return second
 
@@ -192,14 +181,14 @@ class Reader:
 
     def _choose(self, samples: Samples, first: Seen) -> None:
         if self._whole or not samples.cut:
-            if self._own is not None and not self._whole:
+            if self._runs.own is not None and not self._whole:
                 self._way = "own"
                 return
             self._way = "whole"
             if not self._whole:
                 self.note("the samples of a batch can't be told apart, so each batch was read as a whole")
             return
-        if self._own is not None:
+        if self._runs.own is not None:
             self._way = "own"
             return
         if self._in_step_with is None and self._compares_samples(samples, first):
@@ -215,7 +204,7 @@ class Reader:
         if samples.size == 1:
             return False
         if first.flat:
-            return not self._tried(partial(self._examined, samples.batch, 1), 0).flat
+            return not self._tried(partial(self._runs.whole, samples.batch, 1), 0).flat
         if self._loss is not None or not samples.batch.get("return_loss"):
             return False
         # So contrastive models are asked for their loss, which has no labels.
@@ -236,7 +225,7 @@ class Reader:
         enough = [row for row in range(samples.size) if int(counts[row, 1]) > 1] or [int(counts[:, 1].argmax())]
         one = self.alone(samples.batch, min(enough, key=lambda row: widths[row]))
         labels = one["labels"]
-        if self.encoder_decoder or any(isinstance(v, Tensor) and v.shape != labels.shape for v in one.values()):
+        if self._runs.encoder_decoder or any(isinstance(v, Tensor) and v.shape != labels.shape for v in one.values()):
             return one
         if not all(isinstance(value, Tensor | bool | int | float | str | None) for value in one.values()):
             return one
@@ -244,37 +233,8 @@ class Reader:
         low = max(0, end - _WINDOW)
         return {key: value[:, low:end] if isinstance(value, Tensor) else value for key, value in one.items()}
 
-    def _examined(self, batch: Batch, size: int) -> Run:
-        """Run the model as it is, and find out what its loss is."""
-        if self._loss is not None:
-            return self._with_loss(self._loss(self._model, batch), size)
-        batch = self._given(batch)
-        with watched(self._head) as call:
-            outputs = self._model(**batch)
-        loss, logits, labels = loss_of(outputs, 0), logits_of(outputs), batch.get("labels")
-        if self._way is not None or not isinstance(labels, Tensor) or logits is None or not logits.requires_grad:
-            return self._with_loss(loss, size)
-        tokens = token_labels(batch)
-        if self._in_step_with is not None:
-            # A backward pass through the outputs alone would put the processes out of step.
-            if tokens is not None:
-                logits.register_hook(lambda gradient: self._notice_shift(gradient, tokens))
-            return self._with_loss(loss, size)
-        (gradient,) = torch.autograd.grad(loss, [logits], retain_graph=True, allow_unused=True)
-        if gradient is not None:
-            self._own = find_own_loss(loss.detach(), logits.detach(), gradient, labels)
-            if tokens is not None:
-                self._notice_shift(gradient, tokens)
-        if self._own is None or not self._own.of_tokens or not makes(self._head, call, logits, labels):
-            self._head = None
-        self._with_labels = self.encoder_decoder or self._own is None
-        return self._with_loss(loss, size)
-
-    def _notice_shift(self, gradient: Tensor, labels: Tensor) -> None:
-        self._shifted = predicts_next(gradient, labels)
-
     def _read_on_trial(self, batch: Batch) -> Callable[[], Run]:
-        return partial(self._run_own, batch, 1) if self._way == "own" else partial(self._examined, batch, 1)
+        return partial(self._runs.apart, batch, 1) if self._way == "own" else partial(self._runs.whole, batch, 1)
 
     def _tried(self, run: Callable[[], Run], draw: int) -> Seen:
         return tried(run, self._modules, self._scale, self._seed + draw, self._device, self._most)
@@ -302,7 +262,7 @@ class Reader:
                 return
             if samples.size == 1:
                 samples = Samples(self.alone(samples.batch, 0), samples.indices)
-        batch = self._given(samples.batch)
+        batch = self._runs.given(samples.batch)
         if self._way == "own":
             self._check_predicted(batch, samples)
         try:
@@ -321,20 +281,24 @@ class Reader:
 
     def _tapped_forward(self, batch: Batch, samples: Samples, sums: Sums) -> tuple[Run, TokenMasks]:
         alone = samples.size == 1 or not samples.cut or self._way == "whole"
-        if self._tokens == "labels" and self._shifted is None and not self.encoder_decoder:
+        if self._tokens == "labels" and self._runs.shifted is None and not self._runs.encoder_decoder:
             self.note("which positions predict a label can't be told: those that carry one were counted")
         while True:
             masks = TokenMasks(
                 batch,
                 samples.size,
                 self._tokens,
-                encoder_decoder=self.encoder_decoder,
+                encoder_decoder=self._runs.encoder_decoder,
                 alone=alone,
-                shifted=self.predicts_next,
+                shifted=bool(self._runs.shifted) and not self._runs.encoder_decoder,
             )
             sums.begin(masks)
             try:
-                run = self._run_own(batch, samples.size) if self._way == "own" else self._examined(batch, samples.size)
+                run = (
+                    self._runs.apart(batch, samples.size)
+                    if self._way == "own"
+                    else self._runs.whole(batch, samples.size, samples.first)
+                )
                 sums.check_groups()
             except Regroup as found:
                 sums.split(found.group)
@@ -355,34 +319,6 @@ class Reader:
 
         self._scale.backward(run.tensor, gradient_at, self._most)
 
-    def _run_own(self, batch: Batch, size: int) -> Run:
-        batch = self._given(batch)
-        states, labels, own = self._states(batch), batch["labels"], self._own
-        assert own is not None
-
-        def at(scale: float) -> tuple[Tensor, Tensor]:
-            # A batch that can't be cut may count as one.
-            losses, gradient = own.gradient(states, labels, scale * size / len(states), head=self._head)
-            return losses.mean(), gradient
-
-        return Run(states, at)
-
-    def _states(self, batch: Batch) -> Tensor:
-        """Return what the own losses are computed of: the head's input, or the logits."""
-        if self._head is not None:
-            return states_of(self._model, self._head, batch)
-        given = batch if self._with_labels else {key: value for key, value in batch.items() if key != "labels"}
-        logits = logits_of(self._model(**given))
-        assert logits is not None
-        return logits
-
-    def _with_loss(self, loss: Tensor, size: int) -> Run:
-        loss = loss if loss.dim() == 0 else loss.mean()
-        return Run(loss, lambda scale: (loss.detach(), torch.full_like(loss, size * scale)))
-
-    def _given(self, batch: Batch) -> Batch:
-        return _told_apart(batch, self._longest) if self.encoder_decoder else batch
-
     # Whether a batch gives its samples' own outputs.
 
     def _expected(self, samples: Samples) -> Tensor | None:
@@ -394,30 +330,23 @@ class Reader:
         if self._agreed[padded]:
             return None
         self._agreed[padded] = True
-        batch = self._given(self.alone(samples.batch, _most_padded(samples.batch)))
+        batch = self._runs.given(self.alone(samples.batch, _most_padded(samples.batch)))
         with torch.no_grad():
-            return self._compared(self._states(batch), batch, 0)
+            return self._runs.compared(self._runs.states(batch), batch, 0)
 
     def _found(self, run: Run, batch: Batch, samples: Samples, expected: Tensor) -> bool:
         with torch.no_grad():
-            given = self._compared(run.tensor.detach(), batch, _most_padded(samples.batch))
+            given = self._runs.compared(run.tensor.detach(), batch, _most_padded(samples.batch))
         if given.shape != expected.shape:
             return False
         allowed = math.sqrt(rounding(self._model, self._device)) * float(expected.norm())
         return float((given - expected).norm()) <= allowed
 
-    def _compared(self, states: Tensor, batch: Batch, row: int) -> Tensor:
-        """Return what counts of a sample's states."""
-        if self._own is None or not self._own.of_tokens:
-            return states[row].float()
-        targets = predicted(batch["labels"], shifted=self._own.kind == "next token")
-        return states[row][targets[row] != IGNORED].float()
-
     # Failures.
 
     def _check_predicted(self, batch: Batch, samples: Samples) -> None:
         counts = label_counts(batch)
-        next_token = self._own is not None and self._own.kind == "next token"
+        next_token = self._runs.own is not None and self._runs.own.kind == "next token"
         if next_token and counts is not None and bool((counts[:, 1] == 0).any()):
             raise only_first_label(samples)
 
@@ -463,28 +392,6 @@ def _width(batch: Batch) -> int:
 def _most_padded(batch: Batch) -> int:
     mask = batch.get("attention_mask")
     return int((mask != 0).sum(1).argmin()) if isinstance(mask, Tensor) and mask.dim() == 2 else 0
-
-
-def _told_apart(batch: Batch, longest: float) -> Batch:
-    """Give a decoder's labels another length where they are as long as the encoder's input: layers are told by length.
-
-    Padding at the end, which no loss and no other token sees, is added or left out. Where neither can be, samples have
-    to be read one at a time.
-
-    Args:
-        batch: of an encoder-decoder.
-        longest: how many positions the model knows.
-    """
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or labels.shape != mask.shape:
-        return batch
-    if any(key.startswith("decoder_") for key in batch):
-        return batch
-    if bool((labels[:, -1] == IGNORED).all()):
-        return batch | {"labels": labels[:, :-1]}
-    if labels.shape[1] >= longest:
-        return batch
-    return batch | {"labels": functional.pad(labels, (0, 1), value=IGNORED)}
 
 
 def _infinite(loss: float, samples: Samples) -> DataError:

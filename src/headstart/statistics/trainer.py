@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from headstart.errors import DataError
 from headstart.methods.base import Training
-from headstart.statistics.reader import Loss
+from headstart.statistics.runs import Loss
 from headstart.statistics.training import TrainingData
 
 # Losses of SFTTrainer that are the model's own.

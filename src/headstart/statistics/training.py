@@ -10,7 +10,7 @@ from headstart.errors import MethodError
 from headstart.methods.base import Training
 from headstart.processes import Processes, digest
 from headstart.statistics.batches import Collator, size_of
-from headstart.statistics.reader import Loss
+from headstart.statistics.runs import Loss
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,154 @@
+"""Forward passes of a model, and what is known of its loss: what they leave to a backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headstart.statistics.batches import IGNORED, Batch, token_labels
+from headstart.statistics.head import makes, plain_head, states_of, watched
+from headstart.statistics.losses import OwnLoss, find_own_loss, logits_of, loss_of, predicted, predicts_next
+from headstart.statistics.trial import Run
+
+# (model, batch) -> loss, a scalar.
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+class Runs:
+    """Runs a model with its own loss, or for its samples' own losses once it is known how to compute them.
+
+    Args:
+        model: called with each batch as keyword arguments.
+        modules: the base layers that are tapped.
+        loss: computes a batch's loss in place of the model.
+        in_step: other processes run the model in step: then its losses are all that is asked for.
+
+    Attributes:
+        own: how samples' own losses follow from the logits; None where they don't, for all that is known.
+        shifted: whether positions predict the label of the next token; None where that can't be told.
+        with_labels: whether the model is given its labels where only its outputs are asked for.
+        encoder_decoder: whether labels lie along a decoder.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], *, loss: Loss | None, in_step: bool) -> None:
+        self._model = model
+        self._loss = loss
+        self._in_step = in_step
+        self._head = plain_head(model, set(modules.values())) if not in_step and loss is None else None
+        config = getattr(model, "config", None)
+        self._longest = getattr(config, "max_position_embeddings", None) or math.inf
+        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        self.own: OwnLoss | None = None
+        self.shifted: bool | None = None
+        self.with_labels = True
+
+    def layers(self, batch: Batch) -> None:
+        """Run the model for what its layers see, up to its head where it has a plain one."""
+        batch = self.given(batch)
+        if self._loss is not None:
+            self._loss(self._model, batch)
+        elif self._head is not None:
+            states_of(self._model, self._head, batch)
+        else:
+            self._model(**batch)
+
+    def whole(self, batch: Batch, size: int, first: int = 0) -> Run:
+        """Run for a batch's loss, times ``size``; ``first`` is the place of its first sample, for errors."""
+        if self._loss is not None:
+            return _of_loss(self._loss(self._model, batch), size)
+        return _of_loss(loss_of(self._model(**self.given(batch)), first), size)
+
+    def examined(self, batch: Batch) -> Run:
+        """Run for a batch's loss, and find out what it is."""
+        if self._loss is not None:
+            return self.whole(batch, 1)
+        batch = self.given(batch)
+        with watched(self._head) as call:
+            outputs = self._model(**batch)
+        loss, logits, labels = loss_of(outputs, 0), logits_of(outputs), batch.get("labels")
+        if not isinstance(labels, Tensor) or logits is None or not logits.requires_grad:
+            return _of_loss(loss, 1)
+        tokens = token_labels(batch)
+        if self._in_step:
+            # A backward pass through the outputs alone would put the processes out of step.
+            if tokens is not None:
+                logits.register_hook(lambda gradient: self._notice_shift(gradient, tokens))
+            return _of_loss(loss, 1)
+        (gradient,) = torch.autograd.grad(loss, [logits], retain_graph=True, allow_unused=True)
+        if gradient is not None:
+            self.own = find_own_loss(loss.detach(), logits.detach(), gradient, labels)
+            if tokens is not None:
+                self._notice_shift(gradient, tokens)
+        if self.own is None or not self.own.of_tokens or not makes(self._head, call, logits, labels):
+            self._head = None
+        self.with_labels = self.encoder_decoder or self.own is None
+        return _of_loss(loss, 1)
+
+    def apart(self, batch: Batch, size: int) -> Run:
+        """Run for the sum of the own losses of a batch's ``size`` samples."""
+        batch = self.given(batch)
+        states, labels, own = self.states(batch), batch["labels"], self.own
+        assert own is not None
+
+        def at(scale: float) -> tuple[Tensor, Tensor]:
+            # A batch that can't be cut may count as one.
+            losses, gradient = own.gradient(states, labels, scale * size / len(states), head=self._head)
+            return losses.mean(), gradient
+
+        return Run(states, at)
+
+    def states(self, batch: Batch) -> Tensor:
+        """Return what the own losses are computed of: the head's input, or the logits."""
+        if self._head is not None:
+            states = states_of(self._model, self._head, batch)
+        else:
+            given = batch if self.with_labels else {key: value for key, value in batch.items() if key != "labels"}
+            states = logits_of(self._model(**given))
+        # Both were there when the loss was found out.
+        assert states is not None
+        return states
+
+    def given(self, batch: Batch) -> Batch:
+        """Return a batch as the model is given it."""
+        return _told_apart(batch, self._longest) if self.encoder_decoder else batch
+
+    def compared(self, states: Tensor, batch: Batch, row: int) -> Tensor:
+        """Return what counts of a sample's states."""
+        if self.own is None or not self.own.of_tokens:
+            return states[row].float()
+        targets = predicted(batch["labels"], shifted=self.own.kind == "next token")
+        return states[row][targets[row] != IGNORED].float()
+
+    def _notice_shift(self, gradient: Tensor, labels: Tensor) -> None:
+        self.shifted = predicts_next(gradient, labels)
+
+
+def _of_loss(loss: Tensor, size: int) -> Run:
+    loss = loss if loss.dim() == 0 else loss.mean()
+    return Run(loss, lambda scale: (loss.detach(), torch.full_like(loss, size * scale)))
+
+
+def _told_apart(batch: Batch, longest: float) -> Batch:
+    """Give a decoder's labels another length where they are as long as the encoder's input: layers are told by length.
+
+    Padding at the end, which no loss and no other token sees, is added or left out. Where neither can be, samples have
+    to be read one at a time.
+
+    Args:
+        batch: of an encoder-decoder.
+        longest: how many positions the model knows.
+    """
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or labels.shape != mask.shape:
+        return batch
+    if any(key.startswith("decoder_") for key in batch):
+        return batch
+    if bool((labels[:, -1] == IGNORED).all()):
+        return batch | {"labels": labels[:, :-1]}
+    if labels.shape[1] >= longest:
+        return batch
+    return batch | {"labels": functional.pad(labels, (0, 1), value=IGNORED)}
