@@ -16,6 +16,7 @@ import headstart as hs
 from conftest import tiny_bert, tiny_llama, token_batch, wrap
 from headstart.errors import DataError
 from headstart.layers.find import lora_layers
+from headstart.methods.base import Wants
 from headstart.statistics.prepare import prepare
 from headstart.statistics.quiet import drawn_from, dropout_off
 from oracles import exact_factors, relative
@@ -193,9 +194,6 @@ def test_other_adapters_are_off_everywhere(targets):
 def test_no_word_of_adapters_where_there_is_one():
     model = wrap(tiny_llama())
     layers = named(model)
-    from headstart.methods.base import Wants
-
-    (found,) = prepare(
-        model, layers, dict.fromkeys(layers, Wants(gradient="exact")), [token_batch()], 4, adapter="default"
-    ).passes()
+    wanted = dict.fromkeys(layers, Wants(gradient="exact"))
+    (found,) = prepare(model, layers, wanted, [token_batch()], 4, adapter="default").passes()
     assert found.notes == []

@@ -348,3 +348,15 @@ def test_strict_forbids_directions_that_are_arbitrary():
     with pytest.raises(LayerError, match=r"vary in \d directions, fewer than its rank"):
         hs.initialize_(model, hs.EVA(samples=1, rho=1), data=[batch], strict=True)
     assert all(target.r == 16 for target in lora_layers(model, "default"))
+
+
+@pytest.mark.parametrize("labels", ["none", "classes"])
+def test_without_labels_a_token_all_tokens_count(labels):
+    batch = {key: value for key, value in token_batch(seed=1).items() if key != "labels"}
+    model, plain = wrap(tiny_llama()), wrap(tiny_llama())
+    given = batch | ({"labels": torch.arange(4)} if labels == "classes" else {})
+    with pytest.warns(hs.errors.HeadstartWarning, match="no label a token"):
+        hs.initialize_(model, hs.EVA(samples=4, rho=1.0), data=[given])
+    hs.initialize_(plain, hs.EVA(samples=4, rho=1.0, tokens="attention"), data=[batch])
+    for one, other in zip(lora_layers(model, "default"), lora_layers(plain, "default"), strict=True):
+        assert torch.equal(one.module.lora_A["default"].weight, other.module.lora_A["default"].weight)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.linalg.precision import full_precision
-from headstart.statistics.batches import Samples, moved
+from headstart.statistics.batches import Samples, moved, token_labels
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.reader import Reader
 from headstart.statistics.sums import Regroup, Sums
@@ -50,6 +50,9 @@ class ForwardReader:
             Restart: the sums have to be cleared, and all batches read again.
         """
         samples = Samples(moved(samples.batch, self._device), samples.indices, samples.cut)
+        if self._tokens == "labels" and token_labels(samples.batch) is None:
+            self._tokens = "attention"
+            self._reader.note("the data have no label a token, so all tokens of the attention mask were counted")
         if self._tokens == "labels":
             self._reader.learn(samples)
         if samples.size > 1 and samples.cut and (self._apart or self._leaks(samples)):
