@@ -20,7 +20,6 @@ before any data are read (``check``), and gives factors (``factors``)::
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -28,204 +27,29 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
 from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
 from headstart.linalg.sketch import GradientSketch
+from headstart.methods.given import ANY_LAYER, Kronecker, Layer, Moments, Training, Wants
 from headstart.progress import Show, silent
+
+__all__ = [
+    "ANY_LAYER",
+    "Factors",
+    "Form",
+    "Kronecker",
+    "Layer",
+    "Method",
+    "Moments",
+    "Training",
+    "Wants",
+    "check_positive",
+]
 
 # How a start lives in its layer: "kept", a plain LoRA at W + s B A; "anchored", at W, because what s B A adds is taken
 # out again; "core", W + s B R A with A and B frozen.
 Form = Literal["kept", "anchored", "core"]
-
-
-@dataclass(frozen=True)
-class Wants:
-    """What a method must be given about a layer, beyond its shape.
-
-    Data are read where ``inputs``, ``gradient`` or ``outputs`` ask for it; a backward pass, and so labels, are needed
-    for the last two only.
-
-    Attributes:
-        weight: W itself.
-        moments: mean and standard deviation of the weights of the layer's kind.
-        inputs: Z, the mean of x x' over tokens, and the mean of x.
-        gradient: the mean gradient whole ("exact"), its leading singular triplets only ("sketch"), or not ("no").
-        outputs: Y, the mean of g g' over tokens: its diagonal or all of it, with the mean of g; brings ``inputs``
-            along.
-        tokens: which tokens Z and Y are means over: those of the attention mask, or those whose output predicts a
-            label.
-        population: the size of the training set.
-        original: the weight as it was before the base model was quantised, from the model's files.
-        model_path: where these lie: a folder, a safetensors file, or a name on the hub; None for where the model came
-            from.
-        vectors, width, passes: of the sketch: singular vectors needed, thin columns held in all, passes over the data.
-    """
-
-    weight: bool = False
-    moments: bool = False
-    inputs: bool = False
-    gradient: Literal["exact", "sketch", "no"] = "no"
-    outputs: Literal["diagonal", "full"] | None = None
-    tokens: Literal["attention", "labels"] = "attention"
-    population: bool = False
-    original: bool = False
-    model_path: str | None = None
-    vectors: int = 0
-    width: int = 0
-    passes: int = 1
-
-    @property
-    def backward(self) -> bool:
-        """Whether a backward pass is needed."""
-        return self.gradient != "no" or self.outputs is not None
-
-    @property
-    def input_moments(self) -> bool:
-        """Whether Z is collected."""
-        return self.inputs or self.outputs is not None
-
-    @property
-    def reads_weight(self) -> bool:
-        """Whether W is read."""
-        return self.weight or self.moments
-
-    @property
-    def data(self) -> bool:
-        """Whether data are read."""
-        return self.backward or self.input_moments
-
-    def __str__(self) -> str:
-        words = {
-            "weight": self.weight,
-            "unquantised weight": self.original,
-            "moments": self.moments,
-            "gradient": self.gradient != "no",
-            "Fisher factors": self.outputs is not None,
-            "inputs": self.inputs and self.outputs is None,
-        }
-        return " + ".join(word for word, wanted in words.items() if wanted) or "shapes"
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean and standard deviation of a kind's weights, each averaged over the layers of that kind."""
-
-    mean: float
-    std: float
-
-
-@dataclass(frozen=True)
-class Kronecker:
-    """A layer's two Kronecker factors (K-FAC) and the moments that come with them, undamped, in float32.
-
-    Attributes:
-        inputs: Z (d_in, d_in), the mean of x x' over tokens; layers that read the same input share the tensor.
-        outputs: Y, the mean of g g' over tokens, g the gradient of the token's own sample's loss: (d_out, d_out), or
-            (d_out,) where only its diagonal was asked for. None where output gradients weren't asked for.
-        mean_input: (d_in,), the mean of x.
-        mean_output: (d_out,), the mean of g; None likewise.
-        tokens: how many were averaged over.
-    """
-
-    inputs: Tensor
-    outputs: Tensor | None
-    mean_input: Tensor
-    mean_output: Tensor | None
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Training:
-    """What is known of the fine-tuning to come.
-
-    Attributes:
-        population: N, how many samples the training set holds.
-        first_lr: the rate of the first optimizer step.
-    """
-
-    population: int | None = None
-    first_lr: float | None = None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What is known of one layer: for ``check`` all but statistics, for ``factors`` those that the method wants too.
-
-    Attributes:
-        name: the layer's name in the base model, as errors give it.
-        d_out, d_in: the shape of its weight W; ``y = W x``.
-        r: the adapter's rank there.
-        scaling: s, the factor in front of ``B A``.
-        dora: the layer splits its weight into magnitude and direction.
-        frozen: which of "lora_A" and "lora_B" don't train (LoRA-FA).
-        quantised: "4-bit" or "8-bit" where bitsandbytes holds the weight, else None.
-        seed: the user's seed; :meth:`generator` derives the layer's own stream from it and the name.
-        training: what is known of the fine-tuning to come.
-        weight: W (d_out, d_in) in float32; dequantised where it has to be.
-        original: W before it was quantised (d_out, d_in), in float32.
-        moments: of the weights of this layer's kind.
-        gradient: the mean gradient G of the loss (d_out, d_in) in float32.
-        sketch: thin products of G, where those were asked for instead.
-        kronecker: the second moments of inputs and output gradients.
-        samples: how many samples were read.
-    """
-
-    name: str
-    d_out: int
-    d_in: int
-    r: int
-    scaling: float
-    dora: bool = False
-    frozen: tuple[str, ...] = ()
-    quantised: str | None = None
-    seed: int = 0
-    training: Training = field(default_factory=Training)
-    weight: Tensor | None = None
-    original: Tensor | None = None
-    moments: Moments | None = None
-    gradient: Tensor | None = None
-    sketch: GradientSketch | None = None
-    kronecker: Kronecker | None = None
-    samples: int | None = None
-
-    def generator(self) -> torch.Generator:
-        """Return a fresh CPU generator; the same seed and name give the same draws in any process, in any order."""
-        digest = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=8).digest()
-        return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
-
-    def require_weight(self) -> Tensor:
-        """Return the weight, which the method must want."""
-        if self.weight is None:
-            raise LayerError(f"layer {self.name!r}: this method needs the layer's weight, which was not collected")
-        return self.weight
-
-    def require_original(self) -> Tensor:
-        """Return the weight as it was before it was quantised, which the method must want."""
-        if self.original is None:
-            raise LayerError(
-                f"layer {self.name!r}: this method needs the weight before it was quantised, which was not read"
-            )
-        return self.original
-
-    def require_gradient(self) -> Tensor:
-        """Return the mean gradient, which the method must want."""
-        if self.gradient is None:
-            raise LayerError(f"layer {self.name!r}: this method needs the mean gradient, which was not collected")
-        return self.gradient
-
-    def require_kronecker(self) -> Kronecker:
-        """Return the second moments, which the method must want."""
-        if self.kronecker is None:
-            raise LayerError(
-                f"layer {self.name!r}: this method needs the moments of its inputs, which were not collected"
-            )
-        return self.kronecker
-
-
-# Any layer will do to ask a method what it wants in general, as tables do.
-ANY_LAYER = Layer("model.layers.0.self_attn.q_proj", 64, 64, 2, 1.0)
 
 
 @dataclass(frozen=True)
