@@ -230,7 +230,7 @@ def _check_state(target: TargetLayer) -> None:
             f"layer {target.name!r} uses PEFT's variant {variant}, which can't be combined with a headstart start; "
             "switch it off in the LoraConfig."
         )
-    if module.lora_A[adapter].weight.is_meta or module.lora_B[adapter].weight.is_meta:
+    if module.lora_B[adapter].weight.is_meta:
         raise LayerError(
             f"layer {target.name!r}: the factors of adapter {adapter!r} are not in memory (offloaded by Accelerate, or "
             "on the meta device); initialise the model before it is offloaded."
