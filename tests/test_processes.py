@@ -108,6 +108,20 @@ def divided_data(rank, method):
     return made, report.samples
 
 
+def randomly_collated(rank, method):
+    """A collator that draws, from a generator that is elsewhere in every process."""
+    torch.manual_seed(100 + rank)
+    rows = [{key: value[i] for key, value in batches()[0].items()} for i in range(3)] * 2
+
+    def collate(rows):
+        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        hidden = torch.rand(batch["input_ids"].shape) < 0.3
+        return batch | {"input_ids": batch["input_ids"].masked_fill(hidden & (batch["attention_mask"] > 0), 1)}
+
+    made, report = alone(method, data=rows, collator=collate, batch_size=2)
+    return made, report.samples
+
+
 def in_ddp(rank, method):
     model = torch.nn.parallel.DistributedDataParallel(wrap(tiny_llama()))
     hs.initialize_(model, method, data=batches(), progress=False)
@@ -238,6 +252,15 @@ def test_data_that_are_already_divided(tmp_path):
     for made, samples in together(tmp_path, divided_data, METHODS[0]):
         assert samples == 10
         check(made, expected, report)
+
+
+def test_a_random_collator_draws_alike_in_every_process(tmp_path):
+    """So that its batches are told for the same data, and the start is that of one process."""
+    expected, samples = randomly_collated(7, "lora-one:samples=6")
+    assert samples == 6
+    for made, samples in together(tmp_path, randomly_collated, "lora-one:samples=6"):
+        assert samples == 6
+        check(made, expected)
 
 
 def test_a_model_in_ddp(tmp_path):

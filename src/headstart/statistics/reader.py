@@ -147,6 +147,10 @@ class Reader:
         if self._way is None:
             self._choose(samples, first)
         tolerance = math.sqrt(rounding(self._model, self._device))
+        if self._way == "own" and not samples.cut:
+            # The batch's own loss weighs its samples otherwise.
+            self._runs.with_labels = True
+            first = self._tried(self._read_on_trial(one), 0)
         second = self._tried_without_labels(one, first, tolerance) or self._tried(self._read_on_trial(one), 1)
         if not self._any(not first.is_like(second, tolerance)):
             return
