@@ -61,7 +61,13 @@ def relative(x, y):
 
 @torch.no_grad()
 def inputs_by_layer(model, batches, *, tokens="attention"):
-    """What each LoRA layer of a model reads at the base model, by name: the tokens that count, (n, d_in) in float64."""
+    """What each LoRA layer of a model reads at the base model, by name: the tokens that count, (n, d_in) in float64.
+
+    Args:
+        model: a causal language model with an adapter.
+        batches: of token ids, with an attention mask.
+        tokens: "attention"; "labels", those that predict one; or "own labels", those that have one.
+    """
     seen = {}
     targets = list(lora_layers(model, "default"))
     mask = None
@@ -78,13 +84,22 @@ def inputs_by_layer(model, batches, *, tokens="attention"):
     try:
         with model.disable_adapter():
             for batch in batches:
-                mask = batch["attention_mask"].bool() if tokens == "attention" else batch["labels"] != -100
+                mask = _counting(batch, tokens)
                 model(**batch)
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
     return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def _counting(batch, tokens):
+    if tokens == "attention":
+        return batch["attention_mask"].bool()
+    labelled = batch["labels"] != -100
+    if tokens == "own labels":
+        return labelled
+    return torch.nn.functional.pad(labelled[:, 1:], (0, 1))
 
 
 def layers_of(model, batches, *, tokens="attention"):

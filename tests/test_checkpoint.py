@@ -254,7 +254,7 @@ def test_the_record_says_how_it_was_made(tmp_path):
     for found in layers.values():
         assert found["method"] == "init-ab:beta=2"
         assert found["seed"] == 7
-        assert found["base"] == "anchored"
+        assert found["form"] == "anchored"
 
 
 def test_another_scaling_is_refused(tmp_path):

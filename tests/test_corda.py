@@ -14,7 +14,7 @@ from peft.tuners.lora.config import CordaConfig, LoraConfig
 from peft.tuners.lora.corda import preprocess_corda
 
 import headstart as hs
-from conftest import logits, tiny_llama, token_batch, wrap
+from conftest import factors_of, logits, tiny_llama, token_batch, wrap
 from headstart.errors import MethodError
 from headstart.layers.find import lora_layers
 from inputs import inputs_of, layer_of, layers_of, normal, product, relative, weights
@@ -192,7 +192,7 @@ def test_a_model_starts_from_its_own_inputs_and_does_not_move(form, mode):
     report = hs.initialize_(model, hs.CorDA(mode=mode, samples=8), data=batches, form=form)
     assert torch.allclose(logits(model, batches[0]), base, atol=1e-4)
     for target in lora_layers(model, "default"):
-        A, B = (part["default"].weight.double() for part in (target.module.lora_A, target.module.lora_B))
+        A, B = (factor.double() for factor in factors_of(target.module))
         expected = product(hs.CorDA(mode=mode).factors(layers[target.name]))
         assert relative(B @ A, expected) < 1e-3, target.name
         if form == "residual":

@@ -20,6 +20,7 @@ from headstart.errors import LayerError, MethodError
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Factors
 from inputs import inputs_by_layer, inputs_of, layer_of, layers_of, leading_components, moments, normal, worst_angle
+from test_processes import batches, together
 
 PREFIX = "base_model.model."
 
@@ -196,10 +197,11 @@ def pefts_eva(base, r=4, use_rslora=False, **changes):
 
 def test_spans_and_ranks_are_pefts_but_for_ties():
     """One batch over and over, so that PEFT's decomposition is exact. Layers that read the same input tie, and which
-    of them gets one rank more is left to a sort that keeps no order there; ours takes the earlier one."""
+    of them gets one rank more is left to a sort that keeps no order there; ours takes the earlier one. PEFT counts the
+    tokens that have a label; ours are those that predict one."""
     batch = token_batch(8, 24)
     theirs = get_eva_state_dict(pefts_eva(tiny_llama()), [batch], show_progress_bar=False)
-    layers = layers_of(wrap(tiny_llama()), [batch], tokens="labels")
+    layers = layers_of(wrap(tiny_llama()), [batch], tokens="own labels")
     method, ranks = hs.EVA(), {name: layer.r for name, layer in layers.items()}
     settled = method.settle({name: method.factors(layer) for name, layer in layers.items()}, ranks)
     by_input: dict[str, list[str]] = {}
@@ -308,6 +310,23 @@ def test_ranks_do_not_depend_on_how_the_data_are_read(budget):
     for one, other in zip(lora_layers(model, "default"), lora_layers(single, "default"), strict=True):
         A, B = (target.module.lora_A["default"].weight.detach() for target in (one, other))
         assert float((A * B).sum(1).abs().min()) > 0.999, one.name
+
+
+def in_one_of_two(rank):
+    model = wrap(tiny_llama(), r=1)
+    hs.initialize_(model, "eva:samples=10,rho=8", data=batches(), progress=False)
+    return settings_of(model), {
+        t.name: t.module.lora_A["default"].weight.detach() for t in lora_layers(model, "default")
+    }
+
+
+def test_two_processes_share_ranks_out_as_one_does(tmp_path):
+    expected, rows = in_one_of_two(0)
+    (first, A), (second, B) = together(tmp_path, in_one_of_two)
+    assert first == second == expected and len({rank for rank, _, _ in expected.values()}) > 2
+    for name, row in rows.items():
+        assert torch.equal(A[name], B[name])
+        assert torch.allclose(A[name], row, atol=1e-3), name
 
 
 def test_an_adapter_of_several_ranks_can_be_saved_and_loaded(tmp_path):

@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-from headstart.methods.handed import HandedOver
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
@@ -17,21 +16,22 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.pytorch_utils import Conv1D
 
 import headstart as hs
-from conftest import perturb, tiny_llama, token_batch, wrap
+from conftest import factors_of, perturb, tiny_llama, token_batch, wrap
 from headstart.errors import LayerError
 from headstart.layers.find import lora_layers
 from headstart.layers.formats import format_of, unreadable
 from headstart.layers.weights import dense, fingerprint
-from headstart.methods import method_class, method_names, parse_method
-from headstart.methods.base import Needs
+from headstart.methods import method_names, parse_method
+from headstart.methods.base import ANY_LAYER
 
+# LoftQ wants a base of bitsandbytes.
 SETTINGS = {"lora-sb": ":samples=4,lr=0.001", "inilora": ":steps=2"}
 METHODS = [
     name + SETTINGS.get(name, ":samples=4" if parse_method(name).sample_count(100) else "")
     for name in method_names()
-    if not issubclass(method_class(name), HandedOver)
+    if name != "loftq"
 ]
-READING = [method for method in METHODS if parse_method(method).needs & Needs.WEIGHT]
+READING = [method for method in METHODS if parse_method(method).wants(ANY_LAYER).reads_weight]
 OTHERS = [method for method in METHODS if method not in READING]
 
 
@@ -164,10 +164,9 @@ def test_fp8_takes_starts_from_shapes(method):
     for each in (model, plain):
         hs.initialize_(each, method, progress=False)
     for own, other in zip(lora_layers(model, "default"), lora_layers(plain, "default"), strict=True):
-        for part in ("lora_A", "lora_B"):
-            found = getattr(own.module, part)["default"].weight
+        for found, expected in zip(factors_of(own.module), factors_of(other.module), strict=True):
             assert found.dtype == torch.float32
-            assert torch.equal(found, getattr(other.module, part)["default"].weight)
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("method", OTHERS)
@@ -177,8 +176,7 @@ def test_methods_that_do_not_read_it_work_as_on_the_model_that_it_stands_for(met
     models = [wrap(each, target_modules=["q_proj", "down_proj"]) for each in (base, twin)]
     reports = [hs.initialize_(model, method, data=[batch], progress=False) for model in models]
     for own, other in zip(*(lora_layers(model, "default") for model in models), strict=True):
-        for part in ("lora_A", "lora_B"):
-            found, expected = (getattr(each.module, part)["default"].weight for each in (own, other))
+        for found, expected in zip(factors_of(own.module), factors_of(other.module), strict=True):
             assert torch.allclose(found, expected, atol=1e-6), own.name
     assert torch.allclose(models[0](**batch).logits, models[1](**batch).logits, atol=1e-6)
     assert [layer.norm_weight for layer in reports[0].layers] == [None] * 4
@@ -199,7 +197,7 @@ def test_residual_weights_read_it():
     base, _ = rounded(tiny_llama())
     model = wrap(base, target_modules=["q_proj"])
     with pytest.raises(LayerError, match=r"layer 'model.layers.0.self_attn.q_proj' .*int8"):
-        hs.initialize_(model, "init-ab", base="residual", progress=False)
+        hs.initialize_(model, "init-ab", form="residual", progress=False)
 
 
 def test_a_layer_of_peft_that_only_such_bases_have_is_refused_by_the_format():

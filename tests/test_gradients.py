@@ -12,35 +12,7 @@ from conftest import ARCHITECTURES, class_batch, factors_of, tiny_gpt2, tiny_lla
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Wants
 from headstart.statistics.prepare import prepare
-
-
-def oracle(base, batches, names):
-    """The definition: the mean over samples of the gradient of each sample's own loss, without its padding."""
-    model = copy.deepcopy(base).double().eval()
-    weights = {name: model.get_submodule(name).weight for name in names}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    count = 0
-    for batch in batches:
-        for row in range(len(batch["labels"])):
-            one = {
-                k: v[row : row + 1].double() if v.is_floating_point() else v[row : row + 1] for k, v in batch.items()
-            }
-            if "attention_mask" in one:
-                keep = one["attention_mask"][0].bool()
-                one = {k: v[:, keep] if v.dim() == 2 and v.shape[1] == len(keep) else v for k, v in one.items()}
-            gradients = torch.autograd.grad(model(**one).loss, list(weights.values()), allow_unused=True)
-            for name, gradient in zip(weights, gradients, strict=True):
-                if gradient is not None:
-                    total[name] += gradient
-            count += 1
-    return {
-        name: (value / count).T if type(model.get_submodule(name)).__name__ == "Conv1D" else value / count
-        for name, value in total.items()
-    }
+from oracles import exact_gradients, relative
 
 
 def collect(model, data, samples, **kwargs):
@@ -51,10 +23,6 @@ def collect(model, data, samples, **kwargs):
     return statistics
 
 
-def relative(found, expected):
-    return float((found.double() - expected).norm() / expected.norm())
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradient_is_the_mean_of_each_samples_own(architecture):
     make, batch_of, targets = ARCHITECTURES[architecture]
@@ -62,7 +30,7 @@ def test_gradient_is_the_mean_of_each_samples_own(architecture):
     batches = [batch_of(seed=1), batch_of(seed=2)]
     model = wrap(copy.deepcopy(base), target_modules=targets)
     found = collect(model, batches, 8)
-    expected = oracle(base, batches, found.gradients)
+    expected = exact_gradients(base, batches, found.gradients)
     assert found.samples == 8
     for name, gradient in found.gradients.items():
         assert relative(gradient, expected[name]) < 2e-5, name
@@ -98,7 +66,7 @@ def test_left_padding_without_positions_is_read_one_sample_at_a_time():
     model = wrap(copy.deepcopy(base), target_modules=["c_attn"])
     found = collect(model, [flipped], 4)
     assert any("one at a time" in note for note in found.notes)
-    expected = oracle(base, [flipped], found.gradients)
+    expected = exact_gradients(base, [flipped], found.gradients)
     for name, gradient in found.gradients.items():
         assert relative(gradient, expected[name]) < 2e-5
 
@@ -109,7 +77,7 @@ def test_mixture_of_experts_with_auxiliary_loss():
     batch = token_batch(4, 12)
     model = wrap(copy.deepcopy(base), target_modules=["q_proj", "v_proj"])
     found = collect(model, [batch], 4)
-    expected = oracle(base, [batch], found.gradients)
+    expected = exact_gradients(base, [batch], found.gradients)
     for name, gradient in found.gradients.items():
         assert relative(gradient, expected[name]) < 2e-5
 
@@ -118,7 +86,7 @@ def test_samples_are_counted_not_batches():
     base = tiny_llama()
     batch = token_batch(6)
     found = collect(wrap(copy.deepcopy(base)), [batch] * 3, 4)
-    expected = oracle(base, [{k: v[:4] for k, v in batch.items()}], found.gradients)
+    expected = exact_gradients(base, [{k: v[:4] for k, v in batch.items()}], found.gradients)
     assert found.samples == 4
     assert found.tokens == int(batch["attention_mask"][:4].sum())
     for name, gradient in found.gradients.items():
@@ -197,7 +165,7 @@ def test_a_dataset_with_a_collator():
 
     base = tiny_llama()
     found = collect(wrap(copy.deepcopy(base)), rows, 5, collator=collate, batch_size=2)
-    expected = oracle(base, [collate(rows)], found.gradients)
+    expected = exact_gradients(base, [collate(rows)], found.gradients)
     assert found.samples == 5
     for name, gradient in found.gradients.items():
         assert relative(gradient, expected[name]) < 2e-5

@@ -19,6 +19,8 @@ from headstart.layers import anchored
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers, record
 from headstart.layers.mark import make_mark
+from headstart.statistics.batches import take
+from oracles import exact_gradients
 
 ZERO_PRODUCT = ["lora", "init-a", "init-b", "gaussian", "orthogonal"]
 SUBTRACTING = ["init-ab", "inilora-alpha", "inilora-beta", "inilora:steps=3", "inilora:solver=svd", "pissa"]
@@ -330,19 +332,6 @@ def test_a_string_is_the_method_it_names():
 # Gradient starts, end to end.
 
 
-def mean_gradient(base, batch, samples, names):
-    """The mean over samples of each sample's own gradient, its padding cut off, by autograd in float64."""
-    model = copy.deepcopy(base).double().eval()
-    weights = [model.get_submodule(name).weight for name in names]
-    total = [torch.zeros_like(weight) for weight in weights]
-    for row in range(samples):
-        keep = batch["attention_mask"][row].bool()
-        one = {key: value[row : row + 1, keep] for key, value in batch.items()}
-        for part, gradient in zip(total, torch.autograd.grad(model(**one).loss, weights), strict=True):
-            part += gradient / samples
-    return dict(zip(names, total, strict=True))
-
-
 @pytest.mark.parametrize("samples", [4, 3])
 def test_lora_one_end_to_end(samples, batch):
     base = tiny_llama().double()
@@ -350,7 +339,7 @@ def test_lora_one_end_to_end(samples, batch):
     model.train()
     hs.initialize_(model, hs.LoRAOne(samples=samples, gamma=32), data=[batch])
     found = all_factors(model)
-    gradients = mean_gradient(base, batch, samples, list(found))
+    gradients = exact_gradients(base, [take(batch, list(range(samples)))], list(found))
     assert len(found) == 14
     for name, (A, B) in found.items():
         G = gradients[name]
@@ -369,7 +358,7 @@ def test_lora_ga_end_to_end(samples, batch):
     hs.initialize_(model, hs.LoRAGA(samples=samples, gamma=4), data=[batch])
     assert torch.equal(logits(model, batch), expected)
     found = all_factors(model)
-    gradients = mean_gradient(base, batch, samples, list(found))
+    gradients = exact_gradients(base, [take(batch, list(range(samples)))], list(found))
     for name, (A, B) in found.items():
         U, _, Vh = torch.linalg.svd(gradients[name])
         c = B.shape[0] ** 0.25 / 2

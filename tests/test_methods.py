@@ -62,7 +62,9 @@ def everything(d_out=24, d_in=20, r=4, s=1.5, seed=0, name=NAME):
     x, g = normal(4 * d_in, d_in, seed=13), normal(4 * d_in, d_out, seed=14, std=1e-2)
     Z, Y = x.T @ x / len(x), g.square().mean(0)
     kronecker = Kronecker(inputs=Z, outputs=Y, mean_input=x.mean(0), mean_output=g.mean(0), tokens=len(x))
-    return of_weight(W, r, s=s, gradient=G, seed=seed, name=name, kronecker=kronecker, training=Training(1000, 1e-3))
+    original = W + normal(d_out, d_in, seed=15, std=0.05)
+    known = dict(gradient=G, kronecker=kronecker, original=original, training=Training(1000, 1e-3))
+    return of_weight(W, r, s=s, seed=seed, name=name, **known)
 
 
 def best(W, r):
@@ -146,7 +148,10 @@ def test_a_batch_is_the_same_as_one_at_a_time(name):
     method = hs.get_method(name, **({"steps": 20} if name == "inilora" else {}))
     layers = [
         dataclasses.replace(
-            everything(name=f"layer{i}"), weight=normal(24, 20, seed=i), gradient=normal(24, 20, seed=i)
+            everything(name=f"layer{i}"),
+            weight=normal(24, 20, seed=i),
+            original=normal(24, 20, seed=i) + normal(24, 20, seed=15, std=0.05),
+            gradient=normal(24, 20, seed=i),
         )
         for i in range(3)
     ]

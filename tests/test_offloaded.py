@@ -8,21 +8,24 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.utils import has_offloaded_params
-from headstart.methods.handed import HandedOver
 from peft import LoraConfig, VeraConfig, get_peft_model
 
 import headstart as hs
-from conftest import tiny_gpt2, tiny_llama, token_batch, wrap
+from conftest import factors_of, logits, perturb, tiny_gpt2, tiny_llama, token_batch, wrap
 from headstart.errors import LayerError
+from headstart.layers.anchored import start_at
 from headstart.layers.find import lora_layers
-from headstart.methods import method_class, method_names
+from headstart.methods import method_names
 
-OWN = [name for name in method_names() if not issubclass(method_class(name), HandedOver)]
+# LoftQ wants a base of bitsandbytes.
+OWN = [name for name in method_names() if name != "loftq"]
 SETTINGS = {
     "inilora": ":steps=20",
     "lora-ga": ":samples=4",
     "lora-one": ":samples=4",
     "lora-da": ":samples=4",
+    "corda": ":samples=4",
+    "eva": ":samples=4",
     "lora-sb": ":samples=4,lr=0.001",
 }
 METHODS = [name + SETTINGS.get(name, "") for name in OWN]
@@ -43,12 +46,10 @@ def by_device_map(base, folder):
     dispatch_model(base, places, main_device="cpu", offload_dir=folder)
 
 
-def factors_of(model):
-    return [
-        part["default"].weight.detach()
-        for target in lora_layers(model, "default")
-        for part in (target.module.lora_A, target.module.lora_B)
-    ]
+def all_factors(model):
+    factors = [part for target in lora_layers(model, "default") for part in factors_of(target.module)]
+    assert any(part.count_nonzero() for part in factors)
+    return factors
 
 
 def trained(model, batch):
@@ -75,7 +76,7 @@ def test_the_start_is_that_of_the_base_in_memory_and_trains_alike(method, offloa
         wrap(offloaded, target_modules=["q_proj", "down_proj"]),
     )
     reports = [hs.initialize_(model, method, data=[batch], progress=False) for model in (here, there)]
-    for own, other in zip(factors_of(there), factors_of(here), strict=True):
+    for own, other in zip(all_factors(there), all_factors(here), strict=True):
         assert own.device.type == "cpu"
         assert torch.equal(own, other)
     assert [layer.norm_weight for layer in reports[1].layers] == [layer.norm_weight for layer in reports[0].layers]
@@ -93,7 +94,7 @@ def test_a_conv1d_that_is_elsewhere(tmp_path):
     here, there = (wrap(each, target_modules=["c_attn"]) for each in (base, offloaded))
     for model in (here, there):
         hs.initialize_(model, "pissa", progress=False)
-    for own, other in zip(factors_of(there), factors_of(here), strict=True):
+    for own, other in zip(all_factors(there), all_factors(here), strict=True):
         assert torch.equal(own, other)
 
 
@@ -104,12 +105,13 @@ def test_a_start_that_fails_leaves_the_factors_as_they_were(monkeypatch, tmp_pat
     before = [id(part["default"].weight) for t in lora_layers(model, "default") for part in (t.module.lora_A,)]
     calls = []
 
-    def fails(module, adapter, *rest):
+    def fails(module, adapter):
         calls.append(module)
+        start_at(module, adapter)
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("headstart.layers.install.set_anchors", fails)
+    monkeypatch.setattr("headstart.layers.install.start_at", fails)
     with pytest.raises(KeyboardInterrupt):
         hs.initialize_(model, "init-ab", progress=False)
     after = [id(part["default"].weight) for t in lora_layers(model, "default") for part in (t.module.lora_A,)]
@@ -121,7 +123,7 @@ def test_residual_weights_are_refused_where_the_weight_is_elsewhere(tmp_path):
     on_cpu(base, tmp_path)
     model = wrap(base, target_modules=["q_proj"])
     with pytest.raises(LayerError, match=r"q_proj.*accelerate keeps.*anchored"):
-        hs.initialize_(model, "pissa", base="residual", progress=False)
+        hs.initialize_(model, "pissa", form="residual", progress=False)
 
 
 def test_factors_that_accelerate_keeps_elsewhere_are_named(tmp_path):
@@ -162,8 +164,21 @@ def test_factors_that_peft_left_without_values_get_them():
     base = tiny_llama()
     plain = wrap(copy.deepcopy(base), target_modules=["q_proj"])
     empty = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]), low_cpu_mem_usage=True)
-    assert factors_of(empty)[0].device.type == "meta"
+    assert all(p.device.type == "meta" for n, p in empty.named_parameters() if "lora_" in n)
     for model in (plain, empty):
         hs.initialize_(model, "pissa", progress=False)
-    for own, other in zip(factors_of(empty), factors_of(plain), strict=True):
+    for own, other in zip(all_factors(empty), all_factors(plain), strict=True):
         assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora-xs", "init-ab-plus"])
+def test_a_checkpoint_is_loaded_onto_a_base_that_is_elsewhere(method, tmp_path):
+    base, batch = tiny_llama(), token_batch()
+    offloaded = copy.deepcopy(base)
+    on_cpu(offloaded, tmp_path)
+    model = wrap(base, target_modules=["q_proj"])
+    hs.initialize_(model, method, progress=False)
+    perturb(model)
+    hs.save_checkpoint(model, tmp_path / "out")
+    loaded = hs.load_checkpoint(offloaded, tmp_path / "out")
+    assert torch.allclose(logits(loaded, batch), logits(model, batch), atol=1e-6)

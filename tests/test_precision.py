@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from headstart.methods.handed import HandedOver
 
 import headstart as hs
-from conftest import tiny_llama, token_batch, wrap
+from conftest import factors_of, tiny_llama, token_batch, wrap
 from headstart.layers.find import lora_layers
 from headstart.linalg.precision import full_precision
-from headstart.methods import method_class, method_names
+from headstart.methods import method_names
 
-OWN = [name for name in method_names() if not issubclass(method_class(name), HandedOver)]
+# LoftQ wants a base of bitsandbytes.
+OWN = [name for name in method_names() if name != "loftq"]
 SETTINGS = {
     "inilora": ":steps=20",
     "lora-ga": ":samples=4",
     "lora-one": ":samples=4",
     "lora-da": ":samples=4",
+    "corda": ":samples=4",
+    "eva": ":samples=4",
     "lora-sb": ":samples=4,lr=0.001",
 }
 # Settings that take other ways through the code than the defaults.
@@ -34,6 +38,8 @@ MORE = [
     "lora-one:samples=4,gradients=sketch,passes=1,width=30",
     "lora-da:samples=4,fisher=full,tokens=labels",
     "lora-da:samples=4,iterations=10",
+    "corda:samples=4,mode=kpm",
+    "eva:samples=4,whiten=true,rho=1",
     "lora-sb:samples=4,lr=0.001,source_matrix=noise",
     "lora-sb:samples=4,lr=0.001,source_matrix=kaiming,split=suboptimal",
 ]
@@ -70,19 +76,17 @@ def deterministic():
         torch.use_deterministic_algorithms(False)
 
 
-def factors_of(model):
-    return [
-        part["default"].weight.detach().clone()
-        for target in lora_layers(model, "default")
-        for part in (target.module.lora_A, target.module.lora_B)
-    ]
+def all_factors(model):
+    factors = [part for target in lora_layers(model, "default") for part in factors_of(target.module)]
+    assert any(part.count_nonzero() for part in factors)
+    return [part.clone() for part in factors]
 
 
 def start(base, method, setting=contextlib.nullcontext):
     model = wrap(copy.deepcopy(base), target_modules=["q_proj", "down_proj"])
     with setting():
         report = hs.initialize_(model, method, data=[token_batch()], progress=False)
-    return factors_of(model), report
+    return all_factors(model), report
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -201,3 +205,36 @@ def test_a_flag_that_inherits_goes_on_inheriting(restored):
     assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
     torch.backends.fp32_precision = "ieee"
     assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+
+
+MAKERS = {
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+    "eye",
+    "linspace",
+    "arange",
+    "tensor",
+    "randperm",
+    "randint",
+}
+
+
+def test_no_new_tensor_takes_torchs_defaults():
+    """Each says its type and its device, so that no program's defaults can reach it."""
+    checked = 0
+    for path in Path(hs.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.")):
+                continue
+            made, said = ast.unparse(node.func).removeprefix("torch."), {word.arg for word in node.keywords}
+            if made in MAKERS:
+                assert {"dtype", "device"} <= said, f"{path.name}:{node.lineno}"
+                checked += 1
+            elif made == "Generator":
+                assert node.args, f"{path.name}:{node.lineno}"
+                checked += 1
+    assert checked > 30

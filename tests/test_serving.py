@@ -177,7 +177,7 @@ def test_the_command_line_dissolves_patterns(tmp_path, capsys):
     agree(vllm_updates(tmp_path / "a", 16), peft_updates(tmp_path / "a"))
     with pytest.raises(SystemExit):
         main([*arguments, str(tmp_path / "b"), "--to", "merged"])
-    assert "--uniform goes with --to lora" in capsys.readouterr().err
+    assert "--uniform does not go with --to merged" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

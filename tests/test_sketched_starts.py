@@ -7,7 +7,7 @@ import functools
 import pytest
 
 import headstart as hs
-from conftest import tiny_llama, token_batch, wrap
+from conftest import factors_of, tiny_llama, token_batch, wrap
 from headstart.layers.core import core_of
 from headstart.layers.find import lora_layers
 from headstart.methods import get_method, method_class, method_names
@@ -43,7 +43,7 @@ def factors(method, samples):
     assert report.samples == samples
     found = []
     for target in lora_layers(model, "default"):
-        found += [target.module.lora_A["default"].weight.detach(), target.module.lora_B["default"].weight.detach()]
+        found += factors_of(target.module)
         core = core_of(target.module, "default")
         found += [] if core is None else [core.detach()]
     return found

@@ -299,8 +299,9 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_read(folders, tmp
     (out / "mine.txt").touch()
     with pytest.raises(CheckpointError, match="exists"):
         stream_start(folder, "pissa", config_for("llama"), out)
-    with pytest.raises(CheckpointError, match="not overwritten"):
-        stream_start(folder, "pissa", config_for("llama"), out, force=True)
+    (out / "base").mkdir()
+    with pytest.raises(CheckpointError, match="holds no residual model"):
+        stream_start(folder, "pissa", config_for("llama"), out, form="residual", force=True)
 
 
 def test_files_are_written_as_the_library_writes_them(tmp_path):

@@ -28,6 +28,14 @@ def process_group(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
+def tiny():
+    return tiny_llama(num_hidden_layers=1)
+
+
+def small():
+    return wrap(tiny(), target_modules=["q_proj", "v_proj", "down_proj"])
+
+
 def eager(module):
     return torch.compile(module, backend="eager")
 
@@ -110,80 +118,71 @@ def train(model, batch, steps=2):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("method", ["lora", "lora-ga:samples=4"])
-def test_a_start_is_the_same_inside_a_wrapper(method, around, batch):
-    reports = []
-    models = [wrap(tiny_llama()), around(wrap(tiny_llama()))]
-    for model in models:
-        data = [batch] if "samples" in method else None
-        reports.append(hs.initialize_(model, method, data=data, seed=3, progress=False))
-    expected, found = map(factors, models)
+def same(found, expected):
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_start_and_what_is_saved_and_loaded_are_the_same_inside_a_wrapper(around, tmp_path, batch):
+    alone, model = small(), around(small())
+    reports = [hs.initialize_(each, "pissa", seed=3, progress=False) for each in (alone, model)]
     assert [layer.name for layer in reports[1].layers] == [layer.name for layer in reports[0].layers]
+    expected, found = factors(alone), factors(model)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
 
-
-def test_what_is_saved_is_what_runs(around, tmp_path, batch):
-    model = around(wrap(tiny_llama()))
-    hs.initialize_(model, "pissa", progress=False)
     train(model, batch)
     wanted = logits(model, batch)
     hs.save_lora(model, tmp_path / "lora")
     hs.save_checkpoint(model, tmp_path / "checkpoint")
+    Accelerator(cpu=True).unwrap_model(model, keep_torch_compile=False).save_pretrained(tmp_path / "peft")
     for name in ("lora", "checkpoint"):
         assert not [key for key in load_file(tmp_path / name / "adapter_model.safetensors") if "_orig_mod" in key]
         assert "_orig_mod" not in (tmp_path / name / "adapter_config.json").read_text()
     assert "_orig_mod" not in (tmp_path / "checkpoint" / "headstart.json").read_text()
-    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
-    assert (logits(loaded, batch) - wanted).norm() <= 1e-6 * wanted.norm()
-    loaded = hs.load_checkpoint(tiny_llama(), tmp_path / "checkpoint")
-    assert (logits(loaded, batch) - wanted).norm() <= 1e-6 * wanted.norm()
-    # And the wrapped model is one as before.
-    assert torch.equal(logits(model, batch), wanted)
+    same(logits(PeftModel.from_pretrained(tiny(), tmp_path / "lora"), batch), wanted)
+    for name in ("checkpoint", "peft"):
+        same(logits(hs.load_checkpoint(tiny(), tmp_path / name), batch), wanted)
+    assert torch.equal(logits(model, batch), wanted)  # it is as it was
 
-
-def test_a_checkpoint_is_loaded_into_a_wrapped_model(around, tmp_path, batch):
-    first = wrap(tiny_llama())
-    hs.initialize_(first, "pissa", progress=False)
-    perturb(first)
-    hs.save_checkpoint(first, tmp_path / "c")
-    model = around(wrap(tiny_llama()))
-    logits(model, batch)  # compiled for the layers as they were
-    hs.load_checkpoint(model, tmp_path / "c")
-    wanted = logits(first, batch)
-    assert (logits(model, batch) - wanted).norm() <= 1e-6 * wanted.norm()
-
-
-def test_what_a_trainer_saves_of_a_wrapped_model_is_read(around, tmp_path, batch):
-    model = around(wrap(tiny_llama()))
-    hs.initialize_(model, "pissa", progress=False)
+    # Into a model that was compiled for other values, or for layers without a start.
     train(model, batch)
-    inside = Accelerator(cpu=True).unwrap_model(model, keep_torch_compile=False)
-    inside.save_pretrained(tmp_path / "c")
-    wanted = logits(model, batch)
-    loaded = hs.load_checkpoint(tiny_llama(), tmp_path / "c")
-    assert (logits(loaded, batch) - wanted).norm() <= 1e-6 * wanted.norm()
-
-
-def test_lora_fa_and_decay_look_through(around, batch):
-    model = around(wrap(tiny_llama()))
-    hs.initialize_(model, "pissa", progress=False)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], weight_decay=0.1)
-    handle = hs.decay_to_anchor_(optimizer, model)
-    handle.remove()
+    hs.load_checkpoint(model, tmp_path / "checkpoint")
+    same(logits(model, batch), wanted)
     hs.lora_fa_(model)
     with unwrapped(model) as inside:
         for target in lora_layers(inside, "default"):
             assert not target.module.lora_A["default"].weight.requires_grad
 
 
+@pytest.mark.parametrize("wrapper", ["torch.compile", "compiled layers", "model.compile", "DDP"])
+def test_gradients_are_measured_inside_a_wrapper(wrapper, batch):
+    torch._dynamo.reset()
+    models = [small(), WRAPPERS[wrapper](small())]
+    for model in models:
+        hs.initialize_(model, "lora-ga:samples=4", data=[batch], progress=False)
+    expected, found = map(factors, models)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_an_anchored_checkpoint_is_loaded_into_a_compiled_model_without_a_start(tmp_path, batch):
+    torch._dynamo.reset()
+    first, model = small(), eager(compiled_layers(small()))
+    hs.initialize_(first, "pissa", progress=False)
+    perturb(first)
+    hs.save_checkpoint(first, tmp_path / "c")
+    logits(model, batch)
+    hs.load_checkpoint(model, tmp_path / "c")
+    same(logits(model, batch), logits(first, batch))
+
+
 def test_a_core_comes_before_ddp_and_may_come_into_the_others(batch):
     for around in (eager, DataParallel, compiled_layers):
-        hs.initialize_(around(wrap(tiny_llama())), "lora-xs", progress=False)
+        hs.initialize_(around(small()), "lora-xs", progress=False)
     for around in (WRAPPERS["DDP"], WRAPPERS["compile(DDP)"]):
         with pytest.raises(hs.LayerError, match="before it is wrapped"):
-            hs.initialize_(around(wrap(tiny_llama())), "lora-xs", progress=False)
+            hs.initialize_(around(small()), "lora-xs", progress=False)
 
 
 class Counting(nn.Module):
@@ -223,7 +222,7 @@ def test_what_is_no_module_is_left_to_others():
 
 
 def test_a_wrapped_model_can_be_copied_and_both_can_be_saved(tmp_path):
-    model = compiled_layers(wrap(tiny_llama()))
+    model = compiled_layers(small())
     hs.initialize_(model, "lora", progress=False)
     hs.save_lora(copy.deepcopy(model), tmp_path / "copy")
     hs.save_lora(model, tmp_path / "model")

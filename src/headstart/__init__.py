@@ -25,6 +25,7 @@ from headstart.layers.export import save_lora
 from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import (
     Factors,
+    Form,
     Layer,
     Method,
     Training,
@@ -34,11 +35,13 @@ from headstart.methods import (
     methods_by_class,
     register,
 )
+from headstart.methods.registry import load_plugins
 from headstart.report import LayerReport, Report
 from headstart.statistics.training import TrainingData
 
 peft_hooks.register()
 
+load_plugins()
 # Every method is exported by its class's name, so that a new one is one file in headstart.methods.
 globals().update(methods_by_class())
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "Factors",
+    "Form",
     "HeadstartError",
     "Layer",
     "LayerError",

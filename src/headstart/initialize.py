@@ -27,7 +27,7 @@ from headstart.processes import Processes, is_sharded
 from headstart.progress import Show
 from headstart.report import Report
 from headstart.reporting import fallbacks, layer_report
-from headstart.solve import checked, settled, solve
+from headstart.solve import check, check_weights, settled, solve
 from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Reading, collect
 from headstart.statistics.plan import parse_bytes
@@ -120,7 +120,8 @@ def initialize_(
             target = find(model, adapter)
             memory = Memory(model_device(model))
             source = _source(data, method, collator, batch_size, loss, context)
-            checked(method, target.layers, seed, source.training, reads_weights=form == "residual")
+            check(method, target.layers, source.training)
+            check_weights(method, target.layers, form)
             store = open_store(cache, context.notes.append)
         starts: dict[str, Factors] = {}
         for statistics in context.timed("collect", collect(model, target.layers, method, source, reading, context)):

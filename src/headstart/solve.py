@@ -213,32 +213,27 @@ class _Solver:
         )
 
 
-def checked(
-    method: Method,
-    layers: Sequence[TargetLayer],
-    seed: int,
-    training: Training,
-    *,
-    reads_weights: bool = False,
-    in_memory: bool = True,
-) -> Mapping[str, Layer]:
-    """Let the method refuse what it can't start, and return what is known of each layer before any data are read.
-
-    ``reads_weights`` says that weights are read whatever the method wants, as for residual ones; ``in_memory`` that
-    they are in the layers, and not read from files later on.
+def check(method: Method, layers: Sequence[TargetLayer], training: Training) -> None:
+    """Let the method refuse what it can't start, before any data are read.
 
     Raises:
         LayerError, MethodError: see :meth:`headstart.methods.base.Method.check`.
     """
-    facts = {layer.name: replace(layer.facts(), seed=seed, training=training) for layer in layers}
-    for known in facts.values():
-        method.check(known)
+    for layer in layers:
+        method.check(replace(layer.facts(), training=training))
+
+
+def check_weights(method: Method, layers: Sequence[TargetLayer], form: str) -> None:
+    """Refuse layers whose weight is needed and can't be read.
+
+    Raises:
+        LayerError: see :func:`headstart.layers.formats.check_readable`.
+    """
     check_readable(
         (layer.name, layer.module.get_base_layer())
-        for layer in (layers if in_memory else ())
-        if reads_weights or layer.facts().dora or method.wants(facts[layer.name]).reads_weight
+        for layer in layers
+        if form == "residual" or layer.facts().dora or method.wants(layer.facts()).reads_weight
     )
-    return facts
 
 
 def _on_cpu(factors: Factors) -> Factors:

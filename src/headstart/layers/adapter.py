@@ -61,13 +61,14 @@ def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, 
     Raises:
         CheckpointError: a layer lacks one of its tensors, or their shapes don't fit together.
     """
+    # PEFT's own saving of a model with compiled parts writes the names of what is around them.
+    tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
     parts: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     roles = {"lora_A.weight": "A", "lora_B.weight": "B", f"{CORE}.weight": "core"}
     for kind, (name_A, name_B) in START_NAMES.items():
         roles |= {f"{name_A}.weight": f"{kind} A0", f"{name_B}.weight": f"{kind} B0"}
-    # PEFT's own saving of a model with compiled parts writes their wrappers' names.
-    for key, tensor in renewed({plain_name(name): tensor for name, tensor in tensors.items()}).items():
+    for key, tensor in renewed(tensors).items():
         role = next((role for ending, role in roles.items() if key.endswith(f".{ending}")), None)
         if role is None:
             rest[key] = tensor
@@ -213,7 +214,7 @@ def _uniform(
     for name, (A, B) in factors.items():
         more = rank - A.shape[0]
         if scalings[name] != scaling:
-            B = (B.float() * (scalings[name] / scaling)).to(B.dtype)
+            B = B.to(torch.promote_types(B.dtype, torch.float32)) * (scalings[name] / scaling)
         found[name] = pad(A, (0, 0, 0, more)), pad(B, (0, more))
     return found, dict.fromkeys(factors, scaling)
 

@@ -94,8 +94,8 @@ def _alike(found: list[float], expected: list[float], dtype: torch.dtype) -> boo
     tolerance = 1.0 if dtype not in (torch.float32, torch.float64) else 0.0
     tolerance *= 2 * torch.finfo(torch.bfloat16).eps
     # The checkpoint may have come from a rounded base as well, which float32 then doesn't match to the bit.
-    rounded = [float(torch.tensor(value).bfloat16()) for value in found]
-    half = [float(torch.tensor(value).half()) for value in found]
+    rounded = [float(torch.tensor(value, dtype=torch.float32, device="cpu").bfloat16()) for value in found]
+    half = [float(torch.tensor(value, dtype=torch.float32, device="cpu").half()) for value in found]
     return any(
         all(math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-12) for a, b in zip(values, expected, strict=True))
         for values in (found, rounded, half)

@@ -45,7 +45,7 @@ from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.watch import watch
-from headstart.layers.weights import fingerprint
+from headstart.layers.weights import fingerprint, give_values
 
 _FORMAT = 1
 
@@ -251,7 +251,8 @@ def read_adapter(path: str | Path) -> AdapterFolder:
 
 def _record_to_save(layer: TargetLayer) -> dict[str, object]:
     base = layer.module.get_base_layer()
-    found = record(layer) or {"method": None, "weight": fingerprint(base)}
+    sample = fingerprint(base)
+    found = record(layer) or {"method": None, **({} if sample is None else {"weight": sample})}
     return found if quantisation(base) is None else found | {"quantised": quantisation(base)}
 
 
@@ -316,6 +317,7 @@ def check_form(target: TargetLayer, layer: AdapterLayer) -> None:
 def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) -> None:
     """Give a layer the anchors that the checkpoint's tensors go with, and a residual one its residual weight."""
     module, adapter = target.module, target.adapter
+    give_values(module, adapter, undo)
     if layer.core is not None:
         mine = core_of(module, adapter)
         if mine is None:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from headstart.errors import CheckpointError, LayerError, ModelError
+from headstart.errors import CheckpointError, LayerError, ModelError, not_finite
 from headstart.layers.find import TargetLayer
 
 _SINGLE = "model.safetensors"
@@ -65,11 +66,17 @@ class Original:
         return original
 
     def weight(self, layer: TargetLayer) -> Tensor:
-        """Read a layer's weight: W (d_out, d_in) in float32, on the layer's device."""
+        """Read a layer's weight: W (d_out, d_in) in float32, on the layer's device.
+
+        Raises:
+            LayerError: it holds NaN or infinity.
+        """
         file, tensor = self.places[layer.name]
         with _opened(file) as handle:
-            stored: Tensor = handle.get_tensor(tensor)
-        return (stored.T if _stored_transposed(layer) else stored).to(layer.device).float()
+            stored: Tensor = handle.get_tensor(tensor).to(layer.device).float()
+        if not bool(torch.isfinite(stored).all()):
+            raise not_finite(layer.name)
+        return stored.T if _stored_transposed(layer) else stored
 
     def _check(self, layer: TargetLayer) -> None:
         file, tensor = self.places[layer.name]

@@ -51,7 +51,7 @@ class FromConfig(Formed):
         A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
         if form == "core":
             nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-            set_core(module, adapter_name, torch.zeros(len(A), len(A), device=A.device))
+            set_core(module, adapter_name, A.new_zeros(len(A), len(A)))
         elif form is not None:
             set_anchors(module, adapter_name, torch.zeros_like(A), torch.zeros_like(B), form)
         if form in ("core", "anchored"):

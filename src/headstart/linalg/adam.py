@@ -90,7 +90,7 @@ def descend(
     """
     n = len(W)
     path = Path(A0.to(W, copy=True), B0.to(W, copy=True), [schedule.steps] * n, [[] for _ in range(n)])
-    active = torch.arange(n, device=W.device)
+    active = torch.arange(n, dtype=torch.int64, device=W.device)
     descent = Descent(W, A0, B0, schedule)
     walker = _walker(descent, schedule, 0)
     for first in range(0, schedule.steps, check_every):

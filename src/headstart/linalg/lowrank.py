@@ -122,7 +122,11 @@ def adam_lowrank(
         )
         errors = squared_error(stack, path.A, path.B)
         return LowRankFit(
-            path.A, path.B, errors, torch.tensor(path.steps, device="cpu"), _history(path, errors, W[0].numel())
+            path.A,
+            path.B,
+            errors,
+            torch.tensor(path.steps, dtype=torch.int64, device="cpu"),
+            _history(path, errors, W[0].numel()),
         )
 
     n = len(W)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from headstart.linalg.precision import double
 from headstart.linalg.svd import truncated_svd
 from headstart.methods.base import Factors, Layer, Method, Wants, check_positive
 from headstart.methods.registry import register
@@ -32,8 +33,8 @@ class CorDA(Method):
             is small; the report has its largest entry.
         samples: how many samples Z is a mean over.
         damping: relative to the mean of Z's diagonal.
-        tokens: Z is a mean over the tokens that the attention mask shows, or over those with a label. The published
-            code divides each sample's inputs by their largest entry first, and takes padding along.
+        tokens: Z is a mean over the tokens that the attention mask shows, or over those that predict a label. The
+            published code divides each sample's inputs by their largest entry first, and takes padding along.
     """
 
     source: ClassVar[str] = "CorDA (Yang et al. 2024), section 3"
@@ -54,12 +55,12 @@ class CorDA(Method):
 
     def factors(self, layer: Layer) -> Factors:
         """Decompose W Zf, and split the triplets evenly."""
-        mean_square = 0.0 if layer.kronecker is None else float(layer.kronecker.inputs.diagonal().double().mean())
+        mean_square = 0.0 if layer.kronecker is None else float(double(layer.kronecker.inputs.diagonal()).mean())
         if layer.kronecker is None or not mean_square > 0:
             note = "no input reached this layer in the samples, or only zeros; it starts as 'lora' does"
             start = LoRA().factors(layer)
             return Factors(start.A, start.B, note=note)
-        Z, W = layer.kronecker.inputs.double(), layer.require_weight().double()
+        Z, W = double(layer.kronecker.inputs), double(layer.require_weight())
         # Products in float32 aren't symmetric to the last digit.
         Zf = torch.lerp(Z, Z.mT, 0.5)
         damping = self.damping * mean_square
@@ -78,7 +79,7 @@ class CorDA(Method):
         """Return left singular vectors (d_out, r) and singular values (r,) of the chosen end, in float64."""
         if self.mode == "ipm":
             svd = truncated_svd(matrix, r)
-            return svd.U.double(), svd.S.double()
+            return double(svd.U), double(svd.S)
         # What is divided by the root of a small singular value must not have been rounded to float32.
         U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
         return U[:, -r:], S[-r:]

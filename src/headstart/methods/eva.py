@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from headstart.errors import MethodError
+from headstart.linalg.precision import double
 from headstart.linalg.svd import truncated_svd
 from headstart.methods.base import Factors, Form, Kronecker, Layer, Method, Wants, check_positive
+from headstart.methods.draws import empty
 from headstart.methods.registry import register
 from headstart.methods.zero import LoRA
 from headstart.progress import Show, silent
@@ -40,7 +42,8 @@ class EVA(Method):
     Settings:
         samples: how many samples Z and m are means over.
         rho: how much larger a layer's rank may become.
-        tokens: means over the tokens with a label, or over all that the attention mask shows.
+        tokens: means over the tokens that predict a label (the published code's are those that have one), or over all
+            that the attention mask shows.
         whiten: divide row i by the root of the i-th singular value of the centred inputs (all tokens, not their mean).
         adjust_scaling: lora_alpha follows the rank, so that s stays; else s follows it, and lora_alpha stays.
     """
@@ -81,7 +84,7 @@ class EVA(Method):
         for layer in layers:
             if layer.kronecker is None:
                 note = "no input reached this layer in the samples; it starts as 'lora' does"
-                starts.append(Factors(LoRA().factors(layer).A, torch.zeros(layer.d_out, layer.r), note=note))
+                starts.append(Factors(LoRA().factors(layer).A, empty(layer.d_out, layer.r).zero_(), note=note))
                 continue
             key = id(layer.kronecker.inputs)
             if key not in components:
@@ -115,7 +118,7 @@ class EVA(Method):
             # What doesn't vary has no scale of its own.
             singular = components.singular[:offered, None]
             rows = rows / torch.where(singular > 0, singular.sqrt(), 1.0)
-        B = torch.zeros(layer.d_out, layer.r, device=rows.device)
+        B = torch.zeros(layer.d_out, layer.r, dtype=torch.float32, device=rows.device)
         return Factors(
             rows[: layer.r].float().contiguous(),
             B,
@@ -129,7 +132,7 @@ class EVA(Method):
         assert start.spare is not None  # as _start gave it
         A = torch.cat((start.A, start.spare))[:rank]
         # Not B itself: its memory is that of all columns.
-        B = torch.zeros(len(start.B), rank, device=start.B.device)
+        B = start.B.new_zeros(len(start.B), rank)
         info = {**start.info, "explained": math.fsum(start.worth[:rank])}
         varying = int(info.pop("varying"))
         note = ""
@@ -159,11 +162,11 @@ class _Components:
 
 def _components(kronecker: Kronecker, count: int) -> _Components:
     """Return the ``count`` leading principal components."""
-    mean = kronecker.mean_input.to(kronecker.inputs.device).double()
-    second = kronecker.inputs.double()
+    second = double(kronecker.inputs)
+    mean = double(kronecker.mean_input).to(second.device)
     # Products in float32 aren't symmetric to the last digit.
     centred = torch.lerp(second, second.mT, 0.5) - torch.outer(mean, mean)
-    rows = truncated_svd(centred, count).V.double().mT
+    rows = double(truncated_svd(centred, count).V).mT
     # Rounding can leave a small eigenvalue negative, which a singular value would hide.
     variances = ((rows @ centred) * rows).sum(1)
     varying = int((variances > _NOISE * second.diagonal().sum()).sum())

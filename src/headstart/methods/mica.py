@@ -44,6 +44,6 @@ class MiCA(Method):
         results = truncated_svd_batch(weights, layers[0].r, which="smallest")
         starts = []
         for layer, svd in zip(layers, results, strict=True):
-            A = torch.zeros(layer.r, layer.d_in, device=svd.U.device)
+            A = torch.zeros(layer.r, layer.d_in, dtype=torch.float32, device=svd.U.device)
             starts.append(Factors(A, svd.U, info={"residual": svd.residual}, frozen=("lora_B",)))
         return starts

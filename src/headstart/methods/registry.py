@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from headstart.errors import MethodError, nearest
+from headstart.errors import HeadstartWarning, MethodError, nearest
 from headstart.methods.base import ANY_LAYER, Method
 
 _METHODS: dict[str, type[Method]] = {}
@@ -40,6 +42,22 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
 def method_names() -> list[str]:
     """Return the names of all methods, in the order of registration (by family)."""
     return list(_METHODS)
+
+
+def load_plugins() -> None:
+    """Import what installed packages name under the entry point group ``headstart.methods``: modules with starts.
+
+    One that can't be imported costs a warning, and nothing else.
+    """
+    for entry in entry_points(group="headstart.methods"):
+        try:
+            entry.load()
+        except Exception as error:  # whatever a stranger's module raises
+            warnings.warn(
+                f"the starts of entry point {entry.name!r} ({entry.value}) can't be loaded, and are left out: {error}",
+                HeadstartWarning,
+                stacklevel=2,
+            )
 
 
 def methods_by_class() -> dict[str, type[Method]]:

@@ -109,7 +109,7 @@ class OwnLoss:
         places = used.flatten().nonzero().flatten()
         flat = states.detach().flatten(0, 1)
         gradient = torch.zeros_like(flat)
-        losses = torch.zeros(len(states), device=states.device)
+        losses = torch.zeros(len(states), dtype=torch.float32, device=states.device)
         classes = flat.shape[1] if head is None else head.out_features
         for rows in places.split(max(16, _AT_ONCE // classes)):
             owners = rows // states.shape[1]

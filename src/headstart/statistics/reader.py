@@ -14,7 +14,7 @@ from torch.nn import functional
 from headstart.errors import BASE_PREFIX, DataError, not_finite
 from headstart.layers.weights import model_device
 from headstart.processes import Processes
-from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, moved, single_sample, token_labels
+from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, moved, single_sample, take, token_labels
 from headstart.statistics.head import makes, plain_head, states_of, watched
 from headstart.statistics.losses import (
     OwnLoss,
@@ -38,7 +38,9 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 Way = Literal["own", "apart", "whole"]
 
 # Tokens of the sample on which the loss is found out.
-_WINDOW = 64
+_WINDOW = 32
+# Tokens that are read at once: so many that a processor isn't any faster with more.
+_TOKENS_AT_ONCE = {"cpu": 1024, "other": 2048}
 
 
 class Reader:
@@ -107,11 +109,12 @@ class Reader:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
         samples = Samples(moved(samples.batch, self._device), samples.indices, samples.cut)
         self.learn(samples)
-        expected = self._expected(samples)
         names = {name: self._modules[name] for name in sums.shapes}
-        draws = drawn_from(self._seed + 7919 * samples.first, self._device)
-        with draws, tapped(names, sums.watch, self._scale):
-            self._accumulate(samples, sums, expected)
+        for part in self._parts(samples):
+            expected = self._expected(part)
+            draws = drawn_from(self._seed + 7919 * part.first, self._device)
+            with draws, tapped(names, sums.watch, self._scale):
+                self._accumulate(part, sums, expected)
 
     def run_layers(self, batch: Batch) -> None:
         """Run the model on a batch for what its layers see, up to its head where it has a plain one."""
@@ -249,17 +252,26 @@ class Reader:
         with watched(self._head) as call:
             outputs = self._model(**batch)
         loss, logits, labels = loss_of(outputs, 0), logits_of(outputs), batch.get("labels")
-        if self._way is None and isinstance(labels, Tensor) and logits is not None and logits.requires_grad:
-            (gradient,) = torch.autograd.grad(loss, [logits], retain_graph=True, allow_unused=True)
-            if gradient is not None:
-                tokens = token_labels(batch)
-                self._shifted = None if tokens is None else predicts_next(gradient, tokens)
-                if self._in_step_with is None:
-                    self._own = find_own_loss(loss.detach(), logits.detach(), gradient, labels)
-            if self._own is None or not self._own.of_tokens or not makes(self._head, call, logits, labels):
-                self._head = None
-            self._with_labels = self.encoder_decoder or self._own is None
+        if self._way is not None or not isinstance(labels, Tensor) or logits is None or not logits.requires_grad:
+            return self._with_loss(loss, size)
+        tokens = token_labels(batch)
+        if self._in_step_with is not None:
+            # A backward pass through the outputs alone would put the processes out of step.
+            if tokens is not None:
+                logits.register_hook(lambda gradient: self._notice_shift(gradient, tokens))
+            return self._with_loss(loss, size)
+        (gradient,) = torch.autograd.grad(loss, [logits], retain_graph=True, allow_unused=True)
+        if gradient is not None:
+            self._own = find_own_loss(loss.detach(), logits.detach(), gradient, labels)
+            if tokens is not None:
+                self._notice_shift(gradient, tokens)
+        if self._own is None or not self._own.of_tokens or not makes(self._head, call, logits, labels):
+            self._head = None
+        self._with_labels = self.encoder_decoder or self._own is None
         return self._with_loss(loss, size)
+
+    def _notice_shift(self, gradient: Tensor, labels: Tensor) -> None:
+        self._shifted = predicts_next(gradient, labels)
 
     def _read_on_trial(self, batch: Batch) -> Callable[[], Run]:
         return partial(self._run_own, batch, 1) if self._way == "own" else partial(self._examined, batch, 1)
@@ -268,6 +280,18 @@ class Reader:
         return tried(run, self._modules, self._scale, self._seed + draw, self._device, self._most)
 
     # Reading.
+
+    def _parts(self, samples: Samples) -> list[Samples]:
+        """Divide a batch of which every sample's own loss is computed: what its layers keep is most of the memory."""
+        labels = samples.batch.get("labels")
+        if self._way != "own" or not samples.cut or not isinstance(labels, Tensor):
+            return [samples]
+        most = max(
+            1, _TOKENS_AT_ONCE["cpu" if self._device.type == "cpu" else "other"] // max(1, _width(samples.batch))
+        )
+        count = -(-samples.size // most)
+        rows = [list(range(part * samples.size // count, (part + 1) * samples.size // count)) for part in range(count)]
+        return [Samples(take(samples.batch, part), tuple(samples.indices[row] for row in part)) for part in rows]
 
     def _accumulate(self, samples: Samples, sums: Sums, expected: Tensor | None = None) -> None:
         if self._way != "whole" and samples.cut:
@@ -428,6 +452,12 @@ class Reader:
         """Keep a sentence for the report, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+
+def _width(batch: Batch) -> int:
+    """Return how many tokens the longest sample has, padding and all; 0 for what isn't tokens."""
+    widths = (batch.get(name) for name in ("input_ids", "inputs_embeds", "labels"))
+    return max((value.shape[1] for value in widths if isinstance(value, Tensor) and value.dim() > 1), default=0)
 
 
 def _most_padded(batch: Batch) -> int:

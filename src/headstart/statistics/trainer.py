@@ -80,7 +80,7 @@ def _chosen(dataset: Any, samples: int, seed: int) -> Iterable[Any]:
     """Return single samples, drawn by the seed where the data set has places."""
     if not isinstance(dataset, Sized):
         return islice(iter(dataset), samples)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator, dtype=torch.int64, device="cpu")[:samples].tolist()
     return (dataset[place] for place in order)  # type: ignore[index] # a map-style data set
 

@@ -66,7 +66,7 @@ def tried(
         device: of the model.
     """
     squares: dict[str, list[Tensor]] = {}
-    loss = torch.zeros(())
+    loss = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def watch(name: str, inputs: Tensor) -> Sink:
         def sink(x: Tensor, g: Tensor) -> None:

@@ -27,7 +27,7 @@ from headstart.methods.base import ANY_LAYER, Method, Training
 from headstart.methods.registry import method_class, method_names, parse_method
 from headstart.progress import Show, progress_bars, silent
 from headstart.report import LayerReport, Report
-from headstart.solve import checked
+from headstart.solve import check
 from headstart.stream.assemble import assemble
 from headstart.stream.parts import Work
 from headstart.stream.pieces import Maker, averaged, layer_name, subtracted
@@ -129,7 +129,7 @@ def stream_start(
     with clock("find"):
         source = Source.open(Path(folder))
         skeleton = build(source, config, name)
-        checked(method, skeleton.layers, seed, Training(), in_memory=False)
+        check(method, skeleton.layers, Training())
         live_form = form if method.form == "anchored" else method.form
         notes: list[str] = []
         store = open_store(cache, notes.append)
