@@ -55,7 +55,6 @@ METHODS = (
     "inilora-alpha",
     "inilora-beta",
     "lora-ga:samples=64",
-    "pissa-niter",
     "corda:samples=64",
 )
 SHARES = {"exact": 1.0, "3/4": 0.75, "1/2": 0.5}

@@ -348,7 +348,7 @@ def test_what_is_said_to_be_tested_is():
     named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page)
     assert len(named) > 40
     for file, test in named:
-        assert f"def {test}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, test)
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8") or not test, (file, test)
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():
