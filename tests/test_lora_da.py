@@ -897,7 +897,10 @@ def statistics(base, batches, names, tokens="attention"):
                 found = sums[name]
                 found.G = found.G + g.T @ x
                 if tokens == "labels" or (two_sided and reads_decoder(name)):
-                    x, g = (each[one["labels"][0] != -100] for each in (x, g))
+                    learned = one["labels"][0] != -100
+                    if not two_sided:  # a causal model predicts the label of the next position
+                        learned = torch.cat([learned[1:], torch.zeros_like(learned[:1])])
+                    x, g = x[learned], g[learned]
                 found.Z, found.Y, found.rows = found.Z + x.T @ x, found.Y + g.T @ g, found.rows + len(x)
     for handle in handles:
         handle.remove()
