@@ -997,7 +997,7 @@ def test_the_verb_with_published_settings(architecture):
 def test_the_start_is_beside_the_base_model(form):
     base, batch = tiny_llama(), token_batch()
     model = wrap(copy.deepcopy(base), lora_alpha=16, use_rslora=True)
-    hs.initialize_(model, "lora-da:samples=4,gamma=16", data=[batch], base=form)
+    hs.initialize_(model, "lora-da:samples=4,gamma=16", data=[batch], form=form)
     moved = copy.deepcopy(base)
     s = 16 / math.sqrt(4)
     with torch.no_grad():
@@ -1128,7 +1128,7 @@ def test_data_are_needed():
 def test_saved_and_read_by_plain_peft(tmp_path, form):
     base, batch = tiny_llama(), token_batch()
     model = wrap(copy.deepcopy(base))
-    hs.initialize_(model, "lora-da:samples=4,gamma=16", data=[batch], base=form)
+    hs.initialize_(model, "lora-da:samples=4,gamma=16", data=[batch], form=form)
     perturb(model)
     expected = logits(model, batch)
     assert hs.save_lora(model, tmp_path / "adapter") == 0.0

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 def start(folder, out, base):
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    stream_start(folder, "pissa", config, out, base=base, force=True, progress=False)
+    stream_start(folder, "pissa", config, out, form=base, force=True, progress=False)
 
 
 def names(folder):

@@ -95,7 +95,7 @@ def prepare(model: Any, config: Any, adapter: str, tensors: Mapping[str, Tensor]
         if layer.kind == "residual" and residual_owner(target.module) is None:
             raise CheckpointError(
                 f"layer {target.name!r}: this checkpoint was trained on residual weights, which PEFT's loading can't "
-                'restore; load it with headstart.load_checkpoint, or call initialize_(..., base="residual") first.'
+                'restore; load it with headstart.load_checkpoint, or call initialize_(..., form="residual") first.'
             )
         if layer.kind != "lora" and form_of(target.module, adapter) is None:
             _set_form(target, layer.A0, layer.B0, layer.core, layer.kind)
