@@ -47,9 +47,10 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
 
-# What is generated from the registry; a test tells when it is out of date.
+# What is generated from the registry and the code; a test tells when it is out of date.
 docs: $(VENV)/.dev
 	$(BIN)/headstart methods --markdown > docs/methods.md
+	$(BIN)/python docs/house.py
 
 clean:
 	rm -rf $(VENV) .venv-latest runs

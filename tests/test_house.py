@@ -1,0 +1,55 @@
+"""The page about the structure: as the code is, and nothing imported the wrong way."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import headstart as hs
+from conftest import tiny_llama, token_batch, wrap
+from headstart.methods import registry
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def house():
+    spec = importlib.util.spec_from_file_location("house", DOCS / "house.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_drawn_from_the_code(house):
+    assert house.page() == house.PAGE.read_text(encoding="utf-8"), "run make docs"
+
+
+def test_nothing_is_imported_the_wrong_way(house):
+    assert house.against_the_order(house.imports()) == []
+    wrong = house.imports() | {"linalg": {"cli"}}
+    assert house.against_the_order(wrong) == ["linalg imports cli"]
+
+
+def test_every_room_is_on_the_page(house):
+    rooms = {path.name.removesuffix(".py") for path in house.SOURCE.iterdir() if path.suffix in ("", ".py")}
+    rooms = {room for room in rooms if not room.startswith("__") and room not in house.GROUND}
+    assert rooms == house.ROOMS.keys() - {"ground"}
+
+
+def test_the_start_on_the_page_works():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names = {name: getattr(hs, name) for name in ("Factors", "Form", "Layer", "Method", "Wants", "register")}
+    names["register"] = lambda name: hs.register(f"{name}-of-the-page")
+    imports = "import torch\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
+    exec(compile(imports + block, "architecture.md", "exec", dont_inherit=True), names)
+    try:
+        batch, model = token_batch(), wrap(tiny_llama())
+        before = float(tiny_llama()(**batch).loss)
+        report = hs.initialize_(model, names["SteepestRows"](samples=4), data=[batch], progress=False)
+        assert report.form == "kept" and float(model(**batch).loss) < before
+    finally:
+        registry._METHODS.pop("steepest-rows-of-the-page")
