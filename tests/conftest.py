@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Factors that a test before has left would hide what a test is about; the cache's own tests switch it on.
@@ -19,6 +20,14 @@ from torch import nn
 import headstart as hs
 from headstart.layers.find import lora_layers
 from headstart.layers.weights import whole
+
+
+def pytest_configure(config):
+    # Of its own for each process: two that compile the same at once read each other's unfinished files.
+    folder = tempfile.TemporaryDirectory(prefix="headstart-inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+    config.add_cleanup(folder.cleanup)
+
 
 VOCABULARY = 97
 # By the names that most architectures have for them.

@@ -143,7 +143,7 @@ def test_accelerates_hooks_made_before_the_start(form, tmp_path, batch):
 @pytest.mark.parametrize("form", FORMS)
 def test_factors_that_are_offloaded_already_are_refused(way, form, tmp_path):
     model = offloaded(wrap(tiny_llama()), way, tmp_path)
-    with pytest.raises(hs.LayerError, match=r"q_proj.*not in memory.*before it is offloaded"):
+    with pytest.raises(hs.LayerError, match=r"q_proj.*keeps the factors.*elsewhere.*before cpu_offload"):
         hs.initialize_(model, FORMS[form], progress=False)
 
 
@@ -173,3 +173,26 @@ def test_per_sample_gradients_of_opacus(form):
     for name in names:
         found = model.get_parameter(name).grad_sample
         assert torch.allclose(found, torch.stack(expected[name]), atol=1e-5), name
+
+
+# A start comes before them, where they hide the layers.
+
+
+def inside_fsdp1(rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    sharded = FullyShardedDataParallel(wrap(tiny_llama()), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(hs.LayerError, match=r"sharded by FSDP1 or DeepSpeed.*initialise it before that, or use FSDP2"):
+        hs.initialize_(sharded, "pissa", progress=False)
+    return True
+
+
+def test_a_start_inside_fsdp1_is_refused(tmp_path):
+    assert all(together(tmp_path, inside_fsdp1))
+
+
+def test_a_start_inside_deepspeed_is_refused():
+    model = wrap(tiny_llama())
+    next(model.parameters()).ds_id = 0  # what ZeRO-3 puts on each parameter
+    with pytest.raises(hs.LayerError, match="sharded by FSDP1 or DeepSpeed"):
+        hs.initialize_(model, "pissa", progress=False)

@@ -138,7 +138,7 @@ def test_sums_are_computed_in_full_precision():
         assert seen == [(False, "ieee")]
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        with pytest.raises(KeyError), full_precision(torch.device("cpu")):
+        with pytest.raises(KeyError), full_precision([torch.device("cpu")]):
             raise KeyError
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:

@@ -20,7 +20,7 @@ import headstart as hs
 from conftest import class_batch, logits, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5, tiny_vit, token_batch
 from headstart.errors import CheckpointError, LayerError, MethodError, ModelError
 from headstart.linalg.svd import truncated_svd_batch
-from headstart.methods import method_class
+from headstart.methods import ANY_LAYER, method_class
 from headstart.stream import Crew, load_residual, stream_start
 from headstart.stream.tensors import Planned, TensorFile, write_file
 
@@ -434,7 +434,11 @@ def test_processes_share_the_layers(folders, tmp_path):
 
 def test_methods_that_need_no_weight_say_so_in_one_list():
     for method in METHODS:
-        assert str(method_class(method.partition(":")[0]).needs) in ("shapes", "weight", "weight + moments")
+        assert str(method_class(method.partition(":")[0])().wants(ANY_LAYER)) in (
+            "shapes",
+            "weight",
+            "weight + moments",
+        )
 
 
 def test_a_name_with_brackets_leaves_no_pieces(folders, tmp_path):

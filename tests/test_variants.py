@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, VeraConfig, get_peft_model
 
 import headstart as hs
-from conftest import ARCHITECTURES, logits, tiny_llama, token_batch, wrap
+from conftest import ARCHITECTURES, factors_of, logits, tiny_llama, token_batch, wrap
 from headstart.layers.find import lora_layers
 from headstart.layers.vera import principal_directions
 
@@ -91,14 +91,14 @@ def test_vera_gets_the_principal_directions_of_all_layers(method):
     model = vera(copy.deepcopy(base))
     old = {side: getattr(vera_layers(model)[0], side)["default"].clone() for side in ("vera_A", "vera_B")}
     report = hs.initialize_(model, method, data=[token_batch()], progress=False)
-    assert report.base == "shared dictionary"
+    assert report.form == "shared dictionary"
     assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     # b is zero: the model starts where it was.
     assert torch.equal(logits(model.eval(), token_batch()), expected_logits)
     lora = wrap(copy.deepcopy(base), r=6, lora_alpha=6, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
     hs.initialize_(lora, method, data=[token_batch()], progress=False)
     first = vera_layers(model)[0]
-    for side, factor in (("vera_A", "lora_A"), ("vera_B", "lora_B")):
+    for place, side in enumerate(("vera_A", "vera_B")):
         found = getattr(first, side)["default"].double()
         assert all(getattr(layer, side)["default"] is getattr(first, side)["default"] for layer in vera_layers(model))
         assert found.shape == old[side].shape
@@ -106,8 +106,8 @@ def test_vera_gets_the_principal_directions_of_all_layers(method):
         rows = found if side == "vera_A" else found.T
         projectors = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
         for target in lora_layers(lora, "default"):
-            weight = getattr(target.module, factor)["default"].weight.detach().double()
-            basis = torch.linalg.qr(weight.T if factor == "lora_A" else weight).Q
+            weight = factors_of(target.module)[place].detach().double()
+            basis = torch.linalg.qr(weight.T if side == "vera_A" else weight).Q
             projectors[: len(basis), : len(basis)] += basis @ basis.T
         values, vectors = torch.linalg.eigh(projectors)
         gap = float(values[-6] - values[-7])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
 
 from headstart.cache import open_store
 from headstart.context import Context, Memory, shown
@@ -32,8 +32,10 @@ from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Reading, collect
 from headstart.statistics.plan import parse_bytes
 from headstart.statistics.runs import Loss
-from headstart.statistics.trainer import from_trainer, known_training
 from headstart.statistics.training import TrainingData
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 @looks_through
@@ -161,8 +163,12 @@ def _source(
     data: object, method: Method, collator: Collator | None, batch_size: int, loss: Loss | None, context: Context
 ) -> TrainingData:
     """Return what was given as data, a trainer's included."""
-    if not isinstance(data, Trainer):
+    # Nobody has a trainer who hasn't imported it, which takes a second.
+    module = sys.modules.get("transformers.trainer")
+    if module is None or not isinstance(data, module.Trainer):
         return TrainingData.of(data, collator, batch_size, loss, context.processes)
+    from headstart.statistics.trainer import from_trainer, known_training
+
     if collator is not None or loss is not None:
         raise DataError("a trainer given as data brings its own collator and loss: leave collator= and loss= out.")
     reads = method.wants(ANY_LAYER).data

@@ -190,7 +190,10 @@ class Reader:
                 return
             self._way = "whole"
             if not self._whole:
-                self.note("the samples of a batch can't be told apart, so each batch was read as a whole")
+                self.note(
+                    "the samples of a batch can't be told apart, so each batch was read as a whole; where it doesn't "
+                    "tell how many it holds, it counts as one of samples"
+                )
             return
         if self._runs.own is not None:
             self._way = "own"
