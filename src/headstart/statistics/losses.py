@@ -198,3 +198,18 @@ def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Ten
     slope = logits.sub_(total[:, None]).exp_()
     slope.scatter_add_(1, labels[:, None], slope.new_full((len(labels), 1), -1.0))
     return terms, slope.mul_(weights[:, None])
+
+
+def infinite_loss(loss: float, samples: Samples) -> DataError:
+    """Return the error for a loss that is not finite, naming the samples that it is of."""
+    counts = label_counts(samples.batch)
+    if counts is not None and bool((counts[:, 1] == 0).any()):
+        return DataError(f"the loss is {loss}: {only_first_label(samples)}")
+    low, high = min(samples.indices), max(samples.indices)
+    if samples.size == 1:
+        which = f"sample {low}"
+    elif high - low + 1 == samples.size:
+        which = f"samples {low} to {high}"
+    else:
+        which = "samples " + ", ".join(map(str, sorted(samples.indices)))
+    return DataError(f"the loss is {loss} on {which}: check the labels, and the model's precision.")

@@ -14,10 +14,7 @@ from headstart.errors import BASE_PREFIX, DataError, not_finite
 from headstart.layers.weights import model_device
 from headstart.processes import Processes
 from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, moved, single_sample, take
-from headstart.statistics.losses import (
-    loss_of,
-    only_first_label,
-)
+from headstart.statistics.losses import infinite_loss, loss_of, only_first_label
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.quiet import drawn_from
 from headstart.statistics.runs import Loss, Runs
@@ -359,7 +356,7 @@ class Reader:
 
     def _check_finite(self, value: Tensor, samples: Samples) -> None:
         loss = float(value)
-        failure = None if math.isfinite(loss) else _infinite(loss, samples)
+        failure = None if math.isfinite(loss) else infinite_loss(loss, samples)
         if self._in_step_with is not None:
             words = next((each for each in self._in_step_with.gather(failure and str(failure)) if each), None)
             if words is not None:
@@ -399,17 +396,3 @@ def _width(batch: Batch) -> int:
 def _most_padded(batch: Batch) -> int:
     mask = batch.get("attention_mask")
     return int((mask != 0).sum(1).argmin()) if isinstance(mask, Tensor) and mask.dim() == 2 else 0
-
-
-def _infinite(loss: float, samples: Samples) -> DataError:
-    counts = label_counts(samples.batch)
-    if counts is not None and bool((counts[:, 1] == 0).any()):
-        return DataError(f"the loss is {loss}: {only_first_label(samples)}")
-    low, high = min(samples.indices), max(samples.indices)
-    if samples.size == 1:
-        which = f"sample {low}"
-    elif high - low + 1 == samples.size:
-        which = f"samples {low} to {high}"
-    else:
-        which = "samples " + ", ".join(map(str, sorted(samples.indices)))
-    return DataError(f"the loss is {loss} on {which}: check the labels, and the model's precision.")
