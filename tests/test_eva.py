@@ -16,9 +16,10 @@ from peft.utils.incremental_pca import IncrementalPCA
 
 import headstart as hs
 from conftest import logits, perturb, tiny_llama, token_batch, wrap
-from headstart.errors import LayerError, MethodError
+from headstart.errors import DataError, LayerError, MethodError
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Factors
+from headstart.statistics.sums import Regroup, Sums
 from inputs import inputs_by_layer, inputs_of, layer_of, layers_of, leading_components, moments, normal, worst_angle
 from test_processes import batches, together
 
@@ -360,3 +361,53 @@ def test_without_labels_a_token_all_tokens_count(labels):
     hs.initialize_(plain, hs.EVA(samples=4, rho=1.0, tokens="attention"), data=[batch])
     for one, other in zip(lora_layers(model, "default"), lora_layers(plain, "default"), strict=True):
         assert torch.equal(one.module.lora_A["default"].weight, other.module.lora_A["default"].weight)
+
+
+# What the data tell of labels.
+
+
+def test_a_sample_without_labels_is_named():
+    batch = token_batch()
+    batch["labels"][2] = -100
+    with pytest.raises(DataError, match="sample 2 has no label left"):
+        hs.initialize_(wrap(tiny_llama()), hs.EVA(samples=4), data=[batch], progress=False)
+
+
+def test_it_is_said_where_positions_cannot_be_told():
+    batch, reports = token_batch(), []
+    for loss in (None, lambda model, batch: model(**batch).loss):
+        reports.append(hs.initialize_(wrap(tiny_llama()), hs.EVA(samples=4), data=[batch], loss=loss, progress=False))
+    assert not reports[0].warnings
+    assert any("which positions predict a label can't be told" in note for note in reports[1].warnings)
+
+
+def test_a_loss_may_do_without_labels():
+    batch = token_batch()
+    batch["labels"][:] = -100
+    report = hs.initialize_(
+        wrap(tiny_llama()),
+        "lora-one:samples=4",
+        data=[batch],
+        loss=lambda model, batch: model(input_ids=batch["input_ids"]).logits.square().mean(),
+        progress=False,
+    )
+    assert report.samples == 4
+
+
+def test_bars_go_back_where_a_pass_begins_anew(monkeypatch):
+    model, seen = wrap(tiny_llama()), []
+    begin = Sums.check_groups
+    calls = []
+
+    def once(sums):
+        calls.append(None)
+        if len(calls) == 2:
+            raise Regroup(next(iter(sums.groups.values())))
+        begin(sums)
+
+    monkeypatch.setattr(Sums, "check_groups", once)
+    batches = [token_batch(seed=seed) for seed in (1, 2)]
+    hs.initialize_(
+        model, hs.EVA(samples=8, rho=1, tokens="attention"), data=batches, progress=lambda *now: seen.append(now)
+    )
+    assert [done for step, done, _ in seen if step.startswith("data")] == [0, 4, 0, 4, 8]

@@ -10,7 +10,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 
 import headstart as hs
-from conftest import GROUPED, tiny_bert, tiny_experts, tiny_llama, tiny_mixtral, tiny_tied, wrap
+from conftest import GROUPED, tiny_bert, tiny_experts, tiny_llama, tiny_mixtral, tiny_tied, token_batch, wrap
 from headstart.errors import LayerError
 from headstart.layers.checkpoint import read_adapter
 from headstart.layers.find import lora_layers
@@ -97,6 +97,15 @@ def test_factors_anchors_cores_and_other_adapters_are_no_part_of_the_model(metho
     report = hs.initialize_(model, method, adapter="second", progress=False)
     assert report.left_out.total == total
     assert report.left_out.parameters == total - reached
+
+
+def test_layers_that_are_left_without_a_rank_are_left_out():
+    model = wrap(tiny_llama(), r=1)
+    weights = {t.name: t.module.get_base_layer().weight.numel() for t in lora_layers(model, "default")}
+    report = hs.initialize_(model, hs.EVA(samples=4, rho=8), data=[token_batch()], progress=False)
+    kept = [target.name for target in lora_layers(model, "default")]
+    assert 0 < len(kept) < len(weights)
+    assert report.left_out.total - report.left_out.parameters == sum(weights[name] for name in kept)
 
 
 def test_what_trains_beside_the_adapter_is_not_left_out():

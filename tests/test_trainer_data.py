@@ -187,8 +187,23 @@ def test_its_own_collator_and_loss_are_not_mixed_with_others(tmp_path):
     model = wrap(tiny_llama())
     trainer = plain_trainer(tmp_path, model)
     for given in (dict(collator=padded), dict(loss=lambda model, batch: model(**batch).loss)):
-        with pytest.raises(hs.DataError, match="its own collator and loss"):
-            hs.initialize_(model, "lora-one:samples=2", data=trainer, progress=False, **given)
+        for data in (trainer, hs.TrainingData([padded(rows()[:2])])):
+            with pytest.raises(hs.DataError, match="its own collator and loss"):
+                hs.initialize_(model, "lora-one:samples=2", data=data, progress=False, **given)
+
+
+def test_of_an_iterable_data_set_with_a_length_the_first_samples_are_read(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows())
+
+        def __len__(self):
+            return ROWS
+
+    model = wrap(tiny_llama())
+    trainer = Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=Stream(), data_collator=padded)
+    data = from_trainer(trainer, 3, seed=0)
+    assert list(data.batches) == rows()[:3] and data.training.population == ROWS
 
 
 def test_a_loss_of_ones_own(tmp_path):

@@ -61,6 +61,16 @@ def test_a_patched_block_raises_when_its_factors_get_a_gradient(batch):
         loss.backward()
 
 
+def test_a_residual_layer_that_was_loaded_is_right_under_such_code(tmp_path, batch):
+    """What trains there is A and B themselves, which is what such code reads."""
+    model = started(tiny_llama(), "pissa", form="residual")
+    perturb(model)
+    hs.save_checkpoint(model, tmp_path / "c")
+    loaded = hs.load_checkpoint(tiny_llama(), tmp_path / "c")
+    patch_layers(loaded)
+    assert torch.allclose(logits(loaded, batch), logits(model, batch), atol=1e-5)
+
+
 @pytest.mark.parametrize("patch", [patch_layers, patch_parents])
 @pytest.mark.parametrize("method", ["lora", "init-ab-plus"])
 def test_kept_starts_are_right_under_such_code(method, patch, batch):

@@ -82,7 +82,7 @@ def initialize_(
             :mod:`headstart.layers.anchored`); "residual" subtracts s B A from them, as the papers do.
         adapter: the adapter's name; the active one by default.
         loss: a callable (model, batch) -> scalar loss in place of the model's own, as for diffusion or distillation.
-        collator, batch_size: how a dataset of single samples becomes batches.
+        collator, batch_size: how a dataset of single samples becomes batches; a trainer has its own.
         memory_budget: bytes for what a pass over the data sums, or a string such as "6GiB"; by default half of what is
             free. Where not everything fits, the data are read in several passes; the report says how many. Without
             data, it bounds the weights that are decomposed together (by default 256 MiB, and on a CPU one for each
@@ -163,6 +163,8 @@ def _source(
     data: object, method: Method, collator: Collator | None, batch_size: int, loss: Loss | None, context: Context
 ) -> TrainingData:
     """Return what was given as data, a trainer's included."""
+    if isinstance(data, TrainingData) and (collator is not None or loss is not None):
+        raise DataError("TrainingData holds its own collator and loss: give them to it, not to the verb.")
     # Nobody has a trainer who hasn't imported it, which takes a second.
     module = sys.modules.get("transformers.trainer")
     if module is None or not isinstance(data, module.Trainer):

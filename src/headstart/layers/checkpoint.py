@@ -341,7 +341,8 @@ def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) ->
         module.lora_B[adapter].weight.data.copy_(layer.B0)
         subtract_product(target, undo)
     set_anchors(module, adapter, layer.A0, layer.B0, layer.kind)
-    undo.callback(watch(module, adapter, target.name))
+    if layer.kind == "anchored":
+        undo.callback(watch(module, adapter, target.name))
 
 
 def _same(mine: Tensor, theirs: Tensor | None) -> bool:

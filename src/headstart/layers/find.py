@@ -221,7 +221,7 @@ def record(target: TargetLayer) -> dict[str, object] | None:
 
 
 def set_record(target: TargetLayer, content: dict[str, object] | None) -> None:
-    """Note how a layer was initialised (method, base form); None takes the note back."""
+    """Note how a layer was initialised (method, form); None takes the note back."""
     module = target.module
     if not hasattr(module, _RECORD):
         setattr(module, _RECORD, {})

@@ -111,7 +111,8 @@ def _set_form(target: TargetLayer, A0: Tensor | None, B0: Tensor | None, core: T
         set_core(target.module, target.adapter, core)
     elif A0 is not None and B0 is not None:
         set_anchors(target.module, target.adapter, A0, B0, kind)
-    watch(target.module, target.adapter, target.name)
+    if kind != "residual":  # which is W x + s B A x, whoever computes it
+        watch(target.module, target.adapter, target.name)
 
 
 def refuse_forms(model: nn.Module, adapters: Sequence[str], why: str) -> None:

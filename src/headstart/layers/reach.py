@@ -25,7 +25,9 @@ def left_out(model: nn.Module, layers: Sequence[TargetLayer]) -> LeftOut:
         layers: those of the adapter.
     """
     added = {id(parameter) for module in model.modules() for parameter in _added(module)}
-    reached = {id(parameter) for layer in layers for parameter in layer.module.get_base_layer().parameters()}
+    # Where a method shares ranks out, a layer may be left without any, and so without the adapter.
+    adapted = [layer.module.get_base_layer() for layer in layers if layer.trainable]
+    reached = {id(parameter) for base in adapted for parameter in base.parameters()}
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             reached |= {id(parameter) for parameter in module.original_module.parameters()}

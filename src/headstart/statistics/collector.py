@@ -113,7 +113,7 @@ class Collector:
         with together(self.processes):
             restart = True
             while restart:
-                restart = False
+                restart, since = False, 0
                 try:
                     with quiet(self.model):
                         for chunk, counts in in_step(self.chunks, rounds, self.spare):
@@ -121,8 +121,10 @@ class Collector:
                             read(chunk, sums)
                             if counts:
                                 advanced(chunk.size)
+                                since += chunk.size
                 except Restart:
                     sums.clear()
+                    advanced(-since)
                     restart = True
 
     def _add_up_sketches(self, sums: Sums, *, last: bool) -> None:

@@ -70,7 +70,7 @@ class ForwardReader:
             self._tokens,
             encoder_decoder=self._reader.encoder_decoder,
             alone=samples.size == 1 or not samples.cut,
-            shifted=self._reader.predicts_next,
+            shifted=self._reader.predicts_next(self._tokens),
         )
         sums.begin(masks)
         try:

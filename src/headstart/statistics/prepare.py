@@ -94,7 +94,7 @@ def prepare(
     budget = min(processes.gather(parse_bytes(memory_budget, torch.device("cpu") if offload == "cpu" else device)))
     with together(processes), drawn_from(seed, device):
         chunks = list(iterate_samples(data, samples, collator=collator, batch_size=batch_size, single=single))
-        for chunk in chunks if loss is None and backward else []:
+        for chunk in chunks if loss is None and (backward or tokens == "labels") else []:
             check_labels(chunk)
     own_chunks, spare = _share(chunks, samples, reader, processes, lockstep, single)
     groups, layouts, seconds = _probe(model, modules, own_chunks or [spare], reader, processes, lockstep)

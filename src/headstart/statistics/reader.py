@@ -87,9 +87,10 @@ class Reader:
         """Whether labels lie along a decoder."""
         return self._runs.encoder_decoder
 
-    @property
-    def predicts_next(self) -> bool:
-        """Whether positions predict the label of the next token, as far as that was found out."""
+    def predicts_next(self, tokens: Tokens) -> bool:
+        """Return whether positions predict the next token's label; noted where that counts and can't be told."""
+        if tokens == "labels" and self._runs.shifted is None and not self.encoder_decoder:
+            self.note("which positions predict a label can't be told: those that carry one were counted")
         return bool(self._runs.shifted) and not self.encoder_decoder
 
     @property
@@ -223,11 +224,11 @@ class Reader:
         if not samples.cut or self._whole:
             return samples.batch
         counts = label_counts(samples.batch)
-        if counts is None:
+        if counts is None or not bool(counts[:, 1].any()):
             return self.alone(samples.batch, 0)
-        widths = [int((row != IGNORED).nonzero()[-1]) for row in samples.batch["labels"].cpu()]
+        learned = samples.batch["labels"].cpu() != IGNORED
         enough = [row for row in range(samples.size) if int(counts[row, 1]) > 1] or [int(counts[:, 1].argmax())]
-        one = self.alone(samples.batch, min(enough, key=lambda row: widths[row]))
+        one = self.alone(samples.batch, min(enough, key=lambda row: int(learned[row].nonzero()[-1])))
         labels = one["labels"]
         if self._runs.encoder_decoder or any(isinstance(v, Tensor) and v.shape != labels.shape for v in one.values()):
             return one
@@ -285,8 +286,7 @@ class Reader:
 
     def _tapped_forward(self, batch: Batch, samples: Samples, sums: Sums) -> tuple[Run, TokenMasks]:
         alone = samples.size == 1 or not samples.cut or self._way == "whole"
-        if self._tokens == "labels" and self._runs.shifted is None and not self._runs.encoder_decoder:
-            self.note("which positions predict a label can't be told: those that carry one were counted")
+        shifted = self.predicts_next(self._tokens)
         while True:
             masks = TokenMasks(
                 batch,
@@ -294,7 +294,7 @@ class Reader:
                 self._tokens,
                 encoder_decoder=self._runs.encoder_decoder,
                 alone=alone,
-                shifted=bool(self._runs.shifted) and not self._runs.encoder_decoder,
+                shifted=shifted,
             )
             sums.begin(masks)
             try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from headstart.errors import DataError
@@ -78,7 +79,7 @@ def known_training(trainer: Any) -> Training:
 
 def _chosen(dataset: Any, samples: int, seed: int) -> Iterable[Any]:
     """Return single samples, drawn by the seed where the data set has places."""
-    if not isinstance(dataset, Sized):
+    if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
         return islice(iter(dataset), samples)
     generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator, dtype=torch.int64, device="cpu")[:samples].tolist()

@@ -302,7 +302,8 @@ def _key(maker: Maker) -> dict[str, Any]:
 
 def _check_method(method: Method) -> None:
     if method.wants(ANY_LAYER).data:
-        able = [name for name in method_names() if not method_class(name)().wants(ANY_LAYER).data]
+        wants = {name: method_class(name)().wants(ANY_LAYER) for name in method_names()}
+        able = [name for name, wanted in wants.items() if not wanted.data and not wanted.original]
         raise MethodError(
             f"method {method.name!r} needs the whole model, which streaming never builds; initialise in memory, or use "
             f"one of {', '.join(able)}."
