@@ -192,6 +192,26 @@ def test_its_own_collator_and_loss_are_not_mixed_with_others(tmp_path):
                 hs.initialize_(model, "lora-one:samples=2", data=data, progress=False, **given)
 
 
+def test_processes_with_fewer_samples_are_not_waited_for(tmp_path):
+    """Losses of TRL gather their metrics from all processes."""
+
+    class Gathering(Trainer):
+        def compute_loss(self, model, inputs, *more, **named):
+            loss = super().compute_loss(model, inputs, *more, **named)
+            seen.append(self.accelerator.gather_for_metrics(loss.detach()).mean() + self.accelerator.reduce(loss))
+            return loss
+
+    def waits(*_, **__):
+        raise AssertionError("another process would be waited for")
+
+    seen, model = [], wrap(tiny_llama())
+    trainer = Gathering(model, arguments(tmp_path), train_dataset=rows(), data_collator=padded)
+    trainer.accelerator.gather_for_metrics = trainer.accelerator.reduce = waits
+    report = hs.initialize_(model, "lora-one:samples=3", data=trainer, progress=False)
+    assert report.samples == 3 and len(seen) >= 3
+    assert trainer.accelerator.gather_for_metrics is trainer.accelerator.reduce is waits
+
+
 def test_of_an_iterable_data_set_with_a_length_the_first_samples_are_read(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

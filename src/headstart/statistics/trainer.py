@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any
 
@@ -98,7 +99,7 @@ def _loss(trainer: Any) -> Loss | None:
         return None
 
     def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        with _kept(trainer), _adapters_stay_off(model):
+        with _kept(trainer), _adapters_stay_off(model), _by_itself(trainer.accelerator):
             value = trainer.compute_loss(model, dict(batch))
         return value[0] if isinstance(value, tuple) else value
 
@@ -117,15 +118,30 @@ def _kept(trainer: Any) -> Iterator[None]:
             setattr(trainer, name, value)
 
 
-@contextlib.contextmanager
-def _adapters_stay_off(model: Any) -> Iterator[None]:
+def _adapters_stay_off(model: Any) -> AbstractContextManager[None]:
     """Let a loss that switches adapters, as those with a reference do, leave all of them off: that is the start."""
-    replaced = {"disable_adapter": contextlib.nullcontext, "set_adapter": lambda *args, **kwargs: None}
-    present = [name for name in replaced if hasattr(model, name)]
+    return _replaced(model, disable_adapter=contextlib.nullcontext, set_adapter=lambda *_, **__: None)
+
+
+def _by_itself(accelerator: Any) -> AbstractContextManager[None]:
+    """Let a loss that gathers its metrics do so alone: other processes read other samples, and may have fewer."""
+    return _replaced(
+        accelerator, **dict.fromkeys(("gather", "gather_for_metrics", "reduce"), lambda found, *_, **__: found)
+    )
+
+
+@contextlib.contextmanager
+def _replaced(holder: Any, **parts: Any) -> Iterator[None]:
+    """Put other parts in the place of an object's own, as far as it has them, within the block."""
+    before = dict(vars(holder))
+    present = [name for name in parts if hasattr(holder, name)]
     try:
         for name in present:
-            object.__setattr__(model, name, replaced[name])
+            vars(holder)[name] = parts[name]
         yield
     finally:
         for name in present:
-            vars(model).pop(name, None)
+            if name in before:
+                vars(holder)[name] = before[name]
+            else:
+                vars(holder).pop(name, None)
