@@ -78,6 +78,20 @@ def test_sft(tmp_path, tokenizer):
     trainer.train()
 
 
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_packed_rows_count_as_the_samples_that_are_read(tmp_path, tokenizer, loss):
+    """The model's own loss is computed of each sequence, any other of a row as it is."""
+    model = wrap(tiny_llama())
+    data = Dataset.from_list([{"text": p + g} for p, g in zip(PROMPTS, GOOD, strict=True)])
+    config = trl.SFTConfig(**settings(tmp_path), max_length=16, packing=True, loss_type=loss)
+    trainer = trl.SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
+    packed = len(trainer.train_dataset)
+    assert packed < len(PROMPTS)
+    expected = len(PROMPTS) if loss == "nll" else packed
+    report = hs.initialize_(trainer.model, "lora-sb:share=1.0", data=trainer, progress=False)
+    assert report.samples == from_trainer(trainer, 2, 0).training.population == expected
+
+
 def test_dpo(tmp_path, tokenizer):
     base = tiny_llama()
     model = wrap(copy.deepcopy(base))

@@ -75,7 +75,15 @@ def known_training(trainer: Any) -> Training:
     if steps <= 0 and size is not None:
         a_step = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
         steps = math.ceil(args.num_train_epochs * max(1, size // a_step))
-    return Training(size, float(args.learning_rate) / max(1, args.get_warmup_steps(max(steps, 1))))
+    return Training(
+        _population(trainer, size), float(args.learning_rate) / max(1, args.get_warmup_steps(max(steps, 1)))
+    )
+
+
+def _population(trainer: Any, rows: int | None) -> int | None:
+    """Return how many samples the training set holds: of rows that TRL has packed, the sequences, where those are."""
+    packed = rows is not None and "seq_lengths" in (getattr(trainer.train_dataset, "column_names", None) or ())
+    return sum(map(len, trainer.train_dataset["seq_lengths"])) if packed and _loss(trainer) is None else rows
 
 
 def _chosen(dataset: Any, samples: int, seed: int) -> Iterable[Any]:
