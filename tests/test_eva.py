@@ -15,10 +15,11 @@ from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peft.utils.incremental_pca import IncrementalPCA
 
 import headstart as hs
-from conftest import logits, perturb, tiny_llama, token_batch, wrap
+from conftest import logits, perturb, tiny_llama, tiny_t5, token_batch, wrap
 from headstart.errors import DataError, LayerError, MethodError
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Factors
+from headstart.statistics.prepare import prepare
 from headstart.statistics.sums import Regroup, Sums
 from inputs import inputs_by_layer, inputs_of, layer_of, layers_of, leading_components, moments, normal, worst_angle
 from test_processes import batches, together
@@ -411,3 +412,34 @@ def test_bars_go_back_where_a_pass_begins_anew(monkeypatch):
         model, hs.EVA(samples=8, rho=1, tokens="attention"), data=batches, progress=lambda *now: seen.append(now)
     )
     assert [done for step, done, _ in seen if step.startswith("data")] == [0, 4, 0, 4, 8]
+
+
+@pytest.mark.parametrize("tokens", ["attention", "labels"])
+def test_a_decoder_as_long_as_its_encoder_is_read_without_padding(tokens):
+    base, batch, seen = tiny_t5().eval(), token_batch(), {}
+
+    def hook_for(name):
+        def hook(module, args):
+            rows = args[0][0][labels != -100] if name.startswith("decoder") else args[0][0]
+            seen.setdefault(name, []).append(rows.double())
+
+        return hook
+
+    for name, module in base.named_modules():
+        if name.endswith((".q", ".wo")):
+            module.register_forward_pre_hook(hook_for(name))
+    with torch.no_grad():
+        for row in range(4):
+            ids = batch["input_ids"][row, batch["attention_mask"][row] == 1]
+            labels = batch["labels"][row]
+            base(input_ids=ids[None], labels=labels[None])
+    for size in (1, 4):
+        batches = [{key: value[row : row + size] for key, value in batch.items()} for row in range(0, 4, size)]
+        model = wrap(tiny_t5(), target_modules=["q", "wo"])
+        layers = {target.name: target.module for target in lora_layers(model, "default")}
+        wants = dict.fromkeys(layers, hs.Wants(inputs=True, tokens=tokens))
+        (found,) = prepare(model, layers, wants, batches, 4).passes()
+        assert not found.notes and found.kronecker.keys() == seen.keys()
+        for name, parts in seen.items():
+            x = torch.cat(parts)
+            assert torch.allclose(found.kronecker[name].inputs.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5), name

@@ -192,6 +192,19 @@ def test_its_own_collator_and_loss_are_not_mixed_with_others(tmp_path):
                 hs.initialize_(model, "lora-one:samples=2", data=data, progress=False, **given)
 
 
+@pytest.mark.parametrize("given", [float, lambda loss: {"loss": loss}])
+def test_a_loss_that_is_no_tensor_is_named(given):
+    batch = padded(rows()[:2])
+    with pytest.raises(hs.DataError, match=r"loss= returned (float|dict)"):
+        hs.initialize_(
+            wrap(tiny_llama()),
+            "lora-one:samples=2",
+            data=[batch],
+            loss=lambda model, batch: given(model(**batch).loss),
+            progress=False,
+        )
+
+
 def test_processes_with_fewer_samples_are_not_waited_for(tmp_path):
     """Losses of TRL gather their metrics from all processes."""
 

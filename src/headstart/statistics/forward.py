@@ -64,8 +64,9 @@ class ForwardReader:
         self._read(samples, sums)
 
     def _read(self, samples: Samples, sums: Sums) -> None:
+        batch = self._reader.given(samples.batch)
         masks = TokenMasks(
-            samples.batch,
+            batch,
             samples.size,
             self._tokens,
             encoder_decoder=self._reader.encoder_decoder,
@@ -75,7 +76,7 @@ class ForwardReader:
         sums.begin(masks)
         try:
             with self._watching(sums, self._modules.keys() & sums.shapes.keys()):
-                self._reader.run_layers(samples.batch)
+                self._reader.run_layers(batch)
             sums.check_groups()
         except Unmatched:
             self._apart = True

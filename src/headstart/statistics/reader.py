@@ -128,6 +128,10 @@ class Reader:
         """Return one sample of a batch without its padding."""
         return single_sample(batch, row, encoder_decoder=self._runs.encoder_decoder)
 
+    def given(self, batch: Batch) -> Batch:
+        """Return a batch as the model is given it."""
+        return self._runs.given(batch)
+
     # Finding out how to read.
 
     def _find_way(self, samples: Samples) -> None:
@@ -251,9 +255,8 @@ class Reader:
         labels = samples.batch.get("labels")
         if self._way != "own" or not samples.cut or not isinstance(labels, Tensor):
             return [samples]
-        most = max(
-            1, _TOKENS_AT_ONCE["cpu" if self._device.type == "cpu" else "other"] // max(1, _width(samples.batch))
-        )
+        tokens = _TOKENS_AT_ONCE["cpu" if self._device.type == "cpu" else "other"]
+        most = max(1, tokens // max(1, _width(samples.batch)))
         count = -(-samples.size // most)
         rows = [list(range(part * samples.size // count, (part + 1) * samples.size // count)) for part in range(count)]
         return [Samples(take(samples.batch, part), tuple(samples.indices[row] for row in part)) for part in rows]
@@ -341,10 +344,8 @@ class Reader:
     def _found(self, run: Run, batch: Batch, samples: Samples, expected: Tensor) -> bool:
         with torch.no_grad():
             given = self._runs.compared(run.tensor.detach(), batch, _most_padded(samples.batch))
-        if given.shape != expected.shape:
-            return False
         allowed = math.sqrt(rounding(self._model, self._device)) * float(expected.norm())
-        return float((given - expected).norm()) <= allowed
+        return given.shape == expected.shape and float((given - expected).norm()) <= allowed
 
     # Failures.
 

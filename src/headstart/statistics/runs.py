@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from headstart.errors import DataError
 from headstart.statistics.batches import IGNORED, Batch, token_labels
 from headstart.statistics.head import makes, plain_head, states_of, watched
 from headstart.statistics.losses import OwnLoss, find_own_loss, logits_of, loss_of, predicted, predicts_next
@@ -50,7 +51,7 @@ class Runs:
         """Run the model for what its layers see, up to its head where it has a plain one."""
         batch = self.given(batch)
         if self._loss is not None:
-            self._loss(self._model, batch)
+            self._loss_given(batch)
         elif self._head is not None:
             states_of(self._model, self._head, batch)
         else:
@@ -59,7 +60,7 @@ class Runs:
     def whole(self, batch: Batch, size: int, first: int = 0) -> Run:
         """Run for a batch's loss, times ``size``; ``first`` is the place of its first sample, for errors."""
         if self._loss is not None:
-            return _of_loss(self._loss(self._model, batch), size)
+            return _of_loss(self._loss_given(batch), size)
         return _of_loss(loss_of(self._model(**self.given(batch)), first), size)
 
     def examined(self, batch: Batch) -> Run:
@@ -122,6 +123,13 @@ class Runs:
             return states[row].float()
         targets = predicted(batch["labels"], shifted=self.own.kind == "next token")
         return states[row][targets[row] != IGNORED].float()
+
+    def _loss_given(self, batch: Batch) -> Tensor:
+        assert self._loss is not None
+        loss = self._loss(self._model, batch)
+        if not isinstance(loss, Tensor):
+            raise DataError(f"loss= returned {type(loss).__name__}: it must return the loss as a tensor.")
+        return loss
 
     def _notice_shift(self, gradient: Tensor, labels: Tensor) -> None:
         self.shifted = predicts_next(gradient, labels)
