@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import headstart as hs
 from conftest import factors_of, tiny_llama, token_batch, wrap
 from headstart.cache import open_store
 from headstart.layers.find import lora_layers
 from headstart.methods import registry
+from headstart.stream import stream_start
 from test_processes import batches, factors, together
 
 FOLDER = Path(__file__).parent / "starts"
@@ -149,3 +151,12 @@ def test_the_command_line_finds_an_installed_one(tmp_path):
     assert made.returncode == 0, made.stderr
     loaded = hs.load_checkpoint(tiny_llama(), out)
     agree(factors(loaded), factors(started("longest-rows")[0]))
+
+
+def test_starts_that_are_settled_together_are_not_streamed(tmp_path):
+    class Settled(hs.PiSSA):
+        def settle(self, starts, ranks):
+            return {name: starts[name] for name in sorted(starts)}
+
+    with pytest.raises(hs.MethodError, match="settles the starts of all layers together"):
+        stream_start(tmp_path, Settled(), LoraConfig(target_modules=TARGETS), tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -179,9 +180,9 @@ class Report:
                 str(len(group)),
                 f"{d_out}x{d_in}",
                 str(r),
-                f"{_mean([layer.norm_A for layer in group]):.3g}",
-                f"{_mean([layer.norm_B for layer in group]):.3g}",
-                _known(_mean([layer.relative_product for layer in group])),
+                f"{fmean([layer.norm_A for layer in group]):.3g}",
+                f"{fmean([layer.norm_B for layer in group]):.3g}",
+                _known(fmean([layer.relative_product for layer in group])),
                 f"{max(ratios):.6f}" if ratios else "",
                 f"{sum(layer.seconds for layer in group):.2f}",
             )
@@ -190,7 +191,3 @@ class Report:
 
 def _known(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.3g}"
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

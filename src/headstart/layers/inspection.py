@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from headstart.layers.checkpoint import AdapterFolder
@@ -87,10 +88,10 @@ class Description:
                 form,
                 str(r),
                 f"{scaling:.4g}",
-                f"{_mean([layer.norm for layer in group]):.4g}",
-                f"{_mean([layer.singular_values[0] for layer in group]):.4g}",
-                f"{_mean([layer.singular_values[-1] for layer in group]):.4g}",
-                f"{_mean([layer.stable_rank for layer in group]):.2f}",
+                f"{fmean([layer.norm for layer in group]):.4g}",
+                f"{fmean([layer.singular_values[0] for layer in group]):.4g}",
+                f"{fmean([layer.singular_values[-1] for layer in group]):.4g}",
+                f"{fmean([layer.stable_rank for layer in group]):.2f}",
             )
             for (kind, d_out, d_in, form, r, scaling), group in kinds.items()
         ]
@@ -129,7 +130,3 @@ def inspect_adapter(found: AdapterFolder) -> Description:
         other_tensors=sorted(found.rest),
         layers=layers,
     )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -128,7 +128,7 @@ def load_residual(path: str | Path, *, adapter: str = ADAPTER, trainable: bool =
     """
     folder = Path(path)
     if not (folder / FOLDER / RESIDUAL_MARK).is_file():
-        raise CheckpointError(f"{folder} holds no residual model: it is made with --stream --base residual.")
+        raise CheckpointError(f"{folder} holds no residual model: it is made with --stream --form residual.")
     for shard, digest in read_json(folder / FOLDER / RESIDUAL_MARK).get("sha256", {}).items():
         file = folder / FOLDER / shard
         # Another model's shard of the same shapes would load, the untouched one's above all.

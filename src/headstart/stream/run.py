@@ -308,6 +308,11 @@ def _check_method(method: Method) -> None:
             f"method {method.name!r} needs the whole model, which streaming never builds; initialise in memory, or use "
             f"one of {', '.join(able)}."
         )
+    if type(method).settle is not Method.settle:
+        raise MethodError(
+            f"method {method.name!r} settles the starts of all layers together, and streaming never holds them all; "
+            "initialise in memory."
+        )
 
 
 def _check_apart(folder: Path, out: Path) -> None:
