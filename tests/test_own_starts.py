@@ -16,7 +16,7 @@ from peft import LoraConfig
 import headstart as hs
 from conftest import factors_of, tiny_llama, token_batch, wrap
 from headstart.cache import open_store
-from headstart.layers.find import lora_layers
+from headstart.layers.find import TargetLayer, lora_layers
 from headstart.methods import registry
 from headstart.stream import stream_start
 from test_processes import batches, factors, together
@@ -160,3 +160,19 @@ def test_starts_that_are_settled_together_are_not_streamed(tmp_path):
 
     with pytest.raises(hs.MethodError, match="settles the starts of all layers together"):
         stream_start(tmp_path, Settled(), LoraConfig(target_modules=TARGETS), tmp_path / "out")
+
+
+def test_a_layer_that_fails_leaves_no_process_waiting_for_sharded_weights(monkeypatch):
+    """Every process takes part in gathering every weight, whatever became of its own layers."""
+
+    class Failing(hs.PiSSA):
+        def factors_batch(self, layers, show=None):
+            raise hs.LayerError("layer 'x' can't be started")
+
+    read, weight = [], TargetLayer.weight
+    monkeypatch.setattr(TargetLayer, "weight", lambda layer: read.append(layer.name) or weight(layer))
+    monkeypatch.setattr(TargetLayer, "sharded", property(lambda layer: True))
+    model = wrap(tiny_llama())
+    with pytest.raises(hs.LayerError, match="can't be started"):
+        hs.initialize_(model, Failing(), progress=False)
+    assert sorted(read) == sorted(target.name for target in lora_layers(model, "default"))

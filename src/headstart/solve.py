@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -106,7 +107,8 @@ class _Solver:
         """Return the factors of those layers that this process is to solve, computed."""
         starts: dict[str, Factors] = {}
         rank = self._context.processes.rank
-        for group in self._groups(layers):
+        groups = list(self._groups(layers))
+        for place, group in enumerate(groups):
             began = time.perf_counter()
             on_device: dict[int, Tensor] = {}
             # A sharded weight is gathered by all processes, whoever needs it.
@@ -115,11 +117,18 @@ class _Solver:
             inputs = [known for known in inputs if known.name in {layer.name for layer in own}]
             if not own:
                 continue
-            # A program's autocast is for its model: here it would round what is solved, and what the cache keeps.
-            with full_precision(layer.module for layer in own):
-                factors_of_group = self._method.factors_batch(inputs, self._context.show)
+            try:
+                # A program's autocast is for its model: here it would round what is solved, and what the cache keeps.
+                with full_precision(layer.module for layer in own):
+                    factors_of_group = self._method.factors_batch(inputs, self._context.show)
+                for layer, factors in zip(own, factors_of_group, strict=True):
+                    check_factors(layer, factors, self._method.form)
+            except Exception:
+                # Other processes go on gathering sharded weights, and wait for this one's parts.
+                for layer in filter(self._gathers, chain.from_iterable(groups[place + 1 :])):
+                    layer.weight()
+                raise
             for layer, factors in zip(own, factors_of_group, strict=True):
-                check_factors(layer, factors, self._method.form)
                 starts[layer.name] = factors
                 # Freed as soon as they are used: they are the largest thing held.
                 self._statistics.drop(layer.name)
