@@ -205,6 +205,18 @@ def test_a_loss_that_is_no_tensor_is_named(given):
         )
 
 
+@pytest.mark.parametrize("method", ["lora-xs", "lora-sb:samples=2", "eva:samples=2"])
+def test_an_optimizer_that_would_not_know_the_parameters_is_refused(tmp_path, method):
+    model = wrap(tiny_llama())
+    trainer = plain_trainer(tmp_path, model)
+    trainer.create_optimizer()
+    before = dict(model.named_parameters())
+    with pytest.raises(hs.LayerError, match="the trainer's optimizer would not know of"):
+        hs.initialize_(model, method, data=trainer, progress=False)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert hs.initialize_(model, "lora-one:samples=2", data=trainer, progress=False).samples == 2
+
+
 def test_processes_with_fewer_samples_are_not_waited_for(tmp_path):
     """Losses of TRL gather their metrics from all processes."""
 

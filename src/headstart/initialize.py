@@ -71,7 +71,8 @@ def initialize_(
             inside DistributedDataParallel, DataParallel or torch.compile, or its parameters sharded by FSDP2. DoRA
             layers take methods that keep their start, and get the magnitude that goes with it; the layers of a VeRA
             adapter get a common dictionary from what the method finds in each (:mod:`headstart.layers.vera`). Methods
-            that train a core (lora-xs, lora-sb) or share ranks out (eva) have to come before DDP or FSDP2.
+            that train a core (lora-xs, lora-sb) or share ranks out (eva) have to come before DDP, FSDP2 and the
+            optimizer.
         method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``.
         data: for methods that read data: a trainer of Transformers or TRL, whose own data, collator, loss and schedule
             are used (:func:`headstart.statistics.trainer.from_trainer`); or an iterable of batches that the model
@@ -173,6 +174,11 @@ def _source(
 
     if collator is not None or loss is not None:
         raise DataError("a trainer given as data brings its own collator and loss: leave collator= and loss= out.")
+    if data.optimizer is not None and (does := _new_parameters(method)):
+        raise LayerError(
+            f"method {method.name!r} {does}, which the trainer's optimizer would not know of: initialise the model "
+            "before the optimizer is made."
+        )
     reads = method.wants(ANY_LAYER).data
     samples = method.sample_count(known_training(data).population) if reads else 0
     return from_trainer(data, samples, context.seed)
@@ -188,9 +194,15 @@ def _check_wrappers(model: nn.Module, method: Method) -> None:
             "before that, or use FSDP2."
         )
     distributed = any(isinstance(wrapper, DistributedDataParallel) for wrapper in looked_through())
-    if (method.form == "core" or method.shares_ranks) and (distributed or is_sharded(model)):
-        does = "adds a parameter to each layer" if method.form == "core" else "gives layers parameters of other ranks"
+    if (does := _new_parameters(method)) and (distributed or is_sharded(model)):
         raise LayerError(
             f"method {method.name!r} {does}, which DistributedDataParallel and FSDP2 would not know of: initialise the "
             "model before it is wrapped."
         )
+
+
+def _new_parameters(method: Method) -> str:
+    """Return in words how a method makes parameters that weren't there before; empty where it makes none."""
+    if method.form == "core":
+        return "adds a parameter to each layer"
+    return "gives layers parameters of other ranks" if method.shares_ranks else ""
