@@ -271,3 +271,15 @@ def test_a_loss_of_ones_own(tmp_path):
         best = U[:, :4] * S[:4] @ Vh[:4] / S[0] / 128
         product = target.module.lora_B["default"].weight @ target.module.lora_A["default"].weight
         assert float((product.double() - best).norm() / best.norm()) < 1e-3
+
+
+def test_a_trainer_with_a_data_loader_of_its_own_is_named(tmp_path):
+    class Mixing(Trainer):
+        def get_train_dataloader(self):
+            return super().get_train_dataloader()
+
+    model = wrap(tiny_llama())
+    trainer = Mixing(model, arguments(tmp_path), train_dataset=Dataset.from_list(rows()), data_collator=padded)
+    with pytest.raises(hs.DataError, match=r"Mixing has a get_train_dataloader of its own.*give data="):
+        hs.initialize_(model, "lora-one:samples=2", data=trainer, progress=False)
+    assert hs.initialize_(model, "lora-one:samples=2", data=trainer.get_train_dataloader(), progress=False).samples == 2

@@ -20,6 +20,8 @@ from headstart.methods.base import Training
 from headstart.statistics.runs import Loss
 from headstart.statistics.training import TrainingData
 
+# Whose data loaders are made of train_dataset, sampler and collator.
+_KNOWN = ("transformers", "trl")
 # Losses of SFTTrainer that are the model's own.
 _PLAIN_LOSSES = ("nll", "chunked_nll")
 
@@ -38,7 +40,7 @@ def from_trainer(trainer: Trainer, samples: int, seed: int) -> TrainingData:
         seed: see above.
 
     Raises:
-        DataError: it has no training data, or makes its data while it trains.
+        DataError: it has no training data, makes its data while it trains, or makes its batches in a way of its own.
     """
     dataset: Any = trainer.train_dataset
     training = known_training(trainer)
@@ -51,6 +53,12 @@ def from_trainer(trainer: Trainer, samples: int, seed: int) -> TrainingData:
         )
     if dataset is None:
         raise DataError(f"{type(trainer).__name__} has no train_dataset: give it one, or give batches as data=.")
+    override = next(cls for cls in type(trainer).__mro__ if "get_train_dataloader" in vars(cls))
+    if override.__module__.partition(".")[0] not in _KNOWN:
+        raise DataError(
+            f"{override.__name__} has a get_train_dataloader of its own, whose batches are not those of its "
+            "train_dataset: give data=trainer.get_train_dataloader(), and its loss as loss= if it has one of its own."
+        )
     loss = _loss(trainer)
     batch_size = trainer.args.per_device_train_batch_size if loss is None else 1
     return TrainingData(
