@@ -80,8 +80,16 @@ def train(model, folder: Path, *, steps: int, batch_size: int, callbacks=None, *
 def last_save(folder: Path) -> str | None:
     """The last save that the Trainer finished: it writes its state last. A killed one may lack files."""
     saves = {int(path.name.rpartition("-")[2]): path for path in Path(folder).glob("checkpoint-*")}
-    whole = [step for step, path in saves.items() if (path / "trainer_state.json").is_file()]
+    whole = [step for step, path in saves.items() if _is_json(path / "trainer_state.json")]
     return str(saves[max(whole)]) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    """Whether the file is there to its end: the Trainer writes it in place, and a kill may leave it empty."""
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 def losses(trainer: Trainer) -> dict[int, float]:
