@@ -272,7 +272,7 @@ def test_losses_that_compare_samples_are_read_by_batches(make, asked):
 def test_a_user_who_says_so_gets_whole_batches():
     base, names = Sigmoid(), ["left", "right"]
     model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=names))
-    found = collect(model, [pairs()], 4, outputs=None, whole=True)
+    found = collect(model, [pairs()], 1, outputs=None, single=True)
     expected = batch_gradients(base, [pairs()], names)
     for name in names:
         assert relative(found.gradients[name], expected[name].double()) < 1e-5

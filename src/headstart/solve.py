@@ -111,10 +111,14 @@ class _Solver:
         for place, group in enumerate(groups):
             began = time.perf_counter()
             on_device: dict[int, Tensor] = {}
-            # A sharded weight is gathered by all processes, whoever needs it.
-            own = [layer for layer in group if self._statistics.owners.get(layer.name, rank) == rank]
-            inputs = [self._inputs(layer, on_device) for layer in group if layer in own or self._gathers(layer)]
-            inputs = [known for known in inputs if known.name in {layer.name for layer in own}]
+            own: list[TargetLayer] = []
+            inputs: list[Layer] = []
+            for layer in group:
+                if self._statistics.owners.get(layer.name, rank) == rank:
+                    own.append(layer)
+                    inputs.append(self._inputs(layer, on_device))
+                elif self._gathers(layer):
+                    layer.weight()  # a sharded weight is gathered by all processes, whoever needs it
             if not own:
                 continue
             try:

@@ -63,11 +63,8 @@ def layer_key(
     cls = type(method)
     parts: dict[str, Any] = {
         "arithmetic": [ARITHMETIC_VERSION, _source_digest(cls), getattr(method, "arithmetic_version", None)],
-        "torch": [
-            torch.__version__.partition("+")[0],
-            _precision(),
-            str(torch.get_default_dtype()),
-        ],
+        # What a program allows its model (TF32, autocast) doesn't count: nothing is solved under it.
+        "torch": [torch.__version__.partition("+")[0], str(torch.get_default_dtype())],
         "device": torch.device(device).type,
         "method": [cls.__module__, cls.__qualname__, method.name],
         "settings": {name: _plain(value) for name, value in method.settings().items()},
@@ -98,14 +95,6 @@ def description(method: Method, layer: Layer) -> dict[str, Any]:
 def _plain(value: object) -> object:
     """Return a number as JSON is to write it: 4.0 and 4 are the same setting."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _precision() -> list[str]:
-    """Return what float32 matrix products may be rounded to; asking for it by its old name fails under new ones."""
-    parts = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    named = [found for part in parts if (found := getattr(part, "fp32_precision", None)) is not None]
-    # "none" is what nobody has set: IEEE.
-    return ["ieee" if found == "none" else str(found) for found in named] or [torch.get_float32_matmul_precision()]
 
 
 def _is_ours(cls: type) -> bool:

@@ -73,7 +73,7 @@ def full_precision(devices: Iterable[torch.device | str] = ()) -> Iterator[None]
 
 def _float32_products(stack: ExitStack) -> None:
     """Set products of float32 to IEEE's, and restore them with the stack."""
-    switches = [each for each in _switches() if getattr(each, "fp32_precision", None) is not None]
+    switches = float32_switches()
     values = [each.fp32_precision for each in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"
@@ -92,10 +92,10 @@ def _float32_products(stack: ExitStack) -> None:
     stack.callback(restore)
 
 
-def _switches() -> list[Any]:
-    """Return what has the newer setting for products, on CUDA and in oneDNN, as far as this torch has it."""
-    found = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    return [each for each in found if each is not None]
+def float32_switches() -> list[Any]:
+    """Return what has the newer setting (``fp32_precision``) of products, on CUDA and in oneDNN, as far as there is."""
+    switches = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    return [switch for switch in switches if getattr(switch, "fp32_precision", None) is not None]
 
 
 def _reads_as(word: str, switches: list[Any]) -> bool:

@@ -12,7 +12,7 @@ from headstart.linalg.precision import double
 from headstart.linalg.svd import truncated_svd
 from headstart.methods.base import Factors, Layer, Method, Wants, check_positive
 from headstart.methods.registry import register
-from headstart.methods.zero import LoRA
+from headstart.methods.zero import as_lora
 
 
 @register("corda")
@@ -58,8 +58,7 @@ class CorDA(Method):
         mean_square = 0.0 if layer.kronecker is None else float(double(layer.kronecker.inputs.diagonal()).mean())
         if layer.kronecker is None or not mean_square > 0:
             note = "no input reached this layer in the samples, or only zeros; it starts as 'lora' does"
-            start = LoRA().factors(layer)
-            return Factors(start.A, start.B, note=note)
+            return as_lora(layer, note)
         Z, W = double(layer.kronecker.inputs), double(layer.require_weight())
         # Products in float32 aren't symmetric to the last digit.
         Zf = torch.lerp(Z, Z.mT, 0.5)

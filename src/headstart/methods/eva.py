@@ -15,9 +15,8 @@ from headstart.errors import MethodError
 from headstart.linalg.precision import double
 from headstart.linalg.svd import truncated_svd
 from headstart.methods.base import Factors, Form, Kronecker, Layer, Method, Wants, check_positive
-from headstart.methods.draws import empty
 from headstart.methods.registry import register
-from headstart.methods.zero import LoRA
+from headstart.methods.zero import as_lora
 from headstart.progress import Show, silent
 
 # The sums are float32: a variance below their rounding, relative to the mean square of all inputs, says nothing.
@@ -84,7 +83,7 @@ class EVA(Method):
         for layer in layers:
             if layer.kronecker is None:
                 note = "no input reached this layer in the samples; it starts as 'lora' does"
-                starts.append(Factors(LoRA().factors(layer).A, empty(layer.d_out, layer.r).zero_(), note=note))
+                starts.append(as_lora(layer, note))
                 continue
             key = id(layer.kronecker.inputs)
             if key not in components:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from headstart.errors import LayerError
 from headstart.linalg.sketch import GradientSketch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -170,31 +172,28 @@ class Layer:
 
     def require_weight(self) -> Tensor:
         """Return the weight, which the method must want."""
-        if self.weight is None:
-            raise LayerError(f"layer {self.name!r}: this method needs the layer's weight, which was not collected")
-        return self.weight
+        return self._required(self.weight, "the layer's weight")
 
     def require_original(self) -> Tensor:
         """Return the weight as it was before it was quantised, which the method must want."""
-        if self.original is None:
-            raise LayerError(
-                f"layer {self.name!r}: this method needs the weight before it was quantised, which was not read"
-            )
-        return self.original
+        return self._required(self.original, "the weight before it was quantised")
 
     def require_gradient(self) -> Tensor:
         """Return the mean gradient, which the method must want."""
-        if self.gradient is None:
-            raise LayerError(f"layer {self.name!r}: this method needs the mean gradient, which was not collected")
-        return self.gradient
+        return self._required(self.gradient, "the mean gradient")
 
     def require_kronecker(self) -> Kronecker:
         """Return the second moments, which the method must want."""
-        if self.kronecker is None:
-            raise LayerError(
-                f"layer {self.name!r}: this method needs the moments of its inputs, which were not collected"
-            )
-        return self.kronecker
+        return self._required(self.kronecker, "the second moments of its inputs")
+
+    def require_moments(self) -> Moments:
+        """Return the moments of its kind's weights, which the method must want."""
+        return self._required(self.moments, "the moments of its kind's weights")
+
+    def _required(self, value: T | None, what: str) -> T:
+        if value is None:
+            raise LayerError(f"layer {self.name!r}: this method needs {what}, which was not collected")
+        return value
 
 
 # Any layer will do to ask a method what it wants in general, as tables do.

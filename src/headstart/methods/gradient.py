@@ -14,7 +14,7 @@ from headstart.linalg.sketch import SketchedSVD
 from headstart.linalg.svd import TruncatedSVD, truncated_svd
 from headstart.methods.base import Factors, Form, Layer, Method, Wants, check_positive
 from headstart.methods.registry import register
-from headstart.methods.zero import LoRA
+from headstart.methods.zero import as_lora
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ class GradientMethod(Method):
 
 def no_gradient(layer: Layer) -> Factors:
     """Return the start of 'lora', with a note."""
-    start = LoRA().factors(layer)
-    note = "no gradient reached this layer in the samples; it starts as 'lora' does"
-    return Factors(start.A, start.B, note=note)
+    return as_lora(layer, "no gradient reached this layer in the samples; it starts as 'lora' does")
 
 
 @register("lora-ga")

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from headstart.errors import LayerError, MethodError
+from headstart.errors import MethodError
 from headstart.linalg.lowrank import adam_lowrank, squared_error, svd_lowrank_factors
 from headstart.linalg.norms import squared_norm
 from headstart.linalg.svd import TruncatedSVD, eckart_young_tail, truncated_svd_batch
@@ -110,11 +110,7 @@ class IniLoRA(Method):
         ]
 
     def _draw(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        std = self.std
-        if std is None:
-            if layer.moments is None:
-                raise LayerError(f"layer {layer.name!r}: IniLoRA needs the moments of its kind's weights")
-            std = layer.moments.std
+        std = layer.require_moments().std if self.std is None else self.std
         generator = layer.generator()
         A0 = draw((layer.r, layer.d_in), "normal", std, generator)
         return A0, draw((layer.d_out, layer.r), "normal", std, generator)

@@ -11,6 +11,7 @@ from headstart.linalg.norms import squared_norm
 from headstart.linalg.svd import eckart_young_tail, truncated_svd_batch
 from headstart.methods.base import Factors, Form, Layer, Method, Wants
 from headstart.methods.registry import register
+from headstart.methods.spectral import split_evenly
 from headstart.progress import Show, silent
 
 # Squared, relative: rounding to 4 bits leaves about 0.01, and two unrelated weights of one size are 2 apart.
@@ -69,11 +70,6 @@ class LoftQ(Method):
                 )
         starts = []
         for layer, error, svd in zip(layers, errors, truncated_svd_batch(errors, layers[0].r), strict=True):
-            root = (svd.S / layer.scaling).sqrt()
-            info = {
-                "residual": svd.residual,
-                "error_quantised": squared_norm(error),
-                "error": eckart_young_tail(error, svd),
-            }
-            starts.append(Factors(root[:, None] * svd.V.T, svd.U * root, info=info))
+            errors_after = {"error_quantised": squared_norm(error), "error": eckart_young_tail(error, svd)}
+            starts.append(split_evenly(layer, svd, **errors_after))
         return starts

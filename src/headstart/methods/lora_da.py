@@ -19,7 +19,7 @@ from headstart.linalg.svd import truncated_svd
 from headstart.methods.base import Factors, Form, Layer, Wants, check_positive
 from headstart.methods.gradient import GradientMethod, no_gradient
 from headstart.methods.registry import register
-from headstart.methods.zero import LoRA
+from headstart.methods.zero import as_lora
 from headstart.progress import Show, silent
 
 # The square of this is how far the largest singular value may be off, relatively.
@@ -121,8 +121,7 @@ class LoRADA(GradientMethod):
 
     def _one(self, layer: Layer, inverses: dict[int, DampedInverse]) -> Factors:
         if not self._chosen(layer.name):
-            start = LoRA().factors(layer)
-            return Factors(start.A, start.B)
+            return as_lora(layer)
         if self.fisher == "none":
             return self._gradient_only(layer)
         G = layer.require_gradient()

@@ -8,14 +8,16 @@ from typing import ClassVar, Literal
 
 import torch
 
-from headstart.linalg.svd import truncated_svd_batch
+from headstart.linalg.svd import TruncatedSVD, truncated_svd_batch
 from headstart.methods.base import Factors, Layer, Method, Wants
 from headstart.methods.registry import register
 from headstart.progress import Show, silent
 
 
 @dataclass(frozen=True)
-class _SingularTriplets(Method):
+class SingularTriplets(Method):
+    """Base of the methods that start from r singular triplets of the weight, at one end of its spectrum."""
+
     which: ClassVar[Literal["largest", "smallest"]]
 
     def wants(self, layer: Layer) -> Wants:
@@ -23,24 +25,29 @@ class _SingularTriplets(Method):
         return Wants(weight=True)
 
     def factors(self, layer: Layer) -> Factors:
-        """Split the r singular triplets evenly between B and A."""
+        """Decompose the weight of one layer."""
         return self.factors_batch([layer])[0]
 
     def factors_batch(self, layers: Sequence[Layer], show: Show = silent) -> list[Factors]:
         """Decompose the weights of several layers of one shape and rank together."""
         weights = [layer.require_weight() for layer in layers]
-        results = truncated_svd_batch(weights, layers[0].r, which=self.which)
-        starts = []
-        for layer, svd in zip(layers, results, strict=True):
-            root = (svd.S / layer.scaling).sqrt()
-            info = {"residual": svd.residual}
-            starts.append(Factors(root[:, None] * svd.V.T, svd.U * root, info=info))
-        return starts
+        svds = truncated_svd_batch(weights, layers[0].r, which=self.which)
+        return [self.start(layer, svd) for layer, svd in zip(layers, svds, strict=True)]
+
+    def start(self, layer: Layer, svd: TruncatedSVD) -> Factors:
+        """Return a layer's start from its triplets: by default, split evenly between B and A."""
+        return split_evenly(layer, svd)
+
+
+def split_evenly(layer: Layer, svd: TruncatedSVD, **info: float) -> Factors:
+    """Return B = U_r sqrt(S_r / s) and A = sqrt(S_r / s) V_r', so that s B A = U_r S_r V_r'; ``info`` is reported."""
+    root = (svd.S / layer.scaling).sqrt()
+    return Factors(root[:, None] * svd.V.T, svd.U * root, info={"residual": svd.residual, **info})
 
 
 @register("pissa")
 @dataclass(frozen=True)
-class PiSSA(_SingularTriplets):
+class PiSSA(SingularTriplets):
     """PiSSA: with W = U S V', B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r', so s B A = U_r S_r V_r'; subtracted.
 
     Source: Meng et al. 2024 (PiSSA), section 3.
@@ -53,7 +60,7 @@ class PiSSA(_SingularTriplets):
 
 @register("milora")
 @dataclass(frozen=True)
-class MiLoRA(_SingularTriplets):
+class MiLoRA(SingularTriplets):
     """MiLoRA: PiSSA's split of the r smallest singular triplets; subtracted.
 
     Source: Wang et al. 2024 (MiLoRA), section 3.

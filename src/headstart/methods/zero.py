@@ -6,7 +6,7 @@ Since B A = 0 the model starts at the base model by itself, and there is nothing
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -33,6 +33,11 @@ class LoRA(Method):
         bound = 1 / math.sqrt(layer.d_in)
         A = empty(layer.r, layer.d_in).uniform_(-bound, bound, generator=layer.generator())
         return Factors(A, empty(layer.d_out, layer.r).zero_())
+
+
+def as_lora(layer: Layer, note: str = "") -> Factors:
+    """Return the start of 'lora', for a layer that a method leaves out or learned nothing of."""
+    return replace(LoRA().factors(layer), note=note)
 
 
 @register("init-a")

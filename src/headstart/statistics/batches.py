@@ -119,6 +119,18 @@ def token_labels(batch: Batch) -> Tensor | None:
     return labels if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point() else None
 
 
+def is_padded(batch: Batch) -> bool:
+    """Return whether the attention mask hides a token."""
+    mask = batch.get("attention_mask")
+    return isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask != 0).all())
+
+
+def most_padded(batch: Batch) -> int:
+    """Return the row of the sample with the fewest tokens; the first where there is no attention mask."""
+    mask = batch.get("attention_mask")
+    return int((mask != 0).sum(1).argmin()) if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+
+
 def single_sample(batch: Batch, index: int, *, encoder_decoder: bool = False) -> Batch:
     """Return one sample of a batch, without its padding where ``attention_mask`` tells what that is.
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from headstart.linalg.precision import full_precision
-from headstart.statistics.batches import Samples, moved, token_labels
-from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
+from headstart.statistics.batches import Samples, is_padded, most_padded, moved, token_labels
+from headstart.statistics.masks import Tokens, Unmatched
 from headstart.statistics.reader import Reader
 from headstart.statistics.sums import Regroup, Sums
 
@@ -55,25 +55,13 @@ class ForwardReader:
             self._reader.note("the data have no label a token, so all tokens of the attention mask were counted")
         if self._tokens == "labels":
             self._reader.learn(samples)
-        if samples.size > 1 and samples.cut and (self._apart or self._leaks(samples)):
-            for row in range(samples.size):
-                self._read(Samples(self._reader.alone(samples.batch, row), (samples.indices[row],)), sums)
-            return
-        if samples.size == 1 and samples.cut:
-            samples = Samples(self._reader.alone(samples.batch, 0), samples.indices)
-        self._read(samples, sums)
+        apart = samples.cut and (samples.size == 1 or self._apart or self._leaks(samples))
+        for part in self._reader.each_alone(samples) if apart else [samples]:
+            self._read(part, sums)
 
     def _read(self, samples: Samples, sums: Sums) -> None:
         batch = self._reader.given(samples.batch)
-        masks = TokenMasks(
-            batch,
-            samples.size,
-            self._tokens,
-            encoder_decoder=self._reader.encoder_decoder,
-            alone=samples.size == 1 or not samples.cut,
-            shifted=self._reader.predicts_next(self._tokens),
-        )
-        sums.begin(masks)
+        masks = self._reader.begun(sums, batch, samples, self._tokens)
         try:
             with self._watching(sums, self._modules.keys() & sums.shapes.keys()):
                 self._reader.run_layers(batch)
@@ -109,13 +97,10 @@ class ForwardReader:
 
     def _leaks(self, samples: Samples) -> bool:
         """Return whether the padded sample's inputs of the last layer depend on the batch around it; asked once."""
-        mask = samples.batch.get("attention_mask")
-        padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask != 0).all())
-        if self._compared or not padded:
+        if self._compared or not is_padded(samples.batch):
             return False
-        assert isinstance(mask, Tensor)
         self._compared = True
-        row = int((mask != 0).sum(1).argmin())
+        mask, row = samples.batch["attention_mask"], most_padded(samples.batch)
         in_batch = self._last_inputs(samples.batch)
         alone = self._last_inputs(self._reader.alone(samples.batch, row))
         if in_batch is None or alone is None or in_batch.shape[:-1] != mask.shape:

@@ -49,7 +49,6 @@ def prepare(
     processes: Processes | None = None,
     adapter: str | None = None,
     loss: Loss | None = None,
-    whole: bool = False,
     single: bool = False,
 ) -> Collector:
     """Read the data into memory, run two samples forward, and plan the passes.
@@ -72,7 +71,7 @@ def prepare(
         seed: of the sketches, and of what data, collator and loss draw at random: the same in every process.
         processes: those that share the work.
         adapter: the one that is started; others that are active, and so switched off, are named in a note.
-        loss, whole: see :class:`headstart.statistics.reader.Reader`.
+        loss: see :class:`headstart.statistics.reader.Reader`.
         single: each batch is one sample, and read as a whole.
 
     Raises:
@@ -85,7 +84,7 @@ def prepare(
     tokens: Tokens = next((wants.tokens for wants in wanted.values()), "attention")
     backward = any(wants.backward for wants in wanted.values())
     in_step_with = processes if lockstep else None
-    reader = Reader(model, modules, tokens, in_step_with=in_step_with, loss=loss, whole=whole or single, seed=seed)
+    reader = Reader(model, modules, tokens, in_step_with=in_step_with, loss=loss, whole=single, seed=seed)
     shapes = {
         name: Shape(int(layers[name].out_features), int(layers[name].in_features), wants)
         for name, wants in wanted.items()
@@ -135,11 +134,7 @@ def _share(
     # Where labels lie along a decoder, a sample has two lengths.
     chunks = chunks if reader.keeps_batches else by_length(chunks)
     if lockstep:
-        chunks = [
-            chunk if row is None else Samples(reader.alone(chunk.batch, row), (chunk.indices[row],))
-            for chunk in chunks
-            for row in _rows(chunk, whole=False)
-        ]
+        chunks = [one for chunk in chunks for one in reader.each_alone(chunk)]
     return (chunks if divided else processes.share(chunks)), chunks[0]
 
 

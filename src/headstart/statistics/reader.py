@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal
 
@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from headstart.errors import BASE_PREFIX, DataError, not_finite
 from headstart.layers.weights import model_device
 from headstart.processes import Processes
-from headstart.statistics.batches import IGNORED, Batch, Samples, label_counts, moved, single_sample, take
+from headstart.statistics.batches import (
+    IGNORED,
+    Batch,
+    Samples,
+    is_padded,
+    label_counts,
+    most_padded,
+    moved,
+    single_sample,
+    take,
+)
 from headstart.statistics.losses import infinite_loss, loss_of, only_first_label
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.quiet import drawn_from
@@ -83,17 +93,6 @@ class Reader:
         return self._device
 
     @property
-    def encoder_decoder(self) -> bool:
-        """Whether labels lie along a decoder."""
-        return self._runs.encoder_decoder
-
-    def predicts_next(self, tokens: Tokens) -> bool:
-        """Return whether positions predict the next token's label; noted where that counts and can't be told."""
-        if tokens == "labels" and self._runs.shifted is None and not self.encoder_decoder:
-            self.note("which positions predict a label can't be told: those that carry one were counted")
-        return bool(self._runs.shifted) and not self.encoder_decoder
-
-    @property
     def keeps_batches(self) -> bool:
         """Whether batches mean something, so that samples mustn't be put together in others."""
         return self._runs.encoder_decoder or self.probes_batches
@@ -128,9 +127,35 @@ class Reader:
         """Return one sample of a batch without its padding."""
         return single_sample(batch, row, encoder_decoder=self._runs.encoder_decoder)
 
+    def each_alone(self, samples: Samples) -> Iterator[Samples]:
+        """Yield the samples of a batch one by one, without their padding; a batch that can't be cut as it is."""
+        if not samples.cut:
+            yield samples
+            return
+        for row in range(samples.size):
+            yield Samples(self.alone(samples.batch, row), (samples.indices[row],))
+
     def given(self, batch: Batch) -> Batch:
         """Return a batch as the model is given it."""
         return self._runs.given(batch)
+
+    def begun(self, sums: Sums, batch: Batch, samples: Samples, tokens: Tokens, *, alone: bool = False) -> TokenMasks:
+        """Let the sums begin with a batch, as the model is given it; return which of its tokens count.
+
+        With ``alone``, or where samples are not several that can be told apart, rows of unknown kind all count.
+        """
+        if tokens == "labels" and self._runs.shifted is None and not self._runs.encoder_decoder:
+            self.note("which positions predict a label can't be told: those that carry one were counted")
+        masks = TokenMasks(
+            batch,
+            samples.size,
+            tokens,
+            encoder_decoder=self._runs.encoder_decoder,
+            alone=alone or samples.size == 1 or not samples.cut,
+            shifted=bool(self._runs.shifted) and not self._runs.encoder_decoder,
+        )
+        sums.begin(masks)
+        return masks
 
     # Finding out how to read.
 
@@ -265,11 +290,11 @@ class Reader:
         if self._way != "whole" and samples.cut:
             if samples.size > 1 and self._way != "own":
                 self.note(f"{self._why}, so samples were read one at a time")
-                for row in range(samples.size):
-                    self._accumulate(Samples(self.alone(samples.batch, row), (samples.indices[row],)), sums)
+                for one in self.each_alone(samples):
+                    self._accumulate(one, sums)
                 return
             if samples.size == 1:
-                samples = Samples(self.alone(samples.batch, 0), samples.indices)
+                (samples,) = self.each_alone(samples)
         batch = self._runs.given(samples.batch)
         if self._way == "own":
             self._check_predicted(batch, samples)
@@ -288,18 +313,8 @@ class Reader:
         self._finish(run, samples)
 
     def _tapped_forward(self, batch: Batch, samples: Samples, sums: Sums) -> tuple[Run, TokenMasks]:
-        alone = samples.size == 1 or not samples.cut or self._way == "whole"
-        shifted = self.predicts_next(self._tokens)
         while True:
-            masks = TokenMasks(
-                batch,
-                samples.size,
-                self._tokens,
-                encoder_decoder=self._runs.encoder_decoder,
-                alone=alone,
-                shifted=shifted,
-            )
-            sums.begin(masks)
+            masks = self.begun(sums, batch, samples, self._tokens, alone=self._way == "whole")
             try:
                 run = (
                     self._runs.apart(batch, samples.size)
@@ -332,18 +347,17 @@ class Reader:
         """Return the outputs of the most padded sample alone, where a batch like this one wasn't compared yet."""
         if self._way != "own" or samples.size == 1 or not samples.cut:
             return None
-        mask = samples.batch.get("attention_mask")
-        padded = isinstance(mask, Tensor) and not bool((mask != 0).all())
+        padded = is_padded(samples.batch)
         if self._agreed[padded]:
             return None
         self._agreed[padded] = True
-        batch = self._runs.given(self.alone(samples.batch, _most_padded(samples.batch)))
+        batch = self._runs.given(self.alone(samples.batch, most_padded(samples.batch)))
         with torch.no_grad():
             return self._runs.compared(self._runs.states(batch), batch, 0)
 
     def _found(self, run: Run, batch: Batch, samples: Samples, expected: Tensor) -> bool:
         with torch.no_grad():
-            given = self._runs.compared(run.tensor.detach(), batch, _most_padded(samples.batch))
+            given = self._runs.compared(run.tensor.detach(), batch, most_padded(samples.batch))
         allowed = math.sqrt(rounding(self._model, self._device)) * float(expected.norm())
         return given.shape == expected.shape and float((given - expected).norm()) <= allowed
 
@@ -392,8 +406,3 @@ def _width(batch: Batch) -> int:
     """Return how many tokens the longest sample has, padding and all; 0 for what isn't tokens."""
     widths = (batch.get(name) for name in ("input_ids", "inputs_embeds", "labels"))
     return max((value.shape[1] for value in widths if isinstance(value, Tensor) and value.dim() > 1), default=0)
-
-
-def _most_padded(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    return int((mask != 0).sum(1).argmin()) if isinstance(mask, Tensor) and mask.dim() == 2 else 0

@@ -74,9 +74,3 @@ def tapped(modules: Mapping[str, nn.Module], watch: Watch, scale: LossScale) -> 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def matmul_settings() -> list[object]:
-    """Return what holds PyTorch's settings of float32 products, on CUDA and on the CPU."""
-    cpu = getattr(torch.backends.mkldnn, "matmul", None)
-    return [torch.backends.cuda.matmul] + ([] if cpu is None else [cpu])

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from headstart.linalg.precision import float32_switches
 from headstart.statistics.quiet import drawn_from
 from headstart.statistics.scale import LossScale
-from headstart.statistics.tap import Sink, matmul_settings, tapped
+from headstart.statistics.tap import Sink, tapped
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,6 @@ def rounding(model: nn.Module, device: torch.device) -> float:
         units.add(torch.finfo(parameter.dtype if wide else torch.bfloat16).eps)
     if torch.is_autocast_enabled(device.type):
         units.add(torch.finfo(torch.get_autocast_dtype(device.type)).eps)
-    setting = matmul_settings()[0 if device.type == "cuda" else -1]
-    units.add({"tf32": 2.0**-10, "bf16": 2.0**-8}.get(str(getattr(setting, "fp32_precision", "none")), 0.0))
+    for switch in float32_switches()[slice(0, 1) if device.type == "cuda" else slice(-1, None)]:
+        units.add({"tf32": 2.0**-10, "bf16": 2.0**-8}.get(str(switch.fp32_precision), 0.0))
     return max(units)
