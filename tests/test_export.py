@@ -180,7 +180,7 @@ def test_only_an_adapters_own_files_are_replaced(save, tmp_path, batch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "run"]
 
 
-def test_a_merged_model_replaces_a_model_and_an_adapter_and_nothing_else(tmp_path, batch):
+def test_a_merged_model_replaces_a_model_and_never_an_adapter(tmp_path, batch):
     class Tokenizer:
         def save_pretrained(self, folder):
             (folder / "tokenizer.json").write_text("{}")
@@ -188,9 +188,13 @@ def test_a_merged_model_replaces_a_model_and_an_adapter_and_nothing_else(tmp_pat
     model = started(tiny_llama(), "pissa")
     perturb(model)
     wanted, out = logits(model, batch), tmp_path / "out"
-    hs.save_lora(model, out)
-    (out / "notes").write_text("mine")
     tiny_llama().save_pretrained(out, max_shard_size="20KB")
+    (out / "notes").write_text("mine")
+    hs.save_lora(model, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    with pytest.raises(hs.CheckpointError, match="holds an adapter, which Transformers would add"):
+        write_merged(model, Tokenizer(), tmp_path / "adapter", force=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
     write_merged(model, Tokenizer(), out, force=True)
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "notes", "tokenizer.json",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from headstart.cache.entries import KEY, entry_path
 from headstart.cache.locks import remove_old_locks
-from headstart.files import is_hidden, remove_leftovers
+from headstart.files import remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def evict(folder: Path, limit: int, keep: Collection[str] = ()) -> int:
     """
     entries = _scan(folder)
     for shard in (folder, *map(Path, _shards(folder))):
-        if any(is_hidden(file.name) for file in _children(shard)):
-            remove_leftovers(shard)
+        remove_leftovers(shard)
     remove_old_locks(folder)
     total = sum(entry.bytes for entry in entries)
     for entry in sorted(entries, key=lambda entry: (entry.used, entry.key)):

@@ -11,14 +11,14 @@ import typer
 from rich.table import Table
 
 from headstart.cli.app import app
-from headstart.cli.console import output
+from headstart.cli.console import output, warnings_said
 from headstart.cli.options import Force
 from headstart.errors import CheckpointError
 from headstart.files import check_free
 from headstart.layers.adapter import make_plain
 from headstart.layers.checkpoint import load_checkpoint, read_adapter
-from headstart.layers.export import write_diffusers, write_merged, write_plain
-from headstart.layers.files import ADAPTER_FOLDER, DIFFUSERS_FOLDER, MODEL_FOLDER
+from headstart.layers.export import check_merged_place, write_diffusers, write_merged, write_plain
+from headstart.layers.files import ADAPTER_FOLDER, DIFFUSERS_FOLDER
 from headstart.layers.inspection import inspect_adapter
 from headstart.training.models import resolve_model
 
@@ -53,8 +53,10 @@ def export(
     force: Force = False,
 ) -> None:
     """Write a plain LoRA that any program can load, or merge the adapter into its base model."""
-    folders = {Form.LORA: ADAPTER_FOLDER, Form.DIFFUSERS: DIFFUSERS_FOLDER, Form.MERGED: MODEL_FOLDER}
-    check_free(out, folders[to], force)
+    if to is Form.MERGED:
+        check_merged_place(out, force)
+    else:
+        check_free(out, DIFFUSERS_FOLDER if to is Form.DIFFUSERS else ADAPTER_FOLDER, force)
     found = read_adapter(adapter)
     if to is not Form.MERGED:
         plain = make_plain(found.layers, found.rest, found.config, rank, uniform=uniform)
@@ -69,7 +71,9 @@ def export(
         option = "--uniform" if rank is None else "--rank"
         raise CheckpointError(f"{option} does not go with --to merged: a merged model holds the whole update.")
     base, tokenizer, _ = resolve_model(_base_name(model, found.config.base_model_name_or_path, adapter))
-    write_merged(load_checkpoint(base, adapter, trainable=False), tokenizer, out, force=force)
+    with warnings_said():
+        merged = load_checkpoint(base, adapter, trainable=False)
+    write_merged(merged, tokenizer, out, force=force)
     output.print(f"wrote {out}: the whole model, merged", markup=False, highlight=False)
 
 
@@ -105,7 +109,8 @@ def inspect(
             table.add_row(*row)
         output.print(table)
     if model is not None:
-        load_checkpoint(resolve_model(model)[0], adapter, trainable=False)
+        with warnings_said():
+            load_checkpoint(resolve_model(model)[0], adapter, trainable=False)
         output.print(f"it fits {model}", markup=False)
 
 

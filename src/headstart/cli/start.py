@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -31,9 +31,8 @@ from headstart.initialize import initialize_
 from headstart.layers.checkpoint import save_checkpoint
 from headstart.layers.files import ADAPTER_FOLDER
 from headstart.methods import ANY_LAYER, Method, Training, parse_method
-from headstart.progress import progress_bars, silent
 from headstart.statistics.training import TrainingData
-from headstart.stream import FOLDER, Crew, stream_start, task_type
+from headstart.stream import FOLDER, stream_start, task_type
 from headstart.training.data import batches, load_examples, tokenize_examples
 from headstart.training.models import resolve_model
 from headstart.training.wrap import accelerator, wrap_lora
@@ -119,20 +118,18 @@ def init(
         task_type="CAUSAL_LM",
         base_model_name_or_path=name,
     )
-    with progress_bars(console) as show:
-        report = initialize_(
-            wrapped,
-            made,
-            data=TrainingData(
-                batches(rows, batch_size, tokenizer.pad_token_id) if rows else None, training=Training(population, lr)
-            ),
-            seed=seed,
-            form=form.word,
-            memory_budget=memory_budget,
-            cache=cache,
-            strict=strict,
-            progress=show,
-        )
+    report = initialize_(
+        wrapped,
+        made,
+        data=TrainingData(
+            batches(rows, batch_size, tokenizer.pad_token_id) if rows else None, training=Training(population, lr)
+        ),
+        seed=seed,
+        form=form.word,
+        memory_budget=memory_budget,
+        cache=cache,
+        strict=strict,
+    )
     save_checkpoint(wrapped, out, force=force)
     output.print(report)
     output.print(f"wrote {out}", markup=False)
@@ -160,22 +157,19 @@ def _stream(
         target_modules=modules if isinstance(modules := target_modules(targets), str) else list(modules),
         task_type=task_type(folder),
     )
-    crew = Crew.here()
-    with progress_bars(console) if crew.rank == 0 else nullcontext(silent) as show:
-        report = stream_start(
-            folder,
-            method,
-            config,
-            out,
-            seed=seed,
-            form=form.word,
-            name=model,
-            device=accelerator(),
-            cache=cache,
-            strict=strict,
-            force=force,
-            progress=show,
-        )
+    report = stream_start(
+        folder,
+        method,
+        config,
+        out,
+        seed=seed,
+        form=form.word,
+        name=model,
+        device=accelerator(),
+        cache=cache,
+        strict=strict,
+        force=force,
+    )
     if report is not None:
         output.print(report)
         residual = f", and the residual model in {out / FOLDER} (headstart.stream.load_residual loads both)"

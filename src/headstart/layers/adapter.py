@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -19,6 +19,8 @@ from headstart.layers.anchored import START_NAMES, stacked
 from headstart.layers.core import CORE
 from headstart.layers.unwrap import plain_name
 from headstart.linalg.product import product_norm, truncate_product
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -246,16 +248,22 @@ def _fitting_config(
         config,
         r=r,
         lora_alpha=alpha,
-        rank_pattern={_exactly(name): value for name, value in ranks.items() if value != r},
-        alpha_pattern={_exactly(name): value for name, value in alphas.items() if value != alpha},
+        rank_pattern=exact_pattern(ranks, r),
+        alpha_pattern=exact_pattern(alphas, alpha),
         use_rslora=False,
         **_WRITTEN,
     )
 
 
-def _exactly(name: str) -> str:
-    """Return the pattern that matches this layer alone: PEFT takes a bare name for the ending of others, too."""
-    return f"^{re.escape(name)}"
+def exact_pattern(values: Mapping[str, T], default: T) -> dict[str, T]:
+    """Return a pattern of PEFT's (``rank_pattern``, ``alpha_pattern``) that gives each layer its own value.
+
+    Args:
+        values: by the layers' names in the base model.
+        default: what layers have that no key fits; they are left out.
+    """
+    # PEFT takes a bare name for the ending of others, too.
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

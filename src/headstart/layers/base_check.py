@@ -12,15 +12,14 @@ import torch
 from headstart.errors import CheckpointError, HeadstartWarning
 from headstart.layers.adapter import AdapterLayer
 from headstart.layers.files import RESIDUAL_MARK
-from headstart.layers.find import lora_layers, residual_owner
+from headstart.layers.find import TargetLayer, base_of, lora_layers, residual_owner
 from headstart.layers.formats import quantisation
 from headstart.layers.weights import fingerprint, linear_shape
 
 
 def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adapter: str) -> dict[str, Any]:
     """Compare a checkpoint with the model's own layers, before anything is changed; return those layers by name."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    held = {target.name: target for target in lora_layers(model, adapter)} if hasattr(model, "peft_config") else {}
+    base, adapted = base_of(model), _adapted(model, adapter)
     plain: dict[str, Any] = {}
     for name, layer in layers.items():
         try:
@@ -34,30 +33,32 @@ def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adap
                 f"{folder} belongs to another base model: layer {name!r} is {_times(here)} here, and {_times(there)} "
                 "there."
             )
-        if name in held and held[name].r != layer.A.shape[0]:
+        if name not in adapted:
+            continue
+        r, s = adapted[name].r, adapted[name].scaling
+        if r != layer.A.shape[0]:
             raise CheckpointError(
-                f"{folder} has another rank: layer {name!r} has r = {held[name].r} here, and {layer.A.shape[0]} there."
+                f"{folder} has another rank: layer {name!r} has r = {r} here, and {layer.A.shape[0]} there."
             )
-        if name in held and not math.isclose(held[name].scaling, layer.scaling, rel_tol=1e-6):
+        if not math.isclose(s, layer.scaling, rel_tol=1e-6):
             raise CheckpointError(
-                f"{folder} has another scaling: layer {name!r} has s = {held[name].scaling:g} here, and "
-                f"{layer.scaling:g} there; wrap the model with the same lora_alpha."
+                f"{folder} has another scaling: layer {name!r} has s = {s:g} here, and {layer.scaling:g} there; wrap "
+                "the model with the same lora_alpha."
             )
     return plain
 
 
 def check_weights(model: Any, plain: dict[str, Any], records: dict[str, Any], folder: Path, adapter: str) -> None:
     """Compare a sample of the weights of each layer with that of the base model that a checkpoint was made on."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    held = {target.name: target for target in lora_layers(model, adapter)} if hasattr(model, "peft_config") else {}
+    base, adapted = base_of(model), _adapted(model, adapter)
     differing: set[tuple[str, str]] = set()
-    for name, found in records.items():
-        if name in held and residual_owner(held[name].module) is not None:
+    for name, content in records.items():
+        if name in adapted and residual_owner(adapted[name].module) is not None:
             continue  # its weight is not the base model's any more; its anchors are compared instead
-        expected = (found or {}).get("weight")
+        expected = (content or {}).get("weight")
         if expected is None:
             continue
-        here, there = quantisation(plain[name]), found.get("quantised")
+        here, there = quantisation(plain[name]), content.get("quantised")
         sample = fingerprint(plain[name])
         if sample is None or _alike(sample, expected, plain[name].weight.dtype):
             continue
@@ -79,6 +80,11 @@ def check_weights(model: Any, plain: dict[str, Any], records: dict[str, Any], fo
         )
 
 
+def _adapted(model: Any, adapter: str) -> dict[str, TargetLayer]:
+    """Return the layers that hold the adapter already, by name."""
+    return {target.name: target for target in lora_layers(model, adapter)} if hasattr(model, "peft_config") else {}
+
+
 def _words(quantised: str | None) -> str:
     return f"held in {quantised.replace('-bit', ' bits')}" if quantised else "not quantised"
 
@@ -91,8 +97,7 @@ def _near(found: list[float], expected: list[float]) -> bool:
 
 def _alike(found: list[float], expected: list[float], dtype: torch.dtype) -> bool:
     """Compare fingerprints; a base loaded in half precision differs from itself by rounding, no more."""
-    tolerance = 1.0 if dtype not in (torch.float32, torch.float64) else 0.0
-    tolerance *= 2 * torch.finfo(torch.bfloat16).eps
+    tolerance = 0.0 if dtype in (torch.float32, torch.float64) else 2 * torch.finfo(torch.bfloat16).eps
     # The checkpoint may have come from a rounded base as well, which float32 then doesn't match to the bit.
     rounded = [float(torch.tensor(value, dtype=torch.float32, device="cpu").bfloat16()) for value in found]
     half = [float(torch.tensor(value, dtype=torch.float32, device="cpu").half()) for value in found]

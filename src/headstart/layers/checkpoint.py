@@ -45,7 +45,7 @@ from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.watch import watch
-from headstart.layers.weights import fingerprint, give_values
+from headstart.layers.weights import assign, fingerprint, give_values
 
 _FORMAT = 1
 
@@ -134,7 +134,10 @@ def load_checkpoint(
             _prepare_layer(targets[name], layer, undo)
         try:
             result = set_peft_model_state_dict(wrapped, _placed(wrapped, read, undo), adapter_name=adapter)
-        except RuntimeError as error:  # a head of another shape; PyTorch's sentence names it
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            # A head of another shape; PyTorch's sentence names it.
             reason = str(error).strip().split("\n")[-1].strip().rstrip(".")
             raise CheckpointError(f"{folder} belongs to another base model: {reason}.") from error
         # With bias="all" PEFT writes the bias of a trained head twice, once under a name that it can't read again.
@@ -174,7 +177,7 @@ def _with_adapter(model: Any, config: LoraConfig, adapter: str, undo: ExitStack)
             "part: wrap the model with the same modules_to_save, or give the base model."
         )
     for parameter in _own_parameters(model, adapter):
-        undo.callback(parameter.data.copy_, parameter.detach().clone())
+        undo.callback(assign, parameter, parameter.detach().clone())
     for target in lora_layers(model, adapter):
         undo.callback(set_record, target, record(target))
     if config.inference_mode or adapter in active_adapters(model):
@@ -198,7 +201,7 @@ def _placed(model: nn.Module, read: AdapterFolder, undo: ExitStack) -> dict[str,
     tensors = {f"{prefix}{name.removeprefix(BASE_PREFIX)}": tensor for name, tensor in read.tensors.items()}
     for name, parameter in model.named_parameters():
         if name in tensors:  # embeddings
-            undo.callback(parameter.data.copy_, parameter.detach().clone())
+            undo.callback(assign, parameter, parameter.detach().clone())
     return tensors
 
 
@@ -254,9 +257,12 @@ def read_adapter(path: str | Path) -> AdapterFolder:
 
 def _record_to_save(layer: TargetLayer) -> dict[str, object]:
     base = layer.module.get_base_layer()
-    sample = fingerprint(base)
-    found = record(layer) or {"method": None, **({} if sample is None else {"weight": sample})}
-    return found if quantisation(base) is None else found | {"quantised": quantisation(base)}
+    content = record(layer)
+    if content is None:
+        sample = fingerprint(base)
+        content = {"method": None} | ({} if sample is None else {"weight": sample})
+    quantised = quantisation(base)
+    return content | ({} if quantised is None else {"quantised": quantised})
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -328,7 +334,7 @@ def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) ->
             set_core(module, adapter, layer.core)
             undo.callback(watch(module, adapter, target.name))
         else:
-            undo.callback(mine.data.copy_, mine.detach().clone())
+            undo.callback(assign, mine, mine.detach().clone())
     if layer.A0 is None or layer.B0 is None:
         return
     held = anchors(module, adapter)

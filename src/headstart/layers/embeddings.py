@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig
 from peft.utils.constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import match_target_against_key
 from torch import nn
 
+from headstart.layers.files import downloaded
+from headstart.layers.find import base_of
 from headstart.layers.unwrap import plain_name
 
 SaveEmbeddings = bool | Literal["auto"]
@@ -43,8 +43,7 @@ def needs_embeddings(model: nn.Module, config: LoraConfig) -> bool:
 def _is_targeted(model: Any, config: LoraConfig) -> bool:
     targets = config.target_modules
     if isinstance(targets, str) and targets != INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        names = map(plain_name, (name for name, _ in base.named_modules()))
+        names = map(plain_name, (name for name, _ in base_of(model).named_modules()))
         ends = re.compile(rf"(.*\.)?({'|'.join(EMBEDDING_LAYER_NAMES)})")
         return any(match_target_against_key(targets, name) for name in names if ends.fullmatch(name))
     return any(name in (targets or ()) for name in EMBEDDING_LAYER_NAMES)
@@ -60,8 +59,4 @@ def _vocabulary(config: Any) -> int | None:
 def _config_folder(name: str) -> Path | None:
     if (Path(name) / "config.json").is_file():
         return Path(name)
-    try:
-        cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # no name of the hub, such as a path that is gone
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
+    return downloaded(name, "config.json")

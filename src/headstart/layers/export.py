@@ -13,18 +13,19 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from headstart.errors import BASE_PREFIX, CheckpointError
-from headstart.files import whole_folder
+from headstart.files import check_free, whole_folder
 from headstart.layers.adapter import AdapterLayer, PlainAdapter, make_plain, split
 from headstart.layers.embeddings import SaveEmbeddings, needs_embeddings
 from headstart.layers.files import (
     ADAPTER_FOLDER,
+    CONFIG,
     DIFFUSERS_FOLDER,
     DIFFUSERS_WEIGHTS,
     MODEL_FOLDER,
     WEIGHTS,
     write_tensors,
 )
-from headstart.layers.find import resolve_adapter
+from headstart.layers.find import base_of, resolve_adapter
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.weights import product, whole
 from headstart.processes import Processes, is_sharded, together
@@ -119,11 +120,25 @@ def write_diffusers(plain: PlainAdapter, path: str | Path, prefix: str | None = 
 
 
 def write_merged(model: Any, tokenizer: Any, path: str | Path, *, force: bool = False) -> None:
-    """Write the whole model with its adapter merged into the weights, and its tokenizer; ``model`` is used up."""
+    """Write the whole model with its adapter merged into the weights, and its tokenizer; ``model`` is used up.
+
+    Raises:
+        CheckpointError: see :func:`check_merged_place`.
+    """
+    check_merged_place(Path(path), force)
     merged = model.merge_and_unload()
     with whole_folder(path, MODEL_FOLDER, force=force) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def check_merged_place(path: Path, force: bool) -> None:
+    """Raise CheckpointError where no merged model may be written: see ``check_free``; and never beside an adapter."""
+    check_free(path, MODEL_FOLDER, force)
+    if (path / CONFIG).exists():
+        raise CheckpointError(
+            f"{path} holds an adapter, which Transformers would add to the merged model once more: choose another path."
+        )
 
 
 def adapter_tensors(model: nn.Module, adapter: str, save_embedding_layers: SaveEmbeddings = False) -> dict[str, Tensor]:
@@ -160,7 +175,7 @@ def one_writes(model: nn.Module) -> Iterator[bool]:
 def portable_config(model: Any, adapter: str) -> LoraConfig:
     """Return a copy of an adapter's config that names the base model's class, as PEFT's own saving does."""
     config: Any = plainly_named(copy.deepcopy(model.peft_config[adapter]))
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
     if config.task_type is None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -44,11 +46,22 @@ _MODEL_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# An adapter beside a model that it is merged into would be added to it once more.
 MODEL_FOLDER = Kind(
-    lambda folder: {*ADAPTER_FOLDER.owned(folder), *(file.name for name in _MODEL_FILES for file in folder.glob(name))},
+    lambda folder: {file.name for name in _MODEL_FILES for file in folder.glob(name)},
     key="config.json",
 )
+
+
+def downloaded(name: str, *files: str, revision: str | None = None) -> Path | None:
+    """Return the folder that the hub's cache on this machine has of a model, where one of the files is in it."""
+    for file in files:
+        try:
+            cached = try_to_load_from_cache(name, file, revision=revision)
+        except HFValidationError:  # no name of the hub, such as a path that is gone
+            return None
+        if isinstance(cached, str):
+            return Path(cached).parent
+    return None
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> str:

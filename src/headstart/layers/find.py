@@ -205,6 +205,11 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
     return targets
 
 
+def base_of(model: Any) -> Any:
+    """Return the base model inside PEFT's, or the model itself where PEFT's model isn't around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the active adapters of a PEFT model, or of a Transformers model with adapters of its own."""
     active: Any = getattr(model, "active_adapters", None)

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from headstart._version import __version__
@@ -77,14 +76,14 @@ def install(
         note: of :func:`start_note` (see :func:`headstart.layers.find.set_record`).
     """
     with ExitStack() as undo:
-        prints = {target.name: fingerprint(target.module.get_base_layer()) for target, _ in starts}
         for target, factors in starts:
+            sample = fingerprint(target.module.get_base_layer())
             with full_precision([target.module]):
                 _install_one(target, factors, form, undo)
             undo.callback(set_record, target, None)
             frozen = {"frozen": list(factors.frozen)} if factors.frozen else {}
-            sample = {} if prints[target.name] is None else {"weight": prints[target.name]}
-            set_record(target, {**note, "form": form, **sample, **frozen})
+            weight = {} if sample is None else {"weight": sample}
+            set_record(target, {**note, "form": form, **weight, **frozen})
         if form != "kept":
             mark_config(model, starts[0][0].adapter, undo)
         undo.pop_all()
@@ -114,8 +113,7 @@ def _install_one(target: TargetLayer, factors: Factors, form: LayerForm, undo: E
     give_values(module, adapter, undo)
     A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     for parameter, value in ((A, factors.A), (B, factors.B)):
-        before = parameter.detach().clone()
-        undo.callback(_copy, parameter, before)
+        undo.callback(assign, parameter, parameter.detach().clone())
         assign(parameter, value)
     if factors.frozen:
         undo.callback(thaw_factors, module, adapter, B.requires_grad)
@@ -126,7 +124,7 @@ def _install_one(target: TargetLayer, factors: Factors, form: LayerForm, undo: E
         undo.callback(watch(module, adapter, target.name))
     if is_dora(target.module, target.adapter):
         magnitude = module.lora_magnitude_vector[adapter].weight
-        undo.callback(_copy, magnitude, magnitude.detach().clone())
+        undo.callback(assign, magnitude, magnitude.detach().clone())
         assign(magnitude, row_norms(module, adapter))
     if form in ("kept", "core"):
         return
@@ -184,8 +182,3 @@ def row_norms(module: Any, adapter: str) -> torch.Tensor:
     """Return the norms of the rows of W + s B A (d_out,): DoRA's magnitude for which nothing is rescaled."""
     A, B = (whole(factor[adapter].weight.detach()).float() for factor in (module.lora_A, module.lora_B))
     return torch.linalg.vector_norm(base_weight(module) + module.scaling[adapter] * (B @ A), dim=1)
-
-
-@torch.no_grad()
-def _copy(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    parameter.copy_(value)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import CheckpointError, LayerError, ModelError, not_finite
+from headstart.layers.files import downloaded
 from headstart.layers.find import TargetLayer
 
 _SINGLE = "model.safetensors"
@@ -100,11 +99,13 @@ def _files(model: Any, model_path: str | None) -> tuple[str, dict[str, Path]]:
     path = Path(source)
     if path.is_file():
         return source, _names_in(path)
-    if path.is_dir():
-        folder = path
-    else:
-        commit = None if model_path else getattr(config, "_commit_hash", None)
-        folder = _downloaded(source, commit)
+    commit = None if model_path else getattr(config, "_commit_hash", None)
+    folder = path if path.is_dir() else downloaded(source, _SINGLE, _INDEX, revision=commit)
+    if folder is None:
+        raise ModelError(
+            f"There is no folder {source!r} of safetensors files, and no downloaded model of that name: set model_path "
+            "to the files of the unquantised weights."
+        )
     if (folder / _SINGLE).is_file():
         return source, _names_in(folder / _SINGLE)
     if not (folder / _INDEX).is_file():
@@ -114,21 +115,6 @@ def _files(model: Any, model_path: str | None) -> tuple[str, dict[str, Path]]:
         return source, {tensor: folder / Path(file).name for tensor, file in index.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / _INDEX} is damaged: download it again.") from error
-
-
-def _downloaded(name: str, commit: str | None) -> Path:
-    """Return the folder that a model on the hub was downloaded to."""
-    for file in (_SINGLE, _INDEX):
-        try:
-            cached = try_to_load_from_cache(name, file, revision=commit)
-        except HFValidationError:
-            break
-        if isinstance(cached, str):
-            return Path(cached).parent
-    raise ModelError(
-        f"There is no folder {name!r} of safetensors files, and no downloaded model of that name: set model_path to "
-        "the files of the unquantised weights."
-    )
 
 
 def _opened(file: Path) -> Any:

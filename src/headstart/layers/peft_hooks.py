@@ -101,9 +101,7 @@ def prepare(model: Any, config: Any, adapter: str, tensors: Mapping[str, Tensor]
             _set_form(target, layer.A0, layer.B0, layer.core, layer.kind)
             fresh = True
     if fresh:
-        with ExitStack() as undo:
-            mark_config(model, adapter, undo)
-            undo.pop_all()
+        mark_config(model, adapter, ExitStack())
 
 
 def _set_form(target: TargetLayer, A0: Tensor | None, B0: Tensor | None, core: Tensor | None, kind: str) -> None:

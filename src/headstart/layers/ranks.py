@@ -7,15 +7,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from headstart.layers.adapter import exact_pattern
 from headstart.layers.find import TargetLayer
 from headstart.methods.base import Factors
 
-T = TypeVar("T")
 Starts = Sequence[tuple[TargetLayer, Factors]]
 
 
@@ -57,22 +57,6 @@ def set_ranks(model: Any, adapter: str, starts: Starts, undo: ExitStack) -> Star
         fitting.exclude_modules = _excluding(config.exclude_modules, removed, [layer.name for layer, _ in left])
     model.peft_config[adapter] = fitting
     return left
-
-
-def exact_pattern(values: Mapping[str, T], default: T) -> dict[str, T]:
-    """Return a pattern of PEFT's (``rank_pattern``, ``alpha_pattern``) that gives each layer its own value.
-
-    PEFT takes a key for the end of a layer's name, and the first that fits wins: longer names come first, and one that
-    ends like another is named too.
-
-    Args:
-        values: by the layers' names in the base model.
-        default: what layers have that no key fits; they are left out.
-    """
-    named = {name for name, value in values.items() if value != default}
-    named |= {name for name in values if any(name.endswith(f".{other}") for other in named)}
-    order = sorted((name for name in values if name in named), key=len, reverse=True)
-    return {name: values[name] for name in order}
 
 
 def _resize(layer: TargetLayer, rank: int, factors: Factors) -> None:

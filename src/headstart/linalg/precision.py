@@ -122,5 +122,7 @@ def _has_float64(device: torch.device) -> bool:
     try:
         one = torch.ones((), dtype=torch.float32, device=device).to(torch.float64)
         return float((one + one / 3).cpu()) == 1 + 1 / 3
-    except (RuntimeError, TypeError, NotImplementedError):
+    except torch.OutOfMemoryError:  # says nothing of the device, and the answer is kept
+        raise
+    except (RuntimeError, TypeError):
         return False

@@ -36,9 +36,10 @@ def plain_head(model: nn.Module, tapped: set[nn.Module]) -> nn.Linear | None:
     """
     if any(hasattr(module, "_orig_mod") for module in model.modules()):
         return None
+    outputs: Any = getattr(model, "get_output_embeddings", None)
     try:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
+        head = None if outputs is None else outputs()
+    except NotImplementedError:  # Transformers' own for a model without one
         return None
     if type(head) is not nn.Linear or head in tapped or hasattr(head, "_hf_hook"):
         return None

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from headstart.errors import BASE_PREFIX, CheckpointError
-from headstart.files import check_free, put_in_place
+from headstart.files import put_in_place
 from headstart.layers.checkpoint import write_record
 from headstart.layers.export import adapter_tensors, portable_config, save_config
 from headstart.layers.files import WEIGHTS
 from headstart.layers.install import mark_config
 from headstart.stream.parts import Part, Work
-from headstart.stream.pieces import Maker, layer_name, subtracted
+from headstart.stream.pieces import Maker, layer_name
 from headstart.stream.residual import FOLDER, STREAMED_FOLDER, move_model
 from headstart.stream.skeleton import ADAPTER, check_entry
 from headstart.stream.tensors import Planned, tensor_bytes, write_file, writing
@@ -29,7 +29,6 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
     Raises:
         CheckpointError: ``out`` has come into being meanwhile, a piece was lost, or the disk is full.
     """
-    check_free(out, STREAMED_FOLDER, force)
     parts = [work.need(layer_name(place)) for place in range(len(maker.skeleton.layers))]
     by_name = {layer.name: part for layer, part in zip(maker.skeleton.layers, parts, strict=True)}
     planned: dict[str, Planned] = {}
@@ -44,23 +43,17 @@ def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str,
         digest = write_file(made / WEIGHTS, planned, {"format": "pt"})
         model = maker.skeleton.model
         with ExitStack() as undo:
-            if any(part.facts["marked"] for part in parts):
-                mark_config(model, ADAPTER, undo, {name: _form(part) for name, part in by_name.items()})
+            if maker.form != "kept":
+                mark_config(model, ADAPTER, undo, dict.fromkeys(by_name, maker.form))
             save_config(portable_config(model, ADAPTER), made)
         write_record(made, digest, {name: part.facts["record"] for name, part in by_name.items()})
-        if maker.form == "residual" and any(map(subtracted, parts)):
+        if maker.form == "residual":
             base = made / FOLDER
             base.mkdir()
             move_model(work, maker.source.folder, list(maker.source.shards), base)
         put_in_place(made, out, STREAMED_FOLDER, force=force)
     work.clear()
     return [part.facts for part in parts]
-
-
-def _form(part: Part) -> str | None:
-    """Return the form of a layer, as in memory; None for a plain one."""
-    form = str(part.facts["record"]["form"])
-    return None if form == "kept" else form
 
 
 def _from_part(part: Part, name: str) -> Planned:

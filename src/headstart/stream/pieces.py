@@ -34,11 +34,6 @@ def layer_name(place: int) -> str:
     return f"layer-{place:05d}"
 
 
-def subtracted(part: Part) -> bool:
-    """Return whether a layer's start is subtracted from its weight in the shards."""
-    return bool(part.facts["record"]["form"] == "residual")
-
-
 @dataclass
 class Maker:
     """What all pieces have in common.
@@ -87,15 +82,13 @@ class Maker:
             target = filled.pop(0)
             factors = made.pop(target.name)
             report = layer_report(target, factors, self.form, context)
-            config = self.skeleton.model.peft_config[ADAPTER]
-            holder = _holder(target, config)
+            holder = _holder(target, self.skeleton.model.peft_config[ADAPTER])
             install(holder, [(target, factors)], self.form, start_note(self.method, self.seed))
             yield (
                 adapter_tensors(holder, ADAPTER),
                 {
                     "report": asdict(report),
                     "record": record(target),
-                    "marked": holder.peft_config[ADAPTER] is not config,
                     "trainable": target.trainable,
                 },
             )

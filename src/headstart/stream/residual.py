@@ -18,10 +18,10 @@ from headstart.layers.adapter import AdapterLayer
 from headstart.layers.anchored import set_anchors
 from headstart.layers.checkpoint import load_checkpoint, read_adapter
 from headstart.layers.files import ADAPTER_FOLDER, CONFIG, RESIDUAL_MARK, read_json
-from headstart.layers.find import TargetLayer, lora_layers, set_record, set_residual_owner
-from headstart.layers.install import mark_config, subtract_product
+from headstart.layers.find import TargetLayer, lora_layers, set_residual_owner
+from headstart.layers.install import subtract_product
 from headstart.stream.parts import Work
-from headstart.stream.pieces import Maker, layer_name, subtracted
+from headstart.stream.pieces import Maker, layer_name
 from headstart.stream.skeleton import ADAPTER, model_class
 from headstart.stream.tensors import tensor_bytes
 
@@ -74,12 +74,9 @@ def _residual(maker: Maker, work: Work, layer: TargetLayer, place: int) -> Tenso
     target = maker.filled(layer)
     module: Any = target.module
     part = work.need(layer_name(place))
-    if subtracted(part):
-        for held, which in ((module.lora_A, "lora_A"), (module.lora_B, "lora_B")):
-            held[ADAPTER].weight.data.copy_(part.read(f"{BASE_PREFIX}{layer.name}.{which}.weight"))
-        with ExitStack() as undo:
-            subtract_product(target, undo)
-            undo.pop_all()
+    for factor, which in ((module.lora_A, "lora_A"), (module.lora_B, "lora_B")):
+        factor[ADAPTER].weight.data.copy_(part.read(f"{BASE_PREFIX}{layer.name}.{which}.weight"))
+    subtract_product(target, ExitStack())
     return module.get_base_layer().weight.detach()
 
 
@@ -141,6 +138,8 @@ def load_residual(path: str | Path, *, adapter: str = ADAPTER, trainable: bool =
         config = AutoConfig.from_pretrained(str(folder / FOLDER), local_files_only=True)
         cls = model_class(folder / FOLDER, config)
         base = cls.from_pretrained(str(folder / FOLDER), local_files_only=True, **{"dtype": "auto", **options})
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ModelError(f"The model in {folder / FOLDER} can't be loaded ({reason}).") from error
@@ -148,20 +147,16 @@ def load_residual(path: str | Path, *, adapter: str = ADAPTER, trainable: bool =
     model = get_peft_model(base, read.config, adapter_name=adapter)
     with torch.no_grad():
         for target in lora_layers(model, adapter):
-            _restore(target, read.layers.get(target.name), read.record.get("layers", {}).get(target.name), folder)
-    with ExitStack() as undo:
-        mark_config(model, adapter, undo)
-        undo.pop_all()
+            if target.name not in read.layers or target.name not in read.record.get("layers", {}):
+                raise CheckpointError(f"{folder} has no layer {target.name!r}: it is damaged or incomplete.")
+            _restore(target, read.layers[target.name])
     return load_checkpoint(model, folder, adapter=adapter, trainable=trainable)
 
 
-def _restore(target: TargetLayer, layer: AdapterLayer | None, found: dict[str, Any] | None, folder: Path) -> None:
+def _restore(target: TargetLayer, layer: AdapterLayer) -> None:
     """Give a layer the anchors of its residual weight."""
-    if layer is None or found is None:
-        raise CheckpointError(f"{folder} has no layer {target.name!r}: it is damaged or incomplete.")
     if layer.kind != "residual" or layer.A0 is None or layer.B0 is None:
         return
     module: Any = target.module
     set_anchors(module, target.adapter, layer.A0, layer.B0, "residual")
     set_residual_owner(module, target.adapter)
-    set_record(target, found)

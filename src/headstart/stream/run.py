@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from peft import LoraConfig
 from headstart._version import __version__
 from headstart.cache import FileDigests, open_store
 from headstart.cache.locks import LONGEST_WAIT, Patience
-from headstart.context import Clock, Memory
+from headstart.context import Clock, Memory, shown
 from headstart.errors import CheckpointError, HeadstartError, LayerError, MethodError
 from headstart.files import check_free
 from headstart.layers.find import TargetLayer
@@ -25,12 +25,13 @@ from headstart.layers.install import Subtracting, check_form
 from headstart.layers.reach import left_out
 from headstart.methods.base import ANY_LAYER, Method, Training
 from headstart.methods.registry import method_class, method_names, parse_method
-from headstart.progress import Show, progress_bars, silent
+from headstart.processes import Processes
+from headstart.progress import Show
 from headstart.report import LayerReport, Report
 from headstart.solve import check
 from headstart.stream.assemble import assemble
 from headstart.stream.parts import Work
-from headstart.stream.pieces import Maker, averaged, layer_name, subtracted
+from headstart.stream.pieces import Maker, averaged, layer_name
 from headstart.stream.residual import STREAMED_FOLDER, check_place, make_shard
 from headstart.stream.skeleton import ADAPTER, build
 from headstart.stream.source import Source
@@ -141,7 +142,7 @@ def stream_start(
     elif not _invited(work, out, crew):
         return None
     memory = Memory(maker.device)
-    with _shown(progress, crew) as show:
+    with shown(progress, Processes(crew.rank, crew.count)) as show:
         try:
             _make_all(maker, work, crew, clock, show, strict, notes.append)
         except CheckpointError:
@@ -204,7 +205,7 @@ def _make_all(
     for place, layer in enumerate(layers if strict else ()):
         if note := work.need(layer_name(place)).facts["report"]["note"]:
             raise LayerError(f"{layer.name}: {note}")
-    if maker.form == "residual" and any(subtracted(work.need(layer_name(place))) for place in range(len(layers))):
+    if maker.form == "residual":
         shards = list(maker.source.shards)
 
         def shard(group: Sequence[int], _: Show) -> None:
@@ -339,9 +340,3 @@ def _invited(work: Work, out: Path, crew: Crew) -> bool:
         f"process {crew.rank} waited {_PATIENCE:g} s for process 0 to open {work.folder}: all processes must see the "
         "same folder for --out."
     )
-
-
-def _shown(progress: Show | bool, crew: Crew) -> Any:
-    if progress is True and crew.rank == 0:
-        return progress_bars()
-    return nullcontext(silent if isinstance(progress, bool) else progress)
