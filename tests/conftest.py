@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +22,8 @@ from torch import nn
 import headstart as hs
 from headstart.layers.find import lora_layers
 from headstart.layers.weights import whole
+from headstart.methods import method_class
+from headstart.methods.base import ANY_LAYER
 
 
 def pytest_configure(config):
@@ -33,6 +37,16 @@ def pytest_configure(config):
 def one_thread():
     """Whatever a test before has set: sums over several threads differ in their last digit."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    """Of this process alone, as DistributedDataParallel wants one."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path_factory.mktemp('group') / 'init'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
 
 
 VOCABULARY = 97
@@ -52,20 +66,18 @@ def tiny_llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**(GROUPED | dict(num_hidden_layers=2, pad_token_id=0) | changes)))
 
 
-def tiny_mixtral():
+def tiny_mixtral(**changes):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            **GROUPED,
-            num_hidden_layers=1,
-            num_local_experts=4,
-            output_router_logits=True,
-            router_aux_loss_coef=0.5,
-            experts_implementation="eager",
-        )
+    settings = GROUPED | dict(
+        num_hidden_layers=1,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+        experts_implementation="eager",
     )
+    return MixtralForCausalLM(MixtralConfig(**(settings | changes)))
 
 
 class LinearExperts(nn.Module):
@@ -169,6 +181,22 @@ def tiny_vit():
     )
 
 
+def tiny_unet():
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
 def token_batch(size=4, length=12, seed=0, padded=True):
     """Random token ids with right padding and prompts whose labels don't count."""
     generator = torch.Generator().manual_seed(seed)
@@ -207,6 +235,16 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict], lis
     "bert": (tiny_bert, class_batch, ["query", "value", "dense"]),
     "vit": (tiny_vit, image_batch, ["q_proj", "v_proj", "o_proj", "fc1", "fc2"]),
 }
+
+# Those that give back what quantisation took need a quantised base.
+ANY_BASE = [name for name in hs.method_names() if not method_class(name)().wants(ANY_LAYER).original]
+QUICK = {"inilora": "steps=20", "lora-sb": "samples=4,lr=1e-3"}
+
+
+def quick(name):
+    """A method with settings that are quick; of a new one, too."""
+    settings = QUICK.get(name, "samples=4" if method_class(name)().wants(ANY_LAYER).data else "")
+    return f"{name}:{settings}" if settings else name
 
 
 def wrap(base: nn.Module, **changes):
@@ -257,6 +295,17 @@ def factors_of(module: nn.Module, adapter: str = "default") -> tuple[torch.Tenso
     return A, B
 
 
+def all_factors(model: nn.Module, adapter: str = "default") -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {target.name: factors_of(target.module, adapter) for target in lora_layers(model, adapter)}
+
+
+def listed_factors(model: nn.Module) -> list[torch.Tensor]:
+    """The factors of all layers, not all of which are zero."""
+    factors = [factor for pair in all_factors(model).values() for factor in pair]
+    assert any(factor.count_nonzero() for factor in factors)
+    return factors
+
+
 @torch.no_grad()
 def perturb(model: nn.Module, scale: float = 0.02, seed: int = 5, adapter: str = "default") -> None:
     """Move every factor a little, as training would."""
@@ -274,6 +323,25 @@ def logits(model: nn.Module, batch: dict) -> torch.Tensor:
     out = model(**batch).logits
     model.train(training)
     return out
+
+
+def assert_refused_without_headstart(folder, sentence):
+    """That a program with PEFT alone fails with the sentence where it loads the checkpoint in ``folder / "c"``."""
+    tiny_llama().save_pretrained(folder / "base")
+    script = f"""
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained({str(folder / "base")!r})
+try:
+    PeftModel.from_pretrained(base, {str(folder / "c")!r})
+except ValueError as error:
+    assert {sentence!r} in str(error), error
+else:
+    raise SystemExit("loaded silently")
+assert "headstart" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.fixture

@@ -55,11 +55,6 @@ def product(factors, s=1.0):
 
 
 @torch.no_grad()
-def relative(x, y):
-    return float((x.double() - y.double()).norm() / y.double().norm())
-
-
-@torch.no_grad()
 def inputs_by_layer(model, batches, *, tokens="attention"):
     """What each LoRA layer of a model reads at the base model, by name: the tokens that count, (n, d_in) in float64.
 

@@ -1,4 +1,4 @@
-"""Slow and plain: what the passes over data should find, one sample at a time in float64."""
+"""Slow and plain, in float64: what the passes over data should find, one sample at a time, and what a rank can hold."""
 
 from __future__ import annotations
 
@@ -106,5 +106,17 @@ def exact_gradients(base, batches, names, loss=None):
     return {name: exact.gradient for name, exact in exact_factors(base, batches, names, loss=loss).items()}
 
 
+@torch.no_grad()
 def relative(found, expected):
-    return float((found.double() - expected).norm() / expected.norm())
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def best(W, r):
+    """The best rank-r approximation of W, in float64."""
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    return U[:, :r] @ torch.diag(S[:r]) @ Vh[:r]
+
+
+def tail(W, r):
+    """Eckart-Young: the smallest squared error of any rank-r approximation."""
+    return float(torch.linalg.svdvals(W.double())[r:].square().sum())

@@ -10,17 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 
-from conftest import (
-    VOCABULARY,
-    class_batch,
-    image_batch,
-    tiny_bert,
-    tiny_gpt2,
-    tiny_llama,
-    tiny_t5,
-    tiny_vit,
-    token_batch,
-)
+from conftest import ARCHITECTURES, VOCABULARY, token_batch
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Wants
 from headstart.statistics.prepare import prepare
@@ -92,8 +82,7 @@ def pair_batch(inputs=(6, 12, 8, 3), answers=(9, 4, 10, 2), width=12, label_widt
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-BATCHES = {"llama": token_batch, "gpt2": token_batch, "t5": pair_batch, "bert": class_batch, "vit": image_batch}
-MAKERS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "t5": tiny_t5, "bert": tiny_bert, "vit": tiny_vit}
+BATCHES = {name: batch_of for name, (_, batch_of, _) in ARCHITECTURES.items()} | {"t5": pair_batch}
 
 
 class Tokens(nn.Module):

@@ -13,9 +13,11 @@ from torch.func import functional_call
 
 import headstart as hs
 from conftest import (
+    ANY_BASE,
     ARCHITECTURES,
     factors_of,
     logits,
+    quick,
     tiny_experts,
     tiny_gpt2,
     tiny_mixtral,
@@ -30,8 +32,7 @@ from headstart.layers.anchored import anchors
 from headstart.layers.core import core_of
 from headstart.layers.find import lora_layers
 from headstart.layers.frozen import frozen_factors
-from headstart.methods import method_class
-from headstart.methods.base import ANY_LAYER
+from oracles import relative
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERY = ARCHITECTURES | {
@@ -41,15 +42,11 @@ EVERY = ARCHITECTURES | {
     "experts": (tiny_experts, token_batch, [*ATTENTION, "w1", "w2", "w3"]),
     "roberta": (tiny_roberta, ARCHITECTURES["bert"][1], ["query", "value", "dense"]),
 }
-# Those that give back what quantisation took need a quantised base.
-METHODS = [name for name in hs.method_names() if not method_class(name)().wants(ANY_LAYER).original]
-SMALL = {"inilora": "steps=20", "lora-sb": "samples=4,lr=1e-3", "eva": "samples=4,tokens=attention"}
 
 
 def small(name):
-    """A method with settings that are quick; of a new one, too."""
-    settings = SMALL.get(name, "samples=4" if method_class(name)().wants(ANY_LAYER).data else "")
-    return f"{name}:{settings}" if settings else name
+    """A method with settings that are quick and suit classifiers too, whose tokens have no labels."""
+    return quick(name) + (",tokens=attention" if name == "eva" else "")
 
 
 @functools.cache
@@ -59,10 +56,6 @@ def case(architecture):
     base, batch = make().eval(), batch_of()
     wide = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
     return base, copy.deepcopy(base).double(), batch, wide, targets, logits(base, batch)
-
-
-def relative(x, y):
-    return float((x.detach().double() - y.detach().double()).norm() / y.detach().double().norm())
 
 
 def factors(target):
@@ -117,7 +110,7 @@ def starts_exactly(model):
 
 
 @pytest.mark.parametrize("architecture", EVERY)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ANY_BASE)
 def test_every_method_on_every_architecture(name, architecture, tmp_path):
     base, base_wide, batch, wide, targets, base_logits = case(architecture)
     model = wrap(copy.deepcopy(base), target_modules=targets).eval()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +11,17 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import headstart as hs
-from conftest import WRAPPERS, logits, perturb, started, tiny_bert, tiny_gpt2, tiny_llama, wrap
+from conftest import (
+    WRAPPERS,
+    assert_refused_without_headstart,
+    logits,
+    perturb,
+    started,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    wrap,
+)
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers
 
@@ -233,19 +241,7 @@ def test_pefts_own_folder_of_a_residual_model(tmp_path, batch):
 def test_an_unaware_program_is_told(tmp_path):
     """PEFT without headstart must not load an anchored checkpoint as if it were a plain one."""
     hs.save_checkpoint(started(tiny_llama(), "pissa"), tmp_path / "c")
-    tiny_llama().save_pretrained(tmp_path / "base")
-    script = f"""
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
-try:
-    PeftModel.from_pretrained(base, {str(tmp_path / "c")!r})
-except ValueError as error:
-    assert "headstart.load_checkpoint" in str(error), error
-else:
-    raise SystemExit("loaded silently")
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+    assert_refused_without_headstart(tmp_path, "headstart.load_checkpoint")
 
 
 def test_the_record_says_how_it_was_made(tmp_path):

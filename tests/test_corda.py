@@ -17,7 +17,8 @@ import headstart as hs
 from conftest import factors_of, logits, tiny_llama, token_batch, wrap
 from headstart.errors import MethodError
 from headstart.layers.find import lora_layers
-from inputs import inputs_of, layer_of, layers_of, normal, product, relative, weights
+from inputs import inputs_of, layer_of, layers_of, normal, product, weights
+from oracles import relative
 
 MODES = ("ipm", "kpm")
 

@@ -16,6 +16,7 @@ from conftest import ARCHITECTURES, logits, tiny_bert, tiny_llama, token_batch, 
 from headstart.layers.core import core_of, form_of
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Layer
+from oracles import best, relative
 
 METHODS = ["lora-xs", "lora-sb:samples=4,lr=1e-3"]
 
@@ -49,15 +50,6 @@ def layer_of(G=None, W=None, r=3, s=1.0, **given):
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
-
-
-def best(M, r):
-    U, S, Vh = torch.linalg.svd(M.double(), full_matrices=False)
-    return (U[:, :r] * S[:r]) @ Vh[:r]
-
-
-def relative(x, y):
-    return float((x.double() - y.double()).norm() / y.double().norm())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

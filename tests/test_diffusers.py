@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 import headstart as hs
-from conftest import perturb
+from conftest import perturb, tiny_unet
 from headstart.cli import main
 from headstart.layers.find import lora_layers
 
@@ -20,17 +20,7 @@ FILE = "pytorch_lora_weights.safetensors"
 
 
 def unet():
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
+    return tiny_unet().eval()
 
 
 def flux():

@@ -16,21 +16,15 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.pytorch_utils import Conv1D
 
 import headstart as hs
-from conftest import factors_of, perturb, tiny_llama, token_batch, wrap
+from conftest import ANY_BASE, factors_of, perturb, quick, tiny_llama, token_batch, wrap
 from headstart.errors import LayerError
 from headstart.layers.find import lora_layers
 from headstart.layers.formats import format_of, unreadable
 from headstart.layers.weights import dense, fingerprint
-from headstart.methods import method_names, parse_method
+from headstart.methods import parse_method
 from headstart.methods.base import ANY_LAYER
 
-# LoftQ wants a base of bitsandbytes.
-SETTINGS = {"lora-sb": ":samples=4,lr=0.001", "inilora": ":steps=2"}
-METHODS = [
-    name + SETTINGS.get(name, ":samples=4" if parse_method(name).sample_count(100) else "")
-    for name in method_names()
-    if name != "loftq"
-]
+METHODS = [quick(name) for name in ANY_BASE]
 READING = [method for method in METHODS if parse_method(method).wants(ANY_LAYER).reads_weight]
 OTHERS = [method for method in METHODS if method not in READING]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,16 @@ from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import headstart as hs
-from conftest import factors_of, logits, started, tiny_llama, token_batch, wrap
+from conftest import (
+    assert_refused_without_headstart,
+    factors_of,
+    logits,
+    started,
+    tiny_experts,
+    tiny_llama,
+    token_batch,
+    wrap,
+)
 from headstart.layers.anchored import anchors
 from headstart.layers.core import core_of, form_of
 from headstart.layers.export import adapter_tensors
@@ -87,8 +94,6 @@ def test_a_config_without_tensors_gives_an_adapter_that_adds_nothing_and_can_tra
 
 def test_a_layer_that_starts_as_lora_among_anchored_ones_comes_back_as_it_was(tmp_path, batch):
     """Where no gradient came, lora-ga starts a layer as lora does, in the form of all others."""
-    from conftest import tiny_experts
-
     with pytest.warns(hs.errors.HeadstartWarning):
         model = started(tiny_experts(), "lora-ga:samples=4", data=[batch], target_modules=["q_proj", "w1"])
     forms = {target.name: form_of(target.module, "default") for target in lora_layers(model, "default")}
@@ -114,21 +119,7 @@ def test_a_mark_says_the_form_of_every_layer():
 @pytest.mark.parametrize("form", FORMED)
 def test_a_program_without_headstart_is_told(form, tmp_path):
     hs.save_checkpoint(trained(form), tmp_path / "c")
-    tiny_llama().save_pretrained(tmp_path / "base")
-    script = f"""
-import sys
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
-try:
-    PeftModel.from_pretrained(base, {str(tmp_path / "c")!r})
-except ValueError as error:
-    assert {SENTENCE!r} in str(error), error
-else:
-    raise SystemExit("loaded silently")
-assert "headstart" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+    assert_refused_without_headstart(tmp_path, SENTENCE)
 
 
 # What earlier versions wrote: whole factors beside anchors that were parameters, and cores that were parameters.

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 
 import headstart as hs
+import passes
 from conftest import ARCHITECTURES, class_batch, factors_of, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch, wrap
 from headstart.layers.find import lora_layers
-from headstart.methods.base import Wants
-from headstart.statistics.prepare import prepare
 from oracles import exact_gradients, relative
 
-
-def collect(model, data, samples, **kwargs):
-    layers = {target.name: target.module for target in lora_layers(model, "default")}
-    (statistics,) = prepare(
-        model, layers, dict.fromkeys(layers, Wants(gradient="exact")), data, samples, **kwargs
-    ).passes()
-    return statistics
+collect = functools.partial(passes.collect, outputs=None)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

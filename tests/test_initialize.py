@@ -14,13 +14,13 @@ from torch import nn
 
 import conftest
 import headstart as hs
-from conftest import WRAPPERS, logits, perturb, started, tiny_gpt2, tiny_llama, tiny_vit, token_batch, wrap
+from conftest import WRAPPERS, all_factors, logits, perturb, started, tiny_gpt2, tiny_llama, tiny_vit, token_batch, wrap
 from headstart.layers import anchored
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers, record
 from headstart.layers.mark import make_mark
 from headstart.statistics.batches import take
-from oracles import exact_gradients
+from oracles import best, exact_gradients, relative
 
 ZERO_PRODUCT = ["lora", "init-a", "init-b", "gaussian", "orthogonal"]
 SUBTRACTING = ["init-ab", "inilora-alpha", "inilora-beta", "inilora:steps=3", "inilora:solver=svd", "pissa"]
@@ -42,10 +42,6 @@ def factors_of(target):
     return conftest.factors_of(target.module, target.adapter)
 
 
-def all_factors(model, adapter="default"):
-    return {name: factors_of(target) for name, target in targets_of(model, adapter).items()}
-
-
 def same(one, other):
     return one.keys() == other.keys() and all(
         torch.equal(A, other[name][0]) and torch.equal(B, other[name][1]) for name, (A, B) in one.items()
@@ -57,18 +53,9 @@ def dense_weight(target):
     return W.T if getattr(target.module, "fan_in_fan_out", False) else W
 
 
-def best(W, r):
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    return U[:, :r] @ torch.diag(S[:r]) @ Vh[:r]
-
-
 def live_form(method, form):
     own = hs.methods.parse_method(method).form
     return form if own == "anchored" else own
-
-
-def relative(x, y):
-    return float((x.double() - y.double()).norm() / y.double().norm())
 
 
 def snapshot(model):

@@ -18,19 +18,13 @@ from conftest import tiny_gpt2, tiny_llama, token_batch, wrap
 from headstart.errors import CheckpointError, HeadstartError, LayerError, ModelError
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Layer
-from inputs import normal, product, relative
+from inputs import normal, product
+from oracles import relative, tail
+from test_quantised import BITS, WIDE, folder, quantised
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-BITS = ("4-bit", "8-bit")
-WIDE = dict(hidden_size=64, intermediate_size=128)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    tiny_llama(**WIDE).save_pretrained(path)
-    return path
+__all__ = ["folder"]
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +35,12 @@ def shards(tmp_path_factory):
     return path
 
 
-def quantised(folder, bits="4-bit", dtype=torch.float32):
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    if bits == "4-bit":
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    else:
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"}, dtype=dtype)
-
-
 def dequantised(base):
     """By bitsandbytes' own functions: (d_out, d_in)."""
     weight = base.weight
     if type(weight).__name__ == "Params4bit":
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).double()
     return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, weight.SCB).double()
-
-
-def tail(W, r):
-    return float(torch.linalg.svdvals(W.double())[r:].square().sum())
 
 
 def rounded(W, steps=9):

@@ -18,13 +18,13 @@ from torch import nn
 import headstart as hs
 from conftest import (
     ARCHITECTURES,
-    VOCABULARY,
-    factors_of,
+    all_factors,
     logits,
     perturb,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
+    tiny_mixtral,
     tiny_t5,
     tiny_vit,
     token_batch,
@@ -35,13 +35,11 @@ from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers
 from headstart.methods import parse_method
 from headstart.methods.base import ANY_LAYER, Kronecker, Layer, Training
+from inputs import normal
+from oracles import relative
 
 ATTENTION = "model.layers.0.self_attn.q_proj"
 FEED_FORWARD = "model.layers.0.mlp.up_proj"
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def of_spectrum(values, seed=0):
@@ -108,10 +106,6 @@ def objective(omega, A0):
 
 def projector(A0):
     return A0 @ torch.linalg.pinv(A0)
-
-
-def relative(x, y):
-    return float((x.double() - y.double()).norm() / y.double().norm())
 
 
 def check(found, expected, r, *, gamma=1024.0, tol=1e-6, loose=1e-6):
@@ -387,7 +381,7 @@ def test_a_sketch_of_the_gradient_finds_about_the_same_subspace():
         method = hs.LoRADA(samples=4, variance=0, fisher="none", gradients=gradients, width=28, passes=4)
         report = hs.initialize_(model, method, data=data)
         assert report.warnings == []
-        found |= {name: (32 * A.double(), B.double()) for name, (A, B) in factors(model).items()}
+        found |= {name: (32 * A.double(), B.double()) for name, (A, B) in all_factors(model).items()}
     assert exact.keys() == sketched.keys() == truth.keys()
     for name in exact:
         A, B = sketched[name]
@@ -471,15 +465,6 @@ def linear(model):
     ]
 
 
-def tiny_mixtral():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    config = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    config |= dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, experts_implementation="eager")
-    return MixtralForCausalLM(MixtralConfig(**config))
-
-
 # By the part of the name that says it: written by hand from the architectures' papers.
 PARTS = {
     "llama": (tiny_llama, (".self_attn.",), (".mlp.",)),
@@ -487,7 +472,7 @@ PARTS = {
     "t5": (tiny_t5, (".SelfAttention.", ".EncDecAttention."), (".DenseReluDense.",)),
     "bert": (tiny_bert, (".attention.self.", ".attention.output."), (".intermediate.", ".0.output.", ".1.output.")),
     "vit": (tiny_vit, (".attention.",), (".mlp.",)),
-    "mixtral": (tiny_mixtral, (".self_attn.",), ()),
+    "mixtral": (lambda: tiny_mixtral(num_hidden_layers=2), (".self_attn.",), ()),
 }
 
 
@@ -562,7 +547,7 @@ def test_the_verb_with_layers_left_out(architecture, layers):
             models[name] = wrap(make(), target_modules=targets)
             data = None if name == "lora" else [batch_of()]
             report = hs.initialize_(models[name], method, data=data, seed=5)
-    found = {name: factors(model) for name, model in models.items()}
+    found = {name: all_factors(model) for name, model in models.items()}
     assert all(each.note == "" for each in report.layers)
     count = 0
     for name, (A, B) in found["some"].items():
@@ -852,10 +837,6 @@ def test_what_is_collected():
 # The verb.
 
 
-def factors(model, adapter="default"):
-    return {target.name: (*factors_of(target.module, adapter),) for target in lora_layers(model, adapter)}
-
-
 def reads_decoder(name):
     """Whether a layer of T5 reads the decoder's tokens."""
     return name.startswith("decoder.") and not name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
@@ -933,7 +914,7 @@ def test_the_verb_against_autograd(architecture, options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", HeadstartWarning)
         report = hs.initialize_(model, hs.LoRADA(samples=8, damping=1e-2, **options), data=batches)
-    found = factors(model)
+    found = all_factors(model)
     truth = statistics(base, batches, list(found))
     for each in report.layers:
         A, B = found[each.name]
@@ -951,7 +932,7 @@ def test_tokens_with_a_label(architecture):
     base, batches = make(), [batch_of(seed=1)]
     model = wrap(copy.deepcopy(base), target_modules=targets)
     hs.initialize_(model, hs.LoRADA(samples=4, damping=1e-2, tokens="labels"), data=batches)
-    found = factors(model)
+    found = all_factors(model)
     truth = statistics(base, batches, list(found), tokens="labels")
     for name, (A, B) in found.items():
         t = truth[name]
@@ -1001,7 +982,7 @@ def test_the_start_is_beside_the_base_model(form):
     moved = copy.deepcopy(base)
     s = 16 / math.sqrt(4)
     with torch.no_grad():
-        for name, (A, B) in factors(model).items():
+        for name, (A, B) in all_factors(model).items():
             moved.get_submodule(name).weight.add_(s * B @ A)
     assert torch.allclose(logits(model, batch), logits(moved, batch), atol=1e-5)
     assert float((logits(model, batch) - logits(base, batch)).norm()) > 1e-2
@@ -1014,8 +995,8 @@ def test_the_start_is_downhill():
     for options in ({}, dict(bias=0), dict(fisher="none", variance=0)):
         model = wrap(copy.deepcopy(base))
         hs.initialize_(model, hs.LoRADA(samples=4, damping=1e-2, **options), data=[batch])
-        total = sum(float((truth[name].G * (B.double() @ A.double())).sum()) for name, (A, B) in factors(model).items())
-        assert total < 0
+        found = all_factors(model)
+        assert sum(float((truth[name].G * (B.double() @ A.double())).sum()) for name, (A, B) in found.items()) < 0
 
 
 @pytest.mark.parametrize("options", ["", ",fisher=full", ",iterations=5"])
@@ -1025,14 +1006,14 @@ def test_the_same_seed_gives_the_same_factors(options):
     for _ in range(2):
         model = wrap(tiny_llama())
         hs.initialize_(model, method, data=[token_batch()], seed=3)
-        found.append(factors(model))
+        found.append(all_factors(model))
     for name, (A, B) in found[0].items():
         assert torch.equal(A, found[1][name][0]) and torch.equal(B, found[1][name][1])
     # The optimum has no seed.
     model = wrap(tiny_llama())
     hs.initialize_(model, method, data=[token_batch()], seed=4)
     if "iterations" not in method:
-        for name, (A, B) in factors(model).items():
+        for name, (A, B) in all_factors(model).items():
             assert relative(B @ A, found[0][name][1] @ found[0][name][0]) < 1e-4
 
 
@@ -1085,7 +1066,7 @@ def test_layers_without_gradient_fall_back_with_a_warning(method):
         report = hs.initialize_(model, method, data=[HEADS_BATCH])
     assert len(report.warnings) == 1
     assert "muted" in report.warnings[0] and "unused" in report.warnings[0]
-    mine, theirs = factors(model), factors(plain)
+    mine, theirs = all_factors(model), all_factors(plain)
     for name in ("muted", "unused"):
         assert torch.equal(mine[name][0], theirs[name][0]) and not mine[name][1].any()
     assert mine["used"][1].any()
@@ -1095,10 +1076,10 @@ def test_layers_without_gradient_fall_back_with_a_warning(method):
 @pytest.mark.parametrize("name", ["muted", "unused"])
 def test_strict_refuses_a_layer_without_gradient(name):
     model = heads("used", name)
-    before = factors(model)
+    before = all_factors(model)
     with pytest.raises(hs.LayerError, match=rf"{name}.*no gradient"):
         hs.initialize_(model, hs.LoRADA(samples=24), data=[HEADS_BATCH], strict=True)
-    for each, (A, B) in factors(model).items():
+    for each, (A, B) in all_factors(model).items():
         assert torch.equal(A, before[each][0]) and torch.equal(B, before[each][1])
     assert hs.initialize_(heads("used"), hs.LoRADA(samples=24), data=[HEADS_BATCH], strict=True).warnings == []
 
@@ -1144,6 +1125,6 @@ def test_half_precision_models_and_other_ranks():
     model = wrap(tiny_llama(), rank_pattern={"down_proj": 7}).to(torch.bfloat16)
     report = hs.initialize_(model, "lora-da:samples=4", data=[token_batch()])
     for each in report.layers:
-        A, B = factors(model)[each.name]
+        A, B = all_factors(model)[each.name]
         assert bool(torch.isfinite(A).all() and torch.isfinite(B).all())
         assert each.r == (7 if "down_proj" in each.name else 4)

@@ -16,6 +16,7 @@ from conftest import factors_of, tiny_llama, wrap
 from headstart.layers.find import lora_layers
 from headstart.methods import Moments, method_class, parse_method, registry
 from headstart.methods.base import ANY_LAYER, Factors, Kronecker, Layer, Method, Training
+from oracles import best, relative, tail
 
 NAME = "model.layers.0.self_attn.q_proj"
 
@@ -67,23 +68,8 @@ def everything(d_out=24, d_in=20, r=4, s=1.5, seed=0, name=NAME):
     return of_weight(W, r, s=s, seed=seed, name=name, **known)
 
 
-def best(W, r):
-    """The best rank-r approximation of W, in float64."""
-    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    return U[:, :r] @ torch.diag(S[:r]) @ Vh[:r]
-
-
-def tail(W, r):
-    """Eckart-Young: the smallest squared error of any rank-r approximation."""
-    return float(torch.linalg.svdvals(W.double())[r:].square().sum())
-
-
 def product(found):
     return found.B.double() @ found.A.double()
-
-
-def relative(x, y):
-    return float((x.double() - y.double()).norm() / y.double().norm())
 
 
 def from_spectrum(d_out, d_in, S, seed=0):

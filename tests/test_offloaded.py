@@ -11,24 +11,12 @@ from accelerate.utils import has_offloaded_params
 from peft import LoraConfig, VeraConfig, get_peft_model
 
 import headstart as hs
-from conftest import factors_of, logits, perturb, tiny_gpt2, tiny_llama, token_batch, wrap
+from conftest import ANY_BASE, listed_factors, logits, perturb, quick, tiny_gpt2, tiny_llama, token_batch, wrap
 from headstart.errors import LayerError
 from headstart.layers.anchored import start_at
 from headstart.layers.find import lora_layers
-from headstart.methods import method_names
 
-# LoftQ wants a base of bitsandbytes.
-OWN = [name for name in method_names() if name != "loftq"]
-SETTINGS = {
-    "inilora": ":steps=20",
-    "lora-ga": ":samples=4",
-    "lora-one": ":samples=4",
-    "lora-da": ":samples=4",
-    "corda": ":samples=4",
-    "eva": ":samples=4",
-    "lora-sb": ":samples=4,lr=0.001",
-}
-METHODS = [name + SETTINGS.get(name, "") for name in OWN]
+METHODS = [quick(name) for name in ANY_BASE]
 
 
 def on_cpu(base, folder):
@@ -44,12 +32,6 @@ def by_device_map(base, folder):
     kept = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head")
     places = dict.fromkeys(kept, "cpu") | {"model.layers.1": "disk"}
     dispatch_model(base, places, main_device="cpu", offload_dir=folder)
-
-
-def all_factors(model):
-    factors = [part for target in lora_layers(model, "default") for part in factors_of(target.module)]
-    assert any(part.count_nonzero() for part in factors)
-    return factors
 
 
 def trained(model, batch):
@@ -76,7 +58,7 @@ def test_the_start_is_that_of_the_base_in_memory_and_trains_alike(method, offloa
         wrap(offloaded, target_modules=["q_proj", "down_proj"]),
     )
     reports = [hs.initialize_(model, method, data=[batch], progress=False) for model in (here, there)]
-    for own, other in zip(all_factors(there), all_factors(here), strict=True):
+    for own, other in zip(listed_factors(there), listed_factors(here), strict=True):
         assert own.device.type == "cpu"
         assert torch.equal(own, other)
     assert [layer.norm_weight for layer in reports[1].layers] == [layer.norm_weight for layer in reports[0].layers]
@@ -94,7 +76,7 @@ def test_a_conv1d_that_is_elsewhere(tmp_path):
     here, there = (wrap(each, target_modules=["c_attn"]) for each in (base, offloaded))
     for model in (here, there):
         hs.initialize_(model, "pissa", progress=False)
-    for own, other in zip(all_factors(there), all_factors(here), strict=True):
+    for own, other in zip(listed_factors(there), listed_factors(here), strict=True):
         assert torch.equal(own, other)
 
 
@@ -167,7 +149,7 @@ def test_factors_that_peft_left_without_values_get_them():
     assert all(p.device.type == "meta" for n, p in empty.named_parameters() if "lora_" in n)
     for model in (plain, empty):
         hs.initialize_(model, "pissa", progress=False)
-    for own, other in zip(all_factors(empty), all_factors(plain), strict=True):
+    for own, other in zip(listed_factors(empty), listed_factors(plain), strict=True):
         assert torch.equal(own, other)
 
 

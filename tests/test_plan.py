@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headstart as hs
-from conftest import factors_of, tiny_llama, tiny_t5, token_batch, wrap
+from conftest import all_factors, tiny_llama, tiny_t5, token_batch, wrap
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Wants
 from headstart.statistics.plan import Need, Plan, free_memory, make_plan, parse_bytes
@@ -337,10 +337,6 @@ def test_notes_come_once():
 
 
 # Through the verb.
-
-
-def all_factors(model):
-    return {target.name: factors_of(target.module) for target in lora_layers(model, "default")}
 
 
 @pytest.mark.parametrize("settings_", ["", ",fisher=full", ",tokens=labels", ",layers=attention"])

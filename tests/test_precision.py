@@ -11,22 +11,9 @@ import pytest
 import torch
 
 import headstart as hs
-from conftest import factors_of, tiny_llama, token_batch, wrap
-from headstart.layers.find import lora_layers
+from conftest import ANY_BASE, listed_factors, quick, tiny_llama, token_batch, wrap
 from headstart.linalg.precision import full_precision
-from headstart.methods import method_names
 
-# LoftQ wants a base of bitsandbytes.
-OWN = [name for name in method_names() if name != "loftq"]
-SETTINGS = {
-    "inilora": ":steps=20",
-    "lora-ga": ":samples=4",
-    "lora-one": ":samples=4",
-    "lora-da": ":samples=4",
-    "corda": ":samples=4",
-    "eva": ":samples=4",
-    "lora-sb": ":samples=4,lr=0.001",
-}
 # Settings that take other ways through the code than the defaults.
 MORE = [
     "inilora:solver=svd,gauge=flow",
@@ -43,7 +30,7 @@ MORE = [
     "lora-sb:samples=4,lr=0.001,source_matrix=noise",
     "lora-sb:samples=4,lr=0.001,source_matrix=kaiming,split=suboptimal",
 ]
-METHODS = [name + SETTINGS.get(name, "") for name in OWN] + MORE
+METHODS = [quick(name) for name in ANY_BASE] + MORE
 NO_DATA = [name for name in METHODS if "samples" not in name]
 
 
@@ -76,17 +63,11 @@ def deterministic():
         torch.use_deterministic_algorithms(False)
 
 
-def all_factors(model):
-    factors = [part for target in lora_layers(model, "default") for part in factors_of(target.module)]
-    assert any(part.count_nonzero() for part in factors)
-    return [part.clone() for part in factors]
-
-
 def start(base, method, setting=contextlib.nullcontext):
     model = wrap(copy.deepcopy(base), target_modules=["q_proj", "down_proj"])
     with setting():
         report = hs.initialize_(model, method, data=[token_batch()], progress=False)
-    return all_factors(model), report
+    return listed_factors(model), report
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,27 +10,27 @@ from peft import PeftModel
 from torch.nn import functional
 
 import headstart as hs
-from conftest import factors_of, perturb, tiny_llama, token_batch, wrap
+from conftest import factors_of, perturb, quick, tiny_llama, token_batch, wrap
 from headstart.errors import HeadstartWarning, LayerError
 from headstart.layers.find import lora_layers
 from headstart.layers.weights import dense
-from headstart.methods import method_names, parse_method
+from headstart.methods import method_names
 
 pytest.importorskip("bitsandbytes")
 
 BITS = ("4-bit", "8-bit")
-SETTINGS = {"inilora": ":steps=20", "lora-sb": ":samples=4,lr=0.001"}
+# bitsandbytes' blocks want widths of their own size.
+WIDE = dict(hidden_size=64, intermediate_size=128)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
-    # bitsandbytes' blocks want widths of their own size.
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(path)
+    tiny_llama(**WIDE).save_pretrained(path)
     return path
 
 
-def quantised(folder, bits, dtype=torch.float32):
+def quantised(folder, bits="4-bit", dtype=torch.float32):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if bits == "4-bit":
@@ -42,7 +42,7 @@ def quantised(folder, bits, dtype=torch.float32):
 
 def dense_copy(model):
     """A float32 model with the weights that the quantised ones stand for."""
-    twin = tiny_llama(hidden_size=64, intermediate_size=128)
+    twin = tiny_llama(**WIDE)
     twin.load_state_dict(
         {
             name: value
@@ -74,8 +74,7 @@ def test_every_start_leaves_or_moves_the_quantised_base_as_it_says(folder, bits,
     base, batch = quantised(folder, bits), token_batch()
     before, held = trained_logits(base, batch), {n: p.clone() for n, p in base.named_parameters()}
     model = wrap(base)
-    method = name + SETTINGS.get(name, ":samples=4" if parse_method(name).sample_count(100) else "")
-    report = hs.initialize_(model, method, data=[batch])
+    report = hs.initialize_(model, quick(name), data=[batch])
     after = trained_logits(model, batch)
     kept = {layer.name for layer in report.layers if layer.norm_product > 0}
     starts = [target.module.headstart_record["default"]["form"] for target in lora_layers(model, "default")]

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import headstart as hs
-from conftest import tiny_llama, wrap
+from conftest import ANY_BASE, tiny_llama, wrap
 from headstart.layers.find import lora_layers
-from headstart.methods import ANY_LAYER, method_class, method_names
+from headstart.methods import ANY_LAYER, method_class
 
 SETTINGS = {"lora-sb": ":samples=4,lr=1e-3"}
-METHODS = [name + SETTINGS.get(name, "") for name in method_names() if name != "loftq"]
+METHODS = [name + SETTINGS.get(name, "") for name in ANY_BASE]
 
 
 class Unread:

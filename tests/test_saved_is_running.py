@@ -13,6 +13,9 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import headstart as hs
+from test_wrappers import compiled_base, eager
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 class Net(nn.Module):
@@ -32,20 +35,11 @@ class Net(nn.Module):
         return self.proj(x)
 
 
-def eager(module):
-    return torch.compile(module, backend="eager")
-
-
 def compiled_parts(model):
     net = model.get_base_model()
     for block in net.blocks:
         block["up"] = eager(block["up"])
     net.proj.compile(backend="eager")
-    return model
-
-
-def compiled_base(model):
-    model.base_model.model = eager(model.base_model.model)
     return model
 
 
@@ -66,15 +60,6 @@ FORMS = {
 }
 CASTS = ("none", "double", "bfloat16 factors", "bfloat16 model")
 WAYS = ("save_lora", "rank", "uniform", "save_checkpoint", "save_pretrained", "merge_and_unload")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path_factory.mktemp('group') / 'init'}", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def inputs():

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification, Trainer
 
 import headstart as hs
-from conftest import tiny_llama, token_batch
+from conftest import tiny_llama, tiny_unet, token_batch
 from test_trainer_data import arguments, padded, rows
 from test_trainer_data_trl import BAD, GOOD, PROMPTS, settings, tokenizer, trl
 
@@ -30,17 +30,7 @@ BLOCKS = [
 
 def pictures():
     diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    unet = tiny_unet()
     batch = dict(latents=torch.randn(8, 4, 8, 8), prompt=torch.randn(8, 5, 16))
     return dict(unet=unet, scheduler=diffusers.DDPMScheduler(), pictures=[batch])
 

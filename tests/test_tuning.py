@@ -13,11 +13,22 @@ from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 import headstart as hs
-from conftest import class_batch, logits, perturb, started, tiny_bert, tiny_experts, tiny_llama, token_batch, wrap
+from conftest import (
+    ANY_BASE,
+    class_batch,
+    logits,
+    perturb,
+    started,
+    tiny_bert,
+    tiny_experts,
+    tiny_llama,
+    token_batch,
+    wrap,
+)
 from headstart.layers.anchored import anchors
 from headstart.layers.core import core_of
 from headstart.layers.find import lora_layers
-from test_architectures import METHODS, small
+from test_architectures import small
 
 LR, DECAY = 0.05, 2.0
 DECOUPLED = {
@@ -198,7 +209,7 @@ def test_rslora_scales_every_form_and_leaves_with_it(method, tmp_path):
 # DoRA.
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ANY_BASE)
 def test_dora_takes_every_start_that_is_kept_and_refuses_the_rest(name):
     plain = wrap(tiny_llama())
     hs.initialize_(plain, small(name), data=[token_batch()], progress=False)

@@ -18,14 +18,7 @@ from conftest import logits, perturb, tiny_llama, wrap
 from headstart.layers.find import lora_layers
 from headstart.layers.unwrap import looked_through, unwrapped
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path_factory.mktemp('group') / 'init'}", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def tiny():
