@@ -22,7 +22,8 @@ demo: $(VENV)/.demo
 test: check
 	$(BIN)/python -m pytest -n 2
 
-# The same with the newest releases, beyond the caps too; first of all it says what has moved.
+# The same with the newest releases, beyond the caps too; first of all it says what has moved. torch stays, as it is the
+# CPU build by name: TORCH=torch takes the newest, with several GB of CUDA libraries.
 test-latest:
 	rm -rf .venv-latest
 	$(MAKE) .venv-latest/.dev VENV=.venv-latest CONSTRAINTS=

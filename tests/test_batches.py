@@ -276,6 +276,8 @@ def test_a_user_who_says_so_gets_whole_batches():
     expected = batch_gradients(base, [pairs()], names)
     for name in names:
         assert relative(found.gradients[name], expected[name].double()) < 1e-5
+    data = hs.TrainingData([pairs(4, seed) for seed in range(3)], single=True)
+    assert hs.initialize_(model, "lora-one:samples=2", data=data, progress=False).samples == 2
 
 
 def test_a_batch_with_a_gradient_starts_every_layer():

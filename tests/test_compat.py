@@ -1,4 +1,4 @@
-"""PEFT's private names: each is there; where one has changed, a warning says what is lost, and the rest works."""
+"""Private names of others: each is there; where one has changed, a warning says what is lost, and the rest works."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import Trainer
 
 import headstart as hs
 from conftest import logits, started, tiny_llama, wrap
@@ -27,8 +28,8 @@ def test_every_step_is_as_it_is_known(step):
 def test_every_name_that_is_read_is_there(name):
     holder, _, attribute = name.partition(".")
     layer = next(module for module in wrap(tiny_llama()).modules() if isinstance(module, lora_layer.LoraLayer))
-    assert isinstance(layer, {"LoraLayer": lora_layer.LoraLayer, "BaseTunerLayer": BaseTunerLayer}[holder])
-    assert hasattr(layer, attribute)
+    assert isinstance(layer, (lora_layer.LoraLayer, BaseTunerLayer))
+    assert hasattr({"LoraLayer": layer, "BaseTunerLayer": layer, "Trainer": Trainer}[holder], attribute)
     assert compat.LoraVariant is lora_layer.LoraVariant
 
 

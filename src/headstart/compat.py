@@ -1,4 +1,4 @@
-"""Every private name of PEFT that the layers lean on, in one place, with what is lost where it is missing.
+"""Every private name of PEFT and of Transformers' trainer that headstart leans on, with what is lost without it.
 
 PEFT may rename what is its own business. A step that :func:`extend` doesn't find as it should be stays as PEFT has it:
 a warning says what doesn't work then, and importing headstart and loading plain adapters go on.
@@ -75,6 +75,8 @@ READ: Mapping[str, str] = {
     "BaseTunerLayer.other_param_names": "a frozen start isn't moved and deleted with its adapter",
     "BaseTunerLayer.frozen_peft_weight_names": "what a core or LoRA-FA freezes trains again once adapters are switched",
     "BaseTunerLayer._freeze_non_trainable_peft_weights": "a core and LoRA-FA can't freeze anything",
+    "BaseTunerLayer._disable_adapters": "data can't be read at the base model",
+    "Trainer._get_collator_with_removed_columns": "data=trainer can't collate as the trainer does",
 }
 
 

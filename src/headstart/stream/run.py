@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from headstart._version import __version__
 from headstart.cache import FileDigests, open_store
 from headstart.cache.locks import LONGEST_WAIT, Patience
 from headstart.context import Clock, Memory, shown
-from headstart.errors import CheckpointError, HeadstartError, LayerError, MethodError
+from headstart.errors import CheckpointError, HeadstartError, HeadstartWarning, LayerError, MethodError
 from headstart.files import check_free
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import Subtracting, check_form
@@ -158,6 +159,9 @@ def stream_start(
         with clock("write"):
             parts = assemble(maker, work, out, force)
     reports = [LayerReport(**facts["report"]) for facts in parts]
+    notes = [f"{layer.name}: {layer.note}" for layer in reports if layer.note] + notes
+    for sentence in notes:
+        warnings.warn(sentence, HeadstartWarning, stacklevel=2)
     return Report(
         method=str(method),
         form=maker.form,
@@ -170,7 +174,7 @@ def stream_start(
         trainable=sum(facts["trainable"] for facts in parts),
         left_out=left_out(maker.skeleton.model, maker.skeleton.layers),
         cached=store.served if store else 0,
-        warnings=[f"{each.name}: {each.note}" for each in reports if each.note] + notes,
+        warnings=notes,
     )
 
 
