@@ -15,6 +15,7 @@ from typing import Any
 
 SOURCE = Path(__file__).parent.parent / "src" / "headstart"
 PAGE = Path(__file__).with_name("architecture.md")
+EXAMPLE = Path(__file__).parent.parent / "tests" / "starts" / "of_gradient.py"
 # Data flow one way: a room imports from those above it only. Single files are rooms of their own.
 ROOMS: dict[str, str] = {
     "ground": "errors, progress, files, processes, names, compat, context: everybody may stand on it",
@@ -169,27 +170,7 @@ them:
 One file. It says what it wants of a layer, the form that its start lives in, and its factors:
 
 ```python
-@register("steepest-rows")
-@dataclass(frozen=True)
-class SteepestRows(Method):
-    \"\"\"A holds the r longest rows of G, normalised, and B their places, negative and scaled by ``size``; kept.\"\"\"
-
-    source: ClassVar[str] = "this page"
-    form: ClassVar[Form] = "kept"
-
-    samples: int = 8
-    size: float = 0.01
-
-    def wants(self, layer: Layer) -> Wants:
-        return Wants(gradient="exact")
-
-    def factors(self, layer: Layer) -> Factors:
-        G = layer.require_gradient()
-        rows = G.norm(dim=1).topk(layer.r).indices
-        B = torch.zeros(layer.d_out, layer.r, device=G.device)
-        B[rows, torch.arange(layer.r)] = -self.size
-        return Factors(torch.nn.functional.normalize(G[rows], dim=1), B)
-```
+{EXAMPLE.read_text(encoding="utf-8")}```
 
 In `headstart/methods/` it is found by itself; in a package of your own, name its module under the entry point group
 `headstart.methods`. The verb, the command line, the tables, the cache (for starts from weights, with an

@@ -13,10 +13,10 @@ from headstart import Factors, Layer, Method, Wants, register
 class SteepestImage(Method):
     """A holds the r leading right singular vectors of G, and s B A is W projected onto them; subtracted.
 
-    Source: the tests.
+    Source: an example.
     """
 
-    source: ClassVar[str] = "the tests"
+    source: ClassVar[str] = "an example"
 
     samples: int = 8
 

@@ -13,10 +13,10 @@ from headstart import Factors, Form, Layer, Method, Wants, register
 class SteepestRows(Method):
     """A holds the r longest rows of G, normalised, and B their places, negative and scaled by ``size``; kept.
 
-    Source: the tests.
+    Source: an example.
     """
 
-    source: ClassVar[str] = "the tests"
+    source: ClassVar[str] = "an example"
     form: ClassVar[Form] = "kept"
 
     samples: int = 8

@@ -13,10 +13,10 @@ from headstart import Factors, Form, Layer, Method, Wants, register
 class InputDirections(Method):
     """A holds the r leading eigenvectors of the inputs' second moments, B = 0.
 
-    Source: the tests.
+    Source: an example.
     """
 
-    source: ClassVar[str] = "the tests"
+    source: ClassVar[str] = "an example"
     form: ClassVar[Form] = "kept"
 
     samples: int = 8

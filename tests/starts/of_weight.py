@@ -13,10 +13,10 @@ from headstart import Factors, Layer, Method, Wants, register
 class LongestRows(Method):
     """A holds the r longest rows of W, and s B A is W there and zero elsewhere; subtracted.
 
-    Source: the tests.
+    Source: an example.
     """
 
-    source: ClassVar[str] = "the tests"
+    source: ClassVar[str] = "an example"
     cost: ClassVar[str] = "the norms of the rows"
     arithmetic_version: ClassVar[int] = 1
 
