@@ -43,6 +43,10 @@ def stripped(one, *, two_sided=False):
     return found | {k: v[:, :end] for k, v in one.items() if k not in found}
 
 
+def is_real(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 def exact_factors(base, batches, names, tokens="attention", loss=None):
     """Return by layer the definitions of METHODS, from one backward pass a sample in float64.
 
@@ -73,7 +77,7 @@ def exact_factors(base, batches, names, tokens="attention", loss=None):
     weights = [model.get_submodule(name).weight for name in names]
     count = 0
     for one in samples_of(batches, two_sided=two_sided):
-        one = {key: value.double() if value.is_floating_point() else value for key, value in one.items()}
+        one = {key: value.double() if is_real(value) else value for key, value in one.items()}
         calls.clear()
         own = model(**one)["loss"] if loss is None else loss(model, one)
         gradients = torch.autograd.grad(own, [*weights, *(output for _, _, output in calls)], allow_unused=True)

@@ -286,6 +286,66 @@ def test_a_batch_with_a_gradient_starts_every_layer():
     assert all(layer.norm_product > 0 for layer in report.layers)
 
 
+# Pictures, whose labels are a map, or as many boxes as there are things.
+
+
+class Pixels(nn.Module):
+    """Sees of each pixel its colours and the picture's mean; the loss is the mean over the pixels that count."""
+
+    def __init__(self, outputs=5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(3, 8), nn.Linear(8, outputs)
+        self.config = types.SimpleNamespace(model_type="pixels", is_encoder_decoder=False)
+
+    def features(self, pixel_values):
+        x = self.first(pixel_values.permute(0, 2, 3, 1)).tanh()
+        return x + x.mean((1, 2), keepdim=True)
+
+    def forward(self, pixel_values, labels):
+        logits = self.head(self.features(pixel_values)).permute(0, 3, 1, 2)
+        return {"loss": functional.cross_entropy(logits, labels, ignore_index=255), "logits": logits}
+
+
+class Boxes(Pixels):
+    """Finds one box a row of pixels; the loss is the mean over the boxes that are there, in all pictures."""
+
+    def __init__(self):
+        super().__init__(outputs=4)
+
+    def forward(self, pixel_values, labels):
+        found = self.head(self.features(pixel_values).mean(2))
+        terms = [(row[: len(of["boxes"])] - of["boxes"]).abs().mean(1) for row, of in zip(found, labels, strict=True)]
+        return {"loss": torch.cat(terms).mean(), "logits": found}
+
+
+def pictures(kind):
+    generator = torch.Generator().manual_seed(0)
+    batch = {"pixel_values": torch.randn(4, 3, 6, 5, generator=generator)}
+    if kind is Pixels:
+        labels = torch.randint(0, 5, (4, 6, 5), generator=generator)
+        for row, counted in enumerate((6, 1, 3, 5)):
+            labels[row, counted:] = 255
+        return batch | {"labels": labels}
+    boxes = [torch.rand(count, 4, generator=generator) for count in (2, 6, 1, 4)]
+    return batch | {"labels": [{"boxes": each, "class_labels": torch.arange(len(each))} for each in boxes]}
+
+
+@pytest.mark.parametrize("kind", [Pixels, Boxes])
+def test_each_picture_weighs_the_same_whatever_its_labels_are(kind):
+    base, batch, names = kind(), pictures(kind), ["first", "head"]
+    exact = exact_factors(base, [batch], names)
+    together, apart = (collect(lora(base, names), data, 4) for data in ([batch], singles(batch)))
+    for found in (together, apart):
+        assert found.samples == 4
+        assert_exact(found, exact)
+    assert together.notes == ["the model's loss can't be computed from its logits, so samples were read one at a time"]
+    assert apart.notes == []
+    # The batch's own loss weighs a picture by how much of it counts.
+    own = batch_gradients(base, [batch], names)
+    assert all(relative(own[name], exact[name].gradient) > 0.05 for name in names)
+
+
 # A loss given from outside.
 
 

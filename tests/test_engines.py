@@ -74,24 +74,30 @@ def test_fsdp1_with_the_policy_of_a_trainer(tmp_path):
 # FSDP2 around the adapter's own modules.
 
 
-def fsdp2(rank):
+UNITS = ("layer", "factor")
+
+
+def shard(model, unit):
     from torch.distributed.fsdp import fully_shard
 
+    for target in lora_layers(model, "default"):
+        parts = [target.module]
+        if unit == "factor":
+            parts = [
+                m
+                for name, m in target.module.named_modules()
+                if name.endswith(".default") and any(True for _ in m.parameters())
+            ]
+        for part in parts:
+            fully_shard(part)
+    return model
+
+
+def fsdp2(rank):
     batch, found = token_batch(), {}
     for form in FORMS:
-        for unit in ("layer", "factor"):
-            model = moved(form)
-            for target in lora_layers(model, "default"):
-                parts = [target.module]
-                if unit == "factor":
-                    parts = [
-                        m
-                        for name, m in target.module.named_modules()
-                        if name.endswith(".default") and any(True for _ in m.parameters())
-                    ]
-                for part in parts:
-                    fully_shard(part)
-            found[form, unit] = stepped(model, batch)
+        for unit in UNITS:
+            found[form, unit] = stepped(shard(moved(form), unit), batch)
     return {key: tuple(side.clone() for side in sides) for key, sides in found.items()}
 
 
@@ -100,6 +106,50 @@ def test_fsdp2_around_layers_or_single_factors(tmp_path):
         for (form, unit), sides in found.items():
             for here, there in zip(sides, stepped(moved(form), token_batch()), strict=True):
                 assert torch.allclose(here, there, atol=1e-5), (form, unit)
+
+
+# The same before the start: around layers or single factors, methods of weights alone and of gradients.
+INSIDE = [
+    *((method, "anchored", unit) for method in ("init-ab-plus", "pissa", "lora-one:samples=4") for unit in UNITS),
+    ("pissa", "residual", "factor"),
+]
+# Those that make or change what is sharded already come before it.
+TOO_LATE = [
+    *((method, "anchored", unit) for method in ("lora-xs", "lora-sb:samples=4", "eva:samples=4") for unit in UNITS),
+    ("pissa", "residual", "layer"),
+]
+
+
+def begun(method, form, unit=None):
+    model = wrap(tiny_llama(), target_modules=["q_proj", "v_proj"]).eval()
+    if unit is not None:
+        shard(model, unit)
+    hs.initialize_(model, method, form=form, data=[token_batch()], progress=False)
+    return model
+
+
+def inside_fsdp2(rank):
+    found, refused = {}, {}
+    for case in INSIDE:
+        model = begun(*case)
+        assert all(hasattr(p, "full_tensor") for p in model.parameters() if p.requires_grad)
+        found[case] = tuple(side.clone() for side in stepped(model, token_batch()))
+    for case in TOO_LATE:
+        with pytest.raises(hs.LayerError) as error:
+            begun(*case)
+        refused[case] = str(error.value)
+    return found, refused
+
+
+def test_a_start_inside_fsdp2_around_layers_or_single_factors(tmp_path):
+    for found, refused in together(tmp_path, inside_fsdp2):
+        for method, form, unit in INSIDE:
+            sides = found[method, form, unit]
+            for here, there in zip(sides, stepped(begun(method, form), token_batch()), strict=True):
+                assert torch.allclose(here, there, atol=1e-5), (method, form, unit)
+            assert not torch.allclose(*sides, atol=1e-4)
+        for (_, form, _), words in refused.items():
+            assert ("initialise before fully_shard" if form == "residual" else "before it is wrapped") in words
 
 
 # Accelerate.

@@ -319,6 +319,28 @@ def test_ranks_do_not_depend_on_how_the_data_are_read(budget):
         assert float((A * B).sum(1).abs().min()) > 0.999, one.name
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_and_what_trains_stay_as_they_are(training):
+    model = wrap(tiny_llama(), r=1, lora_dropout=0.1).train(training)
+    inner = model.base_model.model.model
+    # What neither a mode nor PEFT's own choice for the whole model would give back.
+    inner.layers[0].mlp.train(not training)
+    inner.norm.weight.requires_grad_(True)
+    inner.layers[0].self_attn.o_proj.lora_B["default"].weight.requires_grad_(False)
+
+    def found():
+        modes = {name: module.training for name, module in model.named_modules()}
+        flags = {name.replace(".base_layer", ""): p.requires_grad for name, p in model.named_parameters()}
+        return modes, flags
+
+    before = found()
+    report = hs.initialize_(model, hs.EVA(samples=8, rho=8), data=[token_batch(8, 24)], progress=False)
+    assert {line.r for line in report.layers} > {0, 1}
+    for now, then in zip(found(), before, strict=True):
+        assert now.keys() < then.keys() and now == {name: then[name] for name in now}
+        assert set(now.values()) == {True, False}
+
+
 def in_one_of_two(rank):
     model = wrap(tiny_llama(), r=1)
     hs.initialize_(model, "eva:samples=10,rho=8", data=batches(), progress=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import headstart as hs
-from conftest import VOCABULARY, logits, started, tiny_llama, token_batch, wrap
+from conftest import VOCABULARY, logits, perturb, started, tiny_llama, token_batch, wrap
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -99,6 +99,17 @@ def test_the_first_step_is_at_the_reference_and_the_reference_stays(name, form, 
     assert torch.allclose(logits(model, batch), start, atol=1e-6)
     if form == "anchored":
         assert torch.allclose(start, logits(tiny_llama(), batch), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("moved", ["default", "ref"])
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_a_policy_apart_from_its_reference_is_reported(name, moved, form, tokenizer, tmp_path):
+    """So that the zero reported of a first step says something: either side moved, the other one stays."""
+    trainer = trainer_of(name, started(tiny_llama(), FORMS[form]), tokenizer, tmp_path)
+    perturb(trainer.model, 0.1, adapter=moved)
+    trainer.train()
+    assert distance(trainer.state.log_history[0]) > 1e-3
 
 
 @pytest.mark.parametrize("form", FORMS)

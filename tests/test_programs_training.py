@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import headstart as hs
-from conftest import logits, tiny_llama, token_batch, wrap
+from conftest import logits, started, tiny_llama, token_batch, wrap
 from programs import train as program
 from programs.train import FORMS
 from test_processes import together, whole
@@ -104,6 +104,38 @@ def test_sft_trainer_on_prompts_and_completions(form, sums, tmp_path):
     after = completion_loss(model.eval(), tokenizer, rows)
     assert after < start - 0.05
     assert completion_loss(plain, tokenizer, rows) == pytest.approx(after, rel=1e-5)
+
+
+def lost_in_an_evaluation(method, folder, **changes):
+    """Train a little, evaluate in bfloat16 and save: how much of the update isn't what it was, by way of saving."""
+    batch = token_batch()
+    model = started(tiny_llama(), method, **changes)
+    trainer = program.train(model, folder / "run", steps=4, batch_size=8, learning_rate=1e-4, bf16_full_eval=True)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    trained = logits(trainer.model, batch)
+    trainer.evaluate(program.Rows())
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    hs.save_lora(trainer.model, folder / "lora")
+    hs.save_checkpoint(trainer.model, folder / "checkpoint")
+    loaded = {
+        "lora": PeftModel.from_pretrained(tiny_llama(), folder / "lora"),
+        "checkpoint": hs.load_checkpoint(tiny_llama(), folder / "checkpoint"),
+    }
+    update = trained - logits(tiny_llama(), batch)
+    # Beside the whole outputs it is as small as what bfloat16 rounds.
+    assert 1e-3 < update.norm() / trained.norm() < 1e-2
+    return {way: float((logits(each, batch) - trained).norm() / update.norm()) for way, each in loaded.items()}
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_an_evaluation_in_bfloat16_rounds_what_was_trained_and_no_more(method, tmp_path):
+    """The Trainer casts the model for it, and leaves it so: numbers of bfloat16 are off by up to 1/256."""
+    assert max(lost_in_an_evaluation(method, tmp_path).values()) < 2**-8
+
+
+def test_an_evaluation_in_bfloat16_takes_much_of_a_residual_form(tmp_path):
+    """There the factors are rounded whole, start and all."""
+    assert min(lost_in_an_evaluation("pissa", tmp_path, form="residual").values()) > 0.1
 
 
 def test_accelerate_launch_with_two_processes(tmp_path):

@@ -172,7 +172,7 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
     set_residual_owner(module, adapter)
     undo.callback(setattr, weight, "data", weight.data)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    start = product(module.lora_B[adapter].weight.to(dtype), module.lora_A[adapter].weight.to(dtype))
+    start = product(whole(module.lora_B[adapter].weight).to(dtype), whole(module.lora_A[adapter].weight).to(dtype))
     residual = weight.data.to(dtype) - oriented(module, start * target.scaling)
     weight.data = residual.to(weight.dtype)
 
