@@ -7,8 +7,10 @@ import hashlib
 
 import torch
 
-from headstart.cache import Store
+from headstart.cache import FactorCache
+from headstart.cache.factors import pack, unpack
 from headstart.methods.base import Factors
+from headstart.store.entries import decode, encode
 
 
 def key_of(text):
@@ -37,6 +39,15 @@ def factors_of(key, r=2, d_out=5, d_in=7):
         worth=(0.1 * number, 1e-300),
         keeps="alpha" if number % 3 else "scaling",
     )
+
+
+def encoded(key, factors, about=None):
+    """The content of the file that holds factors."""
+    return encode(key, *pack(factors, about or {}))
+
+
+def decoded(key, content):
+    return unpack(decode(key, content))
 
 
 def bits(tensor):
@@ -69,7 +80,7 @@ def fetch(folder, keys, *, limit=2**40, make=factors_of, **options):
     """Fetch from a fresh store; return the factors' contents, the keys that were computed, and the warnings."""
     sentences = []
     maker = Maker(keys, make)
-    store = Store(folder, limit, sentences.append)
+    store = FactorCache(folder, limit, sentences.append)
     found = store.fetch(keys, maker, **options)
     assert store.computed == len(maker.asked)
     assert store.computed + store.served == len(set(keys))

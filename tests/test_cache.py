@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -16,11 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headstart as hs
-from cached import Maker, content, contents, factors_of, fetch, key_of
-from headstart.cache import FileDigests, Store, cacheable, description, digests, layer_key, open_store
-from headstart.cache.entries import decode, encode, entry_path
-from headstart.cache.eviction import evict, list_entries
-from headstart.cache.keys import _source_digest, _sources
+from cached import Maker, content, contents, decoded, encoded, factors_of, fetch, key_of
+from headstart.cache import FactorCache, cacheable, description, keys, layer_key, open_cache
+from headstart.cache.eviction import entry_path, evict, list_entries
+from headstart.cache.keys import _source_digest
 from headstart.cli import main
 from headstart.cli.cache import human_age, human_bytes, parse_age
 from headstart.errors import HeadstartError, HeadstartWarning
@@ -71,73 +71,6 @@ def test_large_tensors_are_hashed_in_parts(rows, monkeypatch):
     if rows > 64:
         swapped = torch.cat([W[16:32], W[:16], W[32:]])
         assert weight_digest(swapped) != digest
-
-
-def test_a_files_tensors_are_hashed_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(digests, "_SETTLED", -1.0)
-    file, W, loads = tmp_path / "model.bin", torch.randn(3, 4), []
-    file.write_bytes(b"first")
-    (tmp_path / "link").symlink_to(file)
-
-    def load():
-        loads.append(1)
-        return W
-
-    with FileDigests(tmp_path / "cache") as remembered:
-        assert remembered.digest_of(file, "a", load) == weight_digest(W)
-        assert remembered.digest_of(file, "a", load) == weight_digest(W)
-    again = FileDigests(tmp_path / "cache")
-    assert again.digest_of(tmp_path / "link", "a", load) == weight_digest(W)
-    assert len(loads) == 1
-    again.digest_of(file, "b", load)
-    assert len(loads) == 2
-    # The same size and time, as tools leave them that keep times: the inode's own time tells.
-    times = file.stat()
-    file.write_bytes(b"other")
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    W = W + 1
-    assert again.digest_of(file, "a", load) == weight_digest(W)
-    assert len(loads) == 3
-
-
-def test_a_file_that_just_changed_is_not_remembered(tmp_path):
-    file = tmp_path / "model.bin"
-    file.write_bytes(b"fresh")
-    with FileDigests(tmp_path) as remembered:
-        first = remembered.digest_of(file, "a", lambda: torch.zeros(2))
-        assert remembered.digest_of(file, "a", lambda: torch.ones(2)) != first
-    assert not (tmp_path / "digests.json").exists()
-
-
-def test_savers_keep_each_others_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(digests, "_SETTLED", -1.0)
-    one, two = FileDigests(tmp_path), FileDigests(tmp_path)
-    for name in ("one", "two"):
-        (tmp_path / name).write_bytes(b"")
-    one.digest_of(tmp_path / "one", "a", lambda: torch.zeros(1))
-    two.digest_of(tmp_path / "two", "a", lambda: torch.zeros(1))
-    two.digest_of(tmp_path / "one", "b", lambda: torch.zeros(1))
-    one.save()
-    two.save()
-    last = FileDigests(tmp_path)
-    for file, name in (("one", "a"), ("one", "b"), ("two", "a")):
-        last.digest_of(tmp_path / file, name, lambda: pytest.fail("was known"))
-    last.clear()
-    assert not (tmp_path / "digests.json").exists()
-
-
-@pytest.mark.parametrize("damage", ["swap", "cut", "list", "empty", "number"])
-def test_a_damaged_record_of_digests_is_forgotten(damage, tmp_path, monkeypatch):
-    monkeypatch.setattr(digests, "_SETTLED", -1.0)
-    file, record = tmp_path / "model.bin", tmp_path / "digests.json"
-    file.write_bytes(b"")
-    with FileDigests(tmp_path) as remembered:
-        remembered.digest_of(file, "layer.1", lambda: torch.zeros(1))
-    text = record.read_text()
-    changed = {"swap": text.replace("layer.1", "layer.3"), "cut": text[:-9], "list": "[]", "empty": "", "number": "3"}
-    record.write_text(changed[damage])
-    ones = weight_digest(torch.ones(1))
-    assert FileDigests(tmp_path).digest_of(file, "layer.3", lambda: torch.ones(1)) == ones
 
 
 # Keys.
@@ -211,19 +144,18 @@ def test_whatever_the_factors_depend_on_changes_the_key(monkeypatch):
 
 
 def test_a_changed_source_changes_the_key(tmp_path, monkeypatch):
-    cls = hs.PiSSA
-    sources = _sources(cls)
-    assert {"svd.py", "spectral.py", "base.py"} <= {path.name for path in sources}
-    assert {"svd.py", "lowrank.py", "inilora.py", "draws.py", "base.py"} <= {path.name for path in _sources(hs.IniLoRA)}
-    assert "lora_da.py" not in {path.name for path in sources}
-    first = _source_digest.__wrapped__(cls)
-    copy = tmp_path / "svd.py"
-    copy.write_bytes(next(path for path in sources if path.name == "svd.py").read_bytes() + b"\n# changed\n")
-    changed = [copy if path.name == "svd.py" else path for path in sources]
-    monkeypatch.setattr("headstart.cache.keys._sources", lambda cls: changed)
-    assert _source_digest.__wrapped__(cls) != first
-    copy.unlink()
-    assert _source_digest.__wrapped__(cls) == hs.__version__
+    package = Path(keys.__file__).parent.parent
+    for room in ("methods", "linalg"):
+        shutil.copytree(package / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    first = _source_digest.__wrapped__()
+    monkeypatch.setattr(keys, "__file__", str(tmp_path / "cache" / "keys.py"))
+    assert _source_digest.__wrapped__() == first
+    source = tmp_path / "linalg" / "svd.py"
+    source.write_bytes(source.read_bytes() + b"\n# changed\n")
+    assert _source_digest.__wrapped__() != first
+    shutil.rmtree(tmp_path / "linalg")
+    shutil.rmtree(tmp_path / "methods")
+    assert _source_digest.__wrapped__() == hs.__version__
 
 
 @pytest.mark.parametrize("name", ["pissa", "milora", "olora", "lora-xs", "inilora"])
@@ -243,7 +175,9 @@ def test_a_methods_factors_are_served_again(text, tmp_path):
     keys = [layer_key(method, layer, weight_digest(layer.require_weight()), device="cpu") for layer in layers]
     made = method.factors_batch(layers)
     results = [
-        Store(tmp_path, 2**30).fetch(keys, compute, describe=lambda position: description(method, layers[position]))
+        FactorCache(tmp_path, 2**30).fetch(
+            keys, compute, describe=lambda position: description(method, layers[position])
+        )
         for compute in (lambda positions: [made[position] for position in positions], pytest.fail)
     ]
     for found in results:
@@ -256,12 +190,12 @@ def test_a_methods_factors_are_served_again(text, tmp_path):
 @pytest.mark.parametrize("number", range(6))
 def test_an_entry_is_read_bit_for_bit(number):
     factors = factors_of(key_of(number))
-    assert content(decode(KEYS[0], encode(KEYS[0], factors, {}))) == content(factors)
+    assert content(decoded(KEYS[0], encoded(KEYS[0], factors))) == content(factors)
 
 
 def test_what_is_read_can_be_written_to(tmp_path):
     fetch(tmp_path, KEYS[:1])
-    (factors,) = Store(tmp_path, 2**30).fetch(KEYS[:1], pytest.fail)
+    (factors,) = FactorCache(tmp_path, 2**30).fetch(KEYS[:1], pytest.fail)
     factors.A.zero_()
     assert fetch(tmp_path, KEYS[:1])[0] == contents(KEYS[:1])
 
@@ -284,7 +218,7 @@ def test_each_key_is_computed_once(tmp_path):
 def test_groups_are_computed_together_and_kept_one_by_one(tmp_path):
     fetch(tmp_path, [KEYS[1]])
     maker = Maker(KEYS[:6])
-    Store(tmp_path, 2**30).fetch(KEYS[:6], maker, groups=[[0, 1, 5], [4], [2, 3]])
+    FactorCache(tmp_path, 2**30).fetch(KEYS[:6], maker, groups=[[0, 1, 5], [4], [2, 3]])
     assert maker.calls == [[KEYS[0], KEYS[5]], [KEYS[4]], [KEYS[2], KEYS[3]]]
 
     def fails(positions):
@@ -293,18 +227,18 @@ def test_groups_are_computed_together_and_kept_one_by_one(tmp_path):
         return [factors_of(KEYS[6])]
 
     with pytest.raises(RuntimeError):
-        Store(tmp_path, 2**30).fetch(KEYS, fails, groups=[[0, 1, 2, 3, 4, 5, 6], [7]])
+        FactorCache(tmp_path, 2**30).fetch(KEYS, fails, groups=[[0, 1, 2, 3, 4, 5, 6], [7]])
     assert fetch(tmp_path, KEYS)[1] == [KEYS[7]]
     with pytest.raises(ValueError, match="each position once"):
-        Store(tmp_path, 2**30).fetch(KEYS[:2], fails, groups=[[0], [0, 1]])
+        FactorCache(tmp_path, 2**30).fetch(KEYS[:2], fails, groups=[[0], [0, 1]])
     with pytest.raises(ValueError, match="is not a key"):
-        Store(tmp_path, 2**30).fetch(["../../somewhere"], fails)
+        FactorCache(tmp_path, 2**30).fetch(["../../somewhere"], fails)
 
 
 def test_many_keys_are_handed_over_in_pieces(tmp_path):
     keys = [key_of(number) for number in range(150)]
     maker = Maker(keys)
-    Store(tmp_path, 2**30).fetch(keys, maker)
+    FactorCache(tmp_path, 2**30).fetch(keys, maker)
     assert [len(call) for call in maker.calls] == [64, 64, 22]
     assert maker.asked == keys
 
@@ -351,7 +285,7 @@ def test_warnings_are_headstarts_by_default(tmp_path):
     fetch(tmp_path, KEYS[:1])
     entry_path(tmp_path, KEYS[0]).write_bytes(b"not an entry")
     with pytest.warns(HeadstartWarning, match="is damaged .*truncated.* computed again"):
-        Store(tmp_path, 2**30).fetch(KEYS[:1], Maker(KEYS[:1]))
+        FactorCache(tmp_path, 2**30).fetch(KEYS[:1], Maker(KEYS[:1]))
 
 
 # What goes.
@@ -389,13 +323,13 @@ def test_reading_evicts_nothing(tmp_path):
 def test_an_entry_used_since_it_was_listed_stays(tmp_path):
     fetch(tmp_path, KEYS[:1])
     age(tmp_path, KEYS[0], 100)
-    store = Store(tmp_path, 2**30)
+    store = FactorCache(tmp_path, 2**30)
     (entry,) = store.entries()
     fetch(tmp_path, KEYS[:1])
-    assert not store.remove(entry)
+    assert not entry.remove()
     (entry,) = store.entries()
-    assert store.remove(entry)
-    assert store.remove(entry)
+    assert entry.remove()
+    assert entry.remove()
 
 
 def test_what_killed_processes_left_goes(tmp_path):
@@ -475,17 +409,17 @@ def test_whatever_happens_to_the_files_the_factors_are_those_computed(tmp_path_f
 def test_which_store_is_opened(tmp_path, monkeypatch):
     monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "home"))
     monkeypatch.setenv("HEADSTART_CACHE_LIMIT", "20GiB")
-    assert open_store(False) is None
-    assert open_store(True).folder == tmp_path / "home" / "factors"
-    assert open_store(tmp_path).folder == open_store(str(tmp_path)).folder == tmp_path / "factors"
-    assert open_store(True).limit_bytes == 20 * 2**30
+    assert open_cache(False) is None
+    assert open_cache(True).folder == tmp_path / "home" / "factors"
+    assert open_cache(tmp_path).folder == open_cache(str(tmp_path)).folder == tmp_path / "factors"
+    assert open_cache(True).limit_bytes == 20 * 2**30
     monkeypatch.setenv("HEADSTART_CACHE_LIMIT", "")
-    assert open_store(True).limit_bytes == 10 * 2**30
+    assert open_cache(True).limit_bytes == 10 * 2**30
     monkeypatch.setenv("HEADSTART_CACHE_LIMIT", "0")
-    assert open_store(True) is None
+    assert open_cache(True) is None
     monkeypatch.setenv("HEADSTART_CACHE_LIMIT", "plenty")
     with pytest.raises(HeadstartError, match="HEADSTART_CACHE_LIMIT='plenty'"):
-        open_store(True)
+        open_cache(True)
 
 
 # The commands.
@@ -508,7 +442,7 @@ def filled(tmp_path):
     methods = [hs.PiSSA(), hs.PiSSA(), hs.PiSSA(), hs.LoRAXS(std=0.5)]
     layers = [known(name=f"layer{number}", r=4 if number == 2 else 2) for number in range(4)]
     folder = tmp_path / "factors"
-    Store(folder, 2**30).fetch(
+    FactorCache(folder, 2**30).fetch(
         KEYS[:4], Maker(KEYS[:4]), describe=lambda position: description(methods[position], layers[position])
     )
     for number, days in enumerate((40, 3, 1, 2)):
@@ -558,7 +492,6 @@ def test_clear_removes_what_is_asked_for(filled, capsys):
     def left():
         return {entry.key for entry in list_entries(filled / "factors")}
 
-    (filled / "factors" / "digests.json").write_text("{}")
     code, out = run(capsys, "clear", "--folder", filled, "--older-than", "30d")
     assert (code, left()) == (0, set(KEYS[1:4]))
     assert out.startswith("removed 1 entry, ")
@@ -566,10 +499,8 @@ def test_clear_removes_what_is_asked_for(filled, capsys):
     assert left() == {KEYS[2], KEYS[3]}
     run(capsys, "clear", "--folder", filled, "--method", "lora-xs")
     assert left() == {KEYS[2]}
-    assert (filled / "factors" / "digests.json").exists()
     assert run(capsys, "clear", "--folder", filled)[0] == 0
     assert left() == set()
-    assert not (filled / "factors" / "digests.json").exists()
     assert run(capsys, "clear", "--folder", filled / "nothing")[0] == 0
     assert run(capsys, "clear", "--folder", filled, "--older-than", "soon")[0] == 2
     code, out = run(capsys, "clear", "--folder", filled, "--method", "pisa")

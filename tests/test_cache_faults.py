@@ -15,14 +15,13 @@ import traceback
 import pytest
 import torch
 
-from cached import content, contents, factors_of, fetch, key_of
-from headstart.cache import FileDigests, Store, digests, store
-from headstart.cache.entries import DamagedEntryError, decode, encode, entry_path
-from headstart.cache.eviction import evict, list_entries
-from headstart.cache.locks import held
+from cached import content, contents, decoded, encoded, factors_of, fetch, key_of
+from headstart.cache import FactorCache
+from headstart.cache.eviction import entry_path, evict, list_entries
 from headstart.files import is_hidden, write_whole
-from headstart.layers.weights import weight_digest
 from headstart.methods.base import Factors
+from headstart.store import DamagedEntryError, store
+from headstart.store.claims import claims
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes of these tests are forks")
 
@@ -66,7 +65,7 @@ def temporary(folder):
 
 
 def damaged(folder):
-    return [sentence for _, sentence in Store(folder, 2**40).verify() if sentence]
+    return [sentence for _, sentence in FactorCache(folder, 2**40).verify() if sentence]
 
 
 @pytest.fixture
@@ -95,7 +94,7 @@ def test_killed_at_random_points_nothing_is_lost_or_believed_wrongly(tmp_path):
         with log.open("w") as announced:
             for key in made:
                 os.read(read, 1)  # waits to be let on
-                Store(folder, 2**40).fetch([key], lambda _, key=key: [made[key]])
+                FactorCache(folder, 2**40).fetch([key], lambda _, key=key: [made[key]])
                 print(key, file=announced, flush=True)
 
     began = time.monotonic()
@@ -121,7 +120,7 @@ def test_killed_at_random_points_nothing_is_lost_or_believed_wrongly(tmp_path):
         assert set(log.read_text().split()) <= there
         cut += 0 < len(there) < len(made)
         for key in there:
-            (found,) = Store(folder, 2**40).fetch([key], pytest.fail)
+            (found,) = FactorCache(folder, 2**40).fetch([key], pytest.fail)
             assert same(found, key)
         os.set_blocking(read, False)
         with contextlib.suppress(BlockingIOError):
@@ -176,8 +175,8 @@ def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
 
     child = forked(lambda: fetch(tmp_path, KEYS[:1], make=stuck))
     os.read(ready, 1)
-    with held(tmp_path, KEYS[:1]) as locks:
-        assert not locks.keys
+    with claims(tmp_path, KEYS[:1]) as claimed:
+        assert not claimed
     os.kill(child, signal.SIGKILL)
     ended(child)
     began = time.monotonic()
@@ -341,7 +340,9 @@ def test_a_disk_that_fills_up_within_a_file_leaves_no_part_of_it(small_disk):
     for room in range(1, 6):
         filler = small_disk / "filler"
         filler.write_bytes(b"0" * (2**20 - room * 40_000))
-        found = Store(small_disk / "cache", 2**40, lambda sentence: None).fetch(KEYS[:1], lambda _: [large(KEYS[0])])
+        found = FactorCache(small_disk / "cache", 2**40, lambda sentence: None).fetch(
+            KEYS[:1], lambda _: [large(KEYS[0])]
+        )
         assert same(found[0], KEYS[0])
         assert list_entries(small_disk / "cache") == []
         assert temporary(small_disk) == []
@@ -354,7 +355,7 @@ def test_a_limit_on_file_sizes_leaves_no_part_of_a_file(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         sentences = []
-        found = Store(tmp_path, 2**40, sentences.append).fetch(KEYS[:1], lambda _: [large(KEYS[0])])
+        found = FactorCache(tmp_path, 2**40, sentences.append).fetch(KEYS[:1], lambda _: [large(KEYS[0])])
         assert same(found[0], KEYS[0])
         assert len(sentences) == 1
         assert fetch(tmp_path, KEYS[1:2])[2] == []
@@ -367,8 +368,6 @@ def test_a_limit_on_file_sizes_leaves_no_part_of_a_file(tmp_path):
 def test_a_read_only_cache_serves(small_disk):
     folder = small_disk / "cache"
     fetch(folder, KEYS[:3])
-    with FileDigests(folder) as remembered:
-        remembered.digest_of(entry_path(folder, KEYS[0]), "a", lambda: torch.zeros(1))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert fetch(folder, KEYS[:3]) == (contents(KEYS[:3]), [], [])
     found, asked, sentences = fetch(folder, KEYS[:5])
@@ -381,13 +380,6 @@ def test_a_folder_that_cannot_be_made_costs_nothing_but_the_entries(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     found, asked, sentences = fetch(tmp_path / "file" / "cache", KEYS[:3])
     assert (found, asked, len(sentences)) == (contents(KEYS[:3]), KEYS[:3], 1)
-
-
-def test_digests_that_cannot_be_kept_are_still_right(tmp_path, monkeypatch):
-    monkeypatch.setattr(digests, "_SETTLED", -1.0)
-    (tmp_path / "file").write_bytes(b"")
-    with FileDigests(tmp_path / "file" / "cache") as remembered:
-        assert remembered.digest_of(tmp_path / "file", "a", lambda: torch.ones(2)) == weight_digest(torch.ones(2))
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
@@ -409,26 +401,26 @@ def test_a_write_that_fails_at_its_end_leaves_what_was_there(error, tmp_path, mo
 
 
 def test_every_flipped_bit_is_found(tmp_path):
-    whole = encode(KEYS[0], factors_of(KEYS[0], r=1, d_out=2, d_in=3), {"method": "pissa"})
-    expected = content(decode(KEYS[0], whole))
+    whole = encoded(KEYS[0], factors_of(KEYS[0], r=1, d_out=2, d_in=3), {"method": "pissa"})
+    expected = content(decoded(KEYS[0], whole))
     believed = 0
     for bit in range(8 * len(whole)):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         with contextlib.suppress(DamagedEntryError):
-            assert content(decode(KEYS[0], bytes(flipped))) == expected
+            assert content(decoded(KEYS[0], bytes(flipped))) == expected
             believed += 1
     # Blanks between and after the fields of the header, which JSON has four kinds of.
     assert believed <= 16
 
 
 def test_every_truncation_is_found():
-    whole = encode(KEYS[0], factors_of(KEYS[0]), {"method": "pissa"})
+    whole = encoded(KEYS[0], factors_of(KEYS[0]), {"method": "pissa"})
     for length in range(len(whole)):
         with pytest.raises(DamagedEntryError):
-            decode(KEYS[0], whole[:length])
+            decoded(KEYS[0], whole[:length])
     with pytest.raises(DamagedEntryError):
-        decode(KEYS[0], whole + b"0")
+        decoded(KEYS[0], whole + b"0")
 
 
 def foreign_files(folder):
@@ -439,9 +431,9 @@ def foreign_files(folder):
     longest = (2**63).to_bytes(8, "little")
     deep = b'{"__metadata__":' + b"[" * 5000
     return {
-        "another key's": encode(KEYS[1], factors_of(KEYS[1]), {}),
+        "another key's": encoded(KEYS[1], factors_of(KEYS[1])),
         "another program's safetensors": save({"A": factors.A, "B": factors.B}),
-        "another format": encode(KEYS[0], factors, {}).replace(b"headstart factors 1", b"headstart factors 0"),
+        "another format": encoded(KEYS[0], factors).replace(b"headstart entry 1", b"headstart entry 0"),
         "nothing": b"",
         "text": b"hello, world. " * 100,
         "zeros": bytes(4096),

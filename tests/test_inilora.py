@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import headstart as hs
+from cached import decoded, encoded
 from conftest import tiny_llama, wrap
-from headstart.cache.entries import decode, encode
 from headstart.methods.base import Factors, Layer, Moments
 from headstart.methods.draws import draw
 from headstart.methods.registry import parse_method
@@ -176,7 +176,7 @@ def test_history_reaches_the_report_and_the_cache() -> None:
     ]
     assert all(layer.history == [] for layer in hs.initialize_(wrap(tiny_llama(), r=4), "pissa").layers)
     found = hs.IniLoRA(steps=150).factors(layers(1)[0])
-    kept = decode("key", encode("key", found, {}))
+    kept = decoded("key", encoded("key", found))
     assert [tuple(point) for point in kept.history] == found.history
 
 

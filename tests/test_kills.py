@@ -17,7 +17,7 @@ from peft import LoraConfig
 
 import headstart as hs
 from conftest import tiny_llama, wrap
-from headstart.cache import open_store
+from headstart.cache import open_cache
 from headstart.stream import stream_start
 
 ROUNDS = int(os.environ.get("HEADSTART_KILL_ROUNDS", "6"))
@@ -68,12 +68,12 @@ def test_killed_starts_leave_a_whole_folder_or_none(start, tmp_path, monkeypatch
     draw = random.Random(1)
     for number in range(ROUNDS):
         if number % 5 == 0:  # from nothing, now and then
-            for entry in open_store(cache).entries():
+            for entry in open_cache(cache).entries():
                 entry.path.unlink()
         run(start, base, out, cache, kill_after=draw.uniform(0, whole))
         found = contents(out)
         assert not found or found == expected
-        assert not [problem for _, problem in open_store(cache).verify() if problem]
+        assert not [problem for _, problem in open_cache(cache).verify() if problem]
         if number % 3 == 0:
             run(start, base, out, cache)
             assert contents(out) == expected

@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 import headstart as hs
 from conftest import factors_of, tiny_llama, token_batch, wrap
-from headstart.cache import open_store
+from headstart.cache import open_cache
 from headstart.layers.find import TargetLayer, lora_layers
 from headstart.methods import registry
 from headstart.stream import stream_start
@@ -92,7 +92,7 @@ def test_the_cache_keeps_what_depends_on_weights_alone(tmp_path, monkeypatch):
     counts = [started(name, cache=tmp_path / "cache")[1].cached for name in NAMES for _ in range(2)]
     layers = len(started(NAMES[0], cache=False)[1].layers)
     assert counts == [0, layers, 0, 0, 0, 0, 0, 0]
-    assert len(open_store(tmp_path / "cache").entries()) == layers
+    assert len(open_cache(tmp_path / "cache").entries()) == layers
 
 
 def in_a_process(rank, name):

@@ -21,7 +21,8 @@ from conftest import class_batch, logits, tiny_bert, tiny_gpt2, tiny_llama, tiny
 from headstart.errors import CheckpointError, LayerError, MethodError, ModelError
 from headstart.linalg.svd import truncated_svd_batch
 from headstart.methods import ANY_LAYER, method_class
-from headstart.stream import Crew, load_residual, stream_start
+from headstart.stream import load_residual, stream_start
+from headstart.stream.run import _own_device
 from headstart.stream.tensors import Planned, TensorFile, write_file
 
 METHODS = [
@@ -383,16 +384,15 @@ def test_strict_refuses_a_fallback_before_anything_is_written(folders, tmp_path,
 
 
 def test_each_process_takes_its_own_accelerator(monkeypatch):
-    crew = Crew(1, 2)
     cuda, numbered, cpu = torch.device("cuda"), torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert crew.device(cuda) == cuda
+    assert _own_device(cuda) == cuda
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert crew.device(cuda) == torch.device("cuda", 1)
+    assert _own_device(cuda) == torch.device("cuda", 1)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # each sees its own alone
-    assert crew.device(cuda) == torch.device("cuda", 0)
-    assert crew.device(numbered) == numbered and crew.device(cpu) == cpu
+    assert _own_device(cuda) == torch.device("cuda", 0)
+    assert _own_device(numbered) == numbered and _own_device(cpu) == cpu
 
 
 def test_processes_share_the_layers(folders, tmp_path):

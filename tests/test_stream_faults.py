@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -19,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from conftest import tiny_llama
 from headstart import files
-from headstart.cache import FileDigests
 from headstart.errors import CheckpointError, HeadstartError, LayerError, ModelError
-from headstart.stream import load_residual, parts, run, stream_start, tensors
-from headstart.stream.parts import Work
+from headstart.store import claims
+from headstart.stream import load_residual, run, stream_start
 from headstart.stream.tensors import TensorFile
+from headstart.stream.work import Work
 
 METHOD = "inilora:steps=30"
 
@@ -79,24 +80,31 @@ def _child(folder, out, arrange):
     start(folder, out)
 
 
+def at_each_file(happens):
+    """Let something happen whenever a file has been begun, under its hidden name."""
+    plain = files._hidden
+
+    @contextlib.contextmanager
+    def hidden(*place, **kind):
+        with plain(*place, **kind) as path:
+            happens()
+            yield path
+
+    files._hidden = hidden
+
+
 def test_kills_at_random_times_lose_nothing(folder, expected, tmp_path):
     out = tmp_path / "out"
     generator = random.Random(0)
     context = multiprocessing.get_context("fork")
     kept: dict[str, bytes] = {}
     for _ in range(5):
-        # So many of the 46 pieces and no more, however fast the machine: never the last one before the kill.
+        # So many of the 46 files and no more, however fast the machine: never the last one before the kill.
         allowed = generator.randrange(2, 10)
         gate = context.Semaphore(allowed)
 
         def arrange(gate=gate):
-            plain = tensors.write_chunks
-
-            def write(path, chunks):
-                gate.acquire()
-                return plain(path, chunks)
-
-            tensors.write_chunks = parts.write_chunks = write
+            at_each_file(gate.acquire)
 
         child = context.Process(target=_child, args=(folder, out, arrange))
         child.start()
@@ -121,19 +129,16 @@ def test_kills_in_the_middle_of_a_write_lose_nothing(folder, expected, tmp_path,
     out = tmp_path / "out"
 
     def arrange():
-        written = 0
-        plain = tensors.write_chunks
+        begun = 0
 
-        def write(path, chunks):
-            nonlocal written
-            written += 1
-            return plain(path, cut(chunks) if written == count else chunks)
+        def cut():
+            nonlocal begun
+            begun += 1
+            if begun == count:
+                next(path for path in out.parent.rglob(".*.headstart") if path.is_file()).write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        def cut(chunks):
-            yield next(chunks)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        tensors.write_chunks = parts.write_chunks = write
+        at_each_file(cut)
 
     assert run_and_kill(folder, out, arrange) == -signal.SIGKILL
     assert not out.exists()
@@ -457,30 +462,30 @@ def test_no_header_makes_anything_but_a_sentence(folder, tmp_path):
 def test_locks_are_the_systems(tmp_path):
     work = Work(tmp_path / "out", {})
     work.create()
-    with work.claim("a") as first, work.claim("a") as second, work.claim("b") as other:
-        assert (first, second, other) == (True, False, True)
-    with work.claim("a") as again:
-        assert again
+    with work.claims(["a"]) as first, work.claims(["a", "b"]) as second:
+        assert (first, second) == (["a"], ["b"])
+    with work.claims(["a"]) as again:
+        assert again == ["a"]
 
 
 def test_what_was_cleared_is_not_begun_anew(tmp_path):
     work, late = (Work(tmp_path / "out", {}) for _ in range(2))
     work.create()
     work.clear()
-    with pytest.raises(CheckpointError, match="is gone"), late.claim("a"):
+    with pytest.raises(CheckpointError, match="is gone"), late.claims(["a"]):
         pass
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("step", ["claim", "need", "put"])
+@pytest.mark.parametrize("step", ["claims", "need", "put"])
 def test_a_process_that_is_late_leaves_quietly(folder, tmp_path, monkeypatch, step):
     """The first process finishes, and clears the pieces away, while this one is at some step."""
     plain, out = getattr(Work, step), tmp_path / "out"
     Work(out, {}).create()
 
-    def cleared(self, *arguments):
+    def cleared(self, *arguments, **options):
         self.clear()
-        return plain(self, *arguments)
+        return plain(self, *arguments, **options)
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -494,7 +499,7 @@ def test_a_start_that_others_work_on_is_left_alone(tmp_path):
     work, other = Work(tmp_path / "out", {"seed": 0}), Work(tmp_path / "out", {"seed": 1})
     work.create()
     other.create()
-    with other.claim("a"):
+    with other.claims(["a"]):
         work.clear()
         assert other.folder.is_dir() and not work.folder.exists()
     work.create()
@@ -503,21 +508,27 @@ def test_a_start_that_others_work_on_is_left_alone(tmp_path):
 
 
 def test_where_there_are_no_locks_processes_write_to_files_of_their_own(folder, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "take_lock", lambda path: None)
+    monkeypatch.setattr(claims, "take_lock", lambda path: None)
     monkeypatch.setattr(files, "fcntl", None)
-    out, plain = tmp_path / "out", tensors.write_chunks
+    out, plain, others = tmp_path / "out", files._hidden, 0
 
-    def halfway(path, chunks):
-        first, rest = next(chunks), b"".join(chunks)
-        assert [each for each in path.parent.iterdir() if files.is_hidden(each.name)] == [path]
-        with files.whole_file(path.with_name(path.name[1:].rsplit(".", 2)[0])) as other:
-            assert other != path
-            other.write_bytes(b"what another process has written so far")
-            return plain(path, iter([first, rest]))
+    @contextlib.contextmanager
+    def beside_another(place, name, *, folder):
+        nonlocal others
+        with plain(place, name, folder=folder) as path:
+            if not folder:
+                with plain(place, name, folder=False) as other:
+                    assert other != path
+                    other.write_bytes(b"what another process has written so far")
+                    others += 1
+                    yield path
+                    assert other.exists()
+            else:
+                yield path
 
-    monkeypatch.setattr(parts, "write_chunks", halfway)
+    monkeypatch.setattr(files, "_hidden", beside_another)
     start(folder, out)
-    assert contents(out) == expected
+    assert contents(out) == expected and others > 40
 
 
 def test_a_shard_may_have_a_pieces_name(folder, tmp_path):
@@ -600,26 +611,3 @@ def test_metadata_that_is_none_is_damage(tmp_path, metadata):
     (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError, match="damaged"):
         TensorFile.open(tmp_path / "file")
-
-
-def test_factors_of_a_file_that_was_replaced_are_not_kept_under_the_new_ones_key(tmp_path, monkeypatch):
-    monkeypatch.delenv("HEADSTART_CACHE_LIMIT", raising=False)
-    folder, other = tmp_path / "model", tmp_path / "other"
-    tiny_llama().save_pretrained(folder)
-    model = tiny_llama()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2)
-    model.save_pretrained(other)
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    cache, looked = tmp_path / "cache", FileDigests.digest_of
-
-    def replaced(self, file, name, load):
-        shutil.copy(other / "model.safetensors", folder / "model.safetensors")
-        return looked(self, file, name, lambda: load_file(file)[name])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FileDigests, "digest_of", replaced)
-        with pytest.raises(CheckpointError, match="changed"):
-            stream_start(folder, "pissa", config, tmp_path / "a", cache=cache, progress=False)
-    assert not list(cache.glob("factors/*/*.safetensors"))

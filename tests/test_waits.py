@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import warnings
+from collections import Counter
 from concurrent.futures.thread import BrokenThreadPool
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -22,16 +23,16 @@ from filelock import Timeout
 from peft import LoraConfig
 
 import headstart as hs
-from cached import contents, factors_of, fetch, key_of
+from cached import contents, encoded, factors_of, fetch, key_of
 from conftest import tiny_llama
-from headstart.cache import locks, store
-from headstart.cache.entries import encode, entry_path
-from headstart.cache.locks import Patience, duration, held, owner, take_lock
-from headstart.files import write_whole
+from headstart.cache.eviction import entry_path
+from headstart.files import sha256, write_whole
 from headstart.linalg.lowrank import adam_lowrank
 from headstart.processes import Processes
-from headstart.stream import run, stream_start
-from headstart.stream.parts import Work
+from headstart.store import store
+from headstart.store.claims import claims, duration, owner, take_lock
+from headstart.stream import stream_start
+from headstart.stream.work import Work
 
 KEYS = [key_of(number) for number in range(5)]
 HERE = re.escape(f"process {os.getpid()} on {socket.gethostname()}, for ")
@@ -39,8 +40,7 @@ HERE = re.escape(f"process {os.getpid()} on {socket.gethostname()}, for ")
 
 @pytest.fixture
 def impatient(monkeypatch):
-    for module in (store, run):
-        monkeypatch.setattr(module, "LONGEST_WAIT", 0.3)
+    monkeypatch.setattr(store, "LONGEST_WAIT", 0.3)
 
 
 # The cache.
@@ -48,14 +48,14 @@ def impatient(monkeypatch):
 
 @pytest.mark.parametrize("groups", [None, [[0], [1, 2]], [[2, 1, 0]]])
 def test_factors_that_another_process_never_finishes_are_made_here(groups, tmp_path, impatient):
-    with held(tmp_path, KEYS[:2]) as others:
-        assert others.keys == set(KEYS[:2])
+    with claims(tmp_path, KEYS[:2]) as others:
+        assert others == KEYS[:2]
         found, asked, (sentence,) = fetch(tmp_path, KEYS[:3], groups=groups)
     # What is free is made first, and what others hold once and no more.
     assert found == contents(KEYS[:3])
     assert asked[0] == KEYS[2] and sorted(asked) == sorted(KEYS[:3])
     place = re.escape(str(tmp_path))
-    assert re.match(rf"waited \d+ s for factors of 2 layers in {place}, .* by {HERE}\d+ s: ", sentence)
+    assert re.match(rf"waited \d+ s for factors of layers \(2\) in {place}, being made by {HERE}\d+ s: ", sentence)
     assert fetch(tmp_path, KEYS[:3]) == (contents(KEYS[:3]), [], [])
 
 
@@ -64,12 +64,14 @@ def test_the_wait_begins_anew_with_everything_that_comes(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "LONGEST_WAIT", 2.0)
 
     def work(holding):
-        with held(tmp_path, KEYS) as others:
-            holding.set()
-            for key in KEYS:
-                time.sleep(0.5)
-                write_whole(entry_path(tmp_path, key), encode(key, factors_of(key), {}))
-                others.release(key, done=True)
+        own = {key: claims(tmp_path, [key]) for key in KEYS}
+        for claim in own.values():
+            claim.__enter__()
+        holding.set()
+        for key, claim in own.items():
+            time.sleep(0.5)
+            write_whole(entry_path(tmp_path, key), encoded(key, factors_of(key)))
+            claim.__exit__(None, None, None)
 
     context = multiprocessing.get_context("fork")
     holding = context.Event()
@@ -90,18 +92,17 @@ def test_what_is_computed_here_for_long_is_no_wait(tmp_path, monkeypatch):
     def slow(key):
         # Two hours later, another process has begun the second key.
         now = time.monotonic() + 7200
-        monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+        monkeypatch.setattr(store, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
         threading.Thread(target=other, daemon=True).start()
         assert taken.wait(60)
         threading.Timer(0.4, release.set).start()
         return factors_of(key)
 
     def other():
-        with held(tmp_path, KEYS[1:2]) as others:
+        with claims(tmp_path, KEYS[1:2]):
             taken.set()
             release.wait(60)
-            write_whole(entry_path(tmp_path, KEYS[1]), encode(KEYS[1], factors_of(KEYS[1]), {}))
-            others.release(KEYS[1], done=True)
+            write_whole(entry_path(tmp_path, KEYS[1]), encoded(KEYS[1], factors_of(KEYS[1])))
 
     assert fetch(tmp_path, KEYS[:2], make=slow, groups=[[0], [1]]) == (contents(KEYS[:2]), KEYS[:1], [])
 
@@ -116,7 +117,7 @@ def streamed(folder, out):
     return report, files
 
 
-@pytest.mark.parametrize("pieces", [["layer-00001"], ["layer-00000", "layer-00003", "shard-00000"]])
+@pytest.mark.parametrize("pieces", [["layer-00001"], ["layer-00000", "layer-00003", "model.safetensors"]])
 def test_pieces_that_another_process_never_finishes_are_made_here(pieces, tmp_path, monkeypatch, impatient):
     tiny_llama().save_pretrained(tmp_path / "model")
     _, expected = streamed(tmp_path / "model", tmp_path / "whole")
@@ -124,32 +125,32 @@ def test_pieces_that_another_process_never_finishes_are_made_here(pieces, tmp_pa
 
     def create(self):
         made(self)
-        other = Work(tmp_path / "out", {})
-        other.folder = self.folder
-        begun.extend(stack.enter_context(other.claim(piece)) for piece in pieces)
+        begun.extend(stack.enter_context(claims(self.folder, pieces)))
 
     with ExitStack() as stack:
         monkeypatch.setattr(Work, "create", create)
         report, files = streamed(tmp_path / "model", tmp_path / "out")
-    assert begun == [True] * len(pieces)
+    assert begun == pieces
     assert files == expected
-    assert len(report.warnings) == len(pieces)
-    for piece, sentence in zip(pieces, report.warnings, strict=True):
-        assert re.match(rf"waited \d+ s for {piece} in .*, which is being made by {HERE}\d+ s: ", sentence)
+    waited = Counter("shards" if piece.startswith("model") else "layers" for piece in pieces)
+    for (what, count), sentence in zip(waited.items(), report.warnings, strict=True):
+        assert re.match(rf"waited \d+ s for {what} \({count}\) in .*, being made by {HERE}\d+ s: ", sentence)
     assert not list(tmp_path.glob(".out.stream-*"))
 
 
 def test_what_is_made_without_a_lock_goes_to_a_file_of_its_own(tmp_path):
-    one, other = Work(tmp_path / "out", {}), Work(tmp_path / "out", {})
+    one, other = (Work(tmp_path / "out", {}) for _ in range(2))
     one.create()
-    other.disregard("a", 1.0)
-    with one.claim("a") as first, other.claim("a") as second:
-        assert first and second
-        with one._partial(one.file("a")) as mine, other._partial(other.file("a")) as theirs:
-            assert mine != theirs
-            mine.write_text("one")
-            theirs.write_text("one")
-    assert one.file("a").read_text() == "one"
+
+    def slowly():
+        yield b"on"
+        assert other.put_file("a", iter([b"one"])) == sha256(other.file("a"))
+        yield b"e"
+
+    with one.claims(["a"]) as first, other.claims(["a"], regardless=True) as second:
+        assert first == second == ["a"]
+        assert one.put_file("a", slowly()) == one.file_digest("a")
+    assert one.file("a").read_bytes() == b"one"
 
 
 # Processes that PyTorch's process group joins.
@@ -245,6 +246,4 @@ def test_durations_are_words(seconds, words):
 
 
 def test_ten_minutes_are_the_end_of_patience():
-    patience = Patience()
-    assert patience.longest == 600 and not patience.over
-    assert Patience(-1.0).over
+    assert store.LONGEST_WAIT == 600

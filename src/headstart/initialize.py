@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from headstart.cache import open_store
+from headstart.cache import open_cache
 from headstart.context import Context, Memory, shown
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.adapters import find
@@ -125,11 +125,11 @@ def initialize_(
             source = _source(data, method, collator, batch_size, loss, context)
             check(method, target.layers, source.training)
             check_weights(method, target.layers, form)
-            store = open_store(cache, context.notes.append)
+            kept = open_cache(cache, context.notes.append)
         starts: dict[str, Factors] = {}
         for statistics in context.timed("collect", collect(model, target.layers, method, source, reading, context)):
             with context.clock("factorise"):
-                starts |= solve(method, target.layers, statistics, context, source.training, store)
+                starts |= solve(method, target.layers, statistics, context, source.training, kept)
     with context.clock("factorise"):
         starts = settled(method, target.layers, starts)
     notes = [*fallbacks(starts, strict), *context.notes]
@@ -153,7 +153,7 @@ def initialize_(
         samples=statistics.samples,
         tokens=statistics.tokens,
         plan=statistics.plan,
-        cached=store.served if store else 0,
+        cached=kept.served if kept else 0,
         trainable=sum(layer.trainable for layer in target.layers),
         left_out=left_out(model, target.layers),
         warnings=notes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,15 @@ class Processes:
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
+
+    @classmethod
+    def numbered(cls) -> Processes:
+        """Return the processes as ``torchrun`` numbers them in the environment, with a process group or without.
+
+        Raises:
+            HeadstartError: a number there is none.
+        """
+        return cls(environment_number("RANK", 0), environment_number("WORLD_SIZE", 1))
 
     @property
     def several(self) -> bool:
@@ -87,6 +97,18 @@ class Processes:
             raise HeadstartError(
                 f"process {self.rank} waited {time.monotonic() - began:.0f} s for {others}: {error}"
             ) from error
+
+
+def environment_number(variable: str, default: int) -> int:
+    """Return a number from the environment.
+
+    Raises:
+        HeadstartError: it is none.
+    """
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise HeadstartError(f"{variable}={text!r} in the environment is not a process's number: unset it.")
+    return int(text)
 
 
 @contextmanager

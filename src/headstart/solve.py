@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.cache import Store, cacheable, description, layer_key
+from headstart.cache import FactorCache, cacheable, description, layer_key
 from headstart.context import Context
 from headstart.errors import LayerError
 from headstart.layers.find import TargetLayer
@@ -35,11 +35,11 @@ def solve(
     statistics: Statistics,
     context: Context,
     training: Training,
-    store: Store | None = None,
+    cache: FactorCache | None = None,
 ) -> dict[str, Factors]:
     """Return the factors of the layers that the statistics are of, by name.
 
-    What depends on weights alone is asked of ``store`` first, which keeps what it did not have. Where statistics have
+    What depends on weights alone is asked of ``cache`` first, which keeps what it did not have. Where statistics have
     owners, each process solves its own layers and all get all of them.
 
     Args:
@@ -48,7 +48,7 @@ def solve(
         statistics: of some of them; used up.
         context: of the start.
         training: what is known of the fine-tuning to come.
-        store: where factors are kept.
+        cache: where factors are kept.
 
     Raises:
         LayerError: a layer's weight or factors are not finite; names the layer.
@@ -57,7 +57,7 @@ def solve(
     solver = _Solver(method, statistics, context, training)
     if not statistics.owners:
         return (
-            solver.looked_up(concerned, store) if store and _kept(method, concerned, store) else solver.made(concerned)
+            solver.looked_up(concerned, cache) if cache and _kept(method, concerned, cache) else solver.made(concerned)
         )
     processes = context.processes
     with together(processes):
@@ -89,8 +89,8 @@ def settled(method: Method, layers: Sequence[TargetLayer], starts: Mapping[str, 
     return final
 
 
-def _kept(method: Method, layers: Sequence[TargetLayer], store: Store) -> bool:
-    return cacheable(method) and (method.keep or store.everything) and not any(layer.sharded for layer in layers)
+def _kept(method: Method, layers: Sequence[TargetLayer], cache: FactorCache) -> bool:
+    return cacheable(method) and (method.keep or cache.everything) and not any(layer.sharded for layer in layers)
 
 
 class _Solver:
@@ -141,8 +141,8 @@ class _Solver:
             self._context.show("factorising", self._made, max(self._made, len(layers)))
         return starts
 
-    def looked_up(self, layers: Sequence[TargetLayer], store: Store) -> dict[str, Factors]:
-        """Return the factors that the store has, and computed those that it lacks."""
+    def looked_up(self, layers: Sequence[TargetLayer], cache: FactorCache) -> dict[str, Factors]:
+        """Return the factors that the cache has, and computed those that it lacks."""
         known = [self._inputs(layer, {}, weight=False) for layer in layers]
         keys = []
         for layer, facts in zip(layers, known, strict=True):
@@ -156,7 +156,7 @@ class _Solver:
             return [fresh[layers[position].name] for position in positions]
 
         places = {layer.name: position for position, layer in enumerate(layers)}
-        starts = store.fetch(
+        starts = cache.fetch(
             keys,
             compute,
             groups=[[places[layer.name] for layer in group] for group in self._groups(layers)],

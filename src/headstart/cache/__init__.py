@@ -1,18 +1,16 @@
 """Factors that depend on weights alone, kept between runs."""
 
-from headstart.cache.digests import FileDigests
+from headstart.cache.factors import FactorCache, open_cache
 from headstart.cache.folder import cache_folder, factors_folder, size_limit
 from headstart.cache.keys import cacheable, description, layer_key
-from headstart.cache.store import Store, open_store
 
 __all__ = [
-    "FileDigests",
-    "Store",
+    "FactorCache",
     "cache_folder",
     "cacheable",
     "description",
     "factors_folder",
     "layer_key",
-    "open_store",
+    "open_cache",
     "size_limit",
 ]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import re
 import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from headstart.cache.entries import KEY, entry_path
-from headstart.cache.locks import remove_old_locks
 from headstart.files import remove_leftovers
+from headstart.store.claims import remove_old_locks
+from headstart.store.entries import SUFFIX
+
+KEY = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Entry:
+class CachedFile:
     """A file of the cache.
 
     Attributes:
@@ -30,10 +32,36 @@ class Entry:
     bytes: int
     used: float
 
+    def remove(self) -> bool:
+        """Remove it, unless it was used again since it was listed; return whether it is gone.
 
-def list_entries(folder: Path) -> list[Entry]:
+        A process that is reading it reads on to the end; one that comes later computes.
+        """
+        try:
+            if self.path.stat().st_mtime == self.used:
+                self.path.unlink()
+                return True
+        except FileNotFoundError:
+            return True
+        except OSError:
+            pass
+        return False
+
+
+def entry_path(folder: Path, key: str) -> Path:
+    """Return where the entry of a key lies: in one of 256 folders, which keeps each small."""
+    return folder / key[:2] / (key + SUFFIX)
+
+
+def list_entries(folder: Path) -> list[CachedFile]:
     """Return what lies in the cache, the least recently used first; files that are not named by a key don't count."""
-    return sorted(_scan(folder), key=lambda entry: (entry.used, entry.key))
+    entries = []
+    for path in folder.glob(f"??/*{SUFFIX}"):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            if KEY.fullmatch(path.stem) and path == entry_path(folder, path.stem) and stat.S_ISREG(status.st_mode):
+                entries.append(CachedFile(path, path.stem, status.st_size, status.st_mtime))
+    return sorted(entries, key=lambda entry: (entry.used, entry.key))
 
 
 def evict(folder: Path, limit: int, keep: Collection[str] = ()) -> int:
@@ -47,53 +75,14 @@ def evict(folder: Path, limit: int, keep: Collection[str] = ()) -> int:
     Returns:
         The bytes that remain.
     """
-    entries = _scan(folder)
-    for shard in (folder, *map(Path, _shards(folder))):
-        remove_leftovers(shard)
+    entries = list_entries(folder)
+    for place in (folder, *folder.glob("??")):
+        remove_leftovers(place)
     remove_old_locks(folder)
     total = sum(entry.bytes for entry in entries)
-    for entry in sorted(entries, key=lambda entry: (entry.used, entry.key)):
+    for entry in entries:
         if total <= limit:
             break
-        if entry.key not in keep and remove_entry(entry):
+        if entry.key not in keep and entry.remove():
             total -= entry.bytes
     return total
-
-
-def remove_entry(entry: Entry) -> bool:
-    """Remove an entry, unless it was used again since it was listed; return whether it is gone.
-
-    A process that is reading it reads on to the end; one that comes later computes.
-    """
-    try:
-        if entry.path.stat().st_mtime == entry.used:
-            entry.path.unlink()
-            return True
-    except FileNotFoundError:
-        return True
-    except OSError:
-        pass
-    return False
-
-
-def _scan(folder: Path) -> list[Entry]:
-    entries: list[Entry] = []
-    for file in (file for shard in _shards(folder) for file in _children(Path(shard))):
-        path = Path(file.path)
-        with contextlib.suppress(OSError):
-            found = file.stat()
-            if KEY.fullmatch(path.stem) and path == entry_path(folder, path.stem) and stat.S_ISREG(found.st_mode):
-                entries.append(Entry(path, path.stem, found.st_size, found.st_mtime))
-    return entries
-
-
-def _shards(folder: Path) -> list[os.DirEntry[str]]:
-    return [shard for shard in _children(folder) if len(shard.name) == 2]
-
-
-def _children(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as found:
-            return list(found)
-    except OSError:
-        return []

@@ -10,12 +10,9 @@ They change the last bits at most, and a start made on one machine is as good on
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
-import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +21,9 @@ import torch
 from headstart._version import __version__
 from headstart.methods.base import ANY_LAYER, Layer, Method
 
-# Raise where factors change for a reason that the files of `_sources` don't show.
+# Raise where factors change for a reason that the source of these packages doesn't show.
 ARITHMETIC_VERSION = 1
-
-# The packages whose source is part of the keys.
-_ARITHMETIC = ("headstart.methods.", "headstart.linalg.")
+_ARITHMETIC = ("methods", "linalg")
 
 
 def cacheable(method: Method) -> bool:
@@ -62,7 +57,7 @@ def layer_key(
     """
     cls = type(method)
     parts: dict[str, Any] = {
-        "arithmetic": [ARITHMETIC_VERSION, _source_digest(cls), getattr(method, "arithmetic_version", None)],
+        "arithmetic": [ARITHMETIC_VERSION, _source_digest(), getattr(method, "arithmetic_version", None)],
         # What a program allows its model (TF32, autocast) doesn't count: nothing is solved under it.
         "torch": [torch.__version__.partition("+")[0], str(torch.get_default_dtype())],
         "device": torch.device(device).type,
@@ -102,47 +97,16 @@ def _is_ours(cls: type) -> bool:
 
 
 @functools.cache
-def _source_digest(cls: type[Method]) -> str:
-    """Return a hash of the source that a method's arithmetic is in, so that no change of it can be forgotten.
+def _source_digest() -> str:
+    """Return a hash of the source that the arithmetic is in, so that no change of it can be forgotten.
 
     A changed comment makes new keys as well; that costs one computation. Where there is no source, the release counts.
     """
+    folder = Path(__file__).parent.parent
     try:
-        contents = [path.read_bytes() for path in _sources(cls)]
-    except (OSError, SyntaxError, ValueError):
+        contents = [path.read_bytes() for room in _ARITHMETIC for path in sorted((folder / room).glob("*.py"))]
+    except OSError:
+        contents = []
+    if not contents:
         return __version__
-    digest = hashlib.sha256()
-    for content in contents:
-        digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()
-
-
-def _sources(cls: type[Method]) -> list[Path]:
-    """Return the files of a method's classes, and of whatever they import from ``methods`` and ``linalg``, in turn."""
-    names = [each.__module__ for each in cls.__mro__ if _is_ours(each)]
-    files: dict[str, Path] = {}
-    while names:
-        name = names.pop()
-        # What packages import is not what a method imports from them.
-        if name not in files and (file := _module_file(name)) is not None and file.stem != "__init__":
-            files[name] = file
-            names += [each for each in _imports(file.read_bytes()) if each.startswith(_ARITHMETIC)]
-    return [files[name] for name in sorted(files)]
-
-
-def _module_file(name: str) -> Path | None:
-    try:
-        found = importlib.util.find_spec(name)
-    except ModuleNotFoundError:  # the name of a class or function
-        return None
-    return None if found is None or found.origin is None else Path(found.origin)
-
-
-def _imports(source: bytes) -> Iterator[str]:
-    """Yield the names that a file imports: modules, and what it takes from them, which may be modules as well."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()

@@ -13,16 +13,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from headstart.cache.digests import FileDigests
-from headstart.cache.entries import DamagedEntryError, describe_file
-from headstart.cache.eviction import Entry, evict
-from headstart.cache.folder import factors_folder, size_limit
-from headstart.cache.store import Store
+from headstart.cache import FactorCache, factors_folder, size_limit
+from headstart.cache.eviction import CachedFile, evict
 from headstart.cli.app import app
 from headstart.cli.console import output
 from headstart.errors import HeadstartError
 from headstart.methods import method_class
 from headstart.progress import progress_bars
+from headstart.store.entries import DamagedEntryError, facts_of
 
 cache = typer.Typer(
     name="cache",
@@ -47,21 +45,21 @@ def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every entry.")] = False,
 ) -> None:
     """Show what is kept, with sizes and ages, the last used first."""
-    store = _store(folder)
-    entries = [(entry, _about(entry)) for entry in reversed(store.entries())]
+    kept = _cache(folder)
+    entries = [(entry, _about(entry)) for entry in reversed(kept.entries())]
     total = sum(entry.bytes for entry, _ in entries)
     if as_json:
         listed = [
             {"key": entry.key, "bytes": entry.bytes, "used": entry.used, **(about or {"method": _DAMAGED})}
             for entry, about in entries
         ]
-        content = {"folder": str(store.folder), "bytes": total, "limit": store.limit_bytes, "entries": listed}
+        content = {"folder": str(kept.folder), "bytes": total, "limit": kept.limit_bytes, "entries": listed}
         output.print_json(json.dumps(content))
         return
     if entries:
         output.print(_table(entries))
     output.print(
-        f"{_count(len(entries))}, {human_bytes(total)} of at most {human_bytes(store.limit_bytes)}, in {store.folder}",
+        f"{_count(len(entries))}, {human_bytes(total)} of at most {human_bytes(kept.limit_bytes)}, in {kept.folder}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -77,17 +75,17 @@ def verify(
 
     A damaged entry does no harm: it is found out when it is asked for, and computed again.
     """
-    store = _store(folder)
-    entries = store.entries()
-    damaged: list[tuple[Entry, str]] = []
+    kept = _cache(folder)
+    entries = kept.entries()
+    damaged: list[tuple[CachedFile, str]] = []
     with progress_bars() as show:
-        for done, (entry, wrong) in enumerate(store.verify(), start=1):
+        for done, (entry, wrong) in enumerate(kept.verify(), start=1):
             show("verifying", done, max(done, len(entries)))
             if wrong:
                 damaged.append((entry, wrong))
     for entry, wrong in damaged:
         output.print(f"{entry.path}: {wrong}", markup=False, highlight=False, soft_wrap=True)
-    left = [entry for entry, _ in damaged if not (remove and store.remove(entry))]
+    left = [entry for entry, _ in damaged if not (remove and entry.remove())]
     gone = f", {len(damaged) - len(left)} removed" if remove else ""
     state = f"{len(damaged)} damaged{gone}" if damaged else "all sound"
     size = human_bytes(sum(entry.bytes for entry in entries))
@@ -111,21 +109,19 @@ def clear(
     age = None if older_than is None else parse_age(older_than)
     if method is not None:
         method_class(method)
-    store = _store(folder)
+    kept = _cache(folder)
     chosen = [
         entry
-        for entry in store.entries()
+        for entry in kept.entries()
         if (age is None or time.time() - entry.used > age)
         and (method is None or (_about(entry) or {}).get("name") == method)
     ]
-    removed = [entry for entry in chosen if store.remove(entry)]
-    if age is None and method is None:
-        FileDigests(store.folder).clear()
+    removed = [entry for entry in chosen if entry.remove()]
     # What killed processes left goes too, and nothing that was not asked for.
-    remaining = evict(store.folder, sys.maxsize)
+    remaining = evict(kept.folder, sys.maxsize)
     output.print(
         f"removed {_count(len(removed))}, {human_bytes(sum(entry.bytes for entry in removed))}; "
-        f"{human_bytes(remaining)} left in {store.folder}",
+        f"{human_bytes(remaining)} left in {kept.folder}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -165,24 +161,24 @@ def human_age(seconds: float) -> str:
     return "just now"
 
 
-def _store(folder: Path | None) -> Store:
+def _cache(folder: Path | None) -> FactorCache:
     place = factors_folder(folder)
     if any(each.is_file() for each in (place, place.parent)):
         raise HeadstartError(f"The cache's folder {place.parent} is a file: name another (HEADSTART_CACHE, --folder).")
-    return Store(place, size_limit())
+    return FactorCache(place, size_limit())
 
 
-def _about(entry: Entry) -> dict[str, Any] | None:
+def _about(entry: CachedFile) -> dict[str, Any] | None:
     """Return what an entry says of itself; None where it is damaged, or gone."""
     try:
-        return describe_file(entry.path)
-    except (DamagedEntryError, OSError):
+        return dict(facts_of(entry.path)["about"])
+    except (DamagedEntryError, OSError, KeyError, TypeError, ValueError):
         return None
 
 
-def _table(entries: list[tuple[Entry, dict[str, Any] | None]]) -> Table:
+def _table(entries: list[tuple[CachedFile, dict[str, Any] | None]]) -> Table:
     """Return a table with a row for all entries of one method, shape and rank, in the order of ``entries``."""
-    rows: dict[tuple[str, ...], list[tuple[Entry, float]]] = defaultdict(list)
+    rows: dict[tuple[str, ...], list[tuple[CachedFile, float]]] = defaultdict(list)
     for entry, about in entries:
         about = about or {"method": _DAMAGED}
         shape = f"{about['d_out']}x{about['d_in']}" if "d_out" in about and "d_in" in about else ""

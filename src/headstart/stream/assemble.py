@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,54 +15,55 @@ from headstart.layers.checkpoint import write_record
 from headstart.layers.export import adapter_tensors, portable_config, save_config
 from headstart.layers.files import WEIGHTS
 from headstart.layers.install import mark_config
-from headstart.stream.parts import Part, Work
-from headstart.stream.pieces import Maker, layer_name
+from headstart.stream.pieces import Finished, Maker
 from headstart.stream.residual import FOLDER, STREAMED_FOLDER, move_model
 from headstart.stream.skeleton import ADAPTER, check_entry
-from headstart.stream.tensors import Planned, tensor_bytes, write_file, writing
+from headstart.stream.tensors import Planned, TensorFile, tensor_bytes, write_file
+from headstart.stream.work import Work, writing
 
 
-def assemble(maker: Maker, work: Work, out: Path, force: bool) -> list[dict[str, Any]]:
-    """Write the adapter's folder whole, remove the pieces, and return the facts of each layer.
+def assemble(maker: Maker, work: Work, out: Path, finished: Finished, force: bool) -> None:
+    """Write the adapter's folder whole, and remove the pieces.
 
     Raises:
         CheckpointError: ``out`` has come into being meanwhile, a piece was lost, or the disk is full.
     """
-    parts = [work.need(layer_name(place)) for place in range(len(maker.skeleton.layers))]
-    by_name = {layer.name: part for layer, part in zip(maker.skeleton.layers, parts, strict=True)}
     planned: dict[str, Planned] = {}
-    for part in parts:
-        planned |= {name: _from_part(part, name) for name in part.file.entries}
+    for name in finished.layers:
+        planned |= _from_piece(work, name)
     planned |= _rest(maker, set(planned))
 
     made = work.folder / "out"
     shutil.rmtree(made, ignore_errors=True)
+    records = [facts["record"] for facts in finished.layers.values()]
+    names = [layer.name for layer in maker.skeleton.layers]
     with writing(out):
         made.mkdir()
         digest = write_file(made / WEIGHTS, planned, {"format": "pt"})
         model = maker.skeleton.model
         with ExitStack() as undo:
             if maker.form != "kept":
-                mark_config(model, ADAPTER, undo, dict.fromkeys(by_name, maker.form))
+                mark_config(model, ADAPTER, undo, dict.fromkeys(names, maker.form))
             save_config(portable_config(model, ADAPTER), made)
-        write_record(made, digest, {name: part.facts["record"] for name, part in by_name.items()})
+        write_record(made, digest, dict(zip(names, records, strict=True)))
         if maker.form == "residual":
             base = made / FOLDER
             base.mkdir()
-            move_model(work, maker.source.folder, list(maker.source.shards), base)
+            move_model(work, maker.source.folder, finished.shards, base)
         put_in_place(made, out, STREAMED_FOLDER, force=force)
     work.clear()
-    return [part.facts for part in parts]
 
 
-def _from_part(part: Part, name: str) -> Planned:
-    entry = part.file.entries[name]
+def _from_piece(work: Work, name: str) -> dict[str, Planned]:
+    """Plan the tensors of a finished layer, which are read when their turn has come."""
+    tensors = work.need(name).tensors
+    file = TensorFile.open(work.path(name))
 
-    def data() -> Iterator[bytes]:
-        yield from part.file.chunks(entry.begin, entry.end)
+    def data(key: str) -> Callable[[], Iterator[bytes]]:
+        entry = file.entries[key]
+        return lambda: file.chunks(entry.begin, entry.end)
 
-    dtype: Any = entry.dtype  # the piece's own writing, so torch has it
-    return Planned(dtype, entry.shape, data)
+    return {key: Planned(tensor.dtype, tuple(tensor.shape), data(key)) for key, tensor in tensors.items()}
 
 
 def _rest(maker: Maker, known: set[str]) -> dict[str, Planned]:

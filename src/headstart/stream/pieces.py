@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from headstart.cache import FileDigests, Store
+from headstart.cache import FactorCache
 from headstart.context import Context
 from headstart.errors import BASE_PREFIX
 from headstart.layers.export import adapter_tensors
 from headstart.layers.find import TargetLayer, record
 from headstart.layers.install import LayerForm, install, start_note
-from headstart.layers.weights import dense, weight_digest
 from headstart.methods.base import Method, Moments, Training
-from headstart.progress import Show, silent
 from headstart.reporting import layer_report
 from headstart.solve import solve
 from headstart.statistics.gather import Statistics
 from headstart.statistics.moments import kind_moments
-from headstart.stream.parts import Part
 from headstart.stream.skeleton import ADAPTER, Skeleton
 from headstart.stream.source import Source
 
@@ -34,17 +31,30 @@ def layer_name(place: int) -> str:
     return f"layer-{place:05d}"
 
 
+@dataclass(frozen=True)
+class Finished:
+    """All that was made.
+
+    Attributes:
+        layers: the facts of each layer, by the name of its piece, in the model's order.
+        shards: the SHA-256 of each shard of the residual model, none where there is no such model.
+    """
+
+    layers: dict[str, dict[str, Any]]
+    shards: dict[str, str]
+
+
 @dataclass
 class Maker:
     """What all pieces have in common.
 
     Attributes:
         source, skeleton: the checkpoint, and the model without its weights.
-        method, seed: as the verb was given them.
+        method: as the verb was given it.
         form: how the starts live in their layers.
         device: where factors are computed.
-        store: where to look factors up and keep them, None for nowhere.
-        digests: what is known of the weights' content from before, where there is a store.
+        context: of the start.
+        cache: where to look factors up and keep them, None for nowhere.
         moments: by kind, once they are known.
     """
 
@@ -52,10 +62,9 @@ class Maker:
     skeleton: Skeleton
     method: Method
     form: LayerForm
-    seed: int
     device: torch.device
-    store: Store | None = None
-    digests: FileDigests | None = None
+    context: Context
+    cache: FactorCache | None = None
     moments: dict[str, Moments] = field(default_factory=dict)
 
     def filled(self, layer: TargetLayer) -> TargetLayer:
@@ -65,60 +74,30 @@ class Maker:
         base = module.get_base_layer()
         weight = self.source.read(self.skeleton.keys[f"{layer.name}.weight"]).to(self.device)
         base.weight = nn.Parameter(weight, requires_grad=False)
-        for held in (module.lora_A, module.lora_B, getattr(module, "lora_magnitude_vector", {})):
-            if ADAPTER in held:
-                own: Any = held[ADAPTER]
+        for factors in (module.lora_A, module.lora_B, getattr(module, "lora_magnitude_vector", {})):
+            if ADAPTER in factors:
+                own: Any = factors[ADAPTER]
                 zeros = torch.zeros(own.weight.shape, dtype=own.weight.dtype, device=self.device)
                 own.weight = nn.Parameter(zeros)
-        return ShardLayer(layer.name, module, layer.adapter, self)
+        return replace(layer, module=module)
 
-    def starts(self, layers: Sequence[TargetLayer], show: Show = silent) -> Iterator[tuple[dict[str, Tensor], Any]]:
+    def starts(self, layers: Sequence[TargetLayer]) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
         """Yield what to keep of each of a few layers of one shape: the adapter's tensors by name, and facts."""
         filled = [self.filled(layer) for layer in layers]
-        context = Context(seed=self.seed, show=show)
         statistics = Statistics(layers=tuple(layer.name for layer in filled), moments=self.moments)
-        made = solve(self.method, filled, statistics, context, Training(), self.store)
+        made = solve(self.method, filled, statistics, self.context, Training(), self.cache)
         while filled:
             target = filled.pop(0)
             factors = made.pop(target.name)
-            report = layer_report(target, factors, self.form, context)
+            report = layer_report(target, factors, self.form, self.context)
             holder = _holder(target, self.skeleton.model.peft_config[ADAPTER])
-            install(holder, [(target, factors)], self.form, start_note(self.method, self.seed))
-            yield (
-                adapter_tensors(holder, ADAPTER),
-                {
-                    "report": asdict(report),
-                    "record": record(target),
-                    "trainable": target.trainable,
-                },
-            )
-
-    def digest(self, layer: TargetLayer) -> str:
-        """Return the digest of a layer's weight, remembered where that is worth it."""
-        weight = dense(layer.module.get_base_layer())
-        if self.digests is None:
-            return weight_digest(weight)
-        key = self.skeleton.keys[f"{layer.name}.weight"]
-        digest = self.digests.digest_of(self.source.path(key), key, lambda: weight)
-        # The weight was read before: it may not be what the file holds, and the digest is of, by now.
-        self.source.check_unchanged(key)
-        return digest
+            install(holder, [(target, factors)], self.form, start_note(self.method, self.context.seed))
+            facts = {"report": asdict(report), "record": record(target), "trainable": target.trainable}
+            yield adapter_tensors(holder, ADAPTER), facts
 
     def layer_moments(self, layer: TargetLayer) -> Moments:
         """Return mean and standard deviation of one layer's weight."""
-        found = kind_moments([(layer.kind, self.filled(layer).weight())])
-        return found[layer.kind]
-
-
-@dataclass(frozen=True)
-class ShardLayer(TargetLayer):
-    """A layer whose weight was read from a shard; its content's digest may be known from before."""
-
-    maker: Maker
-
-    def digest(self) -> str:
-        """Return the digest of the weight as it is stored."""
-        return self.maker.digest(self)
+        return kind_moments([(layer.kind, self.filled(layer).weight())])[layer.kind]
 
 
 def _holder(target: TargetLayer, config: LoraConfig) -> Any:
@@ -134,12 +113,12 @@ def _holder(target: TargetLayer, config: LoraConfig) -> Any:
     return holder
 
 
-def averaged(kinds: Sequence[str], parts: Sequence[Part]) -> dict[str, Moments]:
+def averaged(kinds: Sequence[str], facts: Sequence[Mapping[str, float]]) -> dict[str, Moments]:
     """Return each kind's moments from those of its layers, in the model's order, as ``kind_moments`` sums them."""
-    found: dict[str, list[Part]] = {}
-    for kind, part in zip(kinds, parts, strict=True):
-        found.setdefault(kind, []).append(part)
+    by_kind: dict[str, list[Mapping[str, float]]] = {}
+    for kind, layer in zip(kinds, facts, strict=True):
+        by_kind.setdefault(kind, []).append(layer)
     return {
-        kind: Moments(*(sum(part.facts[which] for part in own) / len(own) for which in ("mean", "std")))
-        for kind, own in found.items()
+        kind: Moments(*(sum(layer[which] for layer in own) / len(own) for which in ("mean", "std")))
+        for kind, own in by_kind.items()
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from headstart.layers.checkpoint import load_checkpoint, read_adapter
 from headstart.layers.files import ADAPTER_FOLDER, CONFIG, RESIDUAL_MARK, read_json
 from headstart.layers.find import TargetLayer, lora_layers, set_residual_owner
 from headstart.layers.install import subtract_product
-from headstart.stream.parts import Work
 from headstart.stream.pieces import Maker, layer_name
 from headstart.stream.skeleton import ADAPTER, model_class
 from headstart.stream.tensors import tensor_bytes
+from headstart.stream.work import Work
 
 FOLDER = "base"
 # Weights in other formats, which would be the untouched model's.
@@ -52,8 +52,12 @@ def check_place(out: Path) -> None:
         )
 
 
-def make_shard(maker: Maker, work: Work, shard: str) -> None:
-    """Write one shard like the checkpoint's own, with W - s B A in place of the weights of the layers that subtract."""
+def make_shard(maker: Maker, work: Work, shard: str) -> str:
+    """Write one shard like the checkpoint's own, with W - s B A in place of the weights of the layers that subtract.
+
+    Returns:
+        Its SHA-256.
+    """
     names = {maker.skeleton.keys[f"{layer.name}.weight"]: layer for layer in maker.skeleton.layers}
     places = {layer.name: place for place, layer in enumerate(maker.skeleton.layers)}
     file = maker.source.shards[shard]
@@ -66,32 +70,35 @@ def make_shard(maker: Maker, work: Work, shard: str) -> None:
             else:
                 yield from file.chunks(entry.begin, entry.end)
 
-    work.put_file(shard, chunks())
+    return work.put_file(shard, chunks())
 
 
 def _residual(maker: Maker, work: Work, layer: TargetLayer, place: int) -> Tensor:
     """Return a layer's weight as residual layers hold it, from the factors that were kept."""
     target = maker.filled(layer)
     module: Any = target.module
-    part = work.need(layer_name(place))
+    factors = work.need(layer_name(place)).tensors
     for factor, which in ((module.lora_A, "lora_A"), (module.lora_B, "lora_B")):
-        factor[ADAPTER].weight.data.copy_(part.read(f"{BASE_PREFIX}{layer.name}.{which}.weight"))
+        factor[ADAPTER].weight.data.copy_(factors[f"{BASE_PREFIX}{layer.name}.{which}.weight"])
     subtract_product(target, ExitStack())
     return module.get_base_layer().weight.detach()
 
 
-def move_model(work: Work, source: Path, shards: Sequence[str], target: Path) -> None:
+def move_model(work: Work, source: Path, digests: Mapping[str, str], target: Path) -> None:
     """Put a residual model together: the finished shards, and what belongs to a model beside its weights.
 
+    Args:
+        work: where the shards were finished.
+        source: the model's folder.
+        digests: by shard, its SHA-256.
+        target: the folder to fill.
+
     Raises:
-        CheckpointError: a shard was lost or damaged since it was finished, or the model's folder can't be read.
+        CheckpointError: a shard was lost since it was finished, or the model's folder can't be read.
     """
-    digests = {}
-    for shard in shards:
-        digest = work.file_digest(shard)
-        if digest is None:
-            raise CheckpointError(f"{work.folder} lost what was finished as {shard!r}: run the command again.")
-        digests[shard] = digest
+    for shard in digests:
+        if not work.file(shard).is_file():
+            raise work.lost(shard)
         work.file(shard).rename(target / shard)
     try:
         beside = [file for file in sorted(source.iterdir()) if file.is_file() and _beside_weights(file)]
@@ -101,7 +108,7 @@ def move_model(work: Work, source: Path, shards: Sequence[str], target: Path) ->
     for name, content in contents.items():
         (target / name).write_bytes(content)
     note = "the weights of the layers of the adapter in the folder above are W - s B0 A0"
-    write_json({"residual": note, "sha256": digests, "files": sorted(contents)}, target / RESIDUAL_MARK)
+    write_json({"residual": note, "sha256": dict(digests), "files": sorted(contents)}, target / RESIDUAL_MARK)
 
 
 def _beside_weights(file: Path) -> bool:

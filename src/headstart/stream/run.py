@@ -5,70 +5,40 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from peft import LoraConfig
 
 from headstart._version import __version__
-from headstart.cache import FileDigests, open_store
-from headstart.cache.locks import LONGEST_WAIT, Patience
-from headstart.context import Clock, Memory, shown
-from headstart.errors import CheckpointError, HeadstartError, HeadstartWarning, LayerError, MethodError
+from headstart.cache import open_cache
+from headstart.context import Context, Memory, shown
+from headstart.errors import CheckpointError, HeadstartWarning, LayerError, MethodError
 from headstart.files import check_free
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import Subtracting, check_form
 from headstart.layers.reach import left_out
 from headstart.methods.base import ANY_LAYER, Method, Training
 from headstart.methods.registry import method_class, method_names, parse_method
-from headstart.processes import Processes
+from headstart.processes import Processes, environment_number
 from headstart.progress import Show
 from headstart.report import LayerReport, Report
 from headstart.solve import check
 from headstart.stream.assemble import assemble
-from headstart.stream.parts import Work
-from headstart.stream.pieces import Maker, averaged, layer_name
+from headstart.stream.pieces import Finished, Maker, averaged, layer_name
 from headstart.stream.residual import STREAMED_FOLDER, check_place, make_shard
 from headstart.stream.skeleton import ADAPTER, build
 from headstart.stream.source import Source
+from headstart.stream.work import Work
 
-Make = Callable[[Sequence[int], Show], None]
+T = TypeVar("T")
 
 _POLL = 0.2
 _PATIENCE = 120.0
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The processes that share one start, as ``torchrun`` numbers them in the environment."""
-
-    rank: int = 0
-    count: int = 1
-
-    @classmethod
-    def here(cls) -> Crew:
-        """Return this process's place; alone where nothing is said."""
-        return cls(_number("RANK", 0), _number("WORLD_SIZE", 1))
-
-    def device(self, device: torch.device) -> torch.device:
-        """Return this process's own accelerator of that type; the CPU is everyone's, and a numbered one is meant."""
-        shared = device.type == "cpu" or device.index is not None or "LOCAL_RANK" not in os.environ
-        if shared:
-            return device
-        # Each process may see its own alone, as under Slurm.
-        return torch.device(device.type, _number("LOCAL_RANK", 0) % max(1, torch.accelerator.device_count()))
-
-
-def _number(variable: str, default: int) -> int:
-    found = os.environ.get(variable, str(default))
-    if not found.isdecimal():
-        raise HeadstartError(f"{variable}={found!r} in the environment is not a process's number: unset it.")
-    return int(found)
 
 
 def stream_start(
@@ -121,45 +91,41 @@ def stream_start(
         raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
     _check_method(method)
     check_form(form)
-    crew, clock = Crew.here(), Clock()
+    context = Context(seed=seed, processes=Processes.numbered())
+    first = context.processes.rank == 0
     out = Path(out)
-    if crew.rank == 0:
+    if first:
         check_free(out, STREAMED_FOLDER, force)
         if form == "residual":
             check_place(out)
     _check_apart(Path(folder), out)
-    with clock("find"):
+    with context.clock("find"):
         source = Source.open(Path(folder))
         skeleton = build(source, config, name)
         check(method, skeleton.layers, Training())
         live_form = form if method.form == "anchored" else method.form
-        notes: list[str] = []
-        store = open_store(cache, notes.append)
-        digests = FileDigests(store.folder) if store else None
-        maker = Maker(source, skeleton, method, live_form, seed, crew.device(torch.device(device)), store, digests)
-        work = Work(out, _key(maker))
-    if crew.rank == 0:
+        kept = open_cache(cache, context.notes.append)
+        maker = Maker(source, skeleton, method, live_form, _own_device(torch.device(device)), context, kept)
+        work = Work(out, _settings(maker), context.notes.append)
+    if first:
         work.create()
-    elif not _invited(work, out, crew):
+    elif not _invited(work, out, context.processes):
         return None
     memory = Memory(maker.device)
-    with shown(progress, Processes(crew.rank, crew.count)) as show:
+    with shown(progress, context.processes) as show:
         try:
-            _make_all(maker, work, crew, clock, show, strict, notes.append)
+            finished = _make_all(maker, work, show, strict)
         except CheckpointError:
-            if crew.rank and not work.is_open():
+            if not first and not work.is_open():
                 return None  # the first process has put everything together
             raise
-        finally:
-            if digests:
-                digests.save()
-        if crew.rank:
+        if not first:
             return None
         source.check_unchanged()
-        with clock("write"):
-            parts = assemble(maker, work, out, force)
-    reports = [LayerReport(**facts["report"]) for facts in parts]
-    notes = [f"{layer.name}: {layer.note}" for layer in reports if layer.note] + notes
+        with context.clock("write"):
+            assemble(maker, work, out, finished, force)
+    reports = [LayerReport(**facts["report"]) for facts in finished.layers.values()]
+    notes = [f"{layer.name}: {layer.note}" for layer in reports if layer.note] + context.notes
     for sentence in notes:
         warnings.warn(sentence, HeadstartWarning, stacklevel=2)
     return Report(
@@ -168,105 +134,83 @@ def stream_start(
         adapter=ADAPTER,
         seed=seed,
         layers=reports,
-        seconds=clock.total(),
-        seconds_by_step=clock.seconds,
+        seconds=context.clock.total(),
+        seconds_by_step=context.clock.seconds,
         peak_memory=memory.peak(),
-        trainable=sum(facts["trainable"] for facts in parts),
+        trainable=sum(facts["trainable"] for facts in finished.layers.values()),
         left_out=left_out(maker.skeleton.model, maker.skeleton.layers),
-        cached=store.served if store else 0,
+        cached=kept.served if kept else 0,
         warnings=notes,
     )
 
 
-def _make_all(
-    maker: Maker, work: Work, crew: Crew, clock: Clock, show: Show, strict: bool, warn: Callable[[str], None]
-) -> None:
-    layers = maker.skeleton.layers
+def _make_all(maker: Maker, work: Work, show: Show, strict: bool) -> Finished:
+    """Make what is missing, together with the other processes, and return all."""
+    context, layers = maker.context, maker.skeleton.layers
 
-    def shared(groups: Sequence[Sequence[int]], finished: Callable[[int], bool], make: Make, what: str) -> None:
-        share(groups, finished, make, what, work, crew, show, warn)
+    def show_inner(step: str, done: int, total: int) -> None:
+        if step != "factorising":  # the layers of one group alone
+            show(step, done, total)
 
-    if maker.method.wants(ANY_LAYER).moments:
-        names = [f"moments-{place:05d}" for place in range(len(layers))]
+    context.show = show_inner
 
-        def moments(group: Sequence[int], _: Show) -> None:
-            for place in group:
-                found = maker.layer_moments(layers[place])
-                work.put(names[place], {}, {"mean": found.mean, "std": found.std})
+    def made(
+        names: Sequence[str],
+        groups: Sequence[Sequence[int]],
+        known: Callable[[str], T | None],
+        make: Callable[[list[int]], Iterable[T]],
+        what: str,
+    ) -> dict[str, T]:
+        """Return by name what ``make`` makes of places, each process beginning elsewhere."""
+        places = {name: place for place, name in enumerate(names)}
+        begin = len(groups) * context.processes.rank // context.processes.count
+        found = work.make_all(
+            [[names[place] for place in group] for group in [*groups[begin:], *groups[:begin]]],
+            known,
+            lambda missing: dict(zip(missing, make([places[name] for name in missing]), strict=True)),
+            what=what,
+            step=f"streaming: {what}",
+            show=show,
+        )
+        return {name: found[name] for name in names}
 
-        with clock("moments"):
-            groups = [[place] for place in range(len(layers))]
-            shared(groups, lambda place: work.get(names[place]) is not None, moments, "moments")
-            maker.moments = averaged([layer.kind for layer in layers], [work.need(name) for name in names])
+    def moments(places: Sequence[int]) -> Iterator[dict[str, Any]]:
+        for place in places:
+            facts = asdict(maker.layer_moments(layers[place]))
+            work.put(moments_names[place], {}, facts)
+            yield facts
 
-    def start(group: Sequence[int], inner: Show) -> None:
-        for place, (tensors, facts) in zip(group, maker.starts([layers[place] for place in group], inner), strict=True):
+    def starts(places: Sequence[int]) -> Iterator[dict[str, Any]]:
+        chosen = [layers[place] for place in places]
+        for place, (tensors, facts) in zip(places, maker.starts(chosen), strict=True):
             work.put(layer_name(place), tensors, facts)
+            yield facts
 
-    with clock("factorise"):
-        groups = _groups(maker, layers)
-        shared(groups, lambda place: work.get(layer_name(place)) is not None, start, "layer")
-    for place, layer in enumerate(layers if strict else ()):
-        if note := work.need(layer_name(place)).facts["report"]["note"]:
-            raise LayerError(f"{layer.name}: {note}")
+    every = range(len(layers))
+    if maker.method.wants(ANY_LAYER).moments:
+        moments_names = [f"moments-{place:05d}" for place in every]
+        with context.clock("moments"):
+            by_layer = made(moments_names, [[place] for place in every], work.facts, moments, "moments")
+            maker.moments = averaged([layer.kind for layer in layers], list(by_layer.values()))
+    with context.clock("factorise"):
+        names = [layer_name(place) for place in every]
+        finished = Finished(made(names, _groups(maker, layers), work.facts, starts, "layers"), {})
+    if strict:
+        for layer, facts in zip(layers, finished.layers.values(), strict=True):
+            if note := facts["report"]["note"]:
+                raise LayerError(f"{layer.name}: {note}")
     if maker.form == "residual":
         shards = list(maker.source.shards)
-
-        def shard(group: Sequence[int], _: Show) -> None:
-            for place in group:
-                make_shard(maker, work, shards[place])
-
-        with clock("residual"):
-            groups = [[place] for place in range(len(shards))]
-            shared(groups, lambda place: work.file_digest(shards[place]) is not None, shard, "shard")
-
-
-def share(
-    groups: Sequence[Sequence[int]],
-    finished: Callable[[int], bool],
-    make: Make,
-    what: str,
-    work: Work,
-    crew: Crew,
-    show: Show,
-    warn: Callable[[str], None],
-) -> None:
-    """Make all that is not finished, together with the other processes; return when everything is there.
-
-    A piece that another process has claimed is left to it, and looked at again later: should that process die, its
-    claim is free. Where nothing comes for 10 minutes, it is made here as well, and ``warn`` is called with a sentence.
-    """
-    total = sum(map(len, groups))
-    first = len(groups) * crew.rank // crew.count
-    left = [*groups[first:], *groups[:first]]
-    done = 0
-
-    def inner(step: str, count: int, of: int) -> None:
-        if step != "factorising":  # the layers of this group alone
-            show(step, count, of)
-
-    patience = Patience(LONGEST_WAIT)
-    while left:
-        waiting = []
-        for group in left:
-            with ExitStack() as claims:
-                mine = {place: claims.enter_context(work.claim(f"{what}-{place:05d}")) for place in group}
-                missing = [place for place in group if not finished(place)]
-                if claimed := [place for place in missing if mine[place]]:
-                    make(claimed, inner)
-                    patience.renew()
-            if len(claimed) < len(missing):
-                if patience.over:
-                    for place in missing:
-                        warn(work.disregard(f"{what}-{place:05d}", patience.waited))
-                waiting.append(group)
-                continue
-            done += len(group)
-            patience.renew()
-            show(f"streaming: {what}s", done, total)
-        if len(waiting) == len(left):
-            time.sleep(_POLL)
-        left = waiting
+        with context.clock("residual"):
+            digests = made(
+                shards,
+                [[place] for place in range(len(shards))],
+                work.file_digest,
+                lambda places: [make_shard(maker, work, shards[place]) for place in places],
+                "shards",
+            )
+        finished = replace(finished, shards=digests)
+    return finished
 
 
 def _groups(maker: Maker, layers: Sequence[TargetLayer]) -> list[list[int]]:
@@ -288,15 +232,15 @@ def _groups(maker: Maker, layers: Sequence[TargetLayer]) -> list[list[int]]:
     return groups
 
 
-def _key(maker: Maker) -> dict[str, Any]:
+def _settings(maker: Maker) -> dict[str, Any]:
     """Return all that finished pieces depend on."""
     config = maker.skeleton.model.peft_config[ADAPTER].to_dict()
     config.pop("base_model_name_or_path", None)
     return {
-        "format": 1,
+        "format": 2,
         "versions": [__version__, torch.__version__],
         "method": [maker.method.name, {name: repr(value) for name, value in maker.method.settings().items()}],
-        "seed": maker.seed,
+        "seed": maker.context.seed,
         "form": maker.form,
         "device": maker.device.type,
         "config": {name: repr(sorted(value) if isinstance(value, set) else value) for name, value in config.items()},
@@ -325,7 +269,15 @@ def _check_apart(folder: Path, out: Path) -> None:
         raise CheckpointError(f"{out} holds the checkpoint itself: choose another folder to write.")
 
 
-def _invited(work: Work, out: Path, crew: Crew) -> bool:
+def _own_device(device: torch.device) -> torch.device:
+    """Return this process's own accelerator of that type; the CPU is everyone's, and a numbered one is meant."""
+    if device.type == "cpu" or device.index is not None or "LOCAL_RANK" not in os.environ:
+        return device
+    # Each process may see its own alone, as under Slurm.
+    return torch.device(device.type, environment_number("LOCAL_RANK", 0) % max(1, torch.accelerator.device_count()))
+
+
+def _invited(work: Work, out: Path, processes: Processes) -> bool:
     """Wait for the first process to open the folder; False where it has finished everything.
 
     Raises:
@@ -341,6 +293,6 @@ def _invited(work: Work, out: Path, crew: Crew) -> bool:
             return False
         time.sleep(_POLL)
     raise CheckpointError(
-        f"process {crew.rank} waited {_PATIENCE:g} s for process 0 to open {work.folder}: all processes must see the "
-        "same folder for --out."
+        f"process {processes.rank} waited {_PATIENCE:g} s for process 0 to open {work.folder}: all processes must see "
+        "the same folder for --out."
     )

@@ -12,7 +12,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -235,23 +234,11 @@ def write_chunks(path: Path, chunks: Iterator[bytes]) -> str:
     """Write pieces to a file; return its SHA-256.
 
     Raises:
-        CheckpointError: they can't be written, as on a full disk.
+        OSError: they can't be written, as on a full disk.
     """
     digest = hashlib.sha256()
-    with writing(path), path.open("wb") as file:
+    with path.open("wb") as file:
         for chunk in chunks:
             file.write(chunk)
             digest.update(chunk)
     return digest.hexdigest()
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise CheckpointError in place of an OSError within the block, with the path and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} can't be written ({error.strerror or error}): make room or choose another --out; the same command "
-            "goes on where it was."
-        ) from error

@@ -1,12 +1,11 @@
-"""One layer's factors as a file: safetensors, with the key and a checksum of everything inside."""
+"""One entry of a store as a file: safetensors, with its key and a checksum of everything inside."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +14,39 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from headstart.methods.base import Factors
-
 SUFFIX = ".safetensors"
-KEY = re.compile(r"[0-9a-f]{64}")
 
-_FORMAT = "headstart factors 1"
-# Of an entry, some hundred bytes and a description; of a foreign file it could be anything.
-_MOST_HEADER_BYTES = 2**20
+_FORMAT = "headstart entry 1"
+# Of an entry, some thousand bytes and its facts; of a foreign file it could be anything.
+_MOST_HEADER_BYTES = 2**24
 
 
 class DamagedEntryError(Exception):
     """A file that is not, to the last bit, what was written under its key; the text says why."""
 
 
-def entry_path(folder: Path, key: str) -> Path:
-    """Return where the entry of a key lies: in one of 256 folders, which keeps each small."""
-    return folder / key[:2] / (key + SUFFIX)
+@dataclass(frozen=True)
+class Entry:
+    """What is kept under a key: tensors by name, on the CPU, and facts that JSON can hold."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
 
 
-def encode(key: str, factors: Factors, about: Mapping[str, Any]) -> bytes:
+def encode(key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
     """Return the content of a key's file.
 
     Raises:
-        TypeError, ValueError: ``factors.info`` or ``about`` holds something that JSON doesn't have.
+        TypeError, ValueError: ``facts`` hold something that JSON doesn't have.
     """
-    values = {field.name: getattr(factors, field.name) for field in dataclasses.fields(factors)}
-    tensors = {
-        name: value.detach().cpu().contiguous().clone() for name, value in values.items() if isinstance(value, Tensor)
-    }
-    rest = {name: value for name, value in values.items() if name not in tensors} | {"info": dict(factors.info)}
-    words = {"format": _FORMAT, "key": key, "factors": json.dumps(rest), "about": json.dumps(dict(about))}
-    return save(tensors, metadata=words | {"checksum": _checksum(words, tensors)})
+    # Views share memory, which the format refuses.
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    words = {"format": _FORMAT, "key": key, "facts": json.dumps(dict(facts))}
+    return save(own, metadata=words | {"checksum": _checksum(words, own)})
 
 
-def decode(key: str, content: bytes) -> Factors:
-    """Return the factors in a key's file, on the CPU, bit for bit as they were written; sequences become tuples.
+def decode(key: str, content: bytes) -> Entry:
+    """Return what a key's file holds, bit for bit as it was written; sequences in the facts are lists.
 
     Raises:
         DamagedEntryError: the content is anything else than was written under this key.
@@ -64,35 +60,26 @@ def decode(key: str, content: bytes) -> Factors:
         raise DamagedEntryError("it was written under another key")
     if words.pop("checksum", None) != _checksum(words, tensors):
         raise DamagedEntryError("its checksum does not fit its content")
-    fields: dict[str, Any] = {name: _as_tuples(value) for name, value in json.loads(words["factors"]).items()}
-    try:
-        return Factors(**fields, **tensors)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise DamagedEntryError(f"another release of headstart wrote it: {error}") from None
+    return Entry(tensors, json.loads(words["facts"]))
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return what an entry's file says of itself, without reading or checking its tensors.
+def facts_of(path: Path) -> dict[str, Any]:
+    """Return the facts in an entry's file, without reading or checking its tensors.
 
     Raises:
-        DamagedEntryError: it says nothing that can be read.
-        OSError: it can't be read.
+        DamagedEntryError: there are none that can be read.
+        OSError: the file can't be read.
     """
     with path.open("rb") as file:
         content = file.read(8)
         content += file.read(min(int.from_bytes(content, "little"), _MOST_HEADER_BYTES + 1))
     try:
-        about = json.loads(_words(content)["about"])
+        facts = json.loads(_words(content)["facts"])
     except (KeyError, ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict):
+        facts = None
+    if not isinstance(facts, dict):
         raise DamagedEntryError("it does not say what it holds")
-    return about
-
-
-def _as_tuples(value: Any) -> Any:
-    """Return a field as it was before JSON, which has no tuples."""
-    return tuple(_as_tuples(each) for each in value) if isinstance(value, list) else value
+    return facts
 
 
 def _words(content: bytes) -> dict[str, str]:
