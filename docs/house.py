@@ -127,9 +127,11 @@ def batch_walk() -> list[str]:
         for statistics in collector.passes():
             del statistics
 
+        context, training = Context(), Training()
+
         def once() -> None:
             for statistics in collector.passes():
-                solve(method, adapter.layers, statistics, Context(), Training())
+                solve(method, adapter.layers, statistics, context, training)
 
         return walked(once)
 

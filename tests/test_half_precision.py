@@ -10,8 +10,7 @@ import torch
 import headstart as hs
 from conftest import tiny_llama, wrap
 from headstart.errors import DataError
-from headstart.statistics.scale import LossScale
-from headstart.statistics.tap import full_precision, tapped
+from headstart.statistics.tap import LossScale, full_precision, tapped
 from oracles import exact_factors, relative
 from passes import assert_exact, collect
 

@@ -17,9 +17,8 @@ from headstart.context import Context
 from headstart.errors import LayerError
 from headstart.layers.find import TargetLayer
 from headstart.layers.formats import check_readable
-from headstart.layers.install import check_factors
 from headstart.layers.weights import full_precision
-from headstart.methods.base import Factors, Layer, Method, Training
+from headstart.methods.base import Factors, Form, Layer, Method, Training
 from headstart.processes import together
 from headstart.statistics.gather import Statistics
 
@@ -218,7 +217,7 @@ class _Solver:
             facts,
             weight=layer.weight() if weight and wants.weight else None,
             original=statistics.original.weight(layer) if wants.original and statistics.original else None,
-            moments=statistics.moments.get(layer.kind),
+            moments=statistics.moments.get(layer.kind) if wants.moments else None,
             gradient=None if gradient is None else gradient.to(device),
             sketch=statistics.sketches.get(layer.name),
             kronecker=kronecker,
@@ -247,6 +246,25 @@ def check_weights(method: Method, layers: Sequence[TargetLayer], form: str) -> N
         for layer in layers
         if form == "residual" or layer.facts().dora or method.wants(layer.facts()).reads_weight
     )
+
+
+def check_factors(target: TargetLayer, factors: Factors, form: Form, rank: int | None = None) -> None:
+    """Raise LayerError, naming the layer, where factors have the wrong shape, are not finite, or not of the form.
+
+    ``rank`` is the one that they must have, by default the layer's own.
+    """
+    rank = target.r if rank is None else rank
+    shapes = {"A": (rank, target.d_in), "B": (target.d_out, rank)}
+    matrices = {"A": factors.A, "B": factors.B}
+    if form == "core" and factors.core is not None:
+        matrices["core"], shapes["core"] = factors.core, (rank, rank)
+    elif form == "core" or factors.core is not None:
+        raise LayerError(f"layer {target.name!r}: the method's form is {form!r}, which its factors are not.")
+    for name, matrix in matrices.items():
+        if tuple(matrix.shape) != shapes[name]:
+            raise LayerError(f"layer {target.name!r}: {name} has shape {tuple(matrix.shape)}, not {shapes[name]}.")
+        if not bool(torch.isfinite(matrix).all()):
+            raise LayerError(f"layer {target.name!r}: the method gave NaN or infinity in {name}.")
 
 
 def _on_cpu(factors: Factors) -> Factors:

@@ -29,7 +29,7 @@ from headstart.layers.weights import (
     product,
     whole,
 )
-from headstart.methods.base import Factors, Form, Method
+from headstart.methods.base import Factors, Method
 
 # What "anchored" methods may be given: the frozen weight untouched, or with the start subtracted.
 Subtracting = Literal["anchored", "residual"]
@@ -41,25 +41,6 @@ def check_form(form: str) -> None:
     """Raise MethodError unless ``form`` is one that the frozen weight can take."""
     if form not in get_args(Subtracting):
         raise MethodError(f"form={form!r} is not one of 'anchored', 'residual'.")
-
-
-def check_factors(target: TargetLayer, factors: Factors, form: Form, rank: int | None = None) -> None:
-    """Raise LayerError, naming the layer, where factors have the wrong shape, are not finite, or not of the form.
-
-    ``rank`` is the one that they must have, by default the layer's own.
-    """
-    rank = target.r if rank is None else rank
-    shapes = {"A": (rank, target.d_in), "B": (target.d_out, rank)}
-    matrices = {"A": factors.A, "B": factors.B}
-    if form == "core" and factors.core is not None:
-        matrices["core"], shapes["core"] = factors.core, (rank, rank)
-    elif form == "core" or factors.core is not None:
-        raise LayerError(f"layer {target.name!r}: the method's form is {form!r}, which its factors are not.")
-    for name, matrix in matrices.items():
-        if tuple(matrix.shape) != shapes[name]:
-            raise LayerError(f"layer {target.name!r}: {name} has shape {tuple(matrix.shape)}, not {shapes[name]}.")
-        if not bool(torch.isfinite(matrix).all()):
-            raise LayerError(f"layer {target.name!r}: the method gave NaN or infinity in {name}.")
 
 
 @torch.no_grad()

@@ -108,8 +108,7 @@ class Collector:
 
     def _read(self, sums: Sums, advanced: Callable[[int], None]) -> None:
         rounds = max(self.processes.gather(len(self.chunks))) if self.lockstep else len(self.chunks)
-        forward = ForwardReader(self.reader, self.modules, self.token_choice)
-        read = self.reader.read if self.backward else forward.read
+        reader = self.reader if self.backward else ForwardReader(self.reader, self.modules, self.token_choice)
         with together(self.processes):
             restart = True
             while restart:
@@ -118,7 +117,7 @@ class Collector:
                     with quiet(self.model):
                         for chunk, counts in in_step(self.chunks, rounds, self.spare):
                             sums.muted = not counts
-                            read(chunk, sums)
+                            reader.read(chunk, sums)
                             if counts:
                                 advanced(chunk.size)
                                 since += chunk.size

@@ -28,9 +28,8 @@ from headstart.statistics.losses import infinite_loss, loss_of, only_first_label
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.quiet import drawn_from
 from headstart.statistics.runs import Loss, Runs
-from headstart.statistics.scale import LossScale
 from headstart.statistics.sums import Regroup, Sums
-from headstart.statistics.tap import tapped
+from headstart.statistics.tap import LossScale, tapped
 from headstart.statistics.trial import Run, Seen, rounding, tried
 
 # Samples' own losses from the outputs of a whole batch; one sample at a time; batches as wholes, with their own loss.

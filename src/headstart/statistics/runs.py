@@ -1,17 +1,22 @@
-"""Forward passes of a model, and what is known of its loss: what they leave to a backward pass."""
+"""Forward passes of a model, and what is known of its loss: what they leave to a backward pass.
+
+Where a language model's head is a plain linear layer, its states go in, and the logits never have to exist at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from headstart.errors import DataError
 from headstart.statistics.batches import IGNORED, Batch, token_labels
-from headstart.statistics.head import makes, plain_head, states_of, watched
 from headstart.statistics.losses import OwnLoss, find_own_loss, logits_of, loss_of, predicted, predicts_next
 from headstart.statistics.trial import Run
 
@@ -39,7 +44,7 @@ class Runs:
         self._model = model
         self._loss = loss
         self._in_step = in_step
-        self._head = plain_head(model, set(modules.values())) if not in_step and loss is None else None
+        self._head = _plain_head(model, set(modules.values())) if not in_step and loss is None else None
         config = getattr(model, "config", None)
         self._longest = getattr(config, "max_position_embeddings", None) or math.inf
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -53,7 +58,7 @@ class Runs:
         if self._loss is not None:
             self._loss_given(batch)
         elif self._head is not None:
-            states_of(self._model, self._head, batch)
+            _states_of(self._model, self._head, batch)
         else:
             self._model(**batch)
 
@@ -68,7 +73,7 @@ class Runs:
         if self._loss is not None:
             return self.whole(batch, 1)
         batch = self.given(batch)
-        with watched(self._head) as call:
+        with _head_watched(self._head) as call:
             outputs = self._model(**batch)
         loss, logits, labels = loss_of(outputs, 0), logits_of(outputs), batch.get("labels")
         if not isinstance(labels, Tensor) or logits is None or not logits.requires_grad:
@@ -84,7 +89,7 @@ class Runs:
             self.own = find_own_loss(loss.detach(), logits.detach(), gradient, labels)
             if tokens is not None:
                 self._notice_shift(gradient, tokens)
-        if self.own is None or not self.own.of_tokens or not makes(self._head, call, logits, labels):
+        if self.own is None or not self.own.of_tokens or not _makes(self._head, call, logits, labels):
             self._head = None
         self.with_labels = self.encoder_decoder or self.own is None
         return _of_loss(loss, 1)
@@ -105,7 +110,7 @@ class Runs:
     def states(self, batch: Batch) -> Tensor:
         """Return what the own losses are computed of: the head's input, or the logits."""
         if self._head is not None:
-            states = states_of(self._model, self._head, batch)
+            states = _states_of(self._model, self._head, batch)
         else:
             given = batch if self.with_labels else {key: value for key, value in batch.items() if key != "labels"}
             states = logits_of(self._model(**given))
@@ -160,3 +165,77 @@ def _told_apart(batch: Batch, longest: float) -> Batch:
     if labels.shape[1] >= longest:
         return batch
     return batch | {"labels": functional.pad(labels, (0, 1), value=IGNORED)}
+
+
+class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass
+    """The head was called; holds its input."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+class _HeadCall:
+    """What a head was given and what it returned, in the last forward pass."""
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+
+def _plain_head(model: nn.Module, tapped: set[nn.Module]) -> nn.Linear | None:
+    """Return the linear layer that makes the model's logits, None where there is none or it can't be run by itself.
+
+    It can where it is a plain layer whose weight is there: not one of the layers that statistics are collected of
+    (``tapped``), nor one that an adapter trains a copy of, nor offloaded or sharded; and the model is not compiled.
+    """
+    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+        return None
+    outputs: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        head = None if outputs is None else outputs()
+    except NotImplementedError:  # Transformers' own for a model without one
+        return None
+    if type(head) is not nn.Linear or head in tapped or hasattr(head, "_hf_hook"):
+        return None
+    return None if head.weight.is_meta or isinstance(head.weight, DTensor) else head
+
+
+def _states_of(model: nn.Module, head: nn.Linear, batch: Batch) -> Tensor | None:
+    """Run a model up to its head, and return what the head would see; None where the model doesn't call it."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Reached(args[0])
+
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        model(**batch)
+    except _Reached as reached:
+        return reached.states
+    finally:
+        handle.remove()
+    return None
+
+
+@contextlib.contextmanager
+def _head_watched(head: nn.Linear | None) -> Iterator[_HeadCall]:
+    """Within the block, keep what the head sees and returns."""
+    call = _HeadCall()
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        call.inputs, call.outputs = args[0], output
+
+    handle = head.register_forward_hook(keep) if head is not None else None
+    try:
+        yield call
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _makes(head: nn.Linear | None, call: _HeadCall, logits: Tensor | None, labels: Tensor) -> bool:
+    """Return whether the logits are just what the head returned, one row a label."""
+    if head is None or call.inputs is None or call.outputs is None or logits is None:
+        return False
+    if call.inputs.shape[:-1] != labels.shape or call.outputs.shape != logits.shape:
+        return False
+    return torch.equal(call.outputs.detach().to(logits.dtype), logits.detach())

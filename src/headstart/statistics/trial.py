@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from headstart.linalg.precision import float32_switches
 from headstart.statistics.quiet import drawn_from
-from headstart.statistics.scale import LossScale
-from headstart.statistics.tap import Sink, tapped
+from headstart.statistics.tap import LossScale, Sink, tapped
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def tried(
     Args:
         run: the forward pass.
         modules: the layers whose output gradients are looked at.
-        scale, agreed: see :class:`headstart.statistics.scale.LossScale`.
+        scale, agreed: see :class:`headstart.statistics.tap.LossScale`.
         seed: of whatever is drawn at random.
         device: of the model.
     """
