@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("spectral", "gradient", "lora_da", "memory", "sketch", "layers", "differences", "bfloat16", "inilora")
+ALL = ("spectral", "gradient", "lora_da", "memory", "layers", "differences", "bfloat16", "inilora")
 MORE = ("stream", "steps", "truncation", "gauges")
 
 if __name__ == "__main__":

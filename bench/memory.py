@@ -20,10 +20,8 @@ Side = Callable[[Any, list[dict[str, Any]]], None]
 
 def ours(method: str) -> Side:
     def start(base: Any, data: list[dict[str, Any]]) -> None:
-        hs.initialize_(get_peft_model(base, config()), f"{method}:samples={SAMPLES}{settings}", data=data)
+        hs.initialize_(get_peft_model(base, config()), f"{method}:samples={SAMPLES}", data=data)
 
-    method, _, settings = method.partition(":")
-    settings = "," + settings if settings else ""
     return start
 
 
@@ -31,7 +29,6 @@ def ours(method: str) -> Side:
 SIDES: dict[str, tuple[Side, int]] = {
     "plain gradient pass": (plain_pass, 8),
     "headstart lora-one": (ours("lora-one"), 8),
-    "headstart lora-one, sketched": (ours("lora-one:gradients=sketch"), 8),
     "headstart lora-da": (ours("lora-da"), 8),
     "PEFT lora_ga": (peft_lora_ga, 8),
     "headstart lora-da, one sample a batch": (ours("lora-da"), 1),

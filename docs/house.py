@@ -20,7 +20,7 @@ EXAMPLE = Path(__file__).parent.parent / "tests" / "starts" / "of_gradient.py"
 ROOMS: dict[str, str] = {
     "ground": "errors, progress, files, processes, names, compat, context: everybody may stand on it",
     "report": "what a start did, as a table and as plain types",
-    "linalg": "decompositions, inverses, sketches; where and in what precision they are solved",
+    "linalg": "decompositions, inverses; where and in what precision they are solved",
     "methods": "one file a start: what it wants, the form it lives in, what it refuses, its factors",
     "layers": "the layers of an adapter: found, read, given their start; saved and loaded",
     "statistics": "passes over the data: what is summed for each layer, for whom, and how samples weigh",

@@ -21,7 +21,7 @@ def named(model):
     return {target.name: target.module for target in lora_layers(model, "default")}
 
 
-def collect(model, data, samples=None, *, outputs="full", tokens="attention", gradient="exact", **kwargs):
+def collect(model, data, samples=None, *, outputs="full", tokens="attention", gradient=True, **kwargs):
     """Return the statistics of the only pass."""
     layers = named(model)
     wanted = Wants(gradient=gradient, outputs=outputs, tokens=tokens)

@@ -330,20 +330,6 @@ def test_the_rate_is_needed():
         assert torch.equal(R, cores(same)[name])
 
 
-@pytest.mark.parametrize("samples", [2, 4])
-def test_a_sketch_gives_about_the_same_start_with_sgd(samples):
-    settings = f"samples={samples},lr=0.1,optimizer=sgd"
-    exact, sketched = (
-        start(tiny_llama(), f"lora-sb:{settings}{more}")[0] for more in ("", ",gradients=sketch,passes=4,width=22")
-    )
-    for mine, theirs in zip(lora_layers(sketched, "default"), lora_layers(exact, "default"), strict=True):
-        products = []
-        for each in (mine, theirs):
-            A, B = each.module.lora_A["default"].weight, each.module.lora_B["default"].weight
-            products.append((B @ core_of(each.module, "default") @ A).detach())
-        assert relative(*products) < 0.05
-
-
 def test_dora_and_core_exclude_each_other():
     with pytest.raises(hs.LayerError, match="DoRA, which trains A and B"):
         hs.initialize_(wrap(tiny_llama(), use_dora=True), "lora-xs", progress=False)

@@ -129,11 +129,11 @@ def test_gradient_and_factors_of_one_pass_are_those_of_two():
     (plain,) = prepare(
         model := wrap(copy.deepcopy(base)),
         named(model),
-        dict.fromkeys(named(model), Wants(gradient="exact")),
+        dict.fromkeys(named(model), Wants(gradient=True)),
         [token_batch()],
         4,
     ).passes()
-    only = collect(wrap(copy.deepcopy(base)), [token_batch()], gradient="no")
+    only = collect(wrap(copy.deepcopy(base)), [token_batch()], gradient=False)
     assert not only.gradients and not plain.kronecker
     for name in both.gradients:
         assert torch.equal(both.gradients[name], plain.gradients[name])

@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 
 import headstart as hs
 from conftest import all_factors, tiny_llama, tiny_t5, token_batch, wrap
+from headstart.layers.core import core_of
 from headstart.layers.find import lora_layers
+from headstart.methods import method_class
 from headstart.methods.base import Wants
+from headstart.methods.gradient import GradientMethod
 from headstart.statistics.plan import Need, Plan, free_memory, make_plan, parse_bytes
 from headstart.statistics.prepare import prepare
+from oracles import relative
 
 CPU = torch.device("cpu")
 # The machine may be busy with other things.
@@ -139,7 +143,6 @@ def test_every_layer_once_and_no_pass_over_the_budget(problem):
         assert sum(sizes) <= budget or len(sizes) == 1
     assert plan.bytes == max(map(sum, passes))
     assert plan.budget == budget
-    assert plan.readings == len(plan.passes)
 
 
 @PATIENT
@@ -201,22 +204,22 @@ def test_a_plan_of_nothing():
 
 
 @pytest.mark.parametrize(
-    "count, repeats, seconds, size, text",
+    "count, seconds, size, text",
     [
-        (1, 1, None, 2**30, "1 pass, 1.00 GiB"),
-        (2, 1, None, 2**29, "2 passes, 0.50 GiB"),
-        (1, 3, 10.0, 2**31, "3 passes, 2.00 GiB, about 30 s"),
-        (1, 1, 119.0, 2**30, "1 pass, 1.00 GiB, about 119 s"),
-        (3, 2, 60.0, 2**30, "6 passes, 1.00 GiB, about 6 min"),
+        (1, None, 2**30, "1 pass, 1.00 GiB"),
+        (2, None, 2**29, "2 passes, 0.50 GiB"),
+        (3, 10.0, 2**31, "3 passes, 2.00 GiB, about 30 s"),
+        (1, 119.0, 2**30, "1 pass, 1.00 GiB, about 119 s"),
+        (6, 60.0, 2**30, "6 passes, 1.00 GiB, about 6 min"),
     ],
 )
-def test_a_plan_in_words(count, repeats, seconds, size, text):
+def test_a_plan_in_words(count, seconds, size, text):
     needs = [Need((str(number),), size) for number in range(count)]
-    plan = make_plan(needs, size, readings_a_pass=repeats, seconds=seconds)
+    plan = make_plan(needs, size, seconds=seconds)
     assert isinstance(plan, Plan)
     assert str(plan) == text
-    assert plan.readings == count * repeats
-    assert plan.seconds == (None if seconds is None else pytest.approx(seconds * count * repeats))
+    assert len(plan.passes) == count
+    assert plan.seconds == (None if seconds is None else pytest.approx(seconds * count))
 
 
 # Passes.
@@ -241,7 +244,7 @@ def bytes_of(passed):
 @pytest.mark.parametrize("offload", [None, "cpu"])
 def test_several_passes_find_what_one_does(outputs, budget, offload):
     base = tiny_llama()
-    wanted = Wants(gradient="exact", outputs=outputs)
+    wanted = Wants(gradient=True, outputs=outputs)
     (whole,) = collector(wrap(copy.deepcopy(base)), wanted).passes()
     several = collector(wrap(copy.deepcopy(base)), wanted, memory_budget=budget, offload=offload)
     seen = []
@@ -264,18 +267,18 @@ def test_several_passes_find_what_one_does(outputs, budget, offload):
                 if whole.groups[name] == whole.groups[other]:
                     assert mine.inputs is passed.kronecker[other].inputs
     assert sorted(seen) == sorted(whole.layers) and len(seen) == len(set(seen))
-    assert count == len(several.plan.passes) == several.plan.readings > 1
+    assert count == len(several.plan.passes) > 1
 
 
 def test_what_is_planned_is_what_is_held():
     for outputs in ("diagonal", "full"):
-        one = collector(wrap(tiny_llama()), Wants(gradient="exact", outputs=outputs))
+        one = collector(wrap(tiny_llama()), Wants(gradient=True, outputs=outputs))
         (passed,) = one.passes()
         assert bytes_of(passed) == one.plan.bytes
 
 
 def test_layers_of_one_input_are_never_divided():
-    several = collector(wrap(tiny_llama()), Wants(gradient="exact", outputs="diagonal"), memory_budget=1)
+    several = collector(wrap(tiny_llama()), Wants(gradient=True, outputs="diagonal"), memory_budget=1)
     assert len(several.plan.passes) == 8
     assert all(len({name.rpartition(".")[0] for name in names}) == 1 for names in several.plan.passes)
 
@@ -285,7 +288,7 @@ def test_the_encoders_states_are_planned_once():
     model = wrap(tiny_t5(), target_modules=["k", "v"])
     layers = {target.name: target.module for target in lora_layers(model, "default")}
     batch = token_batch(4, 12)
-    wanted = dict.fromkeys(layers, Wants(gradient="exact", outputs="diagonal"))
+    wanted = dict.fromkeys(layers, Wants(gradient=True, outputs="diagonal"))
     plan = prepare(model, layers, wanted, [batch], 4, memory_budget=1).plan
     cross = [names for names in plan.passes if any("EncDec" in name for name in names)]
     assert len(cross) == 1 and len(cross[0]) == 4
@@ -293,7 +296,7 @@ def test_the_encoders_states_are_planned_once():
 
 def test_gradients_alone_can_be_divided():
     largest = 4 * 48 * 32
-    plan = collector(wrap(tiny_llama()), Wants(gradient="exact"), memory_budget=largest).plan
+    plan = collector(wrap(tiny_llama()), Wants(gradient=True), memory_budget=largest).plan
     assert plan.bytes <= largest
 
 
@@ -301,8 +304,8 @@ def test_gradients_alone_can_be_divided():
 def test_several_passes_find_the_gradients_of_one(budget):
     """Layers of one input among them, which no longer are in one pass."""
     base = tiny_llama()
-    (whole,) = collector(wrap(copy.deepcopy(base)), Wants(gradient="exact")).passes()
-    several = collector(wrap(copy.deepcopy(base)), Wants(gradient="exact"), memory_budget=budget)
+    (whole,) = collector(wrap(copy.deepcopy(base)), Wants(gradient=True)).passes()
+    several = collector(wrap(copy.deepcopy(base)), Wants(gradient=True), memory_budget=budget)
     seen = []
     for passed in several.passes():
         assert bytes_of(passed) <= several.plan.bytes and not passed.kronecker
@@ -315,13 +318,13 @@ def test_several_passes_find_the_gradients_of_one(budget):
         assert all(len(names) == 1 for names in several.plan.passes)
 
 
-def test_progress_counts_all_readings():
+def test_progress_counts_all_passes():
     told = []
-    several = collector(wrap(tiny_llama()), Wants(gradient="exact", outputs="diagonal"), memory_budget="20KB")
+    several = collector(wrap(tiny_llama()), Wants(gradient=True, outputs="diagonal"), memory_budget="20KB")
     assert len(list(several.passes(lambda *what: told.append(what)))) == len(several.plan.passes)
     labels, done, total = zip(*told, strict=True)
     assert set(labels) == {f"data: {several.plan}"}
-    assert set(total) == {8 * several.plan.readings}
+    assert set(total) == {8 * len(several.plan.passes)}
     assert list(done) == sorted(done) and done[0] == 0 and done[-1] == total[0]
 
 
@@ -329,7 +332,7 @@ def test_notes_come_once():
     base = tiny_llama()
     model = wrap(base)
     layers = {target.name: target.module for target in lora_layers(model, "default")}
-    wanted = dict.fromkeys(layers, Wants(gradient="exact", outputs="diagonal"))
+    wanted = dict.fromkeys(layers, Wants(gradient=True, outputs="diagonal"))
     passes = list(prepare(model, layers, wanted, [token_batch()], 9, memory_budget=1).passes())
     over, short = (note for passed in passes for note in passed.notes)
     assert "q_proj' alone needs more than memory_budget" in over
@@ -365,6 +368,59 @@ def test_the_verb_in_several_passes(settings_, given_):
         assert A.isfinite().all() and B.isfinite().all()
 
 
+GRADIENT_METHODS = [
+    "lora-one:samples=8",
+    "lora-ga:samples=8",
+    "lora-sb:samples=8,lr=0.1",
+    "lora-sb:samples=8,lr=0.1,optimizer=sgd,split=suboptimal",
+    "lora-da:samples=8,fisher=none,variance=0,normalise=false",
+]
+
+
+def test_every_method_of_the_gradient_is_tried_in_several_passes():
+    named = {name for name in hs.method_names() if issubclass(method_class(name), GradientMethod)}
+    assert {method.partition(":")[0] for method in GRADIENT_METHODS} == named
+
+
+def all_parts(model):
+    """A, B and the core, where there is one, of every layer."""
+    cores = {target.name: core_of(target.module, "default") for target in lora_layers(model, "default")}
+    return {
+        name: (*pair, *([] if cores[name] is None else [cores[name].detach()]))
+        for name, pair in all_factors(model).items()
+    }
+
+
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+def test_the_start_is_the_same_whatever_gradients_there_is_room_for(method):
+    """Only one layer's gradient at a time, and all of them."""
+    data = [token_batch(5), token_batch(4, 9, 7)]
+    models = [wrap(tiny_llama(), r=2) for _ in range(2)]
+    for model, budget, count in zip(models, (None, 1), ("1 pass,", "14 passes,"), strict=True):
+        report = hs.initialize_(model, method, data=data, memory_budget=budget, progress=False)
+        assert report.plan.startswith(count)
+    whole, divided = map(all_parts, models)
+    assert whole.keys() == divided.keys()
+    for name, parts in whole.items():
+        for part, other in zip(parts, divided[name], strict=True):
+            assert part.any() and relative(other, part) < 1e-5, name
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize("method", GRADIENT_METHODS[-2:])
+def test_sizes_do_not_depend_on_how_many_samples_there_are(method, budget):
+    """Where nothing is normalised, the factors would show a sum in place of a mean, over samples or over passes."""
+    once = token_batch(2, 5, padded=False)
+    norms = []
+    for times in (1, 3):
+        model = wrap(tiny_llama(), r=2, target_modules=["q_proj", "down_proj"])
+        changed = method.replace("samples=8", f"samples={2 * times}")
+        report = hs.initialize_(model, changed, data=[once] * times, memory_budget=budget, progress=False)
+        norms.append([(layer.norm_A, layer.norm_B) for layer in report.layers])
+    assert norms[1] == [pytest.approx(norm, rel=1e-3) for norm in norms[0]]
+    assert min(map(min, norms[0])) > 0
+
+
 def test_the_data_are_read_once():
     """A generator serves as well as a list, however many passes there are."""
     data = [token_batch(5), token_batch(4, 9, 7)]
@@ -375,7 +431,7 @@ def test_the_data_are_read_once():
         assert torch.equal(A, all_factors(generated)[name][0]) and torch.equal(B, all_factors(generated)[name][1])
 
 
-def test_seconds_are_those_of_all_readings():
-    once = collector(wrap(tiny_llama()), Wants(gradient="exact", outputs="diagonal")).plan
+def test_the_expected_seconds_are_a_number():
+    once = collector(wrap(tiny_llama()), Wants(gradient=True, outputs="diagonal")).plan
     assert once.seconds is not None and 0 < once.seconds < 60
     assert math.isfinite(once.seconds)

@@ -21,8 +21,6 @@ MORE = [
     "inilora-beta:distribution=orthogonal",
     "inilora-beta:distribution=sparse",
     "init-ab:distribution=uniform",
-    "lora-one:samples=4,gradients=sketch",
-    "lora-one:samples=4,gradients=sketch,passes=1,width=30",
     "lora-da:samples=4,fisher=full,tokens=labels",
     "lora-da:samples=4,iterations=10",
     "corda:samples=4,mode=kpm",

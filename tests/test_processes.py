@@ -27,7 +27,6 @@ METHODS = [
     "lora-da:samples=10,fisher=full,tokens=labels",
     "lora-one:samples=10",
     "lora-ga:samples=10",
-    "lora-one:samples=10,gradients=sketch",
 ]
 
 
@@ -360,7 +359,7 @@ def test_one_process_exchanges_nothing():
     assert not processes.several
     assert processes.gather(3) == [3]
     value = torch.ones(2)
-    processes.sum_to(value, None)
+    processes.sum_to(value, 0)
     assert torch.equal(value, torch.ones(2))
 
 

@@ -87,13 +87,6 @@ def test_a_conflict_is_refused_before_a_sample_is_read(conflict, method):
     assert not any(hasattr(target.module, "headstart_record") for target in lora_layers(model, "default"))
 
 
-@pytest.mark.parametrize("method", ["lora-one", "lora-ga", "lora-sb:samples=4,lr=1,optimizer=sgd"])
-def test_a_narrow_sketch_is_refused_before_a_sample_is_read(method):
-    joined = f"{method}{',' if ':' in method else ':'}gradients=sketch,width=4"
-    with pytest.raises(hs.LayerError, match=r"q_proj.*raise width"):
-        hs.initialize_(wrap(tiny_llama(), target_modules=["q_proj"]), joined, data=Unread(), progress=False)
-
-
 @pytest.mark.parametrize(
     "method", [name for name in METHODS if method_class(name.partition(":")[0])().wants(ANY_LAYER).data]
 )

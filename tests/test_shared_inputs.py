@@ -145,7 +145,7 @@ def test_only_some_of_the_layers_ask_for_factors():
     model = wrap(copy.deepcopy(base), target_modules=["q_proj", "k_proj", "v_proj"])
     layers = named(model)
     wanted = {
-        name: Wants(gradient="exact", outputs=None if "q_proj" in name else "full" if "k_proj" in name else "diagonal")
+        name: Wants(gradient=True, outputs=None if "q_proj" in name else "full" if "k_proj" in name else "diagonal")
         for name in layers
     }
     (found,) = prepare(model, layers, wanted, [token_batch()], 4).passes()
@@ -207,7 +207,7 @@ class Poisoned(nn.Module):
         return x + self.b(x + poison)
 
 
-@pytest.mark.parametrize("gradient", ["exact", "no"])
+@pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_in_an_input_names_the_layer(value, gradient):
     model = lora(Tokens(Poisoned(value), loss_from=1), ["body.a", "body.b"])
@@ -216,15 +216,7 @@ def test_nan_in_an_input_names_the_layer(value, gradient):
         collect(model, [whole_batch()], gradient=gradient)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "lora-da:samples=4",
-        "lora-da:samples=4,fisher=full",
-        "lora-one:samples=4",
-        "lora-one:samples=4,gradients=sketch",
-    ],
-)
+@pytest.mark.parametrize("method", ["lora-da:samples=4", "lora-da:samples=4,fisher=full", "lora-one:samples=4"])
 def test_nan_in_an_input_reaches_no_factor(method):
     model = lora(Tokens(Poisoned(math.nan), loss_from=1), ["body.a", "body.b"])
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

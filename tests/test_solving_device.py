@@ -19,7 +19,6 @@ from headstart.linalg.lowrank import adam_lowrank, squared_error, svd_lowrank_fa
 from headstart.linalg.norms import squared_norm
 from headstart.linalg.precision import double, like, solving_device
 from headstart.linalg.product import product_norm, product_svd, truncate_product
-from headstart.linalg.sketch import GradientSketch
 from headstart.linalg.svd import eckart_young_tail, truncated_svd, truncated_svd_batch
 from headstart.methods import get_method
 from headstart.methods.base import Kronecker, Layer
@@ -80,20 +79,6 @@ def gauge_of(move):
     return svd_lowrank_factors(truncated_svd(move(normal(20, 16)), 3), "flow", A0=A0, B0=B0)
 
 
-def sketch_of(move):
-    x, g = normal(50, 24), normal(50, 30, seed=1)
-    found = []
-    for passes in (1, 2, 3):
-        sketch = GradientSketch(30, 24, 20, passes, device=move(x).device)
-        for number in range(passes):
-            sketch.add(move(x), move(g))
-            if number < passes - 1:
-                sketch.advance()
-        svd = sketch.finish(2)
-        found += [svd.U, svd.S, svd.V, svd.norm, svd.angle_left]
-    return found
-
-
 def dictionary_of(move):
     return [principal_directions([move(normal(3, 20)), move(normal(3, 16, seed=1))], move(normal(8, 20, seed=2)))]
 
@@ -109,7 +94,6 @@ def dictionary_of(move):
         space_of,
         descent_of,
         gauge_of,
-        sketch_of,
         dictionary_of,
     ],
 )

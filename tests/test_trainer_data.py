@@ -53,7 +53,7 @@ def plain_trainer(folder, model, **changes):
 def gradients(model, data, samples):
     """Return the mean gradients that the verb would collect, by layer."""
     layers = {target.name: target.module for target in lora_layers(model, "default")}
-    wanted = dict.fromkeys(layers, hs.Wants(gradient="exact"))
+    wanted = dict.fromkeys(layers, hs.Wants(gradient=True))
     collector = prepare(
         model,
         layers,

@@ -66,8 +66,8 @@ class Processes:
             dist.all_gather_object(found, value)
         return found
 
-    def sum_to(self, tensor: Tensor, owner: int | None) -> None:
-        """Sum a tensor over the processes in place: for process ``owner``, or for all of them where that is None.
+    def sum_to(self, tensor: Tensor, owner: int) -> None:
+        """Sum a tensor over the processes in place, for process ``owner``.
 
         The tensor is moved for the backend where it has to be (gloo and CPU tensors, nccl and CUDA ones).
         """
@@ -75,10 +75,7 @@ class Processes:
             return
         moved = tensor.to(_device_for(tensor))
         with self._waiting():
-            if owner is None:
-                dist.all_reduce(moved)
-            else:
-                dist.reduce(moved, dst=owner)
+            dist.reduce(moved, dst=owner)
         if moved is not tensor:
             tensor.copy_(moved)
 

@@ -156,14 +156,10 @@ class Report:
 
     def _worst(self) -> str:
         """Return the largest of the errors that layers report, in one line; empty where there are none."""
-        words = {
-            "objective_error": "relative error of an eigenproblem's objective",
-            "angle_left": "estimated sine of the angle to the exact left space",
-            "angle_right": "to the exact right space",
-        }
-        found = {key: [layer.info[key] for layer in self.layers if key in layer.info] for key in words}
-        parts = [f"{words[key]} {max(values):.1e}" for key, values in found.items() if values]
-        return f"largest over the layers: {', '.join(parts)}" if parts else ""
+        errors = [layer.info["objective_error"] for layer in self.layers if "objective_error" in layer.info]
+        if not errors:
+            return ""
+        return f"largest over the layers: relative error of an eigenproblem's objective {max(errors):.1e}"
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)

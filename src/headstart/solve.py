@@ -219,7 +219,6 @@ class _Solver:
             original=statistics.original.weight(layer) if wants.original and statistics.original else None,
             moments=statistics.moments.get(layer.kind) if wants.moments else None,
             gradient=None if gradient is None else gradient.to(device),
-            sketch=statistics.sketches.get(layer.name),
             kronecker=kronecker,
             samples=statistics.samples or None,
         )

@@ -22,7 +22,7 @@ class SteepestImage(Method):
 
     def wants(self, layer: Layer) -> Wants:
         """Return that both are needed."""
-        return Wants(weight=True, gradient="exact")
+        return Wants(weight=True, gradient=True)
 
     def factors(self, layer: Layer) -> Factors:
         """Project the weight."""

@@ -24,7 +24,7 @@ class SteepestRows(Method):
 
     def wants(self, layer: Layer) -> Wants:
         """Return that the gradient is needed."""
-        return Wants(gradient="exact")
+        return Wants(gradient=True)
 
     def factors(self, layer: Layer) -> Factors:
         """Choose rows."""

@@ -11,7 +11,7 @@ before any data are read (``check``), and gives factors (``factors``)::
         samples: int = 64
 
         def wants(self, layer: Layer) -> Wants:
-            return Wants(gradient="exact")
+            return Wants(gradient=True)
 
         def factors(self, layer: Layer) -> Factors:
             ...
@@ -30,7 +30,6 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
-from headstart.linalg.sketch import GradientSketch
 from headstart.methods.given import ANY_LAYER, Kronecker, Layer, Moments, Training, Wants
 from headstart.progress import Show, silent
 
@@ -120,7 +119,7 @@ class Method(ABC):
         """Refuse a layer that the method can't start, before any data are read; subclasses go on with this one.
 
         Raises:
-            LayerError: the start's form doesn't go with what the layer is, or a sketch would be too narrow.
+            LayerError: the start's form doesn't go with what the layer is.
             MethodError: a setting is missing.
         """
         if layer.dora and self.form == "anchored":
@@ -139,9 +138,6 @@ class Method(ABC):
                 + ("freezes B as well, for a core." if self.form == "core" else "starts A at zero, so B can't matter.")
                 + " Use another method, or one without lora_fa_."
             )
-        wanted = self.wants(layer)
-        if wanted.gradient == "sketch":
-            _check_sketch(layer, wanted)
 
     @abstractmethod
     def factors(self, layer: Layer) -> Factors:
@@ -189,19 +185,6 @@ class Method(ABC):
         fields = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
         changed = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields)
         return f"{self.name}:{changed}" if changed else self.name
-
-
-def _check_sketch(layer: Layer, wanted: Wants) -> None:
-    """Raise LayerError where a sketch would be too narrow."""
-    try:
-        limit = GradientSketch(layer.d_out, layer.d_in, wanted.width, wanted.passes).rank_limit
-    except ValueError as error:
-        raise LayerError(f"layer {layer.name!r}: {error}; raise width.") from error
-    if limit < wanted.vectors:
-        raise LayerError(
-            f"layer {layer.name!r}: a sketch of width {wanted.width} gives {limit} singular vectors at most, and "
-            f"{wanted.vectors} are needed; raise width."
-        )
 
 
 def check_positive(method: str, **settings: float | None) -> None:

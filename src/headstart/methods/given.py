@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from headstart.errors import LayerError
-from headstart.linalg.sketch import GradientSketch
 
 T = TypeVar("T")
 
@@ -26,7 +25,7 @@ class Wants:
         weight: W itself.
         moments: mean and standard deviation of the weights of the layer's kind.
         inputs: Z, the mean of x x' over tokens, and the mean of x.
-        gradient: the mean gradient whole ("exact"), its leading singular triplets only ("sketch"), or not ("no").
+        gradient: G, the mean gradient.
         outputs: Y, the mean of g g' over tokens: its diagonal or all of it, with the mean of g; brings ``inputs``
             along.
         tokens: which tokens Z and Y are means over: those of the attention mask, or those whose output predicts a
@@ -35,26 +34,22 @@ class Wants:
         original: the weight as it was before the base model was quantised, from the model's files.
         model_path: where these lie: a folder, a safetensors file, or a name on the hub; None for where the model came
             from.
-        vectors, width, passes: of the sketch: singular vectors needed, thin columns held in all, passes over the data.
     """
 
     weight: bool = False
     moments: bool = False
     inputs: bool = False
-    gradient: Literal["exact", "sketch", "no"] = "no"
+    gradient: bool = False
     outputs: Literal["diagonal", "full"] | None = None
     tokens: Literal["attention", "labels"] = "attention"
     population: bool = False
     original: bool = False
     model_path: str | None = None
-    vectors: int = 0
-    width: int = 0
-    passes: int = 1
 
     @property
     def backward(self) -> bool:
         """Whether a backward pass is needed."""
-        return self.gradient != "no" or self.outputs is not None
+        return self.gradient or self.outputs is not None
 
     @property
     def input_moments(self) -> bool:
@@ -76,7 +71,7 @@ class Wants:
             "weight": self.weight,
             "unquantised weight": self.original,
             "moments": self.moments,
-            "gradient": self.gradient != "no",
+            "gradient": self.gradient,
             "Fisher factors": self.outputs is not None,
             "inputs": self.inputs and self.outputs is None,
         }
@@ -142,7 +137,6 @@ class Layer:
         original: W before it was quantised (d_out, d_in), in float32.
         moments: of the weights of this layer's kind.
         gradient: the mean gradient G of the loss (d_out, d_in) in float32.
-        sketch: thin products of G, where those were asked for instead.
         kronecker: the second moments of inputs and output gradients.
         samples: how many samples were read.
     """
@@ -161,7 +155,6 @@ class Layer:
     original: Tensor | None = None
     moments: Moments | None = None
     gradient: Tensor | None = None
-    sketch: GradientSketch | None = None
     kronecker: Kronecker | None = None
     samples: int | None = None
 

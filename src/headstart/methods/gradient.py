@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from headstart.errors import LayerError
 from headstart.linalg.precision import double
-from headstart.linalg.sketch import SketchedSVD
 from headstart.linalg.svd import TruncatedSVD, truncated_svd
 from headstart.methods.base import Factors, Form, Layer, Method, Wants, check_positive
 from headstart.methods.registry import register
@@ -23,49 +22,22 @@ class GradientMethod(Method):
 
     Settings:
         samples: how many.
-        gradients: "exact" sums up G itself; "sketch" only products of it with thin random matrices, of ``width``
-            columns in all, in ``passes`` passes over the data (:mod:`headstart.linalg.sketch`), for models that leave
-            no room for gradients. The report gives the estimated error.
-        width: of the sketch; None for twice the number of singular vectors that are needed, and 4 more: at rank 8, 5 %
-            of the memory of SmolLM2.
-        passes: more of them bring the sketch closer to G's own singular vectors.
     """
 
     cost: ClassVar[str] = "a gradient pass over the samples, a truncated SVD of each gradient"
 
     samples: int = 256
-    gradients: Literal["exact", "sketch"] = "exact"
-    width: int | None = None
-    passes: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.name, samples=self.samples, width=self.width, passes=self.passes)
-
-    def vectors(self, rank: int) -> int:
-        """Return how many singular vectors of the gradient a layer of this rank needs."""
-        return rank
+        check_positive(self.name, samples=self.samples)
 
     def wants(self, layer: Layer) -> Wants:
-        """Return what to collect: the gradient, or a sketch of it."""
-        needed = self.vectors(layer.r)
-        width = self.width or 2 * needed + 4
-        return Wants(gradient=self.gradients, vectors=needed, width=width, passes=self.passes)
+        """Return what to collect: the gradient."""
+        return Wants(gradient=True)
 
-    def decompose(self, layer: Layer, rank: int) -> tuple[TruncatedSVD | SketchedSVD | None, dict[str, float]]:
-        """Return the ``rank`` leading triplets of G, or None where G is zero, and numbers for the report.
-
-        Raises:
-            LayerError: the sketch is not finite.
-        """
-        if layer.sketch is not None:
-            try:
-                found = layer.sketch.finish(rank)
-            except ValueError as error:
-                raise LayerError(f"layer {layer.name!r}: {error}; check the loss and the precision.") from error
-            info = {"residual": found.residual, "share": found.share}
-            info |= {"angle_left": found.angle_left, "angle_right": found.angle_right}
-            return (found if float(found.S[0]) > 0 else None), info
+    def decompose(self, layer: Layer, rank: int) -> tuple[TruncatedSVD | None, dict[str, float]]:
+        """Return the ``rank`` leading triplets of G, or None where G is zero, and numbers for the report."""
         G = layer.require_gradient()
         if not bool(G.count_nonzero()):
             return None, {}
@@ -97,10 +69,6 @@ class LoRAGA(GradientMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self.name, gamma=self.gamma)
-
-    def vectors(self, rank: int) -> int:
-        """Return 2 r: the second half of the left ones is used as well."""
-        return 2 * rank
 
     def check(self, layer: Layer) -> None:
         """Refuse a rank of which the smaller side holds no two."""

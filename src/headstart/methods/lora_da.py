@@ -60,7 +60,6 @@ class LoRADA(GradientMethod):
         iterations: None to solve to ``tol``; a number for so many steps of LOBPCG from a random start, whatever they
             leave: 10 in the published code.
         layers: where to use the method; the layers left out start as 'lora' does (appendix I).
-        gradients: "sketch" is possible with ``fisher=none`` only; Z is as large as a gradient anyway.
     """
 
     source: ClassVar[str] = "LoRA-DA, Theorem 4.2, Algorithm 1"
@@ -95,8 +94,6 @@ class LoRADA(GradientMethod):
             raise MethodError(f"method {self.name!r}: variance and bias are both 0, which leaves nothing to choose by.")
         if self.fisher == "none" and self.variance != 0:
             raise MethodError(f"method {self.name!r}: without Fisher information there is no variance; set variance=0.")
-        if self.fisher != "none" and self.gradients == "sketch":
-            raise MethodError(f"method {self.name!r}: gradients='sketch' needs fisher='none'.")
 
     def wants(self, layer: Layer) -> Wants:
         """Return what to collect for a layer: nothing where it starts as 'lora' does."""
@@ -104,7 +101,7 @@ class LoRADA(GradientMethod):
             return Wants()
         if self.fisher == "none":
             return super().wants(layer)
-        return Wants(gradient="exact", outputs=self.fisher, tokens=self.tokens, population=self.population is None)
+        return Wants(gradient=True, outputs=self.fisher, tokens=self.tokens, population=self.population is None)
 
     def factors(self, layer: Layer) -> Factors:
         """Solve one layer."""

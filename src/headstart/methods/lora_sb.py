@@ -57,8 +57,6 @@ class LoRASB(GradientMethod):
         check_positive(self.name, share=self.share, lr=self.lr, noise=self.noise)
         if self.share > 1:
             raise MethodError(f"method {self.name!r}: share={self.share!r} is more than the whole training set.")
-        if self.gradients == "sketch" and (self.optimizer != "sgd" or self.source_matrix != "update"):
-            raise MethodError(f"method {self.name!r}: a sketch knows nothing of signs or noise; use gradients='exact'.")
 
     def sample_count(self, population: int | None = None) -> int:
         """Return ``samples``, or ``share`` of the training set, at least one.
@@ -96,12 +94,6 @@ class LoRASB(GradientMethod):
     def factors(self, layer: Layer) -> Factors:
         """Decompose the first update."""
         eta = self._rate(layer)
-        if layer.sketch is not None:
-            svd, info = self.decompose(layer, layer.r)
-            if svd is None:
-                return self._unreached(layer)
-            # -G = U S (-V)'.
-            return self._split(layer, svd.U, eta * svd.S, -svd.V, info | {"lr": eta})
         G = layer.require_gradient()
         if not bool(G.count_nonzero()):
             return self._unreached(layer)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from headstart.errors import DataError, LayerError
-from headstart.layers.weights import model_device
+from headstart.errors import DataError
 from headstart.processes import Processes, in_step, together
 from headstart.statistics.batches import Samples
 from headstart.statistics.forward import ForwardReader, Restart
-from headstart.statistics.gather import Statistics, anywhere, gathered
+from headstart.statistics.gather import Statistics, gathered
 from headstart.statistics.masks import Layout, Tokens
 from headstart.statistics.plan import Plan
 from headstart.statistics.quiet import quiet
@@ -40,7 +39,7 @@ class Collector:
         chunks: the batches of this process; ``spare`` keeps step with other processes when there are no more.
         plan: which layers are collected in which pass.
         processes, lockstep: those that share the work, and whether they must run the model in step.
-        offload, seed: see :func:`headstart.statistics.prepare.prepare`.
+        offload: see :func:`headstart.statistics.prepare.prepare`.
         asked: how many samples were asked for; ``samples`` and ``tokens`` are how many there are, in all processes.
         beside: other adapters that are active.
     """
@@ -59,7 +58,6 @@ class Collector:
     processes: Processes
     lockstep: bool
     offload: bool
-    seed: int
     asked: int
     samples: int
     tokens: int
@@ -69,7 +67,7 @@ class Collector:
         """Yield the statistics of one planned pass after another; free them before asking for the next.
 
         Args:
-            progress: called with (plan in words, samples done, samples to do in all readings).
+            progress: called with (plan in words, samples done, samples to do in all passes).
 
         Raises:
             LayerError: a sum is not finite; names the layer.
@@ -83,17 +81,14 @@ class Collector:
             nonlocal done
             done += samples
             if progress is not None:
-                progress(label, done, own_samples * self.plan.readings)
+                progress(label, done, own_samples * len(self.plan.passes))
 
         advanced(0)
         reached = False
         for names in self.plan.passes:
             shapes = {name: self.shapes[name] for name in names}
-            sums = Sums(shapes, self.groups, self.layouts, offload=self.offload, seed=self.seed)
-            readings = self.plan.readings // len(self.plan.passes)
-            for reading in range(readings):
-                self._read(sums, advanced)
-                self._add_up_sketches(sums, last=reading == readings - 1)
+            sums = Sums(shapes, self.groups, self.layouts, offload=self.offload)
+            self._read(sums, advanced)
             statistics = gathered(sums, self.processes, self.samples, self.tokens)
             reached |= bool(statistics.groups)
             if names == self.plan.passes[-1]:
@@ -125,24 +120,6 @@ class Collector:
                     sums.clear()
                     advanced(-since)
                     restart = True
-
-    def _add_up_sketches(self, sums: Sums, *, last: bool) -> None:
-        sketched = [name for name, shape in sums.shapes.items() if shape.wanted.gradient == "sketch"]
-        reached = anywhere(self.processes, {name for name in sketched if sums.layers[name].sketch is not None})
-        device = model_device(self.model)
-        for name in sketched:
-            if name not in reached:
-                continue
-            layer = sums.layers[name]
-            if layer.sketch is None:
-                layer.sketch = sums.new_sketch(sums.shapes[name], device)
-            for tensor in layer.sketch.tensors():
-                self.processes.sum_to(tensor, None)
-            try:
-                if not last:
-                    layer.sketch.advance()
-            except ValueError as error:
-                raise LayerError(f"layer {name!r}: {error}; check the loss and the precision.") from error
 
     def _notes(self) -> list[str]:
         notes = []

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from headstart.errors import LayerError
 from headstart.layers.original import Original
-from headstart.linalg.sketch import GradientSketch
 from headstart.methods.base import Kronecker, Moments
 from headstart.processes import Processes, owners, together
 from headstart.statistics.sums import InputSum, Sums, symmetric
@@ -26,7 +25,6 @@ class Statistics:
         owners: by layer, the process that has its sums.
         gradients: by layer, G (d_out, d_in) in float32: the mean over samples of each sample's own loss gradient.
             A layer that no gradient reached is missing, here and below.
-        sketches: the same as sketches.
         kronecker: by layer, the factors of its Fisher information.
         groups: by layer, the number of the group of layers that read the same input.
         samples: how many samples were read, in all processes together.
@@ -40,7 +38,6 @@ class Statistics:
     layers: tuple[str, ...] = ()
     owners: dict[str, int] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    sketches: dict[str, GradientSketch] = field(default_factory=dict)
     kronecker: dict[str, Kronecker] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
     samples: int = 0
@@ -52,7 +49,7 @@ class Statistics:
 
     def drop(self, name: str) -> None:
         """Free what is held of a layer."""
-        for by_layer in (self.gradients, self.sketches, self.kronecker):
+        for by_layer in (self.gradients, self.kronecker):
             by_layer.pop(name, None)
 
 
@@ -97,16 +94,13 @@ def gathered(sums: Sums, processes: Processes, samples: int, tokens: int) -> Sta
             continue
         owner, layer, wanted = result.owners[name], sums.layers[name], sums.shapes[name].wanted
         mine = owner == processes.rank
-        if wanted.gradient == "exact":
+        if wanted.gradient:
             total = sums.gradient(name)
             processes.sum_to(total, owner)
             layer.gradient = None
             if mine:
                 result.gradients[name] = total.div_(samples)
                 _check(total, name, "gradient", failures)
-        elif wanted.gradient == "sketch" and layer.sketch is not None and mine:
-            layer.sketch.scale(1 / samples)
-            result.sketches[name] = layer.sketch
         if not wanted.input_moments:
             continue
         group = sums.groups[name]

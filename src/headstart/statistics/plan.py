@@ -41,25 +41,23 @@ class Plan:
         passes: the layers of each planned pass.
         bytes: the most that a pass holds.
         budget: bytes that it was planned for.
-        readings: how often the data are read in all (a sketch may read them more than once a pass).
-        seconds: expected for all readings, None where not known.
+        seconds: expected for all passes, None where not known.
         over: layers that are larger than the budget by themselves.
     """
 
     passes: tuple[tuple[str, ...], ...]
     bytes: int
     budget: int
-    readings: int
     seconds: float | None = None
     over: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
-        count = f"{self.readings} pass" + ("es" if self.readings != 1 else "")
+        count = f"{len(self.passes)} pass" + ("es" if len(self.passes) != 1 else "")
         about = "" if self.seconds is None else f", about {_duration(self.seconds)}"
         return f"{count}, {self.bytes / 2**30:.2f} GiB{about}"
 
 
-def make_plan(needs: Sequence[Need], budget: int, *, readings_a_pass: int = 1, seconds: float | None = None) -> Plan:
+def make_plan(needs: Sequence[Need], budget: int, *, seconds: float | None = None) -> Plan:
     """Put the layers into as few passes as first-fit decreasing finds, the largest first.
 
     What is larger than the budget by itself gets a pass of its own: it can't be made smaller here.
@@ -67,8 +65,7 @@ def make_plan(needs: Sequence[Need], budget: int, *, readings_a_pass: int = 1, s
     Args:
         needs: what has to be held for which layers.
         budget: bytes a pass may hold.
-        readings_a_pass: how often the data are read in each.
-        seconds: expected for one reading.
+        seconds: expected for one pass.
     """
     bins: list[list[Need]] = []
     room: list[int] = []
@@ -81,13 +78,11 @@ def make_plan(needs: Sequence[Need], budget: int, *, readings_a_pass: int = 1, s
         else:
             bins.append([need])
             room.append(budget - need.bytes)
-    readings = len(bins) * readings_a_pass
     return Plan(
         passes=tuple(tuple(name for need in each for name in need.names) for each in bins),
         bytes=max((sum(need.bytes for need in each) for each in bins), default=0),
         budget=budget,
-        readings=readings,
-        seconds=None if seconds is None else seconds * readings,
+        seconds=None if seconds is None else seconds * len(bins),
         over=tuple(need.names for need in needs if need.bytes > budget),
     )
 

@@ -68,7 +68,7 @@ def prepare(
         collator, batch_size: for data of single samples.
         memory_budget: bytes for all that a pass sums, or a string such as "6GiB"; None for half of what is free.
         offload: "cpu" keeps the sums there.
-        seed: of the sketches, and of what data, collator and loss draw at random: the same in every process.
+        seed: of what data, collator and loss draw at random: the same in every process.
         processes: those that share the work.
         adapter: the one that is started; others that are active, and so switched off, are named in a note.
         loss: see :class:`headstart.statistics.reader.Reader`.
@@ -97,8 +97,7 @@ def prepare(
             check_labels(chunk)
     own_chunks, spare = _share(chunks, samples, reader, processes, lockstep, single)
     groups, layouts, seconds = _probe(model, modules, own_chunks or [spare], reader, processes, lockstep)
-    repeats = max((wants.passes for wants in wanted.values() if wants.gradient == "sketch"), default=1)
-    plan = make_plan(_needs(shapes, groups), budget, readings_a_pass=repeats, seconds=seconds)
+    plan = make_plan(_needs(shapes, groups), budget, seconds=seconds)
     logger.info("data: %s", plan)
     return Collector(
         model=model,
@@ -115,7 +114,6 @@ def prepare(
         processes=processes,
         lockstep=lockstep,
         offload=offload == "cpu",
-        seed=seed,
         asked=samples,
         samples=sum(processes.gather(sum(chunk.size for chunk in own_chunks))),
         tokens=sum(processes.gather(sum(_tokens(chunk.batch) for chunk in own_chunks))),
@@ -193,10 +191,9 @@ def _needs(shapes: Mapping[str, Shape], groups: Mapping[str, int]) -> list[Need]
 
 
 def _floats(shape: Shape) -> int:
-    wanted = shape.wanted
-    gradient = {"exact": shape.d_out * shape.d_in, "sketch": wanted.width * (shape.d_out + shape.d_in), "no": 0}
+    gradient = shape.d_out * shape.d_in if shape.wanted.gradient else 0
     outputs = {None: 0, "diagonal": 2 * shape.d_out, "full": shape.d_out**2 + shape.d_out}
-    return gradient[wanted.gradient] + outputs[wanted.outputs]
+    return gradient + outputs[shape.wanted.outputs]
 
 
 def _rows(chunk: Samples, *, whole: bool) -> Sequence[int | None]:

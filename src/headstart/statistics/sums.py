@@ -1,4 +1,4 @@
-"""What is summed for each layer during the backward pass: gradient, Kronecker factors, moments, sketches."""
+"""What is summed for each layer during the backward pass: gradient, Kronecker factors, moments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from headstart.linalg.sketch import GradientSketch
 from headstart.methods.base import Wants
 from headstart.statistics.masks import Layout, Rows, TokenMasks
 from headstart.statistics.tap import Sink
@@ -41,7 +40,6 @@ class LayerSum:
     """Sums of one layer: g'x over all rows, g g' and g over the tokens that count."""
 
     gradient: Tensor | None = None
-    sketch: GradientSketch | None = None
     gram: Tensor | None = None
     total: Tensor | None = None
     tokens: int = 0
@@ -79,7 +77,6 @@ class Sums:
         groups: by layer, the number of the group of layers that share its input.
         offload: keep the sums on the CPU.
         layouts: by layer, how its rows lie.
-        seed: of the sketches' random matrices, which layers of one size share.
     """
 
     def __init__(
@@ -89,9 +86,7 @@ class Sums:
         layouts: Mapping[str, Layout],
         *,
         offload: bool,
-        seed: int,
     ) -> None:
-        self._seed = seed
         self.shapes = dict(shapes)
         self.groups = {name: groups[name] for name in shapes}
         self.layers: dict[str, LayerSum] = {name: LayerSum() for name in shapes}
@@ -120,7 +115,7 @@ class Sums:
         shared = self._shared(name, inputs)
 
         def sink(x: Tensor, g: Tensor) -> None:
-            if wanted.gradient != "no":
+            if wanted.gradient:
                 self._add_gradient(name, x, g)
             if wanted.outputs is not None:
                 self._add_outputs(name, g, shared)
@@ -209,19 +204,9 @@ class Sums:
         if not len(x):  # an expert that no token was sent to
             return
         mine.reached = True
-        if shape.wanted.gradient == "sketch":
-            if mine.sketch is None:
-                mine.sketch = self.new_sketch(shape, self._place(x))
-            mine.sketch.add(x, g)
-            return
         if mine.gradient is None:
             mine.gradient = _zeros(shape.d_out, shape.d_in, device=self._place(x))
         _add_product(mine.gradient, g.float(), x.float())
-
-    def new_sketch(self, shape: Shape, device: torch.device) -> GradientSketch:
-        """Return an empty sketch; the same in every process."""
-        wanted = shape.wanted
-        return GradientSketch(shape.d_out, shape.d_in, wanted.width, wanted.passes, seed=self._seed, device=device)
 
     def _add_outputs(self, name: str, g: Tensor, shared: _Shared) -> None:
         mine, shape = self.layers[name], self.shapes[name]
