@@ -19,8 +19,8 @@ FEED_FORWARD = "model.layers.0.mlp.up_proj"
 
 def of_spectrum(values, seed=0):
     Q = torch.linalg.qr(normal(len(values), len(values), seed=seed)).Q
-    found = (Q * values) @ Q.T
-    return (found + found.T) / 2
+    matrix = (Q * values) @ Q.T
+    return (matrix + matrix.T) / 2
 
 
 def logspace(low, high, n):
@@ -91,20 +91,20 @@ def projector(A0):
     return A0 @ torch.linalg.pinv(A0)
 
 
-def check(found, expected, r, *, gamma=1024.0, tol=1e-6, loose=1e-6):
+def check(start, expected, r, *, gamma=1024.0, tol=1e-6, loose=1e-6):
     """A and B are those of the dense answer, up to a rotation where eigenvalues are equal."""
     omega, delta = expected.omega, expected.delta
     n = len(omega)
-    A0 = math.sqrt(gamma) * found.A.double().T
+    A0 = math.sqrt(gamma) * start.A.double().T
     assert float((A0.T @ A0 - eye(r)).abs().max()) < 5e-6
     values, vectors = torch.linalg.eigh(omega)
     optimum = float(values[:r].sum())
     rounding = loose * float(values[:r].abs().sum()) + (1e-11 * n + loose**2) * expected.norm
     assert abs(objective(omega, A0) - optimum) <= tol * abs(optimum) + rounding
-    assert relative(found.B, delta @ A0 / math.sqrt(gamma)) < 2e-6 + 4 * loose
-    assert relative(found.B.double() @ found.A.double(), delta @ A0 @ A0.T / gamma) < 2e-6 + 4 * loose
-    assert found.core is None and found.note == ""
-    assert found.A.dtype == found.B.dtype == torch.float32
+    assert relative(start.B, delta @ A0 / math.sqrt(gamma)) < 2e-6 + 4 * loose
+    assert relative(start.B.double() @ start.A.double(), delta @ A0 @ A0.T / gamma) < 2e-6 + 4 * loose
+    assert start.core is None and start.note == ""
+    assert start.A.dtype == start.B.dtype == torch.float32
     if r < n:
         gap = float(values[r] - values[r - 1])
         # An excess e over the optimum leaves the space at most sqrt(e / gap) away.
@@ -112,7 +112,7 @@ def check(found, expected, r, *, gamma=1024.0, tol=1e-6, loose=1e-6):
         if angle < 0.01:
             away = float((projector(A0) - vectors[:, :r] @ vectors[:, :r].T).norm())
             assert away <= 2 * angle + 1e-5
-    if found.info and "objective" in found.info:
-        assert found.info["objective"] == pytest.approx(optimum, rel=tol + 1e-5, abs=rounding)
-        assert found.info["sigma"] == pytest.approx(expected.sigma, rel=1e-5)
-        assert 0 <= found.info["objective_error"] <= tol
+    if start.info and "objective" in start.info:
+        assert start.info["objective"] == pytest.approx(optimum, rel=tol + 1e-5, abs=rounding)
+        assert start.info["sigma"] == pytest.approx(expected.sigma, rel=1e-5)
+        assert 0 <= start.info["objective_error"] <= tol

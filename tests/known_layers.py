@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+import inputs
 from headstart.methods import Moments
 from headstart.methods.base import Kronecker, Layer, Training
 from inputs import NAME
@@ -20,8 +21,8 @@ DRAWN = (*ZERO_PRODUCT, "init-ab", "init-ab-plus", "inilora-alpha", "inilora-bet
 
 
 def normal(*shape, seed=0, std=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (std * torch.randn(*shape, generator=generator, dtype=torch.float64)).float()
+    """In float32; std is the standard deviation."""
+    return (std * inputs.normal(*shape, seed=seed)).float()
 
 
 def layer(d_out=D_OUT, d_in=D_IN, r=R, *, s=1.0, **given):

@@ -10,9 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import headstart as hs
-from conftest import (
-    token_batch,
-)
+from conftest import token_batch
 from headstart.layers.find import lora_layers, record
 from inputs import normal
 from known_layers import ZERO_PRODUCT

@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 
 import headstart as hs
 from inputs import NAME, product
-from known_layers import (
-    SHAPES,
-    layer,
-    normal,
-    of_gradient,
-    problems,
-)
+from known_layers import SHAPES, layer, normal, of_gradient, problems
 from oracles import best, relative
 
 
@@ -26,14 +20,14 @@ from oracles import best, relative
 def test_lora_ga(d_out, d_in, gamma):
     G = normal(d_out, d_in, std=1e-4)
     r = 4
-    found = hs.LoRAGA(gamma=gamma).factors(of_gradient(G, r, s=2.0))
+    start = hs.LoRAGA(gamma=gamma).factors(of_gradient(G, r, s=2.0))
     U, _, Vh = torch.linalg.svd(G.double())
     c = d_out**0.25 / math.sqrt(gamma)
     for i in range(r):
         # A singular vector's sign is free.
         right, left = Vh[i] * c, U[:, r + i] * c
-        assert min(relative(found.A[i], right), relative(found.A[i], -right)) < 1e-5
-        assert min(relative(found.B[:, i], left), relative(found.B[:, i], -left)) < 1e-5
+        assert min(relative(start.A[i], right), relative(start.A[i], -right)) < 1e-5
+        assert min(relative(start.B[:, i], left), relative(start.B[:, i], -left)) < 1e-5
 
 
 def test_gradient_defaults_are_the_published_ones():
@@ -46,10 +40,10 @@ def test_gradient_defaults_are_the_published_ones():
 def test_lora_ga_whatever_the_gradient(problem):
     """In terms that need no gap in the spectrum; a gradient of low rank still gives orthonormal factors."""
     G, r, s = problem
-    found = hs.LoRAGA().factors(of_gradient(G, r, s=s))
+    start = hs.LoRAGA().factors(of_gradient(G, r, s=s))
     S = torch.linalg.svdvals(G.double())
     c2 = math.sqrt(G.shape[0]) / 16
-    A, B = found.A.double(), found.B.double()
+    A, B = start.A.double(), start.B.double()
     identity = torch.eye(r, dtype=torch.float64)
     assert torch.allclose(A @ A.T, c2 * identity, atol=5e-6 * c2)
     assert torch.allclose(B.T @ B, c2 * identity, atol=5e-6 * c2)
@@ -67,8 +61,8 @@ def test_lora_ga_needs_twice_the_rank(d_out, d_in, r):
 
 @pytest.mark.parametrize(("d_out", "d_in", "r"), [(12, 40, 6), (40, 12, 6), (2, 30, 1)])
 def test_lora_ga_takes_half_the_side(d_out, d_in, r):
-    found = hs.LoRAGA().factors(of_gradient(normal(d_out, d_in), r))
-    assert torch.linalg.matrix_rank(product(found)) == r
+    start = hs.LoRAGA().factors(of_gradient(normal(d_out, d_in), r))
+    assert torch.linalg.matrix_rank(product(start)) == r
 
 
 @pytest.mark.parametrize("s", [1.0, 2.0])
@@ -76,11 +70,11 @@ def test_lora_ga_takes_half_the_side(d_out, d_in, r):
 @pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
 def test_lora_one(d_out, d_in, gamma, s):
     G = normal(d_out, d_in, std=1e-4)
-    found = hs.LoRAOne(gamma=gamma).factors(of_gradient(G, 5, s=s))
+    start = hs.LoRAOne(gamma=gamma).factors(of_gradient(G, 5, s=s))
     S = torch.linalg.svdvals(G.double())
-    assert relative(product(found), -best(G, 5) / (float(S[0]) * gamma)) < 1e-5
+    assert relative(product(start), -best(G, 5) / (float(S[0]) * gamma)) < 1e-5
     root = (S[:5] / S[0] / gamma).diag()
-    for gram in (found.B.double().T @ found.B.double(), found.A.double() @ found.A.double().T):
+    for gram in (start.B.double().T @ start.B.double(), start.A.double() @ start.A.double().T):
         assert torch.allclose(gram, root, atol=1e-6 * float(root.max()))
 
 
@@ -89,13 +83,13 @@ def test_lora_one(d_out, d_in, gamma, s):
 def test_lora_one_whatever_the_gradient(problem, gamma):
     """A matrix with these singular values and this inner product with -G has its singular vectors (von Neumann)."""
     G, r, s = problem
-    found = hs.LoRAOne(gamma=gamma).factors(of_gradient(G, r, s=s))
+    start = hs.LoRAOne(gamma=gamma).factors(of_gradient(G, r, s=s))
     S = torch.linalg.svdvals(G.double())
     expected = S[:r] / S[0] / gamma
-    assert torch.allclose(torch.linalg.svdvals(product(found))[:r], expected, rtol=0, atol=2e-6 / gamma)
-    inner = float(-(product(found) * G.double()).sum())
+    assert torch.allclose(torch.linalg.svdvals(product(start))[:r], expected, rtol=0, atol=2e-6 / gamma)
+    inner = float(-(product(start) * G.double()).sum())
     assert inner == pytest.approx(float((expected * S[:r]).sum()), rel=1e-5)
-    assert relative(found.A.norm(), found.B.norm()) < 1e-5
+    assert relative(start.A.norm(), start.B.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("cls", [hs.LoRAGA, hs.LoRAOne])
@@ -111,12 +105,12 @@ def test_the_gradients_scale_does_not_matter(cls, scale):
 @pytest.mark.parametrize("cls", [hs.LoRAGA, hs.LoRAOne])
 def test_no_gradient_starts_as_lora_does_and_says_so(cls):
     given_layer = of_gradient(torch.zeros(24, 20), 4)
-    found, plain = cls().factors(given_layer), hs.LoRA().factors(given_layer)
-    assert torch.equal(found.A, plain.A) and torch.equal(found.B, plain.B)
-    assert "no gradient" in found.note and "lora" in found.note
+    start, plain = cls().factors(given_layer), hs.LoRA().factors(given_layer)
+    assert torch.equal(start.A, plain.A) and torch.equal(start.B, plain.B)
+    assert "no gradient" in start.note and "lora" in start.note
 
 
 def test_lora_one_of_one_output():
     G = normal(1, 12)
-    found = hs.LoRAOne().factors(of_gradient(G, 1))
-    assert relative(product(found), -G.double() / float(G.double().norm()) / 128) < 1e-6
+    start = hs.LoRAOne().factors(of_gradient(G, 1))
+    assert relative(product(start), -G.double() / float(G.double().norm()) / 128) < 1e-6

@@ -10,27 +10,10 @@ import torch
 from peft import LoraConfig
 
 import headstart as hs
-from conftest import (
-    WRAPPERS,
-    all_factors,
-    factors_of,
-    logits,
-    started,
-    tiny_gpt2,
-    tiny_llama,
-    wrap,
-)
+from conftest import WRAPPERS, all_factors, factors_of, logits, started, tiny_gpt2, tiny_llama, wrap
 from headstart.statistics.batches import take
 from oracles import best, exact_gradients, relative
-from snapshots import (
-    ALL,
-    RANDOM,
-    SUBTRACTING,
-    data_for,
-    dense_weight,
-    same,
-    targets_of,
-)
+from snapshots import ALL, RANDOM, SUBTRACTING, data_for, dense_weight, same, targets_of
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -103,8 +86,8 @@ def test_another_seed_gives_other_factors_in_every_layer(method):
 
 
 def test_layers_of_one_shape_get_different_draws():
-    found = all_factors(started(tiny_llama(), "init-ab", target_modules=["q_proj", "o_proj"]))
-    matrices = [A for A, _ in found.values()]
+    factors = all_factors(started(tiny_llama(), "init-ab", target_modules=["q_proj", "o_proj"]))
+    matrices = [A for A, _ in factors.values()]
     assert len(matrices) == 4
     for i, A in enumerate(matrices):
         for other in matrices[:i]:
@@ -135,10 +118,10 @@ def test_lora_one_end_to_end(samples, batch):
     model = wrap(copy.deepcopy(base), r=4, lora_alpha=8, lora_dropout=0.5)
     model.train()
     hs.initialize_(model, hs.LoRAOne(samples=samples, gamma=32), data=[batch])
-    found = all_factors(model)
-    gradients = exact_gradients(base, [take(batch, list(range(samples)))], list(found))
-    assert len(found) == 14
-    for name, (A, B) in found.items():
+    factors = all_factors(model)
+    gradients = exact_gradients(base, [take(batch, list(range(samples)))], list(factors))
+    assert len(factors) == 14
+    for name, (A, B) in factors.items():
         G = gradients[name]
         S = torch.linalg.svdvals(G)
         assert relative(B.double() @ A.double(), -best(G, 4) / (float(S[0]) * 32)) < 1e-4, name
@@ -154,9 +137,9 @@ def test_lora_ga_end_to_end(samples, batch):
     expected = logits(model, batch)
     hs.initialize_(model, hs.LoRAGA(samples=samples, gamma=4), data=[batch])
     assert torch.equal(logits(model, batch), expected)
-    found = all_factors(model)
-    gradients = exact_gradients(base, [take(batch, list(range(samples)))], list(found))
-    for name, (A, B) in found.items():
+    factors = all_factors(model)
+    gradients = exact_gradients(base, [take(batch, list(range(samples)))], list(factors))
+    for name, (A, B) in factors.items():
         U, _, Vh = torch.linalg.svd(gradients[name])
         c = B.shape[0] ** 0.25 / 2
         for i in range(4):
@@ -187,8 +170,8 @@ def test_autocast_around_the_verb_rounds_nothing(form):
     plain = started(tiny_llama(), "olora", form=form)
     with torch.autocast("cpu", torch.bfloat16):
         cast = started(tiny_llama(), "olora", form=form)
-    for (name, mine), theirs in zip(plain.named_parameters(), cast.parameters(), strict=True):
-        assert torch.equal(mine, theirs), name
+    for (name, parameter), other in zip(plain.named_parameters(), cast.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
 
 
 @pytest.mark.parametrize(("budget", "largest"), [(None, 9), (1, 1), (2 * 4 * 3 * 32 * 32, 3)])

@@ -8,24 +8,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 import headstart as hs
-from conftest import (
-    all_factors,
-    perturb,
-    started,
-    tiny_llama,
-    tiny_vit,
-    token_batch,
-    wrap,
-)
-from snapshots import (
-    RANDOM,
-    SUBTRACTING,
-    refused,
-    same,
-    small,
-    small_batch,
-    targets_of,
-)
+from conftest import all_factors, perturb, started, tiny_llama, tiny_vit, token_batch, wrap
+from snapshots import RANDOM, SUBTRACTING, refused, same, small, small_batch, targets_of
 
 EVERY = ["init-ab", "lora", "pissa", "lora-one:samples=4"]
 
@@ -235,10 +219,10 @@ def test_a_layer_without_gradient_falls_back_and_is_named(method, form):
     model = small("used", "unused")
     plain = all_factors(started_small("lora", "used", "unused"))
     report = hs.initialize_(model, f"{method}:samples=4", data=[small_batch()], form=form)
-    found = all_factors(model)
-    assert torch.equal(found["unused"][0], plain["unused"][0])
-    assert not found["unused"][1].any()
-    assert found["used"][1].any()
+    factors = all_factors(model)
+    assert torch.equal(factors["unused"][0], plain["unused"][0])
+    assert not factors["unused"][1].any()
+    assert factors["used"][1].any()
     (warning,) = report.warnings
     assert "unused" in warning and "no gradient" in warning
     assert "warning: unused" in str(report)

@@ -9,20 +9,9 @@ import torch
 from peft import LoraConfig
 
 import headstart as hs
-from conftest import (
-    factors_of,
-    tiny_llama,
-    token_batch,
-    wrap,
-)
+from conftest import factors_of, tiny_llama, token_batch, wrap
 from headstart.errors import HeadstartWarning
-from snapshots import (
-    ALL,
-    data_for,
-    dense_weight,
-    live_form,
-    targets_of,
-)
+from snapshots import ALL, data_for, dense_weight, live_form, targets_of
 
 
 @pytest.mark.parametrize("form", ["anchored", "residual"])
@@ -126,7 +115,7 @@ def test_trainable_counts_the_adapter_that_was_started():
     # Not active, so none of them trains now: these are what trains once it is.
     assert hs.initialize_(third, "lora", adapter="second").trainable == 2 * (2 * 32 + 16 * 2)
     third.set_adapter("second")
-    assert sum(each.numel() for each in third.parameters() if each.requires_grad) == 2 * (2 * 32 + 16 * 2)
+    assert sum(p.numel() for p in third.parameters() if p.requires_grad) == 2 * (2 * 32 + 16 * 2)
 
 
 @pytest.mark.parametrize("method", ["init-ab", "pissa", "lora-one:samples=4"])

@@ -11,29 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import headstart as hs
-from conftest import (
-    all_factors,
-    factors_of,
-    logits,
-    started,
-    tiny_llama,
-    token_batch,
-    wrap,
-)
+from conftest import all_factors, factors_of, logits, started, tiny_llama, token_batch, wrap
 from headstart.layers import anchored
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers, record
 from headstart.layers.mark import make_mark
-from snapshots import (
-    ALL,
-    SUBTRACTING,
-    assert_unchanged,
-    data_for,
-    live_form,
-    refused,
-    same,
-    snapshot,
-)
+from snapshots import ALL, SUBTRACTING, assert_unchanged, data_for, live_form, refused, same, snapshot
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -88,9 +71,9 @@ def test_the_config_is_marked_where_plain_peft_would_misread_the_adapter(method,
         method.partition(":")[0],
         live_form(method, form),
     )
-    held = anchors(target.module, "default")
-    assert (held is not None) == subtracts
-    for anchor, factor in zip(held or (), factors_of(target.module), strict=False):
+    both_anchors = anchors(target.module, "default")
+    assert (both_anchors is not None) == subtracts
+    for anchor, factor in zip(both_anchors or (), factors_of(target.module), strict=False):
         assert torch.equal(anchor, factor) and anchor.data_ptr() != factor.data_ptr()
 
 
@@ -195,11 +178,11 @@ def test_a_method_that_gives_nonsense_is_caught_before_any_layer_changes(monkeyp
     real = hs.InitAB.factors
 
     def nonsense(self, layer):
-        found = real(self, layer)
+        start = real(self, layer)
         if layer.name != "model.layers.1.mlp.down_proj":
-            return found
-        B = found.B[:, :-1] if bad == "shape" else torch.full_like(found.B, float("nan"))
-        return hs.Factors(found.A, B)
+            return start
+        B = start.B[:, :-1] if bad == "shape" else torch.full_like(start.B, float("nan"))
+        return hs.Factors(start.A, B)
 
     monkeypatch.setattr(hs.InitAB, "factors", nonsense)
     model = wrap(tiny_llama())

@@ -11,17 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import headstart as hs
-from fisher import (
-    check,
-    dense,
-    draw,
-    eye,
-    fisher_of,
-    layer,
-    logspace,
-    objective,
-    of_spectrum,
-)
+from fisher import check, dense, draw, eye, fisher_of, layer, logspace, objective, of_spectrum
 from inputs import normal
 from oracles import relative
 
@@ -49,8 +39,8 @@ def test_the_formulas_of_METHODS_are_those_of_the_dense_fisher_matrix(d_out, d_i
     variance = 0.03 / 50 * torch.kron(eye(d_out), P).mul(expected.inverse).sum()
     missed = (expected.delta - expected.delta @ P).square().sum() - expected.delta.square().sum()
     assert objective(expected.omega, A0) == pytest.approx(float(variance + missed), rel=1e-9)
-    found = hs.LoRADA(fisher="full" if full else "diagonal", normalise=False).factors(layer(G, Z, Y, r, population=50))
-    check(found, expected, r)
+    start = hs.LoRADA(fisher="full" if full else "diagonal", normalise=False).factors(layer(G, Z, Y, r, population=50))
+    check(start, expected, r)
 
 
 @settings(max_examples=250, deadline=None)
@@ -71,12 +61,12 @@ def test_any_settings(data):
     # Beyond this no two ways of computing agree.
     assume(expected.norm > 0)
     method = hs.LoRADA(fisher="full" if full else "diagonal", gamma=gamma, population=N, **options)
-    found = method.factors(layer(G, Z, Y, r))
-    assert found.repair == "" and found.info["damping"] == found.info["damping_outputs"] == damping
-    check(found, expected, r, gamma=gamma)
+    start = method.factors(layer(G, Z, Y, r))
+    assert start.repair == "" and start.info["damping"] == start.info["damping_outputs"] == damping
+    check(start, expected, r, gamma=gamma)
     # The adapter's scaling s plays no part.
     again = method.factors(layer(G, Z, Y, r, s=7.0))
-    assert torch.equal(again.A, found.A) and torch.equal(again.B, found.B)
+    assert torch.equal(again.A, start.A) and torch.equal(again.B, start.B)
 
 
 @pytest.mark.parametrize("options", [{}, dict(variance=0.0), dict(bias=0.0), dict(variance=3e-7), dict(tol=1e-3)])
@@ -86,8 +76,8 @@ def test_layers_too_wide_for_the_dense_decomposition(d_out, r, options):
     n, N = 300, 1000
     G = (normal(d_out, n, seed=1) @ of_spectrum(logspace(-3, 0, n), seed=2)).float()
     Z, Y = of_spectrum(logspace(-3, 2, n), seed=3).float(), logspace(-6, -4, d_out).float()
-    found = hs.LoRADA(**options).factors(layer(G, Z, Y, r, population=N))
-    assert found.repair == ""
+    start = hs.LoRADA(**options).factors(layer(G, Z, Y, r, population=N))
+    assert start.repair == ""
     Zi = torch.linalg.inv(Z.double() + 1e-6 * eye(n))
     Zi = (Zi + Zi.T) / 2
     Yi = 1 / (Y.double() + 1e-6)
@@ -97,7 +87,7 @@ def test_layers_too_wide_for_the_dense_decomposition(d_out, r, options):
     omega = parts[0] - options.get("bias", 1.0) * parts[1]
     norm = max(float(torch.linalg.matrix_norm(part, 2)) for part in parts)
     expected = SimpleNamespace(delta=delta / sigma, omega=omega, sigma=sigma, norm=norm)
-    check(found, expected, r, tol=options.get("tol", 1e-6))
+    check(start, expected, r, tol=options.get("tol", 1e-6))
 
 
 def test_normalising_changes_B_alone():
@@ -163,14 +153,14 @@ def test_one_output_by_brute_force(n, r, N):
     def cost(A0):
         return (A0 * (covariance @ A0)).sum() + (delta - A0 @ (A0.T @ delta)).square().sum()
 
-    found = hs.LoRADA(variance=1.0, normalise=False, gamma=1.0).factors(layer(G, Z, Y, r, population=N))
-    A0 = found.A.double().T
+    start = hs.LoRADA(variance=1.0, normalise=False, gamma=1.0).factors(layer(G, Z, Y, r, population=N))
+    A0 = start.A.double().T
     least = minimum(cost, n, r)
     assert float(cost(A0)) == pytest.approx(least, rel=1e-6, abs=1e-9 * float(delta.square().sum()))
     constant = float(delta.square().sum())
-    assert found.info["objective"] == pytest.approx(float(cost(A0)) - constant, rel=1e-5, abs=1e-6 * constant)
+    assert start.info["objective"] == pytest.approx(float(cost(A0)) - constant, rel=1e-5, abs=1e-6 * constant)
     # B A is Delta's projection on the subspace (equation 17).
-    assert relative((found.B @ found.A)[0], A0 @ (A0.T @ delta)) < 1e-5
+    assert relative((start.B @ start.A)[0], A0 @ (A0.T @ delta)) < 1e-5
     # Neither part alone does better.
     for options in (dict(variance=0.0), dict(bias=0.0)):
         other = hs.LoRADA(gamma=1.0, **options).factors(layer(G, Z, Y, r)).A.double().T
@@ -190,11 +180,11 @@ def test_one_output_and_one_direction_on_a_fine_grid():
         return (rows @ covariance * rows).sum(1) + delta.square().sum() - (rows @ delta).square()
 
     grid = costs(a)
-    found = hs.LoRADA(variance=1.0, gamma=1.0).factors(layer(G, Z, Y, 1, population=N))
-    mine = float(costs(found.A.double()))
+    start = hs.LoRADA(variance=1.0, gamma=1.0).factors(layer(G, Z, Y, 1, population=N))
+    reached = float(costs(start.A.double()))
     spread = float(grid.max() - grid.min())
-    assert mine <= float(grid.min()) + 1e-7 * spread
-    assert mine >= float(grid.min()) - 1e-5 * spread
+    assert reached <= float(grid.min()) + 1e-7 * spread
+    assert reached >= float(grid.min()) - 1e-5 * spread
 
 
 @pytest.mark.parametrize(("m", "n", "r"), [(2, 4, 2), (3, 3, 1)])
@@ -210,5 +200,5 @@ def test_several_outputs_by_brute_force(m, n, r):
         return (torch.kron(eye(m), P) * covariance).sum() + (delta - delta @ P).square().sum()
 
     method = hs.LoRADA(variance=1.0, normalise=False, gamma=1.0, fisher="full")
-    found = method.factors(layer(G, Z, Y, r, population=20))
-    assert float(cost(found.A.double().T)) == pytest.approx(minimum(cost, n, r, 12), rel=1e-6)
+    start = method.factors(layer(G, Z, Y, r, population=20))
+    assert float(cost(start.A.double().T)) == pytest.approx(minimum(cost, n, r, 12), rel=1e-6)

@@ -8,23 +8,8 @@ import pytest
 import torch
 
 import headstart as hs
-from conftest import (
-    ARCHITECTURES,
-    all_factors,
-    tiny_bert,
-    tiny_gpt2,
-    tiny_llama,
-    tiny_mixtral,
-    tiny_t5,
-    tiny_vit,
-    wrap,
-)
-from fisher import (
-    ATTENTION,
-    FEED_FORWARD,
-    layer_named,
-    linear,
-)
+from conftest import ARCHITECTURES, all_factors, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5, tiny_vit, wrap
+from fisher import ATTENTION, FEED_FORWARD, layer_named, linear
 from headstart.errors import HeadstartWarning
 from headstart.methods.base import Layer
 from oracles import relative
@@ -93,9 +78,9 @@ def test_names_of_other_architectures(name, attention):
 @pytest.mark.parametrize(("layers", "left_out"), [("attention", FEED_FORWARD), ("feed-forward", ATTENTION)])
 def test_layers_left_out_start_as_lora_does(layers, left_out, options):
     bare = Layer(name=left_out, d_out=6, d_in=8, r=2, scaling=1.0, seed=3)
-    found, plain = hs.LoRADA(layers=layers, **options).factors(bare), hs.LoRA().factors(bare)
-    assert torch.equal(found.A, plain.A) and torch.equal(found.B, plain.B)
-    assert found.note == found.repair == ""
+    start, plain = hs.LoRADA(layers=layers, **options).factors(bare), hs.LoRA().factors(bare)
+    assert torch.equal(start.A, plain.A) and torch.equal(start.B, plain.B)
+    assert start.note == start.repair == ""
 
 
 @pytest.mark.parametrize("layers", ["attention", "feed-forward"])
@@ -111,13 +96,13 @@ def test_the_verb_with_layers_left_out(architecture, layers):
             models[name] = wrap(make(), target_modules=targets)
             data = None if name == "lora" else [batch_of()]
             report = hs.initialize_(models[name], method, data=data, seed=5)
-    found = {name: all_factors(model) for name, model in models.items()}
-    assert all(each.note == "" for each in report.layers)
+    factors = {name: all_factors(model) for name, model in models.items()}
+    assert all(layer.note == "" for layer in report.layers)
     count = 0
-    for name, (A, B) in found["some"].items():
+    for name, (A, B) in factors["some"].items():
         chosen = any(part in name for part in parts) == (layers == "attention")
-        other = found["all" if chosen else "lora"][name]
+        other = factors["all" if chosen else "lora"][name]
         assert relative(A, other[0]) < 1e-3 if chosen else torch.equal(A, other[0]), name
         assert B.any() == chosen
         count += chosen
-    assert 0 < count < len(found["some"])
+    assert 0 < count < len(factors["some"])

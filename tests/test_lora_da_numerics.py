@@ -8,17 +8,7 @@ import pytest
 import torch
 
 import headstart as hs
-from fisher import (
-    ATTENTION,
-    check,
-    dense,
-    draw,
-    eye,
-    layer,
-    logspace,
-    objective,
-    of_spectrum,
-)
+from fisher import ATTENTION, check, dense, draw, eye, layer, logspace, objective, of_spectrum
 from inputs import normal
 from oracles import relative
 
@@ -51,17 +41,17 @@ def test_ten_steps_are_worse_than_the_optimum_and_say_so(seed, ratio, bias):
     excess, errors = {}, {}
     for iterations in (None, 10, 40):
         method = hs.LoRADA(iterations=iterations, variance=variance, bias=bias, damping=1e-3)
-        found = method.factors(layer(G, Z, Y, r, population=N, seed=seed))
-        A0 = 32 * found.A.double().T
+        start = method.factors(layer(G, Z, Y, r, population=N, seed=seed))
+        A0 = 32 * start.A.double().T
         assert float((A0.T @ A0 - eye(r)).abs().max()) < 1e-5
-        reached = found.info["objective"]
+        reached = start.info["objective"]
         # What is said of A0 is true of A0, and nothing is below the optimum.
         assert reached == pytest.approx(objective(omega, A0), rel=1e-5, abs=1e-9 * norm)
         assert reached >= optimum - 5e-6 * abs(optimum) - 1e-12 * norm
-        excess[iterations], errors[iterations] = reached - optimum, found.info["objective_error"]
+        excess[iterations], errors[iterations] = reached - optimum, start.info["objective_error"]
         assert excess[iterations] <= (errors[iterations] + 5e-6) * abs(reached) + 1e-12 * norm
-        assert relative(found.B, delta @ A0 / 32) < 1e-5
-        assert found.info["steps"] == (iterations or 0) and found.info["dense"] == (iterations is None)
+        assert relative(start.B, delta @ A0 / 32) < 1e-5
+        assert start.info["steps"] == (iterations or 0) and start.info["dense"] == (iterations is None)
     assert errors[None] <= 1e-6 < errors[10]
     # Where the variance is small ten steps come close; where it rules they don't.
     assert excess[10] > excess[None]
@@ -107,17 +97,17 @@ def test_inputs_that_cannot_be_inverted_as_they_are(inputs, damping, options):
     Z = HARD_INPUTS[inputs]
     full = options.get("fisher") == "full"
     G, _, Y = draw(6, N_IN, seed=8, full=full)
-    found = hs.LoRADA(damping=damping, **options).factors(layer(G, Z, Y, 3))
-    assert bool(torch.isfinite(found.A).all() and torch.isfinite(found.B).all())
-    assert bool(found.B.any())
-    assert all(math.isfinite(value) for value in found.info.values())
-    used = found.info["damping"]
-    assert used >= damping and (used > damping) == ("inputs" in found.repair)
-    assert "output" not in found.repair and found.info["damping_outputs"] == damping
+    start = hs.LoRADA(damping=damping, **options).factors(layer(G, Z, Y, 3))
+    assert bool(torch.isfinite(start.A).all() and torch.isfinite(start.B).all())
+    assert bool(start.B.any())
+    assert all(math.isfinite(value) for value in start.info.values())
+    used = start.info["damping"]
+    assert used >= damping and (used > damping) == ("inputs" in start.repair)
+    assert "output" not in start.repair and start.info["damping_outputs"] == damping
     if damping == 0:
-        assert found.repair
-    if found.repair:
-        assert "\n" not in found.repair and "damping" in found.repair
+        assert start.repair
+    if start.repair:
+        assert "\n" not in start.repair and "damping" in start.repair
     # With the damping that was used in the end, it is the method.
     Yi = torch.linalg.inv((Y.double() if full else Y.double().diag()) + damping * eye(6))
     values, vectors = torch.linalg.eigh(Z.double() + used * eye(N_IN))
@@ -126,9 +116,9 @@ def test_inputs_that_cannot_be_inverted_as_they_are(inputs, damping, options):
     delta = -Yi @ G.double() @ Zi
     sigma = torch.linalg.matrix_norm(delta, 2)
     delta = delta / sigma
-    A0 = 32 * found.A.double().T
+    A0 = 32 * start.A.double().T
     # The inverse is good to the condition number times float64's precision.
-    assert relative(found.B, delta @ A0 / 32) < 1e-5
+    assert relative(start.B, delta @ A0 / 32) < 1e-5
     parts = options.get("variance", 0.03) * Yi.trace() / 256 * Zi / sigma**2, options.get("bias", 1) * delta.T @ delta
     omega = parts[0] - parts[1]
     norm = max(float(torch.linalg.matrix_norm(part, 2)) for part in parts)
@@ -141,8 +131,8 @@ def test_inputs_that_cannot_be_inverted_as_they_are(inputs, damping, options):
 def test_what_can_be_inverted_is_not_repaired(damping):
     """Representable exactly: powers of two on a diagonal, well within the precision."""
     Z, Y = torch.diag(2.0 ** torch.arange(-4.0, 12.0)), 2.0 ** torch.arange(-3.0, 3.0)
-    found = hs.LoRADA(damping=damping).factors(layer(normal(6, 16).float(), Z, Y, 3))
-    assert found.repair == "" and found.info["damping"] == damping
+    start = hs.LoRADA(damping=damping).factors(layer(normal(6, 16).float(), Z, Y, 3))
+    assert start.repair == "" and start.info["damping"] == damping
     bare = hs.LoRADA(damping=0).factors(layer(normal(6, 16).float(), Z, Y, 3))
     assert bare.repair == "" and bare.info["damping"] == 0
     expected = dense(normal(6, 16).float(), Z, Y, N=256, damping=0.0)
@@ -156,23 +146,23 @@ def test_outputs_that_no_gradient_reached(zeros, damping, options):
     """Where g is always zero, so is the gradient's row."""
     G, Z, Y = draw(6, 8, seed=3)
     Y[:zeros], G[:zeros] = 0, 0
-    found = hs.LoRADA(damping=damping, **options).factors(layer(G, Z, Y, 3))
-    assert bool(torch.isfinite(found.A).all() and torch.isfinite(found.B).all())
-    assert not found.B[:zeros].any() and bool(found.B.any())
-    assert ("output gradients" in found.repair) == (damping == 0) == (found.info["damping_outputs"] > damping)
+    start = hs.LoRADA(damping=damping, **options).factors(layer(G, Z, Y, 3))
+    assert bool(torch.isfinite(start.A).all() and torch.isfinite(start.B).all())
+    assert not start.B[:zeros].any() and bool(start.B.any())
+    assert ("output gradients" in start.repair) == (damping == 0) == (start.info["damping_outputs"] > damping)
     if damping:
-        check(found, dense(G, Z, Y, N=256, **options), 3)
+        check(start, dense(G, Z, Y, N=256, **options), 3)
 
 
 def test_full_outputs_of_low_rank():
     G, Z, _ = draw(6, 8, seed=3)
     g = normal(2, 6, seed=4).float()
     for damping in (0, 1e-6):
-        found = hs.LoRADA(damping=damping, fisher="full").factors(layer(G, Z, g.T @ g / 2, 3))
-        assert bool(torch.isfinite(found.A).all() and torch.isfinite(found.B).all() and found.B.any())
+        start = hs.LoRADA(damping=damping, fisher="full").factors(layer(G, Z, g.T @ g / 2, 3))
+        assert bool(torch.isfinite(start.A).all() and torch.isfinite(start.B).all() and start.B.any())
         if damping == 0:
-            assert "output gradients" in found.repair
-        assert ("output gradients" in found.repair) == (found.info["damping_outputs"] > damping)
+            assert "output gradients" in start.repair
+        assert ("output gradients" in start.repair) == (start.info["damping_outputs"] > damping)
     assert hs.LoRADA(damping=1e-3, fisher="full").factors(layer(G, Z, g.T @ g / 2, 3)).repair == ""
 
 
@@ -188,8 +178,8 @@ def test_delta_beyond_the_range_of_float32(case):
         G, Y = G * 1e30, Y * 1e-20
     else:
         G, Z, Y = G * 1e-30, Z * 1e8, Y * 1e8
-    found = hs.LoRADA(**options).factors(layer(G, Z, Y, 3))
-    assert float(torch.linalg.matrix_norm(found.B.double(), 2)) == pytest.approx(1 / 32, rel=1e-5)
+    start = hs.LoRADA(**options).factors(layer(G, Z, Y, 3))
+    assert float(torch.linalg.matrix_norm(start.B.double(), 2)) == pytest.approx(1 / 32, rel=1e-5)
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -213,6 +203,6 @@ def test_undamped_the_scales_of_the_statistics_do_not_matter(scales):
 def test_no_gradient_starts_as_lora_does_and_says_so(options):
     _, Z, Y = draw(6, 8, full=options.get("fisher") == "full")
     given_layer = layer(torch.zeros(6, 8), Z, Y, 2)
-    found, plain = hs.LoRADA(**options).factors(given_layer), hs.LoRA().factors(given_layer)
-    assert torch.equal(found.A, plain.A) and torch.equal(found.B, plain.B)
-    assert "no gradient" in found.note and "lora" in found.note
+    start, plain = hs.LoRADA(**options).factors(given_layer), hs.LoRA().factors(given_layer)
+    assert torch.equal(start.A, plain.A) and torch.equal(start.B, plain.B)
+    assert "no gradient" in start.note and "lora" in start.note

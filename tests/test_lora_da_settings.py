@@ -8,10 +8,7 @@ import pytest
 import torch
 
 import headstart as hs
-from fisher import (
-    ATTENTION,
-    layer_named,
-)
+from fisher import ATTENTION, layer_named
 from headstart.methods import parse_method
 from headstart.methods.base import ANY_LAYER, Layer
 

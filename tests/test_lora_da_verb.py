@@ -14,20 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import headstart as hs
-from conftest import (
-    ARCHITECTURES,
-    all_factors,
-    logits,
-    perturb,
-    tiny_llama,
-    token_batch,
-    wrap,
-)
-from fisher import (
-    check,
-    eye,
-    linear,
-)
+from conftest import ARCHITECTURES, all_factors, logits, perturb, tiny_llama, token_batch, wrap
+from fisher import check, eye, linear
 from headstart.errors import HeadstartWarning
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers
@@ -73,14 +61,14 @@ def statistics(base, batches, names, tokens="attention"):
             for name in names:
                 x, output = kept[name]
                 x, g = x.reshape(-1, x.shape[-1]), output.grad.reshape(-1, output.shape[-1])
-                found = sums[name]
-                found.G = found.G + g.T @ x
+                total = sums[name]
+                total.G = total.G + g.T @ x
                 if tokens == "labels" or (two_sided and reads_decoder(name)):
                     learned = one["labels"][0] != -100
                     if not two_sided:  # a causal model predicts the label of the next position
                         learned = torch.cat([learned[1:], torch.zeros_like(learned[:1])])
                     x, g = x[learned], g[learned]
-                found.Z, found.Y, found.rows = found.Z + x.T @ x, found.Y + g.T @ g, found.rows + len(x)
+                total.Z, total.Y, total.rows = total.Z + x.T @ x, total.Y + g.T @ g, total.rows + len(x)
     for handle in handles:
         handle.remove()
     return {
@@ -89,7 +77,7 @@ def statistics(base, batches, names, tokens="attention"):
     }
 
 
-def whole(G, Z, Y, *, N, damping, variance=0.03, normalise=True):
+def whole(G, Z, Y, *, N, damping, variance=0.03):
     """As `dense`, for layers of which the Fisher matrix is too large: by METHODS' formulas, tested above."""
     Zi = torch.linalg.inv(Z + damping * eye(len(Z)))
     Yi = torch.linalg.inv((Y.diag() if Y.dim() == 1 else Y) + damping * eye(len(Y)))
@@ -112,15 +100,15 @@ def test_the_verb_against_autograd(architecture, options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", HeadstartWarning)
         report = hs.initialize_(model, hs.LoRADA(samples=8, damping=1e-2, **options), data=batches)
-    found = all_factors(model)
-    truth = statistics(base, batches, list(found))
-    for each in report.layers:
-        A, B = found[each.name]
-        t = truth[each.name]
+    factors = all_factors(model)
+    truth = statistics(base, batches, list(factors))
+    for layer in report.layers:
+        A, B = factors[layer.name]
+        t = truth[layer.name]
         Y = t.Y if options.get("fisher") == "full" else t.Y.diagonal()
         expected = whole(t.G, t.Z, Y, N=8, damping=1e-2, variance=options.get("variance", 0.03))
-        assert each.repair == "" and each.note == ""
-        made = SimpleNamespace(A=A, B=B, info=each.info, core=None, note="")
+        assert layer.repair == "" and layer.note == ""
+        made = SimpleNamespace(A=A, B=B, info=layer.info, core=None, note="")
         check(made, expected, 4, loose=3e-5)
 
 
@@ -130,9 +118,9 @@ def test_tokens_with_a_label(architecture):
     base, batches = make(), [batch_of(seed=1)]
     model = wrap(copy.deepcopy(base), target_modules=targets)
     hs.initialize_(model, hs.LoRADA(samples=4, damping=1e-2, tokens="labels"), data=batches)
-    found = all_factors(model)
-    truth = statistics(base, batches, list(found), tokens="labels")
-    for name, (A, B) in found.items():
+    factors = all_factors(model)
+    truth = statistics(base, batches, list(factors), tokens="labels")
+    for name, (A, B) in factors.items():
         t = truth[name]
         expected = whole(t.G, t.Z, t.Y.diagonal(), N=4, damping=1e-2)
         check(SimpleNamespace(A=A, B=B, info={}, core=None, note=""), expected, 4, loose=3e-5)
@@ -172,17 +160,17 @@ def test_the_verb_with_published_settings(architecture):
         report = hs.initialize_(model, "lora-da:samples=4", data=[batch_of()])
     assert report.method == "lora-da:samples=4"
     assert report.samples == 4
-    assert [each.name for each in report.layers] == [target.name for target in lora_layers(model, "default")]
-    for each in report.layers:
-        assert set(each.info) == INFO
-        assert all(isinstance(v, int | float) and math.isfinite(v) for v in each.info.values())
-        assert each.info["objective_error"] <= 1e-6
+    assert [layer.name for layer in report.layers] == [target.name for target in lora_layers(model, "default")]
+    for layer in report.layers:
+        assert set(layer.info) == INFO
+        assert all(isinstance(v, int | float) and math.isfinite(v) for v in layer.info.values())
+        assert layer.info["objective_error"] <= 1e-6
         # The rows of A are orthonormal over 32.
-        assert each.norm_A == pytest.approx(2 / 32, rel=1e-5)
-        assert 0 < each.norm_B <= (1 + 1e-5) * 2 / 32
-        assert each.info["damping_outputs"] == 1e-6
-        assert (each.repair != "") == (each.info["damping"] > 1e-6)
-    repaired = [each.name for each in report.layers if each.repair]
+        assert layer.norm_A == pytest.approx(2 / 32, rel=1e-5)
+        assert 0 < layer.norm_B <= (1 + 1e-5) * 2 / 32
+        assert layer.info["damping_outputs"] == 1e-6
+        assert (layer.repair != "") == (layer.info["damping"] > 1e-6)
+    repaired = [layer.name for layer in report.layers if layer.repair]
     assert all(any(name in sentence for sentence in report.repairs()) for name in repaired)
     assert bool(repaired) == bool(report.repairs()) == ("repaired: " in str(report))
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["info"].keys() == INFO
@@ -214,33 +202,33 @@ def test_the_start_is_downhill():
     for options in ({}, dict(bias=0), dict(fisher="none", variance=0)):
         model = wrap(copy.deepcopy(base))
         hs.initialize_(model, hs.LoRADA(samples=4, damping=1e-2, **options), data=[batch])
-        found = all_factors(model)
-        assert sum(float((truth[name].G * (B.double() @ A.double())).sum()) for name, (A, B) in found.items()) < 0
+        factors = all_factors(model)
+        assert sum(float((truth[name].G * (B.double() @ A.double())).sum()) for name, (A, B) in factors.items()) < 0
 
 
 @pytest.mark.parametrize("options", ["", ",fisher=full", ",iterations=5"])
 def test_the_same_seed_gives_the_same_factors(options):
     method = "lora-da:samples=4" + options
-    found = []
+    runs = []
     for _ in range(2):
         model = wrap(tiny_llama())
         hs.initialize_(model, method, data=[token_batch()], seed=3)
-        found.append(all_factors(model))
-    for name, (A, B) in found[0].items():
-        assert torch.equal(A, found[1][name][0]) and torch.equal(B, found[1][name][1])
+        runs.append(all_factors(model))
+    for name, (A, B) in runs[0].items():
+        assert torch.equal(A, runs[1][name][0]) and torch.equal(B, runs[1][name][1])
     # The optimum has no seed.
     model = wrap(tiny_llama())
     hs.initialize_(model, method, data=[token_batch()], seed=4)
     if "iterations" not in method:
         for name, (A, B) in all_factors(model).items():
-            assert relative(B @ A, found[0][name][1] @ found[0][name][0]) < 1e-4
+            assert relative(B @ A, runs[0][name][1] @ runs[0][name][0]) < 1e-4
 
 
 def test_the_population_of_the_verb():
     def started(method, **given):
         model = wrap(tiny_llama(), target_modules=["q_proj", "down_proj"])
         report = hs.initialize_(model, method, **(dict(data=[token_batch(), token_batch(seed=1)]) | given))
-        return [each.info["objective"] for each in report.layers]
+        return [layer.info["objective"] for layer in report.layers]
 
     four = dict(samples=4)
     # The length of the data, not what was read of them.
@@ -285,11 +273,11 @@ def test_layers_without_gradient_fall_back_with_a_warning(method):
         report = hs.initialize_(model, method, data=[HEADS_BATCH])
     assert len(report.warnings) == 1
     assert "muted" in report.warnings[0] and "unused" in report.warnings[0]
-    mine, theirs = all_factors(model), all_factors(plain)
+    factors, of_lora = all_factors(model), all_factors(plain)
     for name in ("muted", "unused"):
-        assert torch.equal(mine[name][0], theirs[name][0]) and not mine[name][1].any()
-    assert mine["used"][1].any()
-    assert {each.name: each.note != "" for each in report.layers} == {"used": False, "muted": True, "unused": True}
+        assert torch.equal(factors[name][0], of_lora[name][0]) and not factors[name][1].any()
+    assert factors["used"][1].any()
+    assert {layer.name: layer.note != "" for layer in report.layers} == {"used": False, "muted": True, "unused": True}
 
 
 @pytest.mark.parametrize("name", ["muted", "unused"])
@@ -298,8 +286,8 @@ def test_strict_refuses_a_layer_without_gradient(name):
     before = all_factors(model)
     with pytest.raises(hs.LayerError, match=rf"{name}.*no gradient"):
         hs.initialize_(model, hs.LoRADA(samples=24), data=[HEADS_BATCH], strict=True)
-    for each, (A, B) in all_factors(model).items():
-        assert torch.equal(A, before[each][0]) and torch.equal(B, before[each][1])
+    for target, (A, B) in all_factors(model).items():
+        assert torch.equal(A, before[target][0]) and torch.equal(B, before[target][1])
     assert hs.initialize_(heads("used"), hs.LoRADA(samples=24), data=[HEADS_BATCH], strict=True).warnings == []
 
 
@@ -343,7 +331,7 @@ def test_saved_and_read_by_plain_peft(tmp_path, form):
 def test_half_precision_models_and_other_ranks():
     model = wrap(tiny_llama(), rank_pattern={"down_proj": 7}).to(torch.bfloat16)
     report = hs.initialize_(model, "lora-da:samples=4", data=[token_batch()])
-    for each in report.layers:
-        A, B = all_factors(model)[each.name]
+    for layer in report.layers:
+        A, B = all_factors(model)[layer.name]
         assert bool(torch.isfinite(A).all() and torch.isfinite(B).all())
-        assert each.r == (7 if "down_proj" in each.name else 4)
+        assert layer.r == (7 if "down_proj" in layer.name else 4)

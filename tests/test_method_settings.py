@@ -113,13 +113,13 @@ def test_a_value_of_the_wrong_type_names_the_setting(name, setting, value):
     ],
 )
 def test_a_method_read_from_text(text, method, shown):
-    found = parse_method(text)
-    assert found == method and type(found) is type(method)
-    assert shown is None or str(found) == shown
+    parsed = parse_method(text)
+    assert parsed == method and type(parsed) is type(method)
+    assert shown is None or str(parsed) == shown
     # And back again, through the settings.
-    again = parse_method(f"{found.name}:" + ",".join(f"{k}={v}" for k, v in found.settings().items()))
-    assert again == found
-    assert hs.get_method(found.name, **found.settings()) == found
+    again = parse_method(f"{parsed.name}:" + ",".join(f"{k}={v}" for k, v in parsed.settings().items()))
+    assert again == parsed
+    assert hs.get_method(parsed.name, **parsed.settings()) == parsed
 
 
 @pytest.mark.parametrize("text", ["init-ab:beta", "init-ab:2", "init-ab:beta=2,sgd", "init-ab:=2", ":beta=2", ""])

@@ -13,12 +13,7 @@ import headstart as hs
 from headstart.methods import method_class, parse_method
 from headstart.methods.base import ANY_LAYER
 from inputs import NAME
-from known_layers import (
-    DRAWN,
-    everything,
-    layer,
-    normal,
-)
+from known_layers import DRAWN, everything, layer, normal
 
 DRAWN_VARIANTS = (
     *DRAWN,
@@ -41,17 +36,17 @@ def test_every_method_gives_finite_factors_of_the_right_shape(name):
     W, G = given_layer.weight.clone(), given_layer.gradient.clone()
     state = torch.random.get_rng_state()
     method = hs.get_method(name, **({"steps": 5} if name == "inilora" else {}))
-    found = method.factors(given_layer)
-    assert found.A.shape == (4, 20) and found.B.shape == (24, 4)
-    assert found.A.dtype == found.B.dtype == torch.float32
-    assert bool(torch.isfinite(found.A).all() and torch.isfinite(found.B).all())
-    assert (found.core is not None) == (method.form == "core")
-    assert found.note == ""
+    start = method.factors(given_layer)
+    assert start.A.shape == (4, 20) and start.B.shape == (24, 4)
+    assert start.A.dtype == start.B.dtype == torch.float32
+    assert bool(torch.isfinite(start.A).all() and torch.isfinite(start.B).all())
+    assert (start.core is not None) == (method.form == "core")
+    assert start.note == ""
     # A pure function: the inputs are as they were, and so is torch's own generator.
     assert torch.equal(given_layer.weight, W) and torch.equal(given_layer.gradient, G)
     assert torch.equal(torch.random.get_rng_state(), state)
     again = method.factors(given_layer)
-    assert torch.equal(again.A, found.A) and torch.equal(again.B, found.B)
+    assert torch.equal(again.A, start.A) and torch.equal(again.B, start.B)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -135,11 +130,11 @@ def test_draws_depend_on_seed_and_name_alone(text):
         assert torch.equal(first[name].A, second[name].A) and torch.equal(first[name].B, second[name].B)
     other_seed = method.factors(everything(name=names[0], seed=1))
     for other in (other_seed, first[names[1]], first[names[2]]):
-        mine = first[names[0]]
-        assert not torch.equal(mine.A, other.A) or not torch.equal(mine.B, other.B)
+        one = first[names[0]]
+        assert not torch.equal(one.A, other.A) or not torch.equal(one.B, other.B)
         # Not merely another sign or scale: a drawn factor of another stream is another matrix.
-        drawn = "A" if mine.A.count_nonzero() and not torch.equal(mine.A, other.A) else "B"
-        x, y = getattr(mine, drawn).flatten(), getattr(other, drawn).flatten()
+        drawn = "A" if one.A.count_nonzero() and not torch.equal(one.A, other.A) else "B"
+        x, y = getattr(one, drawn).flatten(), getattr(other, drawn).flatten()
         if not text.startswith("inilora:solver"):  # there the draw only turns the factors
             assert abs(float(torch.cosine_similarity(x, y, dim=0))) < 0.6
 
@@ -149,6 +144,6 @@ def test_draws_depend_on_seed_and_name_alone(text):
 @example(1, 11, "1x", "x")
 def test_any_two_streams_differ(seed, other_seed, name, other_name):
     method = hs.InitAB()
-    mine = method.factors(layer(6, 8, 2, seed=seed, name=name))
+    one = method.factors(layer(6, 8, 2, seed=seed, name=name))
     other = method.factors(layer(6, 8, 2, seed=other_seed, name=other_name))
-    assert torch.equal(mine.A, other.A) == ((seed, name) == (other_seed, other_name))
+    assert torch.equal(one.A, other.A) == ((seed, name) == (other_seed, other_name))

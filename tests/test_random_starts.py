@@ -12,46 +12,37 @@ from hypothesis import strategies as st
 import headstart as hs
 from headstart.methods import parse_method
 from inputs import NAME, product
-from known_layers import (
-    D_IN,
-    D_OUT,
-    DRAWN,
-    ZERO_PRODUCT,
-    R,
-    assert_drawn,
-    assert_uncorrelated,
-    layer,
-)
+from known_layers import D_IN, D_OUT, DRAWN, ZERO_PRODUCT, R, assert_drawn, assert_uncorrelated, layer
 
 
 def test_lora_is_kaiming_uniform_with_a_sqrt_5():
-    found = hs.LoRA().factors(layer())
-    assert not found.B.any()
-    assert_drawn(found.A, math.sqrt(1 / (3 * D_IN)), "uniform")
+    start = hs.LoRA().factors(layer())
+    assert not start.B.any()
+    assert_drawn(start.A, math.sqrt(1 / (3 * D_IN)), "uniform")
     # The same as torch's own: gain sqrt(2 / (1 + 5)), bound gain sqrt(3 / fan-in).
-    theirs = torch.nn.init.kaiming_uniform_(torch.empty(R, D_IN), a=math.sqrt(5))
-    assert float(theirs.abs().max()) == pytest.approx(float(found.A.abs().max()), rel=0.01)
+    of_torch = torch.nn.init.kaiming_uniform_(torch.empty(R, D_IN), a=math.sqrt(5))
+    assert float(of_torch.abs().max()) == pytest.approx(float(start.A.abs().max()), rel=0.01)
 
 
 @pytest.mark.parametrize("shape", ["normal", "uniform"])
 @pytest.mark.parametrize("beta", [0.25, 1.0, 16.0])
 def test_init_a(beta, shape):
-    found = hs.InitA(beta=beta, distribution=shape).factors(layer())
-    assert not found.B.any()
-    assert_drawn(found.A, beta / math.sqrt(D_IN), shape)
+    start = hs.InitA(beta=beta, distribution=shape).factors(layer())
+    assert not start.B.any()
+    assert_drawn(start.A, beta / math.sqrt(D_IN), shape)
 
 
 @pytest.mark.parametrize("shape", ["normal", "uniform"])
 def test_init_b(shape):
-    found = hs.InitB(distribution=shape).factors(layer())
-    assert not found.A.any()
-    assert_drawn(found.B, math.sqrt(1 / R), shape)
+    start = hs.InitB(distribution=shape).factors(layer())
+    assert not start.A.any()
+    assert_drawn(start.B, math.sqrt(1 / R), shape)
 
 
 def test_gaussian_is_pefts():
-    found = hs.Gaussian().factors(layer())
-    assert not found.B.any()
-    assert_drawn(found.A, 1 / R)
+    start = hs.Gaussian().factors(layer())
+    assert not start.B.any()
+    assert_drawn(start.A, 1 / R)
 
 
 @pytest.mark.parametrize("shape", ["normal", "uniform"])
@@ -61,31 +52,31 @@ def test_gaussian_is_pefts():
 )
 @pytest.mark.parametrize("cls", [hs.InitAB, hs.InitABPlus])
 def test_init_ab(cls, scheme, exponent_A, exponent_B, beta, shape):
-    found = cls(beta=beta, scheme=scheme, distribution=shape).factors(layer())
-    assert_drawn(found.A, beta * D_IN**exponent_A, shape)
-    assert_drawn(found.B, beta * D_IN**exponent_B, shape)
-    assert_uncorrelated(found.A, found.B)
+    start = cls(beta=beta, scheme=scheme, distribution=shape).factors(layer())
+    assert_drawn(start.A, beta * D_IN**exponent_A, shape)
+    assert_drawn(start.B, beta * D_IN**exponent_B, shape)
+    assert_uncorrelated(start.A, start.B)
 
 
 @pytest.mark.parametrize("text", ["", ":beta=4,scheme=sgd", ":distribution=uniform"])
 def test_init_ab_plus_is_the_same_draw(text):
-    mine, plus = (parse_method(name + text).factors(layer(40, 30, 4)) for name in ("init-ab", "init-ab-plus"))
-    assert torch.equal(mine.A, plus.A) and torch.equal(mine.B, plus.B)
+    plain, plus = (parse_method(name + text).factors(layer(40, 30, 4)) for name in ("init-ab", "init-ab-plus"))
+    assert torch.equal(plain.A, plus.A) and torch.equal(plain.B, plus.B)
 
 
 def test_the_width_is_d_in_not_d_out():
     tall, wide = (hs.InitAB().factors(layer(d_out, d_in, 16)) for d_out, d_in in ((4096, 256), (256, 4096)))
-    for found, width in ((tall, 256), (wide, 4096)):
-        assert_drawn(found.A, 1 / math.sqrt(width))
-        assert_drawn(found.B, 1 / math.sqrt(width))
+    for start, width in ((tall, 256), (wide, 4096)):
+        assert_drawn(start.A, 1 / math.sqrt(width))
+        assert_drawn(start.B, 1 / math.sqrt(width))
 
 
 @pytest.mark.parametrize("std", [None, 1e-4, 1.5])
 def test_inilora_alpha(std):
-    found = (hs.IniLoRAAlpha() if std is None else hs.IniLoRAAlpha(std=std)).factors(layer())
-    assert_drawn(found.A, std or 0.5)
-    assert_drawn(found.B, std or 0.5)
-    assert_uncorrelated(found.A, found.B)
+    start = (hs.IniLoRAAlpha() if std is None else hs.IniLoRAAlpha(std=std)).factors(layer())
+    assert_drawn(start.A, std or 0.5)
+    assert_drawn(start.B, std or 0.5)
+    assert_uncorrelated(start.A, start.B)
 
 
 # Standard deviations of A (r, d_in) and B (d_out, r), and their form, from torch's documentation.
@@ -102,10 +93,10 @@ BETA = {
 @pytest.mark.parametrize("distribution", BETA)
 def test_inilora_beta(distribution):
     std_A, std_B, shape = BETA[distribution]
-    found = hs.IniLoRABeta(distribution=distribution).factors(layer())
-    assert_drawn(found.A, std_A, shape)
-    assert_drawn(found.B, std_B, shape)
-    assert_uncorrelated(found.A, found.B)
+    start = hs.IniLoRABeta(distribution=distribution).factors(layer())
+    assert_drawn(start.A, std_A, shape)
+    assert_drawn(start.B, std_B, shape)
+    assert_uncorrelated(start.A, start.B)
 
 
 @pytest.mark.parametrize(("short", "full"), [("K-N", "kaiming-normal"), ("K-U", "kaiming-uniform")])
@@ -115,14 +106,14 @@ def test_inilora_beta_has_the_papers_names(short, full):
 
 
 def test_inilora_beta_orthogonal():
-    found = hs.IniLoRABeta(distribution="orthogonal").factors(layer())
-    assert torch.allclose(found.A @ found.A.T, torch.eye(R), atol=1e-5)
-    assert torch.allclose(found.B.T @ found.B, torch.eye(R), atol=1e-5)
+    start = hs.IniLoRABeta(distribution="orthogonal").factors(layer())
+    assert torch.allclose(start.A @ start.A.T, torch.eye(R), atol=1e-5)
+    assert torch.allclose(start.B.T @ start.B, torch.eye(R), atol=1e-5)
 
 
 def test_inilora_beta_sparse():
-    found = hs.IniLoRABeta(distribution="sparse").factors(layer())
-    for matrix in (found.A, found.B):
+    start = hs.IniLoRABeta(distribution="sparse").factors(layer())
+    for matrix in (start.A, start.B):
         # Half of each column is zero, and not the same half.
         zero = matrix == 0
         assert torch.equal(zero.sum(0), torch.full((matrix.shape[1],), matrix.shape[0] // 2))
@@ -131,17 +122,17 @@ def test_inilora_beta_sparse():
 
 
 def test_inilora_beta_constant():
-    found = hs.IniLoRABeta(distribution="constant").factors(layer())
-    assert torch.equal(found.A, torch.full((R, D_IN), 0.001))
-    assert torch.equal(found.B, torch.full((D_OUT, R), 0.001))
+    start = hs.IniLoRABeta(distribution="constant").factors(layer())
+    assert torch.equal(start.A, torch.full((R, D_IN), 0.001))
+    assert torch.equal(start.B, torch.full((D_OUT, R), 0.001))
 
 
 def test_orthogonal_has_no_product_but_both_factors():
-    found = hs.Orthogonal().factors(layer())
-    size = float(found.A.norm() * found.B.norm())
-    assert float(product(found).norm()) < 1e-6 * size
+    start = hs.Orthogonal().factors(layer())
+    size = float(start.A.norm() * start.B.norm())
+    assert float(product(start).norm()) < 1e-6 * size
     # ||A||^2 = ||X||^2 / 100 for X of d_in x r/2 standard normal entries: 2/n is the relative variance.
-    for matrix, n in ((found.A, D_IN * R // 2), (found.B, D_OUT * R // 2)):
+    for matrix, n in ((start.A, D_IN * R // 2), (start.B, D_OUT * R // 2)):
         assert float(matrix.double().square().sum()) * 100 / n == pytest.approx(1, abs=5 * math.sqrt(2 / n))
         assert int((torch.linalg.svdvals(matrix.double()) > 1e-3).sum()) == R // 2
 
@@ -149,9 +140,9 @@ def test_orthogonal_has_no_product_but_both_factors():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 10), st.integers(0, 1000))
 def test_orthogonal_of_any_shape(d_out, d_in, half, seed):
-    found = hs.Orthogonal().factors(layer(d_out, d_in, 2 * half, seed=seed))
-    assert float(product(found).norm()) <= 1e-6 * float(found.A.norm() * found.B.norm())
-    assert found.A.norm() > 0 and found.B.norm() > 0
+    start = hs.Orthogonal().factors(layer(d_out, d_in, 2 * half, seed=seed))
+    assert float(product(start).norm()) <= 1e-6 * float(start.A.norm() * start.B.norm())
+    assert start.A.norm() > 0 and start.B.norm() > 0
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
@@ -162,21 +153,21 @@ def test_orthogonal_needs_an_even_rank(rank):
 
 @pytest.mark.parametrize("text", ZERO_PRODUCT)
 def test_zero_products_leave_nothing_to_subtract(text):
-    found = parse_method(text).factors(layer(40, 30, 4, s=3.0))
+    start = parse_method(text).factors(layer(40, 30, 4, s=3.0))
     assert parse_method(text).form == "kept"
-    assert float(product(found).norm()) <= 1e-6 * max(1.0, float(found.A.norm() * found.B.norm()))
+    assert float(product(start).norm()) <= 1e-6 * max(1.0, float(start.A.norm() * start.B.norm()))
 
 
 @pytest.mark.parametrize("name", DRAWN)
 @pytest.mark.parametrize(("d_out", "d_in"), [(2, 9), (9, 2)])
 def test_draws_of_the_smallest_layers(name, d_out, d_in):
-    found = hs.get_method(name).factors(layer(d_out, d_in, 2))
-    assert found.A.shape == (2, d_in) and found.B.shape == (d_out, 2)
-    assert found.A.count_nonzero() or found.B.count_nonzero()
+    start = hs.get_method(name).factors(layer(d_out, d_in, 2))
+    assert start.A.shape == (2, d_in) and start.B.shape == (d_out, 2)
+    assert start.A.count_nonzero() or start.B.count_nonzero()
 
 
 @pytest.mark.parametrize("d_out", [1, 2])
 def test_sparse_leaves_something_to_train(d_out):
     """Half zero, not all: where both factors are zero, neither ever gets a gradient."""
-    found = hs.IniLoRABeta(distribution="sparse").factors(layer(d_out, 8, 1))
-    assert found.A.count_nonzero() or found.B.count_nonzero()
+    start = hs.IniLoRABeta(distribution="sparse").factors(layer(d_out, 8, 1))
+    assert start.A.count_nonzero() or start.B.count_nonzero()
