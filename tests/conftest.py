@@ -25,6 +25,9 @@ from headstart.layers.weights import whole
 from headstart.methods import method_class
 from headstart.methods.base import ANY_LAYER
 
+# Pytest shows values of failed assertions in files of tests alone, unless it is told of others.
+pytest.register_assert_rewrite("cached", "fisher", "known_layers", "passes", "snapshots")
+
 
 def pytest_configure(config):
     # Of its own for each process: two that compile the same at once read each other's unfinished files.
