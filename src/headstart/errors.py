@@ -33,6 +33,10 @@ class ModelError(HeadstartError, ValueError):
     """A model that can't be found or loaded."""
 
 
+class RunError(HeadstartError, ValueError):
+    """Settings of a run that are unknown, of the wrong type, or contradict each other. Names the key."""
+
+
 class HeadstartWarning(UserWarning):
     """Something was not done as asked for; the report says the same."""
 

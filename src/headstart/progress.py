@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-# Called with a step's name, how much of it is done, and how much there is.
+# Called with a step's name, how much of it is done, and how much there is. What follows a tab in the name is a detail
+# that may change from call to call.
 Show = Callable[[str, int, int], None]
 
 _PATIENCE = 1.0
@@ -45,9 +46,11 @@ def progress_bars(console: Console | None = None) -> Iterator[Show]:
     began = time.monotonic()
 
     def show(step: str, done: int, total: int) -> None:
-        if step not in tasks:
-            tasks[step] = bars.add_task(step, total=total)
-        bars.update(tasks[step], completed=done, total=total)
+        name, _, detail = step.partition("\t")
+        if name not in tasks:
+            tasks[name] = bars.add_task(name, total=total)
+        description = f"{name} ({detail})" if detail else name
+        bars.update(tasks[name], completed=done, total=total, description=description)
         if not bars.live.is_started and time.monotonic() - began > _PATIENCE:
             bars.start()
 

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage, 130 interrupted.
     """
     # Imported here, so that the commands can import the application.
-    from headstart.cli import adapters, cache, compare, methods, start  # noqa: F401
+    from headstart.cli import adapters, cache, compare, methods, start, train  # noqa: F401
     from headstart.errors import HeadstartError, HeadstartWarning
 
     # Commands print a report's warnings themselves.

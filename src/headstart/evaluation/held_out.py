@@ -1,0 +1,108 @@
+"""Measuring a trainer's model on its held-out data: the loss of each sample, and a classifier's predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headstart.progress import Show, silent
+from headstart.statistics.batches import IGNORED
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out samples gave, one row each.
+
+    Attributes:
+        losses: the sum of a sample's losses, in nats; of a text over its completion's tokens.
+        weights: how many tokens that was; 1 where samples have one label.
+        logits, labels: of classifiers; empty for texts.
+    """
+
+    losses: np.ndarray[Any, Any]
+    weights: np.ndarray[Any, Any]
+    logits: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+
+    @property
+    def loss(self) -> float:
+        """Nats a token, or a sample."""
+        return mean_loss(self.losses, self.weights)
+
+
+def mean_loss(losses: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> float:
+    """Return nats a token."""
+    return float(losses.sum() / weights.sum())
+
+
+@torch.no_grad()
+def held_out(
+    trainer: Any, *, regression: bool = False, progress: Show = silent, step: str = "held-out loss"
+) -> HeldOut:
+    """Measure a trainer's model on the trainer's evaluation data, through the trainer's own collator.
+
+    Args:
+        trainer: with an eval_dataset.
+        regression: the labels are numbers.
+        progress: called with (step, samples done, samples).
+        step: see there.
+    """
+    model, device = trainer.model, next(trainer.model.parameters()).device
+    losses: list[Tensor] = []
+    weights: list[Tensor] = []
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    total, done = len(trainer.eval_dataset), 0
+    with evaluating(model):
+        for batch in _batches(trainer):
+            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            wanted = moved.pop("labels")
+            with trainer.accelerator.autocast():
+                outputs = model(**moved).logits.float()
+            if outputs.dim() == 3:
+                tokens = functional.cross_entropy(
+                    outputs[:, :-1].flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+                ).reshape(len(wanted), -1)
+                losses.append(tokens.sum(1).cpu())
+                weights.append((wanted[:, 1:] != IGNORED).sum(1).cpu())
+            else:
+                losses.append(_labelled_losses(outputs, wanted, regression).cpu())
+                weights.append(torch.ones(len(wanted), dtype=torch.long, device="cpu"))
+                logits.append(outputs.cpu())
+                labels.append(wanted.cpu())
+            done += len(wanted)
+            progress(step, done, total)
+    empty = [torch.zeros(0, device="cpu")]
+    return HeldOut(*(torch.cat(rows or empty).double().numpy() for rows in (losses, weights, logits, labels)))
+
+
+def _labelled_losses(outputs: Tensor, wanted: Tensor, regression: bool) -> Tensor:
+    if regression:
+        return (outputs.reshape(len(wanted)) - wanted.float()).square()
+    return functional.cross_entropy(outputs, wanted, reduction="none")
+
+
+def _batches(trainer: Any) -> Iterator[dict[str, Any]]:
+    """Yield the whole evaluation set in the trainer's batches, in every process: a small set isn't worth sharing."""
+    rows = trainer._remove_unused_columns(trainer.eval_dataset, description="evaluation")
+    size = trainer.args.per_device_eval_batch_size
+    for start in range(0, len(rows), size):
+        yield dict(trainer.data_collator([rows[place] for place in range(start, min(start + size, len(rows)))]))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
