@@ -1,0 +1,326 @@
+"""Runs from settings to result: every way to train, and every way to be cut off."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from headstart.errors import CheckpointError, HeadstartError, LayerError, RunError
+from headstart.runs import stages
+from headstart.runs.result import Result, read_result, write_result
+from headstart.runs.stages import execute
+from running import bert_folder, llama_folder, sentiments, small_run, sums
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return llama_folder(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return bert_folder(tmp_path_factory.mktemp("model") / "bert")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return sums(tmp_path_factory.mktemp("data") / "sums.jsonl")
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labelled")
+    sentiments(folder / "train.tsv")
+    sentiments(folder / "dev.tsv", 20)
+    return folder
+
+
+def losses(result):
+    return [loss for _, loss in result.series["loss"]]
+
+
+# Ways to train.
+
+WAYS = {
+    "lora": {"start": {"method": "lora"}},
+    "pissa, residual": {"start": {"method": "pissa", "form": "residual"}},
+    "a gradient start": {"start": {"method": "lora-one:samples=8"}},
+    "a core": {"start": {"method": "lora-sb:samples=8"}},
+    "ranks of its own": {"start": {"method": "eva:samples=8,rho=2"}},
+    "LoRA-FA": {"trains": "lora-fa"},
+    "DoRA": {"adapter": {"dora": True}},
+    "rsLoRA": {"adapter": {"rslora": True, "rank_pattern": {"q_proj": 3}}},
+    "LoRA+": {"optimizer": {"lora_plus": 4}},
+    "SGD": {"optimizer": {"name": "sgd", "momentum": 0.5}},
+    "full": {"trains": "full", "adapter": None},
+    "packing": {"batch": {"packing": True}},
+    "accumulation": {"batch": {"size": 2, "accumulation": 2}},
+    "bfloat16": {"precision": "bfloat16"},
+    "checkpointing": {"gradient_checkpointing": True},
+    "best": {"evaluation": {"every": 2, "keep": "best"}, "schedule": {"kind": "constant"}},
+    "epochs": {"schedule": {"steps": None, "epochs": 0.5}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_train_ends_in_a_result(way, model, data, tmp_path):
+    result = execute(small_run(model, data, **WAYS[way]), tmp_path / "run")
+    assert result.status == "done" and result == read_result(tmp_path / "run")
+    assert all(map(math.isfinite, losses(result))) and len(losses(result)) >= 6
+    assert result.metrics["loss/end"].value < result.metrics["loss/start"].value
+    for figure in result.metrics.values():
+        assert figure.low <= figure.value <= figure.high
+    assert 0 < result.trainable <= result.parameters
+    assert result.memory["resident"] > 0 and result.seconds["training"] > 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "start", "trained", "result.json"}
+
+
+def test_biases_of_an_encoder(encoder, labelled, tmp_path):
+    run = small_run(encoder, labelled, trains="bitfit", adapter=None, data={"task": "sst-2", "held_out_examples": 20})
+    result = execute(run, tmp_path / "run")
+    assert result.status == "done" and {"accuracy/start", "accuracy/end"} < result.metrics.keys()
+    assert (tmp_path / "run" / "trained" / "model" / "config.json").is_file()
+
+
+def test_classes_with_an_adapter(encoder, labelled, tmp_path):
+    run = small_run(
+        encoder,
+        labelled,
+        data={"task": "sst-2", "held_out_examples": 20},
+        adapter={"targets": ["query", "value"]},
+        schedule={"steps": 40},
+        start={"method": "lora-one:samples=16"},
+    )
+    result = execute(run, tmp_path / "run")
+    assert result.metrics["accuracy/end"].value == 1.0 and result.metrics["accuracy/end"].low < 0.9
+    assert "classifier" in " ".join(_tensors(tmp_path / "run" / "trained" / "adapter"))
+
+
+def _tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+# What it leaves.
+
+
+def test_the_adapter_and_the_merged_model_are_what_was_measured(model, data, tmp_path):
+    run = small_run(model, data, start={"method": "pissa"}, merged=True, evaluation={"graded_examples": 3})
+    result = execute(run, tmp_path / "run")
+    base = AutoModelForCausalLM.from_pretrained(model)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "trained" / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "trained" / "merged")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
+        assert not torch.allclose(adapted(ids).logits, AutoModelForCausalLM.from_pretrained(model)(ids).logits, atol=1e-3)
+    items = json.loads((tmp_path / "run" / "items.json").read_text())
+    assert len(items) == result.metrics["exact_match"].count == 3
+    assert all({"where", "reference", "answer", "exact_match"} <= item.keys() for item in items)
+
+
+def test_the_card_is_one_that_a_hub_accepts(model, data, tmp_path):
+    execute(small_run(model, data, start={"method": "pissa"}), tmp_path / "run")
+    card = ModelCard.load(tmp_path / "run" / "trained" / "adapter" / "README.md")
+    assert card.data.library_name == "peft" and card.data.base_model == str(model)
+    assert {result.metric_name for result in card.data.eval_results} == {"loss/start", "loss/end"}
+    assert "start `pissa`" in card.text and "95 % interval" in card.text
+
+
+def test_the_held_out_loss_is_a_mean_over_tokens(model, data, tmp_path):
+    from running import tokenizer
+
+    result = execute(small_run(model, data, data={"held_out_examples": 12}), tmp_path / "run")
+    words, base = tokenizer(), AutoModelForCausalLM.from_pretrained(model).double()
+    rows = [json.loads(line) for line in data.read_text().splitlines()][-12:]
+    total, count = 0.0, 0
+    for row in rows:
+        ids = words(row["question"] + row["answer"])["input_ids"] + [words.eos_token_id]
+        prompt = len(words(row["question"])["input_ids"])
+        with torch.no_grad():
+            logits = base(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(float(logits[place - 1, ids[place]]) for place in range(prompt, len(ids)))
+        count += len(ids) - prompt
+    assert result.metrics["loss/start"].value == pytest.approx(total / count, rel=1e-5)
+
+
+# Cut off.
+
+
+def child(run, folder, arrange=None):
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_in_child, args=(run, folder, arrange))
+    process.start()
+    return process
+
+
+def _in_child(run, folder, arrange):
+    torch.set_num_threads(1)
+    if arrange is not None:
+        arrange()
+    execute(run, folder)
+
+
+def killing_after(steps):
+    """Let the process be killed when so many steps are done."""
+
+    def arrange():
+        from headstart.runs.trainers import Watch
+
+        plain = Watch.on_step_end
+
+        def end(self, args, state, control, **rest):
+            plain(self, args, state, control, **rest)
+            if state.global_step == steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Watch.on_step_end = end
+
+    return arrange
+
+
+def test_cut_in_three_the_losses_are_those_of_the_uncut_run(model, data, tmp_path):
+    run = small_run(model, data, start={"method": "lora-one:samples=8"}, evaluation={"every": 2})
+    whole = execute(run, tmp_path / "whole")
+    starts = []
+    for steps in (3, 6):
+        process = child(run, tmp_path / "cut", killing_after(steps))
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        starts.append((tmp_path / "cut" / "start" / "checkpoint" / "adapter_model.safetensors").stat().st_mtime_ns)
+    result = execute(run, tmp_path / "cut")
+    assert losses(result) == losses(whole)
+    assert result.metrics == whole.metrics and result.series == whole.series
+    # The start was made once.
+    assert len(set(starts)) == 1 and result.start["method"] == "lora-one:samples=8"
+
+
+@pytest.mark.parametrize("stage", ["_begin", "_measured", "_train", "_save", "_graded", "write_card", "write_result"])
+def test_killed_at_any_stage_the_same_call_goes_on(stage, model, data, tmp_path):
+    run = small_run(model, data, start={"method": "pissa"}, evaluation={"graded_examples": 2})
+    whole = execute(run, tmp_path / "whole")
+
+    def arrange():
+        setattr(stages, stage, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+
+    process = child(run, tmp_path / "cut", arrange)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL and read_result(tmp_path / "cut") is None
+    result = execute(run, tmp_path / "cut")
+    assert losses(result) == losses(whole) and result.metrics == whole.metrics
+
+
+def test_what_is_done_is_not_done_again(model, data, tmp_path, monkeypatch):
+    run = small_run(model, data)
+    result = execute(run, tmp_path / "run")
+    monkeypatch.setattr(stages, "load_base", pytest.fail)
+    assert execute(run, tmp_path / "run") == result
+
+
+# What goes wrong.
+
+
+def test_a_run_that_diverges_is_a_result(model, data, tmp_path):
+    run = small_run(model, data, trains="full", adapter=None, optimizer={"name": "sgd", "lr": 1e30, "max_grad_norm": 0})
+    result = execute(run, tmp_path / "run")
+    assert result.status == "diverged" and "is no number" in result.reason
+    assert "loss/end" not in result.metrics and result.series["loss"]
+    assert not math.isfinite(losses(read_result(tmp_path / "run"))[-1])
+
+
+def test_a_run_that_fails_says_so_and_is_tried_again(model, data, tmp_path, monkeypatch):
+    run = small_run(model, data)
+    plain = stages.make_trainer
+
+    def fails(*_):
+        raise LayerError("layer 'q': something is wrong.")
+
+    monkeypatch.setattr(stages, "make_trainer", fails)
+    with pytest.raises(LayerError):
+        execute(run, tmp_path / "run")
+    assert read_result(tmp_path / "run").status == "failed"
+    assert read_result(tmp_path / "run").reason == "layer 'q': something is wrong."
+    monkeypatch.setattr(stages, "make_trainer", plain)
+    assert execute(run, tmp_path / "run").status == "done"
+
+
+def test_an_error_of_a_library_is_named(model, data, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(stages, "make_trainer", fails)
+    with pytest.raises(RunError, match="the run failed: RuntimeError: out of memory"):
+        execute(small_run(model, data), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"start": {"method": "lora-one:samples=8"}, "adapter": {"targets": ["q"]}}, "'q' is not in the model"),
+        ({"adapter": {"r": 40}}, "rank 40 is more than"),
+        ({"trains": "bitfit", "adapter": None}, "the model has no bias"),
+        ({"data": {"train": "none.jsonl"}}, "none.jsonl"),
+        ({"data": {"task": "gsm"}}, "unknown task 'gsm'"),
+        ({"start": {"method": "pisa"}}, "unknown method 'pisa'"),
+        ({"model": {"name": "no/such-model"}}, "no/such-model"),
+        ({"batch": {"max_length": 2}}, "nothing is left to learn"),
+    ],
+)
+def test_what_cannot_be_run_is_one_sentence(changes, words, model, data, tmp_path):
+    with pytest.raises(HeadstartError, match=words) as error:
+        execute(small_run(model, data, **changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_another_run_is_left_alone(model, data, tmp_path):
+    execute(small_run(model, data), tmp_path / "run")
+    before = (tmp_path / "run" / "result.json").read_bytes()
+    with pytest.raises(RunError, match=r"other settings \(optimizer.lr, seed\)"):
+        execute(small_run(model, data, seed=1, optimizer={"lr": 0.5}), tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(RunError, match="holds no run"):
+        execute(small_run(model, data), tmp_path / "mine")
+    assert (tmp_path / "run" / "result.json").read_bytes() == before
+
+
+def test_one_process_at_a_time(model, data, tmp_path):
+    run = small_run(model, data)
+
+    def arrange():
+        stages.load_base = lambda *_: time.sleep(600)
+
+    process = child(run, tmp_path / "run", arrange)
+    while not (tmp_path / "run" / "locks" / "run.lock").is_file():
+        time.sleep(0.01)
+    try:
+        with pytest.raises(RunError, match=f"is being worked on by process {process.pid}"):
+            execute(run, tmp_path / "run")
+    finally:
+        process.kill()
+        process.join()
+    assert execute(run, tmp_path / "run").status == "done"
+
+
+def test_results_of_later_releases(tmp_path):
+    write_result(Result("0" * 8, {}, "done"), tmp_path)
+    content = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps(content | {"more": 1}))
+    assert read_result(tmp_path) == Result("0" * 8, {}, "done")
+    (tmp_path / "result.json").write_text(json.dumps(content | {"schema": 99}))
+    with pytest.raises(CheckpointError, match="later release"):
+        read_result(tmp_path)
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_result(tmp_path)
