@@ -33,6 +33,10 @@ class ModelError(HeadstartError, ValueError):
     """A model that can't be found or loaded."""
 
 
+class TaskError(HeadstartError, ValueError):
+    """An unknown task, an unknown setting of one, a setting out of its range, or a grader that isn't installed."""
+
+
 class HeadstartWarning(UserWarning):
     """Something was not done as asked for; the report says the same."""
 
