@@ -57,39 +57,22 @@ class Example:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Base of all tasks: a frozen dataclass whose fields are its settings.
+    """Base of all tasks: a frozen dataclass whose fields are its settings; of the class are the names below."""
 
-    Class attributes:
-        name: the command-line name.
-        source: paper, dataset, rows.
-        hub: the dataset on the Hugging Face Hub, ``owner/name`` or ``owner/name:configuration``.
-        splits: the hub's names of the task's splits; empty where every name goes.
-        files: further names that its files and folders go by, as published.
-        columns: the columns of its tables where they come without a header.
-        fields: the only fields of a hub's row that are looked at; empty for all.
-        labels: the names of the classes, in the order of their numbers.
-        metrics: the headline first; none where answers aren't graded, and held-out loss is all there is.
-        together: the metrics are of all items at once (``score``), not means of the items' (``grade``).
-        max_new_tokens: how long an answer may become.
-        lm_eval: the task of lm-eval that asks the same items, in its own prompt.
-        needs: modules that grading imports.
-        runs_code: answers are programs; ``grade_samples`` wants something that runs them.
-    """
-
-    name: ClassVar[str]
-    source: ClassVar[str] = ""
-    hub: ClassVar[str | None] = None
-    splits: ClassVar[Mapping[str, str]] = {"train": "train", "test": "test"}
-    files: ClassVar[tuple[str, ...]] = ()
-    columns: ClassVar[tuple[str, ...]] = ()
-    fields: ClassVar[tuple[str, ...]] = ()
-    labels: ClassVar[tuple[str, ...]] = ()
-    metrics: ClassVar[tuple[str, ...]] = ()
-    together: ClassVar[bool] = False
-    max_new_tokens: ClassVar[int] = 256
-    lm_eval: ClassVar[str | None] = None
-    needs: ClassVar[tuple[str, ...]] = ()
-    runs_code: ClassVar[bool] = False
+    name: ClassVar[str]  # on the command line
+    source: ClassVar[str] = ""  # paper, dataset, rows
+    hub: ClassVar[str | None] = None  # owner/name or owner/name:configuration
+    splits: ClassVar[Mapping[str, str]] = {"train": "train", "test": "test"}  # to the hub's; every name where empty
+    files: ClassVar[tuple[str, ...]] = ()  # further names that its files and folders go by, as published
+    columns: ClassVar[tuple[str, ...]] = ()  # of its tables, where they come without a header
+    fields: ClassVar[tuple[str, ...]] = ()  # the only ones of a hub's row that are looked at; all where empty
+    labels: ClassVar[tuple[str, ...]] = ()  # the classes' names in the order of their numbers
+    metrics: ClassVar[tuple[str, ...]] = ()  # the headline first; where there is none, held-out loss is all there is
+    together: ClassVar[bool] = False  # metrics are of all items at once (score), not means of the items' (grade)
+    max_new_tokens: ClassVar[int] = 256  # of an answer
+    lm_eval: ClassVar[str | None] = None  # the task of lm-eval that asks the same items, in its own prompt
+    needs: ClassVar[tuple[str, ...]] = ()  # modules that grading imports
+    runs_code: ClassVar[bool] = False  # answers are programs; grade_samples wants something that runs them
 
     def __post_init__(self) -> None:
         """Check that every setting has the type that its field declares."""
@@ -117,7 +100,7 @@ class Task(ABC):
         names = (self.name, *self.files)
         own = [f"{name}{mark}{word}" for name in names for mark in "./_-" for word in words]
         # A file without a split in its name may be any; of a task with one split it can be that alone.
-        return (*own, *words, *(names if len(self.splits) == 1 else ()))
+        return (*own, *words, *(names if len(self.splits) == 1 else ()), f"{split}/*/*")
 
     def own_rows(self, split: str) -> Sequence[Row] | None:
         """Return the rows of a task that makes its data itself; None (default) for all others."""

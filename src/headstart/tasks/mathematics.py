@@ -15,6 +15,7 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from headstart.errors import DataError
@@ -39,15 +40,10 @@ def answer_in(text: str) -> str | None:
         return None
     rest = text[marks[-1].end() :].lstrip()
     if rest.startswith("{"):
-        depths = [rest[: end + 1].count("{") - rest[: end + 1].count("}") for end in range(len(rest))]
+        depths = list(accumulate((sign == "{") - (sign == "}") for sign in rest))
         return rest[1 : depths.index(0)].strip() if 0 in depths else None
     line, _, _ = rest.partition("\n")
     return line.strip(" .$")
-
-
-def numbers_in(text: str) -> list[str]:
-    """Return the numbers of a text, with their signs, currency and thousands separators."""
-    return _NUMBER.findall(text)
 
 
 def same_answer(answer: str | None, reference: str) -> bool:
@@ -55,7 +51,7 @@ def same_answer(answer: str | None, reference: str) -> bool:
     if answer is None:
         return False
     if _NUMBER.fullmatch(reference):
-        return same_number(next(iter(numbers_in(answer)), None), reference)
+        return same_number(next(iter(_NUMBER.findall(answer)), None), reference)
     if _LETTER.fullmatch(reference):
         return next(iter(_LETTER.findall(answer)), None) == reference
     return _tidy(answer) == _tidy(reference)
@@ -77,7 +73,7 @@ def _tidy(latex: str) -> str:
 
 
 def _near(output: str, reference: str) -> bool:
-    if not (numbers := numbers_in(output)) or not _NUMBER.fullmatch(reference):
+    if not (numbers := _NUMBER.findall(output)) or not _NUMBER.fullmatch(reference):
         return False
     a, b = (float(re.sub(r"[$€£,\s]", "", number)) for number in (numbers[-1], reference))
     return abs(a - b) <= _SLACK
@@ -85,22 +81,24 @@ def _near(output: str, reference: str) -> bool:
 
 @dataclass(frozen=True)
 class Mathematics(Instructed):
-    """Base of the tasks in mathematics.
-
-    Class attributes:
-        asks, answers: the fields with question and worked answer.
-    """
+    """Base of the tasks in mathematics."""
 
     metrics: ClassVar[tuple[str, ...]] = ("math_verify", "exact_match", "last_number")
     max_new_tokens: ClassVar[int] = 512
     needs: ClassVar[tuple[str, ...]] = ("math_verify",)
-    asks: ClassVar[str] = "query"
-    answers: ClassVar[str] = "response"
+    parts: ClassVar[tuple[str, str]] = ("query", "response")  # the fields with question and worked answer
+    mark: ClassVar[str] = ""  # what every worked answer must have in it, before its answer
 
     def example(self, row: Row, context: Sequence[Row] = ()) -> Example:
         """Make an example graded by the answer in the worked one; where none is marked, it can be learned alone."""
-        worked = text_of(row, self.answers)
-        return self.asked(text_of(row, self.asks), "", worked, reference=answer_in(worked))
+        asks, answers = self.parts
+        worked = text_of(row, answers)
+        if self.mark == "####":
+            worked = without_annotations(worked)
+        answer = final_number(worked) if self.mark == "####" else answer_in(worked)
+        if self.mark not in worked or (self.mark and not answer):
+            raise DataError(f"field {answers!r} has no {self.mark!r} with the answer after it.")
+        return self.asked(text_of(row, asks), "", worked, reference=answer)
 
     def grade(self, example: Example, output: str) -> dict[str, float]:
         """Grade by those of the three metrics that the task has."""
@@ -113,56 +111,25 @@ class Mathematics(Instructed):
         return {metric: float(graders[metric]()) for metric in self.metrics}
 
 
+# fmt: off
 variant(
-    Mathematics,
-    "metamath",
-    "MetaMathQA: GSM8K's and MATH's training problems rewritten; answers end in \"The answer is: N\".",
+    Mathematics, "metamath", 'MetaMathQA: training problems rewritten; answers end in "The answer is: N".',
     source="Yu et al. 2023, arXiv 2309.12284; meta-math/MetaMathQA; 395,000 rows",
-    hub="meta-math/MetaMathQA",
-    splits={"train": "train"},
+    hub="meta-math/MetaMathQA", splits={"train": "train"},
     files=("MetaMathQA", "MetaMathQA-395K", "MetaMathQA-40K"),
 )
-
-
-@register("gsm8k")
-@dataclass(frozen=True)
-class GSM8K(Mathematics):
-    """GSM8K: grade-school problems, worked, ending in ``#### N``; calculator annotations are taken out."""
-
-    source: ClassVar[str] = "Cobbe et al. 2021, arXiv 2110.14168; openai/gsm8k; 7,473 and 1,319 rows"
-    hub: ClassVar[str | None] = "openai/gsm8k:main"
-    lm_eval: ClassVar[str | None] = "gsm8k"
-
-    def example(self, row: Row, context: Sequence[Row] = ()) -> Example:
-        """Read ``question`` and ``answer``."""
-        worked = without_annotations(text_of(row, "answer"))
-        if (answer := final_number(worked)) is None:
-            raise DataError("field 'answer' doesn't end in '#### ' and a number.")
-        return self.asked(text_of(row, "question"), "", worked, reference=answer)
-
-
-@register("math")
-@dataclass(frozen=True)
-class Math(Mathematics):
-    """MATH: competition problems; the reference is in the solution's last ``\\boxed{}``."""
-
-    source: ClassVar[str] = "Hendrycks et al. 2021, arXiv 2103.03874; DigitalLearningGmbH/MATH-lighteval; 5,000 to test"
-    hub: ClassVar[str | None] = "DigitalLearningGmbH/MATH-lighteval"
-    lm_eval: ClassVar[str | None] = "hendrycks_math"
-    max_new_tokens: ClassVar[int] = 1024
-    asks: ClassVar[str] = "problem"
-    answers: ClassVar[str] = "solution"
-
-    def patterns(self, split: str) -> tuple[str, ...]:
-        """Its authors publish a folder for each subject, and a file for each problem."""
-        return (*super().patterns(split), f"{split}/*/*")
-
-    def example(self, row: Row, context: Sequence[Row] = ()) -> Example:
-        """Read ``problem`` and ``solution``."""
-        example = super().example(row)
-        if "\\boxed" not in example.completion or not example.reference:
-            raise DataError("field 'solution' has no '\\boxed{…}' with an answer.")
-        return example
+variant(
+    Mathematics, "gsm8k", "GSM8K: grade-school problems, worked, ending in '#### N'; without the calculator's notes.",
+    source="Cobbe et al. 2021, arXiv 2110.14168; openai/gsm8k; 7,473 to train, 1,319 to test",
+    hub="openai/gsm8k:main", lm_eval="gsm8k", parts=("question", "answer"), mark="####",
+)
+variant(
+    Mathematics, "math", "MATH: competition problems; the answer is in the solution's last box.",
+    source="Hendrycks et al. 2021, arXiv 2103.03874; DigitalLearningGmbH/MATH-lighteval; 5,000 to test",
+    hub="DigitalLearningGmbH/MATH-lighteval", lm_eval="hendrycks_math", max_new_tokens=1024,
+    parts=("problem", "solution"), mark="\\boxed",
+)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -184,15 +151,12 @@ class Adapted(Mathematics):
         )
 
 
+# fmt: off
 variant(
-    Adapted,
-    "math_10k",
-    "math_10k: LLM-Adapters' training set, of GSM8K, MAWPS and AQuA, with answers worked by ChatGPT.",
-    hub="lmms-lab/Math10K",
-    splits={"train": "train"},
-    files=("Math10K", "math10k"),
-    metrics=Mathematics.metrics,
+    Adapted, "math_10k", "math_10k: LLM-Adapters' training set, of GSM8K, MAWPS and AQuA, worked by ChatGPT.",
+    hub="lmms-lab/Math10K", splits={"train": "train"}, files=("Math10K", "math10k"), metrics=Mathematics.metrics,
 )
+# fmt: on
 for _name, _about in (
     ("SVAMP", "elementary problems varied in their words; 1,000 to test"),
     ("MultiArith", "problems of several steps; 600 to test"),

@@ -16,11 +16,7 @@ T = TypeVar("T", bound=Task)
 
 
 def register(name: str) -> Callable[[type[T]], type[T]]:
-    """Register a :class:`Task` under its command-line name.
-
-    Raises:
-        TaskError: the name is taken.
-    """
+    """Register a :class:`Task` under its command-line name.; raise TaskError where it is taken."""
 
     def add(cls: type[T]) -> type[T]:
         if name in _TASKS:
@@ -44,16 +40,10 @@ def task_names() -> list[str]:
 
 
 def task_class(name: str) -> type[Task]:
-    """Return the class registered under ``name``.
-
-    Raises:
-        TaskError: there is none; the message gives the nearest name.
-    """
-    try:
-        return _TASKS[name]
-    except KeyError:
-        hint = nearest(name, _TASKS)
-        raise TaskError(f"unknown task {name!r}.{hint} There are: {', '.join(_TASKS)}.") from None
+    """Return the class registered under ``name``, or raise TaskError with the nearest name."""
+    if name not in _TASKS:
+        raise TaskError(f"unknown task {name!r}.{nearest(name, _TASKS)} There are: {', '.join(_TASKS)}.")
+    return _TASKS[name]
 
 
 def get_task(name: str, **settings: object) -> Task:

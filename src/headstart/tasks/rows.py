@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,7 +28,6 @@ _Located: TypeAlias = tuple[str, Row | DataError]
 _ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".tsv", ".txt")
 _NAMED = 3  # bad rows that a warning quotes
 _STEP = 2000  # rows from one report of progress to the next
-_STUDY = 'pip install "headstart[study]"'
 
 
 @dataclass(frozen=True)
@@ -225,29 +225,29 @@ def _table(path: Path, columns: tuple[str, ...], delimiter: str) -> Iterator[_Lo
                 yield f"{path}, line {reader.line_num}", row if len(cells) == len(names) else DataError(wrong)
 
 
-def _columns(path: Path) -> Iterator[_Located]:
+def _library(name: str, use: str) -> Any:
     try:
-        from pyarrow import ArrowException, parquet
+        return import_module(name)
     except ImportError as error:
-        raise DataError(f"{path}: to read Parquet, install pyarrow: {_STUDY}.") from error
+        raise DataError(f'{use} needs {name.partition(".")[0]}: pip install "headstart[study]".') from error
+
+
+def _columns(path: Path) -> Iterator[_Located]:
+    arrow, parquet = (_library(name, f"{path}: Parquet") for name in ("pyarrow", "pyarrow.parquet"))
     try:
         batches = parquet.ParquetFile(path).iter_batches()
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
             yield f"{path}, row {number}", row
-    except ArrowException as error:
+    except arrow.ArrowException as error:
         raise DataError(f"{path} is no Parquet file, or a damaged one ({str(error).splitlines()[0]}).") from error
 
 
 def _rows_of_hub(name: str, split: str, task: Task) -> Iterator[_Located]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        missing = "to read a dataset of the Hugging Face Hub, install its library"
-        raise DataError(f"There is no file or folder {name!r}; {missing}: {_STUDY}.") from error
+    datasets = _library("datasets", f"There is no file or folder {name!r}, and a dataset of the Hugging Face Hub")
     dataset, _, configuration = name.partition(":")
     # The library raises a dozen unrelated kinds of errors, some of them of its own dependencies.
     try:
-        rows: Any = load_dataset(dataset, configuration or None, split=split)
+        rows = datasets.load_dataset(dataset, configuration or None, split=split)
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(

@@ -63,28 +63,16 @@ class Text(Task):
 
 
 def without_annotations(answer: str) -> str:
-    """Return a worked answer of GSM8K without what its calculator was told.
-
-    Raises:
-        DataError: nothing else is in it.
-    """
+    """Return a worked answer of GSM8K without what its calculator was told; raise DataError where nothing is left."""
     return text_of({"answer": _ANNOTATION.sub("", answer)}, "answer").strip()
 
 
 def chat(
     value: object, field: str, role_field: str, text_field: str, roles: Mapping[str, str] | None = None
 ) -> Example:
-    """Make an example of a chat: its last assistant message is learned, and what comes after it left out.
+    """Make an example of a list of objects with a role and a text; ``roles`` are the template's by the data's.
 
-    Args:
-        value: a list of objects with a role and a text.
-        field: what the list is called in messages.
-        role_field: the field with the role.
-        text_field: the field with the text.
-        roles: the template's roles by the data's; None (default) takes them as they are.
-
-    Raises:
-        DataError: it is no such list, or has no answer to learn.
+    The last assistant message is learned, and what comes after it left out; where there is none, DataError.
     """
     if not isinstance(value, list):
         raise DataError(f"field {field!r} must be a list, but is of type {type(value).__name__}.")
