@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ def test_every_task_is_there_and_says_what_it_is(name):
     task = parse_task(name)
     assert isinstance(task, Task) and task.name == str(task) == name
     assert type(task).__doc__ and task.source
+    assert pickle.loads(pickle.dumps(task)) == task
     assert "train" in task.splits or name in ("text", "humaneval", "mmlu")
     assert "test" in task.splits or name in {*LEARNED} - {"problems", "gsm8k"}
     assert task.metrics or name in ("codealpaca", "sharegpt")

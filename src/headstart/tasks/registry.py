@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
 def variant(family: type[Task], name: str, about: str, **attributes: Any) -> None:
     """Register a task that differs from its family in class attributes alone; ``about`` is its docstring."""
     cls = type(name, (family,), {"__doc__": about, "__module__": family.__module__, **attributes})
-    register(name)(dataclass(frozen=True)(cls))
+    setattr(sys.modules[family.__module__], name, register(name)(dataclass(frozen=True)(cls)))  # where pickle looks
 
 
 def task_names() -> list[str]:
