@@ -7,6 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ def test_metrics_by_hand():
     assert mrpc == pytest.approx({"accuracy": 0.7, "f1": 8 / 11})
     matthews = (4 * 3 - 2 * 1) / math.sqrt(6 * 5 * 5 * 4)
     assert parse_task("cola").score(GIVEN, LABELS) == pytest.approx({"matthews": matthews})
+    assert parse_task("cola").score(torch.tensor(GIVEN), np.array(LABELS)) == pytest.approx({"matthews": matthews})
     assert list(parse_task("mrpc").score(GIVEN, LABELS)) == list(parse_task("mrpc").metrics)
 
 

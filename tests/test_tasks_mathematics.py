@@ -23,6 +23,7 @@ GSM8K = parse_task("gsm8k")
         ("#### 1,234.50 dollars", "1,234.50 dollars"),
         ("The answer is: 7. No. The answer is: 8.", "8"),
         ("The answer is 8", "8"),
+        ("The answer is: $.5.", ".5"),
         ("so the answer is: $\\frac{1}{2}$.", "\\frac{1}{2}"),
         ("The answer is:\n\n12\nThat's it.", "12"),
         ("The answer is: 3\n#### 4", "4"),

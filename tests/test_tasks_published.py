@@ -183,6 +183,7 @@ def test_and_those_are_the_words_in_their_files(name, file):
         ("piqa", {"goal": "q", "sol1": "a", "sol2": "b", "label": 2}, "field 'label' is 2, which names none of the 2"),
         ("hellaswag", {"activity_label": "a", "ctx": "b", "label": ""}, "field 'endings' is missing, or doesn't hold"),
         ("arc-easy", {"question": "q", "answerKey": "A"}, "field 'choices' is missing, or doesn't hold the choices"),
+        ("arc-easy", {"question": "q", "choices": {"text": ["a"]}, "answerKey": "A"}, "names none of the 1 choices"),
         ("siqa", {"instruction": "q", "answer": "answer1"}, "'answer1', not one of those after 'Answer format:'"),
         ("siqa", {"instruction": "Answer format: a/b", "answer": "c"}, r"'c', not one of .* \(a/b\)"),
         ("commonsense170k", {"output": "x"}, "field 'instruction' is missing; the row has 'output'"),

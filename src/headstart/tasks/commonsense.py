@@ -86,7 +86,7 @@ class Commonsense(Instructed):
             return [text_of(row, name) for name in self.choices], keys
         texts: Any = row.get(self.choices[0])
         if isinstance(texts, Mapping):  # ARC and OpenBookQA: a list of texts, and one of their letters
-            texts, keys = texts.get("text"), [str(key).lower() for key in texts.get("label", ())]
+            texts, keys = texts.get("text"), [str(key).lower() for key in texts.get("label") or ()]
         if not isinstance(texts, list):
             raise DataError(f"field {self.choices[0]!r} is missing, or doesn't hold the choices.")
         return texts, keys

@@ -70,10 +70,10 @@ class Glue(Task):
         """Return the metrics by scikit-learn and scipy; a prediction of NaN is a class of its own."""
         if not len(labels) or len(predictions) != len(labels):
             raise DataError(f"task {self.name!r}: there are {len(predictions)} predictions for {len(labels)} labels.")
-        given = (
-            [-1.0 if math.isnan(number) else float(number) for number in predictions] if self.labels else predictions
-        )
-        return {metric: _score(metric, given, labels) for metric in self.metrics}
+        given, right = [float(number) for number in predictions], [float(number) for number in labels]
+        if self.labels:
+            given = [-1.0 if math.isnan(number) else number for number in given]
+        return {metric: _score(metric, given, right) for metric in self.metrics}
 
 
 # fmt: off

@@ -43,7 +43,7 @@ def answer_in(text: str) -> str | None:
         depths = list(accumulate((sign == "{") - (sign == "}") for sign in rest))
         return rest[1 : depths.index(0)].strip() if 0 in depths else None
     line, _, _ = rest.partition("\n")
-    return line.strip(" .$")
+    return line.lstrip(" $").rstrip(" .$")
 
 
 def same_answer(answer: str | None, reference: str) -> bool:
