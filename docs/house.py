@@ -18,7 +18,7 @@ PAGE = Path(__file__).with_name("architecture.md")
 EXAMPLE = Path(__file__).parent.parent / "tests" / "starts" / "of_gradient.py"
 # Data flow one way: a room imports from those above it only. Single files are rooms of their own.
 ROOMS: dict[str, str] = {
-    "ground": "errors, progress, files, processes, names, compat, context: everybody may stand on it",
+    "ground": "errors, settings, progress, files, processes, names, compat, context: everybody may stand on it",
     "report": "what a start did, as a table and as plain types",
     "linalg": "decompositions, inverses; where and in what precision they are solved",
     "methods": "one file a start: what it wants, the form it lives in, what it refuses, its factors",
@@ -30,11 +30,12 @@ ROOMS: dict[str, str] = {
     "reporting": "the lines of the report",
     "initialize": "the verb: find, check, collect, solve, install, report",
     "training": "models, data, one run of fine-tuning",
+    "tasks": "one file a family: how rows become examples, the prompt, how answers are graded",
     "stream": "the same from a checkpoint's shards, layer by layer",
     "study": "runs compared",
     "cli": "the command line",
 }
-GROUND = {"errors", "progress", "files", "processes", "names", "compat", "context", "_version", "_imports"}
+GROUND = {"errors", "settings", "progress", "files", "processes", "names", "compat", "context", "_version", "_imports"}
 
 
 def room_of(module: str) -> str:

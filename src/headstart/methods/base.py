@@ -24,14 +24,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
 from headstart.methods.given import ANY_LAYER, Kronecker, Layer, Moments, Training, Wants
 from headstart.progress import Show, silent
+from headstart.settings import check_types, spell
 
 __all__ = [
     "ANY_LAYER",
@@ -107,9 +107,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         """Check that every setting has the type that its field declares; subclasses go on to check ranges."""
-        hints = get_type_hints(type(self))
-        for setting in dataclasses.fields(self):
-            _check_type(self.name, setting.name, getattr(self, setting.name), hints[setting.name])
+        check_types(f"method {self.name!r}", self, MethodError)
 
     def wants(self, layer: Layer) -> Wants:
         """Return what the method must be given about a layer; by default its shape alone."""
@@ -182,9 +180,7 @@ class Method(ABC):
 
     def __str__(self) -> str:
         """Return the name and the settings that differ from their defaults, as ``parse_method`` reads them."""
-        fields = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
-        changed = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields)
-        return f"{self.name}:{changed}" if changed else self.name
+        return spell(self.name, self)
 
 
 def check_positive(method: str, **settings: float | None) -> None:
@@ -192,22 +188,3 @@ def check_positive(method: str, **settings: float | None) -> None:
     for setting, value in settings.items():
         if value is not None and not 0 < value < math.inf:
             raise MethodError(f"method {method!r}: {setting}={value!r} must be a positive number.")
-
-
-def _check_type(method: str, setting: str, value: object, hint: Any) -> None:
-    """Raise MethodError unless a value is what its field's annotation says: a number, a whole one, or a word."""
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if value is None and NoneType in options:
-        return
-    hint = next(option for option in options if option is not NoneType)
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            choices = ", ".join(repr(choice) for choice in get_args(hint))
-            raise MethodError(f"method {method!r}: {setting}={value!r} is not one of {choices}.")
-        return
-    if hint is bool and not isinstance(value, bool):
-        raise MethodError(f"method {method!r}: {setting}={value!r} must be true or false.")
-    numbers = {int: (int,), float: (int, float)}
-    if hint in numbers and (isinstance(value, bool) or not isinstance(value, numbers[hint])):
-        what = "a whole number" if hint is int else "a number"
-        raise MethodError(f"method {method!r}: {setting}={value!r} must be {what}.")

@@ -6,10 +6,11 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TypeVar
 
 from headstart.errors import HeadstartWarning, MethodError, nearest
 from headstart.methods.base import ANY_LAYER, Method
+from headstart.settings import make, parse
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -85,13 +86,7 @@ def get_method(name: str, **settings: object) -> Method:
     Raises:
         MethodError: an unknown name or setting (the message gives the nearest), or a value out of range.
     """
-    cls = method_class(name)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for setting in settings:
-        if setting not in known:
-            have = ", ".join(known) if known else "none"
-            raise MethodError(f"method {name!r} has no setting {setting!r}.{nearest(setting, known)} It has: {have}.")
-    return cls(**settings)
+    return make(method_class(name), f"method {name!r}", settings, MethodError)
 
 
 def parse_method(text: str) -> Method:
@@ -102,32 +97,5 @@ def parse_method(text: str) -> Method:
     Raises:
         MethodError: see :func:`get_method`; also for a part that is not ``setting=value``.
     """
-    name, _, rest = text.strip().partition(":")
-    settings: dict[str, object] = {}
-    words = _words(name.strip()) if rest else {}
-    for part in filter(None, (piece.strip() for piece in rest.split(","))):
-        setting, equals, value = part.partition("=")
-        if not equals:
-            raise MethodError(f"{text!r}: {part!r} must read setting=value, as in init-ab:beta=2.")
-        settings[setting.strip()] = _read_value(value.strip(), words.get(setting.strip(), ()))
-    return get_method(name.strip(), **settings)
-
-
-def _words(name: str) -> dict[str, tuple[object, ...]]:
-    """Return the words that the settings of a method may be, by setting; "none" is one of them for some."""
-    hints = get_type_hints(method_class(name))
-    return {setting: get_args(hint) for setting, hint in hints.items() if get_origin(hint) is Literal}
-
-
-def _read_value(text: str, words: tuple[object, ...]) -> object:
-    if text in words:
-        return text
-    constants = {"true": True, "false": False, "none": None}
-    if text.lower() in constants:
-        return constants[text.lower()]
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    return text
+    name, settings = parse(text, method_class, MethodError, "init-ab:beta=2")
+    return get_method(name, **settings)

@@ -1,0 +1,187 @@
+"""Mathematics in words: MetaMathQA and math_10k to learn from, GSM8K, MATH and five smaller sets to be graded by.
+
+An answer stands after the last "The answer is", ``####`` or in the last ``\\boxed{}`` of a worked text. Three metrics:
+
+- ``math_verify``: the answer equals the reference as mathematics, by Hugging Face's math-verify.
+- ``exact_match``: what stands after the last of the three marks is the reference, as MetaMath's, PiSSA's and IniLoRA's
+  scripts grade after "The answer is: "; no mark, no point. Numbers are compared as numbers, the letter of a choice as
+  that, other answers as text without blanks.
+- ``last_number``: the last number anywhere is the reference, within 0.001: as LLM-Adapters' script grades its sets.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar
+
+from headstart.errors import DataError
+from headstart.tasks.base import Example, Row, reference_of, text_of
+from headstart.tasks.instructed import Instructed, instruction_of
+from headstart.tasks.registry import register, variant
+from headstart.tasks.text import without_annotations
+from headstart.training.problems import final_number, same_number
+
+_MARK = re.compile(r"####|[Tt]he answer is:?|\\boxed\s*(?=\{)|\\boxed\s+(?=\w)")
+# A minus after a digit, a letter or a bracket takes away; a comma belongs to a number before three digits alone.
+_NUMBER = re.compile(r"(?<![\w.)])(?:-\s?)?[$€£]?\s?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+")
+_LETTER = re.compile(r"(?<![A-Za-z])[A-E](?![A-Za-z])")
+_SLACK = 1e-3  # LLM-Adapters' evaluate.py
+_SECONDS = 5  # for math-verify to parse one answer, and to compare two
+
+
+def answer_in(text: str) -> str | None:
+    """Return what stands after the last mark of an answer, on its line or in its box; None where there is no mark."""
+    marks = list(_MARK.finditer(text))
+    if not marks:
+        return None
+    rest = text[marks[-1].end() :].lstrip()
+    if rest.startswith("{"):
+        depths = list(accumulate((sign == "{") - (sign == "}") for sign in rest))
+        return rest[1 : depths.index(0)].strip() if 0 in depths else None
+    line, _, _ = rest.partition("\n")
+    return line.lstrip(" $").rstrip(" .$")
+
+
+def same_answer(answer: str | None, reference: str) -> bool:
+    """Tell whether an answer is the reference: the same number, the same letter of a choice, or the same text."""
+    if answer is None:
+        return False
+    if _NUMBER.fullmatch(reference):
+        return same_number(next(iter(_NUMBER.findall(answer)), None), reference)
+    if _LETTER.fullmatch(reference):
+        return next(iter(_LETTER.findall(answer)), None) == reference
+    return _tidy(answer) == _tidy(reference)
+
+
+def equal(output: str, reference: str) -> bool:
+    """Tell by math-verify whether a worked answer comes to the reference."""
+    from math_verify import parse, verify
+
+    # It keeps its time by a signal, which only the main thread may set.
+    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
+    gold = parse(f"${reference}$", parsing_timeout=seconds)
+    return bool(verify(gold, parse(output, parsing_timeout=seconds), timeout_seconds=seconds))
+
+
+def _tidy(latex: str) -> str:
+    """Return LaTeX without blanks, and with the one spelling of fractions and brackets."""
+    return re.sub(r"\\left|\\right|\\!|\\,|\s|\$", "", re.sub(r"\\[dt]frac", r"\\frac", latex))
+
+
+def _near(output: str, reference: str) -> bool:
+    if not (numbers := _NUMBER.findall(output)) or not _NUMBER.fullmatch(reference):
+        return False
+    a, b = (float(re.sub(r"[$€£,\s]", "", number)) for number in (numbers[-1], reference))
+    return abs(a - b) <= _SLACK
+
+
+@dataclass(frozen=True)
+class Mathematics(Instructed):
+    """Base of the tasks in mathematics."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("math_verify", "exact_match", "last_number")
+    max_new_tokens: ClassVar[int] = 512
+    needs: ClassVar[tuple[str, ...]] = ("math_verify",)
+    parts: ClassVar[tuple[str, str]] = ("query", "response")  # the fields with question and worked answer
+    mark: ClassVar[str] = ""  # what every worked answer must have in it, before its answer
+
+    def example(self, row: Row, context: Sequence[Row] = ()) -> Example:
+        """Make an example graded by the answer in the worked one; where none is marked, it can be learned alone."""
+        asks, answers = self.parts
+        worked = text_of(row, answers)
+        if self.mark == "####":
+            worked = without_annotations(worked)
+        answer = final_number(worked) if self.mark == "####" else answer_in(worked)
+        if self.mark not in worked or (self.mark and not answer):
+            raise DataError(f"field {answers!r} has no {self.mark!r} with the answer after it.")
+        return self.asked(text_of(row, asks), "", worked, reference=answer)
+
+    def grade(self, example: Example, output: str) -> dict[str, float]:
+        """Grade by those of the three metrics that the task has."""
+        output, reference = self.cut(output), str(reference_of(example))
+        graders = {
+            "math_verify": lambda: equal(output, reference),
+            "exact_match": lambda: same_answer(answer_in(output), reference),
+            "last_number": lambda: _near(output, reference),
+        }
+        return {metric: float(graders[metric]()) for metric in self.metrics}
+
+
+# fmt: off
+variant(
+    Mathematics, "metamath", 'MetaMathQA: training problems rewritten; answers end in "The answer is: N".',
+    source="Yu et al. 2023, arXiv 2309.12284; meta-math/MetaMathQA; 395,000 rows",
+    hub="meta-math/MetaMathQA", splits={"train": "train"},
+    files=("MetaMathQA", "MetaMathQA-395K", "MetaMathQA-40K"),
+)
+variant(
+    Mathematics, "gsm8k", "GSM8K: grade-school problems, worked, ending in '#### N'; without the calculator's notes.",
+    source="Cobbe et al. 2021, arXiv 2110.14168; openai/gsm8k; 7,473 to train, 1,319 to test",
+    hub="openai/gsm8k:main", lm_eval="gsm8k", parts=("question", "answer"), mark="####",
+)
+variant(
+    Mathematics, "math", "MATH: competition problems; the answer is in the solution's last box.",
+    source="Hendrycks et al. 2021, arXiv 2103.03874; DigitalLearningGmbH/MATH-lighteval; 5,000 to test",
+    hub="DigitalLearningGmbH/MATH-lighteval", lm_eval="hendrycks_math", max_new_tokens=1024,
+    parts=("problem", "solution"), mark="\\boxed",
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Adapted(Mathematics):
+    """Base of the sets in LLM-Adapters' format: instruction, input, output, and an answer, often in a list of one."""
+
+    source: ClassVar[str] = "Hu et al. 2023, arXiv 2304.01933; github.com/AGI-Edgerunners/LLM-Adapters"
+    metrics: ClassVar[tuple[str, ...]] = ("last_number", "exact_match", "math_verify")
+
+    def example(self, row: Row, context: Sequence[Row] = ()) -> Example:
+        """Read the four fields; ``output``, a worked answer, may be missing where nothing is to be learned."""
+        answer: Any = row.get("answer")
+        answer = answer[-1] if isinstance(answer, list) and answer else answer
+        if isinstance(answer, (int, float)):
+            answer = f"{answer:.15g}"
+        reference = text_of({"answer": answer} if "answer" in row else row, "answer").strip()
+        return self.asked(
+            *instruction_of(row), text_of(row, "output") if row.get("output") else "", reference=reference
+        )
+
+
+# fmt: off
+variant(
+    Adapted, "math_10k", "math_10k: LLM-Adapters' training set, of GSM8K, MAWPS and AQuA, worked by ChatGPT.",
+    hub="lmms-lab/Math10K", splits={"train": "train"}, files=("Math10K", "math10k"), metrics=Mathematics.metrics,
+)
+# fmt: on
+for _name, _about in (
+    ("SVAMP", "elementary problems varied in their words; 1,000 to test"),
+    ("MultiArith", "problems of several steps; 600 to test"),
+    ("AddSub", "problems of addition and subtraction; 395 to test"),
+    ("SingleEq", "problems of one equation; 508 to test"),
+):
+    variant(Adapted, _name.lower(), f"{_name}: {_about}.", files=(_name,))
+
+
+@register("aqua")
+@dataclass(frozen=True)
+class AQuA(Adapted):
+    """AQuA: algebra with five choices; 254 to test.
+
+    The letter after the last mark counts, or where there is no mark the last in brackets; LLM-Adapters' script takes
+    the first of the capitals A to E anywhere, the A of "Answer" too.
+    """
+
+    files: ClassVar[tuple[str, ...]] = ("AQuA",)
+    metrics: ClassVar[tuple[str, ...]] = ("exact_match",)
+    needs: ClassVar[tuple[str, ...]] = ()
+    lm_eval: ClassVar[str | None] = "agieval_aqua_rat"
+
+    def grade(self, example: Example, output: str) -> dict[str, float]:
+        """Compare letters."""
+        output = self.cut(output)
+        answer = answer_in(output) or "".join(re.findall(r"\([A-E]\)|^\s*[A-E]\b", output)[-1:])
+        return {"exact_match": float(same_answer(answer, reference_of(example)))}
