@@ -30,6 +30,7 @@ ROOMS: dict[str, str] = {
     "reporting": "the lines of the report",
     "initialize": "the verb: find, check, collect, solve, install, report",
     "training": "models, data, one run of fine-tuning",
+    "evaluation": "grading what a model writes; generated programs run confined",
     "stream": "the same from a checkpoint's shards, layer by layer",
     "study": "runs compared",
     "cli": "the command line",
