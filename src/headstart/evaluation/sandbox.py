@@ -4,7 +4,7 @@ A program is source text that ends with its own checks; it passes if its last li
 aarch64, root or user, in a container or not) its process gives up, before the first line runs, all that calculating
 doesn't need:
 
-- every system call but about ninety (seccomp): no process or thread, no other program, no socket, no signal or limit
+- every system call but a hundred (seccomp): no process or thread, no other program, no socket, no signal or limit
   for another process, nothing opened for writing, made, deleted, renamed or changed. As nothing can be started,
   there is nothing that could outlive the one process, and a kill ends all of it;
 - what it may read (Landlock): Python's library, installed packages, its empty folder; neither files of the user nor
@@ -12,7 +12,8 @@ doesn't need:
 - root's capabilities, and address space, processor time and open files by the limits of POSIX;
 - its environment, standard input and session; it is killed where its time is over, or where its starter dies.
 
-What can't be had elsewhere, :func:`containment` finds by trying, and says.
+Elsewhere there are the limits of POSIX (macOS) or that of time alone (Windows). What isn't contained where it runs,
+:func:`containment` finds by trying, and says.
 
 A program passes by a token, which is read from a file after its last line and handed to a pipe. Printing, exit codes,
 ``sys.exit`` and ``os._exit``, exceptions, and closing or replacing streams can't stand in for it. But checks and the
@@ -54,7 +55,7 @@ _SYSTEM += ["/usr/share/zoneinfo", "/dev/null", "/dev/urandom", "/dev/random"]
 # A seed of hashes, so that a program that depends on the order of a set ends the same way each time; no threads.
 _ENVIRONMENT = dict(PYTHONHASHSEED="0", PYTHONUTF8="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 _PASSED_ON = ("LD_LIBRARY_PATH", "SYSTEMROOT")  # without which some interpreters don't start
-# By what a program could do: how a trial does it, without harm.
+# By what a program could do: the least of it, which does no harm and is refused only where all of it is.
 _TRIALS = {
     "start processes, which may outlive it": """
         import os, subprocess, sys
@@ -62,15 +63,15 @@ _TRIALS = {
         elif os.fork() == 0: os._exit(0)""",
     "use the network": """
         import socket
-        socket.socket().bind(("127.0.0.1", 0))""",
-    "make, empty and delete files wherever this user can": """
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("127.0.0.1", 9))""",
+    "make, change and delete files wherever this user can": """
         import os
-        path = os.path.join(os.path.dirname(os.getcwd()), f"headstart-trial-{os.getpid()}")
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT))
-        os.remove(path)""",
-    "kill other processes of this user": """
+        os.utime(os.getcwd())""",
+    "kill or slow down other processes of this user": """
         import os
-        if os.name != "nt": os.kill(os.getppid(), 0)""",
+        parent = os.getppid()
+        try: os.name == "nt" or os.kill(parent, 0)
+        except OSError: os.setpriority(0, parent, os.getpriority(0, parent))""",
     "read files of this user and the environment of processes": """
         import os
         os.listdir(os.path.abspath(os.sep))""",
@@ -104,7 +105,8 @@ class Outcome:
 def run_program(source: str, *, seconds: float = 10.0, memory: int = 2 * 2**30, output: int = 2**16) -> Outcome:
     """Run a program, confined as this platform allows (see :func:`containment`), and say how it ended.
 
-    It runs as a module named ``program``, with installed packages but none that are links to source (editable ones).
+    It runs as a module named ``program``, with installed packages but for those that are links to source (editable
+    ones). A program that needs a thread, a process, a socket or a file of its own fails, as these are refused.
 
     Args:
         source: the program, with its checks.
@@ -254,7 +256,8 @@ def _judged(report: bytes, token: bytes, code: int, over: bool, seconds: float, 
     shown = printed.decode("utf-8", "replace")
     reason, _, told = rest.decode("utf-8", "replace").partition("\n")
     if ready != b"ready" and not over:
-        raise HeadstartError(f"the process for a program ended before it began, with code {code}: {shown[-500:]}")
+        last = "".join(shown.strip().splitlines()[-1:]) or "it said nothing"
+        raise HeadstartError(f"a generated program's process ended with code {code} before it could begin: {last}")
     if secrets.compare_digest(rest, token):
         return Outcome("passed", "", shown)
     if over or (code < 0 and code == -signal.SIGXCPU):
