@@ -249,7 +249,6 @@ CHECK = "\ndef check(candidate):\n    assert candidate(2) == 4\ncheck(double)\n"
 JUDGED = {
     "right": ("def double(x):\n    return 2 * x" + CHECK, "passed", ""),
     "wrong": ("def double(x):\n    return x" + CHECK, "failed", "AssertionError"),
-    "none": ("def double(x): pass" + CHECK, "failed", "AssertionError"),
     "a name missing": ("def double(x):\n    return y" + CHECK, "failed", "NameError: name 'y' is not defined"),
     "unfinished": ("def double(x):\n    return (2 *" + CHECK, "failed", "SyntaxError"),
     "empty": ("", "passed", ""),
@@ -263,11 +262,7 @@ JUDGED = {
     "a crash": ("import ctypes\nctypes.string_at(0)", "killed", "signal 11"),
     "killed by itself": ("import os\nos.kill(os.getpid(), 9)", "killed", "signal 9"),
     "claims": ("print('passed', 'ready', flush=True)\nassert 0", "failed", "AssertionError"),
-    "claims everywhere": (
-        "import os\nfor n in range(1, 3): os.write(n, b'ready\\npassed')\nos.write(4, b'passed')\nos._exit(0)",
-        "failed",
-        "exit code 0",
-    ),
+    "claims anywhere": ("import os\nfor n in (1, 2, 4): os.write(n, b'passed')\nos._exit(0)", "failed", "exit code 0"),
     "at exit": ("import atexit, time\natexit.register(time.sleep, 100)", "passed", ""),
     "streams closed": ("import sys\nsys.stdout.close()\nsys.stdout = None", "passed", ""),
     "input": ("input()", "failed", "EOFError"),
@@ -295,8 +290,8 @@ def test_programs_are_judged(source, reason, detail):
 
 
 def test_what_is_printed_is_kept_from_the_beginning():
-    noisy = "import sys\nprint('first')\nfor _ in range(1000): print('é' * 1000, file=sys.stderr)"
-    outcome = run_program(noisy.replace("'first'", "'first', flush=True"), output=999)
+    noisy = "import sys\nprint('first', flush=True)\nfor _ in range(1000): print('é' * 1000, file=sys.stderr)"
+    outcome = run_program(noisy, output=999)
     assert outcome.passed and outcome.printed.startswith("first\né") and len(outcome.printed.encode()) <= 1002
 
 

@@ -111,7 +111,7 @@ def run_program(source: str, *, seconds: float = 10.0, memory: int = 2 * 2**30, 
     Args:
         source: the program, with its checks.
         seconds: of wall clock, from its first line on.
-        memory: bytes of address space, of which the interpreter takes some 30 MB.
+        memory: bytes of address space, of which the interpreter takes some 20 MB.
         output: bytes that are kept of what it prints.
 
     Raises:
