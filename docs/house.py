@@ -31,6 +31,8 @@ ROOMS: dict[str, str] = {
     "initialize": "the verb: find, check, collect, solve, install, report",
     "training": "models, data, one run of fine-tuning",
     "tasks": "one file a family: how rows become examples, the prompt, how answers are graded",
+    "evaluation": "what a model is worth: losses, graded answers, intervals; generated programs run confined",
+    "runs": "one run: its settings, its stages, its result",
     "stream": "the same from a checkpoint's shards, layer by layer",
     "study": "runs compared",
     "cli": "the command line",
