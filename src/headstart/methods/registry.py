@@ -86,11 +86,11 @@ def get_method(name: str, **settings: object) -> Method:
         MethodError: an unknown name or setting (the message gives the nearest), or a value out of range.
     """
     cls = method_class(name)
-    known = [f.name for f in dataclasses.fields(cls)]
+    fields = [f.name for f in dataclasses.fields(cls)]
     for setting in settings:
-        if setting not in known:
-            have = ", ".join(known) if known else "none"
-            raise MethodError(f"method {name!r} has no setting {setting!r}.{nearest(setting, known)} It has: {have}.")
+        if setting not in fields:
+            have = ", ".join(fields) if fields else "none"
+            raise MethodError(f"method {name!r} has no setting {setting!r}.{nearest(setting, fields)} It has: {have}.")
     return cls(**settings)
 
 

@@ -159,15 +159,15 @@ class Reader:
     # Finding out how to read.
 
     def _find_way(self, samples: Samples) -> None:
-        one = self._sample_on_trial(samples)
+        sample = self._sample_on_trial(samples)
         try:
-            first = self._tried(partial(self._runs.examined, one), 0)
+            first = self._tried(partial(self._runs.examined, sample), 0)
         except Exception:
             if self._loss is None or not samples.cut or samples.size == 1:
                 raise
             # Such as a loss of pairs that lie one after the other: a genuine fault shows on the whole batch as well.
             self._read_whole("the loss can't be computed of a sample alone")
-            one, first = samples.batch, self._tried(partial(self._runs.whole, samples.batch, 1), 0)
+            sample, first = samples.batch, self._tried(partial(self._runs.whole, samples.batch, 1), 0)
         if self._any(not math.isfinite(first.loss)):
             return  # reading the sample will say so
         if self._way is None:
@@ -176,23 +176,23 @@ class Reader:
         if self._way == "own" and not samples.cut:
             # The batch's own loss weighs its samples otherwise.
             self._runs.with_labels = True
-            first = self._tried(self._read_on_trial(one), 0)
-        second = self._tried_without_labels(one, first, tolerance) or self._tried(self._read_on_trial(one), 1)
+            first = self._tried(self._read_on_trial(sample), 0)
+        second = self._tried_without_labels(sample, first, tolerance) or self._tried(self._read_on_trial(sample), 1)
         if not self._any(not first.is_like(second, tolerance)):
             return
         if self._way == "own":
             self._read_apart("the loss is not a function of the logits that the model returns")
-            second = self._tried(partial(self._runs.whole, one, 1), 2)
+            second = self._tried(partial(self._runs.whole, sample, 1), 2)
             if first.is_like(second, tolerance):
                 return
         self._random(first, second, samples)
 
-    def _tried_without_labels(self, one: Batch, first: Seen, tolerance: float) -> Seen | None:
+    def _tried_without_labels(self, sample: Batch, first: Seen, tolerance: float) -> Seen | None:
         """Read without labels, so that the model doesn't compute its own loss as well; None where that won't do."""
         if self._way != "own" or self._runs.with_labels:
             return None
         try:
-            second = self._tried(self._read_on_trial(one), 1)
+            second = self._tried(self._read_on_trial(sample), 1)
         except Exception:  # whatever a model says that can't do without its labels
             second = None
         if second is None or not first.is_like(second, tolerance):
@@ -256,15 +256,15 @@ class Reader:
             return self.alone(samples.batch, 0)
         learned = samples.batch["labels"].cpu() != IGNORED
         enough = [row for row in range(samples.size) if int(counts[row, 1]) > 1] or [int(counts[:, 1].argmax())]
-        one = self.alone(samples.batch, min(enough, key=lambda row: int(learned[row].nonzero()[-1])))
-        labels = one["labels"]
-        if self._runs.encoder_decoder or any(isinstance(v, Tensor) and v.shape != labels.shape for v in one.values()):
-            return one
-        if not all(isinstance(value, Tensor | bool | int | float | str | None) for value in one.values()):
-            return one
+        sample = self.alone(samples.batch, min(enough, key=lambda row: int(learned[row].nonzero()[-1])))
+        labels, values = sample["labels"], sample.values()
+        if self._runs.encoder_decoder or any(isinstance(v, Tensor) and v.shape != labels.shape for v in values):
+            return sample
+        if not all(isinstance(value, Tensor | bool | int | float | str | None) for value in values):
+            return sample
         end = int((labels[0] != IGNORED).nonzero()[-1]) + 1
         low = max(0, end - _WINDOW)
-        return {key: value[:, low:end] if isinstance(value, Tensor) else value for key, value in one.items()}
+        return {key: value[:, low:end] if isinstance(value, Tensor) else value for key, value in sample.items()}
 
     def _read_on_trial(self, batch: Batch) -> Callable[[], Run]:
         return partial(self._runs.apart, batch, 1) if self._way == "own" else partial(self._runs.whole, batch, 1)
@@ -289,8 +289,8 @@ class Reader:
         if self._way != "whole" and samples.cut:
             if samples.size > 1 and self._way != "own":
                 self.note(f"{self._why}, so samples were read one at a time")
-                for one in self.each_alone(samples):
-                    self._accumulate(one, sums)
+                for sample in self.each_alone(samples):
+                    self._accumulate(sample, sums)
                 return
             if samples.size == 1:
                 (samples,) = self.each_alone(samples)
@@ -303,7 +303,7 @@ class Reader:
             self._read_apart("some layers see other rows than the batch's tokens, among which padding can't be found")
             self._accumulate(samples, sums)
             return
-        if expected is not None and not self._found(run, batch, samples, expected):
+        if expected is not None and not self._agrees(run, batch, samples, expected):
             self._read_apart("a sample's outputs depend on the batch or the padding around it")
             self._accumulate(samples, sums)
             return
@@ -321,8 +321,8 @@ class Reader:
                     else self._runs.whole(batch, samples.size, samples.first)
                 )
                 sums.check_groups()
-            except Regroup as found:
-                sums.split(found.group)
+            except Regroup as regroup:
+                sums.split(regroup.group)
             else:
                 sums.replaying = True
                 return run, masks
@@ -354,7 +354,7 @@ class Reader:
         with torch.no_grad():
             return self._runs.compared(self._runs.states(batch), batch, 0)
 
-    def _found(self, run: Run, batch: Batch, samples: Samples, expected: Tensor) -> bool:
+    def _agrees(self, run: Run, batch: Batch, samples: Samples, expected: Tensor) -> bool:
         with torch.no_grad():
             given = self._runs.compared(run.tensor.detach(), batch, most_padded(samples.batch))
         allowed = math.sqrt(rounding(self._model, self._device)) * float(expected.norm())
@@ -372,7 +372,7 @@ class Reader:
         loss = float(value)
         failure = None if math.isfinite(loss) else infinite_loss(loss, samples)
         if self._in_step_with is not None:
-            words = next((each for each in self._in_step_with.gather(failure and str(failure)) if each), None)
+            words = next((message for message in self._in_step_with.gather(failure and str(failure)) if message), None)
             if words is not None:
                 raise DataError(words)
         if failure is None:

@@ -130,21 +130,21 @@ def _load(source: str, what: str, dtype: torch.dtype, *, bars: bool = False, **o
                 f"{what} has no tokenizer that can be loaded ({_reason(error)}); "
                 "save it to the same place with tokenizer.save_pretrained."
             ) from error
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     # Transformers fills missing weights with random ones and goes on.
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise ModelError(f"{what} lacks {len(missing)} of the model's weights, the first of them {missing[0]!r}.")
     return model, tokenizer
 
 
 def _require_causal(config: Any, what: str) -> None:
-    known: set[str] = set()
+    causal: set[str] = set()
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        known.update([names] if isinstance(names, str) else names)
+        causal.update([names] if isinstance(names, str) else names)
     architectures = config.architectures or []
-    if architectures and known.isdisjoint(architectures):
+    if architectures and causal.isdisjoint(architectures):
         raise ModelError(f"{what} is a {architectures[0]}, not a causal language model, so it can't be used here.")
     if not architectures and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{what} is of type {config.model_type!r}, which is no causal language model.")
