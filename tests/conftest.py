@@ -355,3 +355,22 @@ def llama():
 @pytest.fixture
 def batch():
     return token_batch()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many KiB."""
+    mounted = []
+
+    def mount(size):
+        place = tmp_path / f"disk-{size}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", place]
+        if not sys.platform.startswith("linux") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("file systems can't be mounted here")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", place], check=True)
