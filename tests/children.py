@@ -20,8 +20,8 @@ def _alone(work, *arguments):
 
 
 def ended(process):
-    """Wait for a process; return its exit code, negative for a signal."""
-    process.join()
+    """Wait for a process; return its exit code, negative for a signal, or None after five minutes."""
+    process.join(300)
     return process.exitcode
 
 

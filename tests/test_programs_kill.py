@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import headstart as hs
+from children import ended, forked
 from conftest import perturb, tiny_llama
 from headstart.cli import main
 from headstart.layers import files
@@ -131,12 +133,7 @@ def test_a_killed_save_of_a_checkpoint_leaves_the_old_one(tmp_path, monkeypatch)
     expected = program.factors(model)
     perturb(model)
     monkeypatch.setattr(files, "save_file", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-    child = os.fork()
-    if child == 0:
-        try:
-            hs.save_checkpoint(model, tmp_path / "start", force=True)
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    save = functools.partial(hs.save_checkpoint, model, tmp_path / "start", force=True)
+    assert ended(forked(save)) == -signal.SIGKILL
     for name, value in program.factors(hs.load_checkpoint(tiny_llama(), tmp_path / "start")).items():
         assert torch.equal(value, expected[name]), name
