@@ -83,6 +83,16 @@ def tiny_mixtral(**changes):
     return MixtralForCausalLM(MixtralConfig(**(settings | changes)))
 
 
+def word_tokenizer(words, unknown="<unk>"):
+    """A tokenizer with one token a word; <pad> and <eos>, which pad and end, are among the words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=unknown))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token=unknown)
+
+
 class LinearExperts(nn.Module):
     """A mixture of experts as Mixtral's, each expert three nn.Linear layers; the last one is never chosen."""
 

@@ -18,6 +18,7 @@ FEED_FORWARD = "model.layers.0.mlp.up_proj"
 
 
 def of_spectrum(values, seed=0):
+    """A symmetric matrix with these eigenvalues, in float64."""
     Q = torch.linalg.qr(normal(len(values), len(values), seed=seed)).Q
     matrix = (Q * values) @ Q.T
     return (matrix + matrix.T) / 2

@@ -136,3 +136,16 @@ def best(W, r):
 def tail(W, r):
     """Eckart-Young: the smallest squared error of any rank-r approximation."""
     return float(torch.linalg.svdvals(W.double())[r:].square().sum())
+
+
+def published_adam(W, A0, B0, *, steps, lr, decay, decay_every):
+    """IniLoRA's published loop on one matrix in its own dtype: autograd, torch's own Adam and schedule."""
+    A, B = A0.clone().requires_grad_(), B0.clone().requires_grad_()
+    optimizer = torch.optim.Adam([A, B], lr=lr)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, decay_every, gamma=decay)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (W - B @ A).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    return A.detach(), B.detach()

@@ -14,6 +14,7 @@ from cached import decoded, encoded
 from conftest import tiny_llama, wrap
 from headstart.methods.base import Factors, Layer, Moments
 from headstart.methods.registry import parse_method
+from oracles import relative, tail
 
 SOLVERS = ["inilora:steps=120", "inilora:steps=400,lr=0.005,tolerance=0.05"]
 SOLVERS += [f"inilora:solver=svd,gauge={gauge}" for gauge in ("aligned", "random", "balanced")]
@@ -34,13 +35,8 @@ def layers(count: int, d_out: int = 50, d_in: int = 30, r: int = 4, s: float = 1
     ]
 
 
-def relative(x: Tensor, y: Tensor) -> float:
-    return float((x - y).norm() / y.norm())
-
-
 def bound(layer: Layer) -> float:
-    S = torch.linalg.svdvals(layer.require_weight().double() / layer.scaling)
-    return float(S[layer.r :].square().sum())
+    return tail(layer.require_weight().double() / layer.scaling, layer.r)
 
 
 def error(layer: Layer, found: Factors) -> float:

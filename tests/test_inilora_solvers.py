@@ -22,7 +22,7 @@ from known_layers import (
     of_weight,
     problems,
 )
-from oracles import best, relative, tail
+from oracles import best, published_adam, relative, tail
 
 
 def the_draw(given_layer):
@@ -114,30 +114,17 @@ def test_inilora_without_steps_is_the_draw(s):
     assert_drawn(own.A, 0.5)
 
 
-def torch_adam(W, A0, B0, s, steps, lr, decay, decay_every):
-    """The published loop, in float64, with autograd and torch's own optimizer."""
-    target = W.double() / s
-    A, B = A0.double().clone().requires_grad_(), B0.double().clone().requires_grad_()
-    optimizer = torch.optim.Adam([A, B], lr=lr)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, decay_every, gamma=decay)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        ((target - B @ A) ** 2).mean().backward()
-        optimizer.step()
-        schedule.step()
-    return A.detach(), B.detach()
-
-
 @pytest.mark.parametrize("s", [1.0, 2.0])
 @pytest.mark.parametrize("std", [0.05, 1.0])
 @pytest.mark.parametrize(("d_out", "d_in", "r"), [(40, 24, 4), (24, 40, 4), (33, 47, 5), (64, 64, 16), (192, 576, 8)])
 def test_inilora_adam_is_the_published_loop(d_out, d_in, r, std, s):
     weights = [normal(d_out, d_in, std=std, seed=seed) for seed in range(2)]
     given_layers = [of_weight(W, r, s=s, name=f"layer{place}") for place, W in enumerate(weights)]
-    starts = hs.IniLoRA(steps=150, lr=2e-3, decay=0.7, decay_every=40).factors_batch(given_layers)
+    loop = dict(steps=150, lr=2e-3, decay=0.7, decay_every=40)
+    starts = hs.IniLoRA(**loop).factors_batch(given_layers)
     for W, given_layer, start in zip(weights, given_layers, starts, strict=True):
         A0, B0 = the_draw(given_layer)
-        A, B = torch_adam(W, A0, B0, s, 150, 2e-3, 0.7, 40)
+        A, B = published_adam(W.double() / s, A0.double(), B0.double(), **loop)
         # 150 steps in float32: rounding of 1e-7 a step, grown by Adam's division by small roots.
         assert relative(start.A, A) < 2e-5
         assert relative(start.B, B) < 2e-5
