@@ -197,12 +197,3 @@ def test_undamped_the_scales_of_the_statistics_do_not_matter(scales):
     scaled = method.factors(layer(G * scales[0], Z * scales[1], Y * scales[2], 3))
     assert scaled.repair == ""
     assert relative(scaled.B @ scaled.A, plain.B @ plain.A) < 1e-5
-
-
-@pytest.mark.parametrize("options", [{}, dict(fisher="full"), dict(fisher="none", variance=0)])
-def test_no_gradient_starts_as_lora_does_and_says_so(options):
-    _, Z, Y = draw(6, 8, full=options.get("fisher") == "full")
-    given_layer = layer(torch.zeros(6, 8), Z, Y, 2)
-    start, plain = hs.LoRADA(**options).factors(given_layer), hs.LoRA().factors(given_layer)
-    assert torch.equal(start.A, plain.A) and torch.equal(start.B, plain.B)
-    assert "no gradient" in start.note and "lora" in start.note
