@@ -69,7 +69,7 @@ def fisher_of(Z, Y, damping):
     return torch.kron(Y, Z)
 
 
-def dense(G, Z, Y, *, N, damping=1e-6, variance=0.03, bias=1.0, normalise=True):
+def dense(G, Z, Y, *, N, damping=1e-6, variance=0.03, bias=1.0, normalize=True):
     """Delta and Omega from the Fisher matrix of all weights: equations 18 to 21."""
     m, n = G.shape
     inverse = torch.linalg.inv(fisher_of(Z, Y, damping))
@@ -78,7 +78,7 @@ def dense(G, Z, Y, *, N, damping=1e-6, variance=0.03, bias=1.0, normalise=True):
     blocks = inverse.reshape(m, n, m, n)
     spread = sum(blocks[j, :, j, :] for j in range(m)) / N
     sigma = float(torch.linalg.matrix_norm(delta, 2))
-    scale = 1 / sigma if normalise else 1.0
+    scale = 1 / sigma if normalize else 1.0
     omega = scale**2 * (variance * spread - bias * delta.T @ delta)
     norm = scale**2 * max(variance * float(torch.linalg.matrix_norm(spread, 2)), bias * sigma**2)
     return SimpleNamespace(delta=scale * delta, omega=omega, sigma=sigma, inverse=inverse, norm=norm)

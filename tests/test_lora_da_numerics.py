@@ -182,11 +182,11 @@ def test_delta_beyond_the_range_of_float32(case):
     assert float(torch.linalg.matrix_norm(start.B.double(), 2)) == pytest.approx(1 / 32, rel=1e-5)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_delta_beyond_the_range_of_float64_names_the_layer(normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_delta_beyond_the_range_of_float64_names_the_layer(normalize):
     G, Z, Y = draw(6, 8, seed=3)
     with pytest.raises(hs.LayerError, match=rf"{ATTENTION}.*damping"):
-        hs.LoRADA(damping=1e200, normalise=normalise).factors(layer(G, Z, Y, 3))
+        hs.LoRADA(damping=1e200, normalize=normalize).factors(layer(G, Z, Y, 3))
 
 
 @pytest.mark.parametrize("scales", [(1e-12, 1e-6, 1e-12), (1e6, 1e6, 1e6), (1e-20, 1.0, 1e-30), (1.0, 1e-20, 1.0)])

@@ -264,3 +264,9 @@ def _as_batch(item: Any, first: int) -> Batch:
             "a collator as well."
         )
     return {key: item[key] for key in item.keys()}  # noqa: SIM118 - a BatchEncoding iterates over its values
+
+
+def token_width(batch: Batch) -> int:
+    """Return how many tokens the longest sample has, padding and all; 0 for what isn't tokens."""
+    widths = (batch.get(name) for name in ("input_ids", "inputs_embeds", "labels"))
+    return max((value.shape[1] for value in widths if isinstance(value, Tensor) and value.dim() > 1), default=0)

@@ -23,6 +23,7 @@ from headstart.statistics.batches import (
     moved,
     single_sample,
     take,
+    token_width,
 )
 from headstart.statistics.losses import infinite_loss, loss_of, only_first_label
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
@@ -57,6 +58,10 @@ class Reader:
             or has no loss by itself, of whole batches.
         whole: read batches as wholes with their own loss, as losses need that compare the samples of a batch.
         seed: of what a loss draws at random.
+
+    Attributes:
+        device: of the model's inputs.
+        notes: sentences for the report.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class Reader:
         self._model = model
         self._modules = modules
         self._tokens = tokens
-        self._device = model_device(model)
+        self.device = model_device(model)
         self._loss = loss
         self._whole = whole
         self._seed = seed
@@ -87,11 +92,6 @@ class Reader:
         self.notes: list[str] = []
 
     @property
-    def device(self) -> torch.device:
-        """The device of the model's inputs."""
-        return self._device
-
-    @property
     def keeps_batches(self) -> bool:
         """Whether batches mean something, so that samples mustn't be put together in others."""
         return self._runs.encoder_decoder or self.probes_batches
@@ -103,12 +103,12 @@ class Reader:
 
     def read(self, samples: Samples, sums: Sums) -> None:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
-        samples = Samples(moved(samples.batch, self._device), samples.indices, samples.cut)
+        samples = Samples(moved(samples.batch, self.device), samples.indices, samples.cut)
         self.learn(samples)
         names = {name: self._modules[name] for name in sums.shapes}
         for part in self._parts(samples):
             expected = self._expected(part)
-            draws = drawn_from(self._seed + 7919 * part.first, self._device)
+            draws = drawn_from(self._seed + 7919 * part.first, self.device)
             with draws, tapped(names, sums.watch, self._scale):
                 self._accumulate(part, sums, expected)
 
@@ -119,8 +119,8 @@ class Reader:
 
     def run_layers(self, batch: Batch) -> None:
         """Run the model on a batch for what its layers see."""
-        with torch.no_grad(), drawn_from(self._seed, self._device):
-            self._runs.layers(moved(batch, self._device))
+        with torch.no_grad(), drawn_from(self._seed, self.device):
+            self._runs.layers(moved(batch, self.device))
 
     def alone(self, batch: Batch, row: int) -> Batch:
         """Return one sample of a batch without its padding."""
@@ -172,7 +172,7 @@ class Reader:
             return  # reading the sample will say so
         if self._way is None:
             self._choose(samples, first)
-        tolerance = math.sqrt(rounding(self._model, self._device))
+        tolerance = math.sqrt(rounding(self._model, self.device))
         if self._way == "own" and not samples.cut:
             # The batch's own loss weighs its samples otherwise.
             self._runs.with_labels = True
@@ -245,7 +245,7 @@ class Reader:
             apart = [loss_of(self._model(**self.alone(samples.batch, row)), 0) for row in range(samples.size)]
             together = float(loss_of(self._model(**samples.batch), 0))
         mean = float(torch.stack(apart).mean())
-        return abs(mean - together) > math.sqrt(rounding(self._model, self._device)) * abs(together)
+        return abs(mean - together) > math.sqrt(rounding(self._model, self.device)) * abs(together)
 
     def _sample_on_trial(self, samples: Samples) -> Batch:
         """Return a short sample with two labels or more, cut to a window of its tokens where it has nothing else."""
@@ -270,7 +270,7 @@ class Reader:
         return partial(self._runs.apart, batch, 1) if self._way == "own" else partial(self._runs.whole, batch, 1)
 
     def _tried(self, run: Callable[[], Run], draw: int) -> Seen:
-        return tried(run, self._modules, self._scale, self._seed + draw, self._device, self._most)
+        return tried(run, self._modules, self._scale, self._seed + draw, self.device, self._most)
 
     # Reading.
 
@@ -279,8 +279,8 @@ class Reader:
         labels = samples.batch.get("labels")
         if self._way != "own" or not samples.cut or not isinstance(labels, Tensor):
             return [samples]
-        tokens = _TOKENS_AT_ONCE["cpu" if self._device.type == "cpu" else "other"]
-        most = max(1, tokens // max(1, _width(samples.batch)))
+        tokens = _TOKENS_AT_ONCE["cpu" if self.device.type == "cpu" else "other"]
+        most = max(1, tokens // max(1, token_width(samples.batch)))
         count = -(-samples.size // most)
         rows = [list(range(part * samples.size // count, (part + 1) * samples.size // count)) for part in range(count)]
         return [Samples(take(samples.batch, part), tuple(samples.indices[row] for row in part)) for part in rows]
@@ -357,7 +357,7 @@ class Reader:
     def _agrees(self, run: Run, batch: Batch, samples: Samples, expected: Tensor) -> bool:
         with torch.no_grad():
             given = self._runs.compared(run.tensor.detach(), batch, most_padded(samples.batch))
-        allowed = math.sqrt(rounding(self._model, self._device)) * float(expected.norm())
+        allowed = math.sqrt(rounding(self._model, self.device)) * float(expected.norm())
         return given.shape == expected.shape and float((given - expected).norm()) <= allowed
 
     # Failures.
@@ -399,9 +399,3 @@ class Reader:
         """Keep a sentence for the report, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
-
-
-def _width(batch: Batch) -> int:
-    """Return how many tokens the longest sample has, padding and all; 0 for what isn't tokens."""
-    widths = (batch.get(name) for name in ("input_ids", "inputs_embeds", "labels"))
-    return max((value.shape[1] for value in widths if isinstance(value, Tensor) and value.dim() > 1), default=0)

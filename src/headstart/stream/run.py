@@ -192,7 +192,7 @@ def _make_all(maker: Maker, work: Work, show: Show, strict: bool) -> Finished:
         with context.clock("moments"):
             by_layer = make_together(moments_names, [[place] for place in every], work.facts, moments, "moments")
             maker.moments = averaged([layer.kind for layer in layers], list(by_layer.values()))
-    with context.clock("factorise"):
+    with context.clock("solve"):
         names = [layer_name(place) for place in every]
         finished = Finished(make_together(names, _groups(maker, layers), work.facts, starts, "layers"), {})
     if strict:
