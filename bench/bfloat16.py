@@ -49,10 +49,10 @@ def percent(share: float) -> str:
     return f"{float(f'{100 * share:.2g}'):g}"
 
 
-def drift(found: Tensor, reference: Tensor) -> Drift:
+def drift(output: Tensor, reference: Tensor) -> Drift:
     """Compare logits with others of the same shape."""
     size = reference.square().mean().sqrt()
-    apart = found - reference
+    apart = output - reference
     return Drift(float(apart.square().mean().sqrt() / size), float(apart.abs().max() / size))
 
 
@@ -110,13 +110,13 @@ def wrapped(base: Any, method: str, scaling: int, form: Subtracting) -> Any:
 def logits(model: Any, tokens: Tensor) -> Tensor:
     """Return the logits in float32."""
     model.eval()
-    found: Tensor = model(input_ids=tokens).logits.float()
-    return found
+    output: Tensor = model(input_ids=tokens).logits.float()
+    return output
 
 
-def loss_of(found: Tensor, tokens: Tensor) -> float:
+def loss_of(output: Tensor, tokens: Tensor) -> float:
     """Return the mean loss of the next token, in nats."""
-    return float(functional.cross_entropy(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+    return float(functional.cross_entropy(output[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
 
 
 # The start.
@@ -133,22 +133,26 @@ class Start:
 def starts(base: Any, tokens: Tensor) -> tuple[Drift, dict[Key, Start]]:
     """Return the drift of the base model from its float32 copy, and that of every start."""
     own, exact = logits(base, tokens), logits(in_dtype(base, torch.float32), tokens)
-    found = {}
+    drifts = {}
     for method, scaling in itertools.product(METHODS, SCALINGS):
-        each = {form: logits(wrapped(base, method, scaling, form), tokens) for form in FORMS}
-        found[method, scaling] = Start(
-            {form: drift(value, own) for form, value in each.items()},
-            {form: drift(value, exact) for form, value in each.items()},
+        outputs = {form: logits(wrapped(base, method, scaling, form), tokens) for form in FORMS}
+        drifts[method, scaling] = Start(
+            {form: drift(value, own) for form, value in outputs.items()},
+            {form: drift(value, exact) for form, value in outputs.items()},
         )
-        print(f"start {method} s={scaling}: residual off by {found[method, scaling].base['residual']}", file=sys.stderr)
-    return drift(own, exact), found
+        print(
+            f"start {method} s={scaling}: residual off by {drifts[method, scaling].base['residual']}", file=sys.stderr
+        )
+    return drift(own, exact), drifts
 
 
-def start_lines(floor: Drift, found: Mapping[Key, Start]) -> list[str]:
+def start_lines(floor: Drift, drifts: Mapping[Key, Start]) -> list[str]:
     """Return the table of the starts."""
     rows = [["base model itself", "", "0", "0", str(floor), str(floor)]]
-    for (method, scaling), start in found.items():
-        rows.append([method, str(scaling), *(str(each[form]) for each in (start.base, start.exact) for form in FORMS)])
+    for (method, scaling), start in drifts.items():
+        rows.append(
+            [method, str(scaling), *(str(by_form[form]) for by_form in (start.base, start.exact) for form in FORMS)]
+        )
     titles = ["start", "s", *(f"{form}, from {what}" for what in ("the base", "float32") for form in FORMS)]
     return table(titles, rows)
 
@@ -232,27 +236,27 @@ def changed_by_restoring(model: nn.Module, base: nn.Module) -> float:
     weights = {name: module.weight for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     changed = total = 0
     for name, module in model.named_modules():
-        found = anchors(module, "default") if isinstance(module, LoraLayer) else None
-        if found is None or not isinstance(module, LoraLayer):
+        start = anchors(module, "default") if isinstance(module, LoraLayer) else None
+        if start is None or not isinstance(module, LoraLayer):
             continue
-        A0, B0 = found
-        held = module.get_base_layer().weight
-        restored = (held.float() + module.scaling["default"] * (B0.float() @ A0.float())).to(held.dtype)
+        A0, B0 = start
+        weight = module.get_base_layer().weight
+        restored = (weight.float() + module.scaling["default"] * (B0.float() @ A0.float())).to(weight.dtype)
         changed += int((restored != weights[name.removeprefix("base_model.model.")]).sum())
-        total += held.numel()
+        total += weight.numel()
     return changed / total
 
 
-def trained_lines(found: Mapping[Key, Outcome]) -> list[str]:
+def trained_lines(results: Mapping[Key, Outcome]) -> list[str]:
     """Return the tables of the trained models."""
     rows, removed = [], []
-    for (method, scaling), each in found.items():
+    for (method, scaling), result in results.items():
         first = [method, str(scaling)]
-        forms = [each.forms.get(form) for form in FORMS]
+        forms = [result.forms.get(form) for form in FORMS]
         differences = [
             cell for form in forms for cell in ((f"{form.loss:+.4f}", str(form.apart)) if form else ("", ""))
         ]
-        rows.append([*first, f"{each.loss:.4f}", str(each.moved), *differences])
+        rows.append([*first, f"{result.loss:.4f}", str(result.moved), *differences])
         cells = [str(getattr(form, what)) if form else "" for what in ("removed", "exported") for form in forms]
         restored = next((form.restored for form in forms if form and form.restored is not None), None)
         removed.append([*first, *cells[:2], "" if restored is None else f"{100 * restored:.1f} %", *cells[2:]])
@@ -272,29 +276,29 @@ def trained_lines(found: Mapping[Key, Outcome]) -> list[str]:
 
 def spread(drifts: Sequence[Drift]) -> str:
     """Return the range of root mean squares."""
-    low, high = min(each.rms for each in drifts), max(each.rms for each in drifts)
+    low, high = min(value.rms for value in drifts), max(value.rms for value in drifts)
     return f"{percent(low)} %" if low == high else f"{percent(low)} to {percent(high)} %"
 
 
-def conclusions(floor: Drift, found: Mapping[Key, Start], results: Mapping[Key, Outcome]) -> str:
+def conclusions(floor: Drift, drifts: Mapping[Key, Start], results: Mapping[Key, Outcome]) -> str:
     """Say what follows from the random model's numbers."""
-    exact = sum(start.base["anchored"].largest == 0 for start in found.values())
-    residual = {key: start.base["residual"] for key, start in found.items()}
+    exact = sum(start.base["anchored"].largest == 0 for start in drifts.values())
+    residual = {key: start.base["residual"] for key, start in drifts.items()}
     (method, scaling), worst = max(residual.items(), key=lambda item: item[1].rms)
-    others = [each for (name, _), each in residual.items() if name != method]
-    two = [each.forms for each in results.values() if "residual" in each.forms]
+    others = [value for (name, _), value in residual.items() if name != method]
+    two = [result.forms for result in results.values() if "residual" in result.forms]
     closer = sum(abs(forms["anchored"].loss) < abs(forms["residual"].loss) for forms in two)
     nearer = sum(forms["anchored"].apart.rms < forms["residual"].apart.rms for forms in two)
     kept = sum(forms["anchored"].removed.largest == 0 for forms in two)
     restored = [100 * share for forms in two if (share := forms["residual"].restored) is not None]
     loss = {form: max(abs(forms[form].loss) for forms in two) for form in FORMS}
-    plain = spread([each.forms["anchored"].apart for each in results.values() if "residual" not in each.forms])
+    plain = spread([result.forms["anchored"].apart for result in results.values() if "residual" not in result.forms])
     apart, removed, written = (
         {form: spread([getattr(forms[form], what) for forms in two]) for form in FORMS}
         for what in ("apart", "removed", "exported")
     )
     return (
-        f"At the start the anchored form is the bfloat16 base bit for bit in {exact} of {len(found)} starts. The "
+        f"At the start the anchored form is the bfloat16 base bit for bit in {exact} of {len(drifts)} starts. The "
         f"residual form is off by {spread(list(residual.values()))} of the logits' root mean square, most for "
         f"`{method}` with s = {scaling} ({worst}) and without that method by {spread(others)}; bfloat16 by itself is "
         f"off float32 by {floor}. After training, the "
@@ -313,25 +317,25 @@ def conclusions(floor: Drift, found: Mapping[Key, Start], results: Mapping[Key, 
 def main() -> None:
     logging.disable_progress_bar()
     base, tokens = random_llama(), sequences(2 * ROWS, seed=0)
-    floor, found = starts(base, tokens)
+    floor, drifts = starts(base, tokens)
     pairs = [("lora", 1), ("lora", 2), *itertools.product(METHODS, SCALINGS)]
     results = {(method, scaling): outcome(base, method, scaling, tokens) for method, scaling in pairs}
     smol, tokenizer, _ = resolve_model("smollm2", dtype=torch.bfloat16, progress=False)
     batches, what = token_batches(4, 1, tokenizer)
-    smol_floor, smol_found = starts(smol, batches[0]["input_ids"])
+    smol_floor, smol_drifts = starts(smol, batches[0]["input_ids"])
     lines = paragraph(
         "Frozen weights in bfloat16, factors and anchors in float32 as PEFT keeps them, all linear layers, rank "
         f"{RANK}, alpha r or 2 r (s = 1 or 2). Residual subtracts s·B0·A0 from the frozen weight and rounds that to "
         "bfloat16; anchored leaves the weight alone. Drift of logits is the root mean square of the difference over "
         "that of the logits, in brackets its largest entry over the same."
     )
-    lines += ["", *paragraph(conclusions(floor, found, results)), ""]
+    lines += ["", *paragraph(conclusions(floor, drifts, results)), ""]
     lines += ["## A random Llama, its weights 0.02 in scale", ""]
     lines += paragraph(
         f"Four layers of width {WIDTH}, {tokens.numel()} tokens. Drift of a fresh model from the bfloat16 base model, "
         "and from the base model's copy in float32 (the same weights, computed in float32):"
     )
-    lines += ["", *start_lines(floor, found), ""]
+    lines += ["", *start_lines(floor, drifts), ""]
     lines += paragraph(
         f"After {STEPS} AdamW steps of {ROWS} sequences at a rate of {RATE:g}, the same for all, against the same "
         "start trained in float32. `lora` has nothing to subtract: what it differs by is what bfloat16 does to any "
@@ -346,7 +350,7 @@ def main() -> None:
     lines += paragraph(
         f"At the start, on the first of {what}. The standard deviation of its linear weights is {scale_of(smol):.3f}:"
     )
-    lines += ["", *start_lines(smol_floor, smol_found)]
+    lines += ["", *start_lines(smol_floor, smol_drifts)]
     write("bfloat16", "What bfloat16 does", lines, precision="bfloat16 and float32")
 
 

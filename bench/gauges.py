@@ -43,11 +43,11 @@ def factors(base: Any, method: str) -> tuple[dict[str, Pair], float]:
         copy.deepcopy(base), ["q_proj", "v_proj"], r=RANK, lora_alpha=ALPHA, use_rslora=True, task_type="CAUSAL_LM"
     )
     hs.initialize_(model, method, cache=False, progress=False)
-    found = {}
+    pairs = {}
     for target in lora_layers(model, "default"):
         B, A = (part["default"].weight.detach().double() for part in (target.module.lora_B, target.module.lora_A))
-        found[target.name] = (B, A)
-    return found, ALPHA / math.sqrt(RANK)
+        pairs[target.name] = (B, A)
+    return pairs, ALPHA / math.sqrt(RANK)
 
 
 def weights(base: Any) -> dict[str, Tensor]:
@@ -56,9 +56,9 @@ def weights(base: Any) -> dict[str, Tensor]:
     return {target.name: base_weight(target.module).double() for target in lora_layers(model, "default")}
 
 
-def apart(mine: Tensor, theirs: Tensor) -> float:
+def apart(factor: Tensor, reference: Tensor) -> float:
     """Return the Frobenius norm of a difference over that of the second."""
-    return float((mine - theirs).norm() / theirs.norm())
+    return float((factor - reference).norm() / reference.norm())
 
 
 @dataclass(frozen=True)
@@ -73,24 +73,24 @@ class Layer:
     gap: float
 
 
-def compared(start: dict[str, Pair], path: dict[str, Pair], held: dict[str, Tensor], s: float) -> list[Layer]:
+def compared(start: dict[str, Pair], path: dict[str, Pair], matrices: dict[str, Tensor], s: float) -> list[Layer]:
     """Return every layer's figures."""
-    found = []
+    layers = []
     for name, (B, A) in start.items():
         B0, A0 = path[name]
-        values, mine = torch.linalg.svdvals(held[name]), torch.linalg.svdvals(A)
+        values, values_A = torch.linalg.svdvals(matrices[name]), torch.linalg.svdvals(A)
         bound = float(values[RANK:].square().sum())
-        found.append(
+        layers.append(
             Layer(
                 product=apart(B @ A, B0 @ A0),
                 factors=apart(torch.cat([B, A.T]), torch.cat([B0, A0.T])),
-                excess=float((held[name] - s * B @ A).square().sum()) / bound - 1,
+                excess=float((matrices[name] - s * B @ A).square().sum()) / bound - 1,
                 norms=(float(A.norm()), float(B.norm())),
-                spread=float(mine[0] / mine[-1]),
+                spread=float(values_A[0] / values_A[-1]),
                 gap=float(values[RANK - 1] / values[RANK]) - 1,
             )
         )
-    return found
+    return layers
 
 
 def row(method: str, layers: list[Layer]) -> list[str]:
@@ -114,28 +114,29 @@ def row(method: str, layers: list[Layer]) -> list[str]:
 
 def main() -> None:
     base, _, _ = resolve_model("smollm2")
-    held = weights(base)
+    matrices = weights(base)
     starts = {}
     for method in METHODS:
         starts[method], s = factors(base, method)
-    found = {method: compared(start, starts[PATH], held, s) for method, start in starts.items()}
-    rows = [row(method, layers) for method, layers in found.items()]
+    figures = {method: compared(start, starts[PATH], matrices, s) for method, start in starts.items()}
+    rows = [row(method, layers) for method, layers in figures.items()]
     titles = ["start", "product from path's", "error over the bound", "factors from path's", "norm of A", "norm of B"]
     lines = paragraph(
-        f"SmolLM2-135M's q and v ({len(held)} matrices), rank {RANK}, seed 0, in float64. The path is IniLoRA's 20,000 "
-        "steps of Adam; the closed forms divide the same best approximation between B and A in other ways. Differences "
-        "are relative, in Frobenius norm; error is the squared residual over the Eckart-Young bound, less one; spread "
-        "is A's largest singular value over its least. Medians of all matrices, with the largest in brackets."
+        f"SmolLM2-135M's q and v ({len(matrices)} matrices), rank {RANK}, seed 0, in float64. The path is IniLoRA's "
+        "20,000 steps of Adam; the closed forms divide the same best approximation between B and A in other ways. "
+        "Differences are relative, in Frobenius norm; error is the squared residual over the Eckart-Young bound, less "
+        "one; spread is A's largest singular value over its least. Medians of all matrices, with the largest in "
+        "brackets."
     )
     lines += ["", *table([*titles, "spread of A"], rows), ""]
-    apart_ones = [each for each in found[CLOSED] if each.product > SAME]
-    others = [100 * each.gap for each in found[CLOSED] if each.product <= SAME]
+    apart_ones = [layer for layer in figures[CLOSED] if layer.product > SAME]
+    others = [100 * layer.gap for layer in figures[CLOSED] if layer.product <= SAME]
     text = (
-        f"So product and residual are the same in {len(others)} of {len(held)} matrices (within {SAME:g}), and the "
+        f"So product and residual are the same in {len(others)} of {len(matrices)} matrices (within {SAME:g}), and the "
         "factors are not."
     )
     if apart_ones:
-        gaps = [100 * each.gap for each in apart_ones]
+        gaps = [100 * layer.gap for layer in apart_ones]
         text += (
             f" In the rest the path has not arrived after 20,000 steps: singular values {RANK} and {RANK + 1} lie "
             f"{min(gaps):.2f} to {max(gaps):.2f} % apart there (elsewhere {statistics.median(others):.1f} % in the "

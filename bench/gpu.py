@@ -80,11 +80,11 @@ def plain_pass(model: Any, data: list[dict[str, torch.Tensor]], device: torch.de
         model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).loss.backward()
 
 
-def one(side: str, shape: str, samples: int, length: int, size: int) -> dict[str, Any]:
+def run_side(side: str, shape: str, samples: int, length: int, size: int) -> dict[str, Any]:
     """Run one side once to warm up on two batches and once for the record."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = batches(shape, samples, length, size)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for chosen in (data[:2], data):
         model = build(shape, length, device)
         loaded = torch.cuda.memory_allocated() if device.type == "cuda" else 0
@@ -105,12 +105,12 @@ def one(side: str, shape: str, samples: int, length: int, size: int) -> dict[str
                 data=hs.TrainingData(chosen, training=hs.Training(100_000)),
                 progress=False,
             )
-            found |= {"plan": report.plan, "steps": report.seconds_by_step, "repaired": len(report.repairs())}
+            figures |= {"plan": report.plan, "steps": report.seconds_by_step, "repaired": len(report.repairs())}
         _synchronize(device)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        found |= {"seconds": time.perf_counter() - began, "loaded": loaded, "peak": peak}
+        figures |= {"seconds": time.perf_counter() - began, "loaded": loaded, "peak": peak}
         del model
-    return found
+    return figures
 
 
 def main() -> None:
@@ -128,20 +128,22 @@ def main() -> None:
         sys.exit("no GPU here: nothing is measured, nothing is written")
     if arguments.side:
         print(
-            json.dumps(one(arguments.side, arguments.shapes[0], arguments.samples, arguments.length, arguments.batch))
+            json.dumps(
+                run_side(arguments.side, arguments.shapes[0], arguments.samples, arguments.length, arguments.batch)
+            )
         )
         return
     rows: list[list[str]] = []
     notes: list[str] = []
     for shape in arguments.shapes:
-        found = {side: _in_a_process(side, shape, arguments) for side in SIDES}
-        base = found["plain gradient pass"]["seconds"]
-        for side, each in found.items():
-            gib = f"{each['peak'] / 2**30:.1f}", f"{(each['peak'] - each['loaded']) / 2**30:.1f}"
-            rows.append([shape, side, f"{each['seconds']:.1f}", f"{each['seconds'] / base:.2f}", *gib])
-            if "plan" in each:
-                steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in each["steps"].items())
-                notes.append(f"- {shape}, {side}: planned {each['plan']}; {steps}.")
+        by_side = {side: _in_a_process(side, shape, arguments) for side in SIDES}
+        base = by_side["plain gradient pass"]["seconds"]
+        for side, figures in by_side.items():
+            gib = f"{figures['peak'] / 2**30:.1f}", f"{(figures['peak'] - figures['loaded']) / 2**30:.1f}"
+            rows.append([shape, side, f"{figures['seconds']:.1f}", f"{figures['seconds'] / base:.2f}", *gib])
+            if "plan" in figures:
+                steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in figures["steps"].items())
+                notes.append(f"- {shape}, {side}: planned {figures['plan']}; {steps}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = [line for shape in arguments.shapes for line in ("", *on_device(device, *INILORA[shape]))]
     if arguments.anywhere:
@@ -188,9 +190,9 @@ def _in_a_process(side: str, shape: str, arguments: argparse.Namespace) -> dict[
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{side} on {shape} failed:\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    print(shape, side, f"{found['seconds']:.1f} s", flush=True)
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    print(shape, side, f"{figures['seconds']:.1f} s", flush=True)
+    return figures
 
 
 def _synchronize(device: torch.device) -> None:

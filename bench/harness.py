@@ -57,7 +57,7 @@ def interleave(sides: Mapping[str, Side], rounds: int, *, warm: bool = False) ->
 def paired_ratio(timings: Mapping[str, Timing], name: str, baseline: str) -> float:
     """Return the median over rounds of one side's time over the baseline's in the same round."""
     pairs = zip(timings[name].seconds, timings[baseline].seconds, strict=True)
-    return statistics.median(mine / theirs for mine, theirs in pairs)
+    return statistics.median(own / base for own, base in pairs)
 
 
 def shared_copy(model: Any) -> Any:
@@ -101,7 +101,7 @@ def gsm8k_or_problems(count: int) -> tuple[list[Example], str]:
     folder = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "gsm8k"
     if folder.is_dir():
         return load_examples(folder, limit=count), "GSM8K"
-    return [example_from_record(each) for each in generate_problems(count, seed=0)], "built-in problems"
+    return [example_from_record(problem) for problem in generate_problems(count, seed=0)], "built-in problems"
 
 
 def token_batches(count: int, batch_size: int, tokenizer: Any) -> tuple[list[dict[str, torch.Tensor]], str]:
@@ -109,6 +109,6 @@ def token_batches(count: int, batch_size: int, tokenizer: Any) -> tuple[list[dic
     examples, name = gsm8k_or_problems(count)
     rows = tokenize_examples(examples, tokenizer, max_length=512).rows
     rows.sort(key=lambda row: len(row["input_ids"]))
-    made = batches(rows, batch_size, tokenizer.pad_token_id)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in made)
-    return made, f"{count} samples of {name} ({tokens:,} tokens, batches of {batch_size})"
+    data = batches(rows, batch_size, tokenizer.pad_token_id)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in data)
+    return data, f"{count} samples of {name} ({tokens:,} tokens, batches of {batch_size})"

@@ -44,10 +44,10 @@ def start(layer: Layer) -> tuple[Tensor, Tensor]:
 
 def published(layers: Sequence[Layer], steps: int) -> list[tuple[Tensor, Tensor]]:
     """The published loop: one matrix after another, autograd, torch's own Adam and schedule."""
-    found = []
+    pairs = []
     for layer in layers:
         W = layer.require_weight()
-        A, B = (torch.nn.Parameter(each) for each in start(layer))
+        A, B = (torch.nn.Parameter(factor) for factor in start(layer))
         optimizer = torch.optim.Adam([A, B], lr=5e-4)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5_000, 0.9)
         for _ in range(steps):
@@ -56,17 +56,17 @@ def published(layers: Sequence[Layer], steps: int) -> list[tuple[Tensor, Tensor]
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
-        found.append((A.detach(), B.detach()))
-    return found
+        pairs.append((A.detach(), B.detach()))
+    return pairs
 
 
 def path(groups: Sequence[Sequence[Layer]], steps: int) -> list[tuple[Tensor, Tensor]]:
-    found: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for group in groups:
-        A0, B0 = (torch.stack(each) for each in zip(*map(start, group), strict=True))
+        A0, B0 = (torch.stack(tensors) for tensors in zip(*map(start, group), strict=True))
         fit = adam_lowrank([layer.require_weight() for layer in group], A0, B0, steps=steps)
-        found += zip(fit.A, fit.B, strict=True)
-    return found
+        pairs += zip(fit.A, fit.B, strict=True)
+    return pairs
 
 
 @contextmanager
@@ -98,23 +98,27 @@ def solve(method: hs.IniLoRA, groups: Sequence[Sequence[Layer]]) -> list[Factors
 
 def timed(method: hs.IniLoRA, groups: Sequence[Sequence[Layer]]) -> tuple[float, list[Factors]]:
     began = time.perf_counter()
-    found = solve(method, groups)
-    return time.perf_counter() - began, found
+    starts = solve(method, groups)
+    return time.perf_counter() - began, starts
 
 
-def worst_excess(groups: Sequence[Sequence[Layer]], found: Sequence[Factors]) -> float:
+def worst_excess(groups: Sequence[Sequence[Layer]], starts: Sequence[Factors]) -> float:
     """Return the largest of error over the Eckart-Young bound, less one, both in dense float64."""
     worst = -math.inf
-    for layer, factors in zip((layer for group in groups for layer in group), found, strict=True):
+    for layer, factors in zip((layer for group in groups for layer in group), starts, strict=True):
         W = layer.require_weight().double()
         least = float(torch.linalg.svdvals(W)[RANK:].square().sum())
         worst = max(worst, float((W - factors.B.double() @ factors.A.double()).square().sum()) / least - 1)
     return worst
 
 
-def apart(mine: Sequence[tuple[Tensor, Tensor]], theirs: Sequence[tuple[Tensor, Tensor]]) -> float:
+def apart(factors: Sequence[tuple[Tensor, Tensor]], reference: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Return the largest relative distance between the factors of two lists."""
-    pairs = ((x, y) for one, other in zip(mine, theirs, strict=True) for x, y in zip(one, other, strict=True))
+    pairs = (
+        (x, y)
+        for pair, reference_pair in zip(factors, reference, strict=True)
+        for x, y in zip(pair, reference_pair, strict=True)
+    )
     return max(float((x - y).norm() / y.norm()) for x, y in pairs)
 
 
@@ -127,7 +131,7 @@ def main() -> None:
     }
     groups = [layers_of(kind, weights) for kind in ("q_proj", "v_proj")]
     sample = [group[::EVERY] for group in groups]
-    count, taken = (sum(len(group) for group in each) for each in (groups, sample))
+    count, taken = (sum(len(group) for group in part) for part in (groups, sample))
     flat = [layer for group in sample for layer in group]
     cores = torch.get_num_threads()
 
@@ -135,11 +139,11 @@ def main() -> None:
         with threads(1):
             return published(flat, PART)
 
-    loop, single, mine = f"published loop, {cores} threads", "published loop, 1 thread", "path"
+    loop, single, ours = f"published loop, {cores} threads", "published loop, 1 thread", "path"
     sides: dict[str, Side] = {
         loop: (lambda: None, lambda _: published(flat, PART)),
         single: (lambda: None, lambda _: on_one()),
-        mine: (lambda: None, lambda _: path(sample, PART)),
+        ours: (lambda: None, lambda _: path(sample, PART)),
         "its products with W": (lambda: None, lambda _: products(sample, PART)),
     }
     timings = interleave(sides, 5, warm=True)
@@ -151,38 +155,38 @@ def main() -> None:
     # Whole runs between two looks at the published loop, as the machine may not be as fast all the time.
     full_seconds, full = timed(hs.IniLoRA(), sample)
     early_seconds, early = timed(hs.IniLoRA(tolerance=TOLERANCE), groups)
-    again = interleave({name: sides[name] for name in (loop, mine)}, 3)
+    again = interleave({name: sides[name] for name in (loop, ours)}, 3)
 
     scale = count / taken * STEPS / PART
-    theirs = Timing(timings[loop].seconds + again[loop].seconds).median * scale
+    loop_seconds = Timing(timings[loop].seconds + again[loop].seconds).median * scale
     full_all = full_seconds * count / taken
-    ratio = 1 / paired_ratio(timings, mine, loop)
-    steps = sorted(int(each.info["steps"]) for each in early)
+    ratio = 1 / paired_ratio(timings, ours, loop)
+    steps = sorted(int(factors.info["steps"]) for factors in early)
     work = sum(4 * weight.numel() * RANK for weight in weights.values()) / count
     floor = timings["its products with W"].median / cores
     one_range = f"{closed.median:.2f} ({min(closed.seconds):.2f} to {max(closed.seconds):.2f})"
     rows = [
-        (loop, f"{theirs:.0f}", f"scaled from {taken} matrices, {PART} steps", "1", ""),
+        (loop, f"{loop_seconds:.0f}", f"scaled from {taken} matrices, {PART} steps", "1", ""),
         (single, f"{timings[single].median * scale:.0f}", "scaled likewise", "", ""),
         (
             "path, 20,000 steps",
             f"{full_all:.0f}",
             f"scaled from {taken} matrices, all steps",
-            f"{theirs / full_all:.1f} (goal: 5)",
+            f"{loop_seconds / full_all:.1f} (goal: 5)",
             f"{worst_excess(sample, full):.1e}",
         ),
         (
             f"path, `tolerance={TOLERANCE}`",
             f"{early_seconds:.0f}",
             "measured whole",
-            f"{theirs / early_seconds:.1f} (goal: 15)",
+            f"{loop_seconds / early_seconds:.1f} (goal: 15)",
             f"{worst_excess(groups, early):.1e}",
         ),
         (
             "closed form",
             one_range,
             "measured whole, 5 rounds",
-            f"{theirs / closed.median:.0f} (goal: 500)",
+            f"{loop_seconds / closed.median:.0f} (goal: 500)",
             f"{closed_excess:.1e}",
         ),
     ]
@@ -201,7 +205,7 @@ def main() -> None:
             *table(["solver", "seconds for all", "how", "times faster", "over the bound"], rows),
             "",
             *paragraph(
-                f"Path and loop in turn, {PART} steps of {taken} matrices, 5 rounds: {timings[mine]} against "
+                f"Path and loop in turn, {PART} steps of {taken} matrices, 5 rounds: {timings[ours]} against "
                 f"{timings[loop]}, {ratio:.1f} times faster (median of the rounds). After these {PART} steps their "
                 f"factors differ by {distance:.1e} of their norm at most. With the tolerance, matrices stop after "
                 f"{steps[0]:,} to {steps[-1]:,} steps, half of them by {steps[len(steps) // 2]:,}."
@@ -210,7 +214,7 @@ def main() -> None:
             *paragraph(
                 f"The floor: a step must read W twice, in W A' and B'W, which is {work / 1e6:.1f} million operations "
                 f"for a matrix here on the mean. These two products alone, shared by {cores} cores, take {floor:.2f} s "
-                f"where the path takes {timings[mine].median:.2f} s: {floor / timings[mine].median:.0%} of it. The "
+                f"where the path takes {timings[ours].median:.2f} s: {floor / timings[ours].median:.0%} of it. The "
                 "rest is small: two r by r Gram matrices, and Adam's update of 6,000 to 9,000 numbers."
             ),
         ],
@@ -219,37 +223,37 @@ def main() -> None:
 
 def on_device(device: torch.device, size: int, count: int, steps: int) -> list[str]:
     """Return the lines on ``count`` random matrices of ``size`` squared, in groups as the verb makes them."""
-    held = max(1, 256 * 2**20 // (4 * size * size))
+    group_size = max(1, 256 * 2**20 // (4 * size * size))
 
     def group(first: int) -> list[Layer]:
         generator = torch.Generator(device).manual_seed(first)
-        made = []
-        for i in range(first, min(first + held, count)):
+        layers = []
+        for i in range(first, min(first + group_size, count)):
             # Noise with strong directions of falling strength: what the closed form takes depends on the spectrum.
             noise = torch.randn(size, size, generator=generator, device=device)
             left = torch.randn(size, 64, generator=generator, device=device)
             right = torch.randn(64, size, generator=generator, device=device)
             fall = 4 * 0.95 ** torch.arange(64, device=device)
             weight = 0.02 * (noise + (left * fall) @ right / math.sqrt(size))
-            made.append(Layer(f"layer{i}", size, size, RANK, 1.0, weight=weight, moments=Moments(0.0, 0.02)))
-        return made
+            layers.append(Layer(f"layer{i}", size, size, RANK, 1.0, weight=weight, moments=Moments(0.0, 0.02)))
+        return layers
 
     def measured(method: hs.IniLoRA, firsts: Sequence[int]) -> tuple[float, float, list[Factors]]:
-        seconds, peak, found = 0.0, 0, []
+        seconds, peak, starts = 0.0, 0, []
         for first in firsts:
             layers = group(first)
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-            found += method.factors_batch(layers)
+            starts += method.factors_batch(layers)
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 peak = max(peak, torch.cuda.max_memory_allocated())
             seconds += time.perf_counter() - began
-        return seconds, peak / 2**30, found
+        return seconds, peak / 2**30, starts
 
-    firsts = list(range(0, count, held))
+    firsts = list(range(0, count, group_size))
     measured(hs.IniLoRA(steps=10), firsts[:1])
     rows = []
     for name, method, chosen in (
@@ -257,11 +261,14 @@ def on_device(device: torch.device, size: int, count: int, steps: int) -> list[s
         (f"path, `tolerance={TOLERANCE}`", hs.IniLoRA(steps=steps, tolerance=TOLERANCE), firsts[:1]),
         ("closed form", hs.IniLoRA(solver="svd"), firsts),
     ):
-        seconds, peak, found = measured(method, chosen)
-        how = "measured whole" if len(chosen) == len(firsts) else f"scaled from {len(found)} matrices"
-        excess = max((each.info["error"] / each.info["bound"] - 1 for each in found if each.info["bound"]), default=0.0)
-        rows.append([name, f"{seconds * count / len(found):.1f}", how, f"{peak:.1f}", f"{excess:.1e}"])
-    text = f"IniLoRA, {count} random matrices of {size}x{size}, rank {RANK}, {min(held, count)} at once."
+        seconds, peak, starts = measured(method, chosen)
+        how = "measured whole" if len(chosen) == len(firsts) else f"scaled from {len(starts)} matrices"
+        excess = max(
+            (factors.info["error"] / factors.info["bound"] - 1 for factors in starts if factors.info["bound"]),
+            default=0.0,
+        )
+        rows.append([name, f"{seconds * count / len(starts):.1f}", how, f"{peak:.1f}", f"{excess:.1e}"])
+    text = f"IniLoRA, {count} random matrices of {size}x{size}, rank {RANK}, {min(group_size, count)} at once."
     return [
         *paragraph(f"{text} The paper: 25.8 minutes and 16.2 GB for LLaMA2-7B's q and v (64 of 4096x4096)."),
         "",

@@ -88,13 +88,13 @@ class Training:
 
 def saved_bytes(model: nn.Module, batch: Batch) -> int:
     """Return the bytes that one forward pass keeps for backward: every storage once, the model's own left out."""
-    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-    held: dict[int, torch.UntypedStorage] = {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage  # kept alive, so that no other tensor gets its address
+            storages[storage.data_ptr()] = storage  # kept alive, so that no other tensor gets its address
 
     def unpack(_: None) -> Tensor:
         raise RuntimeError("this forward pass is only counted, and has no backward.")
@@ -102,7 +102,7 @@ def saved_bytes(model: nn.Module, batch: Batch) -> int:
     # What pack returns is all that the graph keeps: the tensors themselves would hold the graph, in a ring.
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         model(**batch)
-    return sum(storage.nbytes() for storage in held.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def saved(base: Any, layers: Layers, batch: Batch) -> Saved:
     """Count what is kept, at the whole batch and at half of its rows, which tells the two kinds apart."""
     model = layers.on(base).train()
     rows = len(batch["input_ids"]) // 2
-    whole, half = saved_bytes(model, batch), saved_bytes(model, {key: each[:rows] for key, each in batch.items()})
+    whole, half = saved_bytes(model, batch), saved_bytes(model, {key: value[:rows] for key, value in batch.items()})
     return Saved(whole, (whole - half) / batch["input_ids"][rows:].numel(), 2 * half - whole)
 
 
@@ -139,12 +139,12 @@ def peaks() -> dict[Layers, int]:
     """Return the peak of each kind of layers, from a process of its own."""
     # Blocks of 64 KiB and more go back to the system when they are freed, so that the peak is of what was in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
-    found = {}
+    by_layers = {}
     for layers in WEIGHED:
         command = [sys.executable, "-m", "bench.layers", "peak", layers.name]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        found[layers] = int(done.stdout.strip().splitlines()[-1])
-    return found
+        by_layers[layers] = int(done.stdout.strip().splitlines()[-1])
+    return by_layers
 
 
 def step_lines(base: Any, batch: Batch, what: str, rounds: int) -> list[str]:
@@ -169,14 +169,14 @@ def step_lines(base: Any, batch: Batch, what: str, rounds: int) -> list[str]:
     rows = [
         [
             layers.name,
-            f"{found.total / MIB:.1f}",
-            f"{found.total / counted[baseline(layers)].total:.3f}",
-            f"{found.token:,.0f}",
-            f"{found.fixed / MIB:.1f}",
+            f"{kept.total / MIB:.1f}",
+            f"{kept.total / counted[baseline(layers)].total:.3f}",
+            f"{kept.token:,.0f}",
+            f"{kept.fixed / MIB:.1f}",
             f"{resident[layers] / MIB:.0f}",
             f"{resident[layers] / resident[baseline(layers)]:.3f}",
         ]
-        for layers, found in counted.items()
+        for layers, kept in counted.items()
     ]
     titles = ["layers", "saved MiB", "over PEFT LoRA", "bytes a token", "MiB beside", "peak MiB", "over PEFT LoRA"]
     lines += ["", *table(titles, rows), ""]
@@ -193,10 +193,12 @@ def step_lines(base: Any, batch: Batch, what: str, rounds: int) -> list[str]:
 
 def step_times(base: Any, batch: Batch, rounds: int) -> tuple[Mapping[str, Timing], dict[Layers, float]]:
     """Return the timings of the steps, and the ratio of each to plain LoRA of its rank."""
-    held = {layers: Training(base, layers) for layers in TIMED}
-    sides = {each.name: (lambda state=state: state, lambda state: state.step(batch)) for each, state in held.items()}
+    trainings = {layers: Training(base, layers) for layers in TIMED}
+    sides = {
+        layers.name: (lambda state=state: state, lambda state: state.step(batch)) for layers, state in trainings.items()
+    }
     timings = interleave(sides, rounds, warm=True)
-    return timings, {each: paired_ratio(timings, each.name, baseline(each).name) for each in TIMED}
+    return timings, {layers: paired_ratio(timings, layers.name, baseline(layers).name) for layers in TIMED}
 
 
 def verdict(reached: bool) -> str:

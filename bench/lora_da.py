@@ -33,7 +33,7 @@ def start(base: Any, samples: int, data: list[dict[str, torch.Tensor]]) -> hs.Re
 def seconds_a_sample(base: Any, data: list[dict[str, torch.Tensor]]) -> float:
     """Return what a fine-tuning step (AdamW, batches of 8) takes a sample, over batches of every length."""
     model = get_peft_model(copy.deepcopy(base), config(use_rslora=True)).train()
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
     chosen = data[:: max(1, len(data) // TRAINING_STEPS)]
     began = time.perf_counter()
     for batch in chosen:

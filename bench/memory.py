@@ -35,7 +35,7 @@ SIDES: dict[str, tuple[Side, int]] = {
 }
 
 
-def one(name: str) -> None:
+def run_side(name: str) -> None:
     """Run one side and print the growth of the peak resident set, in MiB, since model and data were there."""
     base, tokenizer, _ = resolve_model("smollm2")
     side, size = SIDES[name]
@@ -49,8 +49,8 @@ def main() -> None:
     rows, what = [], ""
     for name in SIDES:
         done = subprocess.run([sys.executable, "-m", "bench.memory", name], check=True, capture_output=True, text=True)
-        before, after, found = done.stdout.strip().splitlines()[-1].split("\t")
-        what = what or found
+        before, after, described = done.stdout.strip().splitlines()[-1].split("\t")
+        what = what or described
         rows.append([name, before, after, str(int(after) - int(before))])
     write(
         "memory",
@@ -65,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    one(sys.argv[1]) if len(sys.argv) > 1 else main()
+    run_side(sys.argv[1]) if len(sys.argv) > 1 else main()

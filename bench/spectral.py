@@ -24,11 +24,11 @@ def config(start: str | bool = True) -> LoraConfig:
     )
 
 
-def theirs(start: str) -> Any:
+def with_peft(start: str) -> Any:
     return lambda base: get_peft_model(base, config(start))
 
 
-def ours(method: str) -> Any:
+def with_headstart(method: str) -> Any:
     return lambda base: hs.initialize_(get_peft_model(base, config()), method, cache=False)
 
 
@@ -36,11 +36,11 @@ def worst_error(model: Any, exact: dict[str, torch.Tensor]) -> float:
     """Return the largest relative error of the kept singular values, over all layers, against float64."""
     worst = 0.0
     for target in lora_layers(model, "default"):
-        held = anchors(target.module, "default")
-        A, B = held if held else (target.module.lora_A["default"].weight, target.module.lora_B["default"].weight)
-        found = target.scaling * product_svd(B.detach().double(), A.detach().double())[1]
+        start = anchors(target.module, "default")
+        A, B = start if start else (target.module.lora_A["default"].weight, target.module.lora_B["default"].weight)
+        values = target.scaling * product_svd(B.detach().double(), A.detach().double())[1]
         expected = exact[target.name]
-        worst = max(worst, float(((found - expected).abs() / expected).max()))
+        worst = max(worst, float(((values - expected).abs() / expected).max()))
     return worst
 
 
@@ -52,22 +52,22 @@ def main() -> None:
         weight = target.module.get_base_layer().weight.detach().double()
         exact[target.name] = torch.linalg.svdvals(weight)[:RANK]
     sides: dict[str, tuple[Any, Any]] = {
-        "PEFT lora (wrapping alone)": (lambda: copy.deepcopy(base), theirs(True)),  # type: ignore[arg-type]
-        "PEFT pissa": (lambda: copy.deepcopy(base), theirs("pissa")),
-        "PEFT pissa_niter_4": (lambda: copy.deepcopy(base), theirs("pissa_niter_4")),
-        "headstart pissa": (lambda: copy.deepcopy(base), ours("pissa")),
-        "PEFT olora": (lambda: copy.deepcopy(base), theirs("olora")),
-        "headstart olora": (lambda: copy.deepcopy(base), ours("olora")),
-        "headstart milora": (lambda: copy.deepcopy(base), ours("milora")),
-        "headstart init-ab": (lambda: copy.deepcopy(base), ours("init-ab")),
+        "PEFT lora (wrapping alone)": (lambda: copy.deepcopy(base), with_peft(True)),  # type: ignore[arg-type]
+        "PEFT pissa": (lambda: copy.deepcopy(base), with_peft("pissa")),
+        "PEFT pissa_niter_4": (lambda: copy.deepcopy(base), with_peft("pissa_niter_4")),
+        "headstart pissa": (lambda: copy.deepcopy(base), with_headstart("pissa")),
+        "PEFT olora": (lambda: copy.deepcopy(base), with_peft("olora")),
+        "headstart olora": (lambda: copy.deepcopy(base), with_headstart("olora")),
+        "headstart milora": (lambda: copy.deepcopy(base), with_headstart("milora")),
+        "headstart init-ab": (lambda: copy.deepcopy(base), with_headstart("init-ab")),
     }
     timings = interleave(sides, 5, warm=True)
     errors = {}
     for name, start in (("PEFT pissa", "pissa"), ("PEFT pissa_niter_4", "pissa_niter_4")):
         errors[name] = worst_error(get_peft_model(copy.deepcopy(base), config(start)), exact)
-    mine = get_peft_model(copy.deepcopy(base), config())
-    hs.initialize_(mine, "pissa", cache=False)
-    errors["headstart pissa"] = worst_error(mine, exact)
+    model = get_peft_model(copy.deepcopy(base), config())
+    hs.initialize_(model, "pissa", cache=False)
+    errors["headstart pissa"] = worst_error(model, exact)
     rows = [[name, str(timing), f"{errors[name]:.1e}" if name in errors else ""] for name, timing in timings.items()]
     speed = timings["PEFT pissa"].median / timings["headstart pissa"].median
     qr = timings["PEFT olora"].median / timings["headstart olora"].median

@@ -81,7 +81,9 @@ def lines_of(title: str, models: dict[str, Any], batch: Batch, what: str, rounds
 
 def adapter_size(model: Any) -> int:
     """Return how many of the adapter's numbers train; heads beside it left out."""
-    return sum(each.numel() for name, each in model.named_parameters() if each.requires_grad and "lora_" in name)
+    return sum(
+        parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" in name
+    )
 
 
 def main(rounds: int = ROUNDS) -> None:

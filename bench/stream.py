@@ -119,7 +119,7 @@ def make(folder: Path, shapes: Shapes, layers: int) -> None:
         name = f"model-{number + 1:05d}-of-{len(pieces):05d}.safetensors"
         write_file(
             folder / name,
-            {each: planned(shape, 1000 * number + place) for place, (each, shape) in enumerate(piece.items())},
+            {key: planned(shape, 1000 * number + place) for place, (key, shape) in enumerate(piece.items())},
             {"format": "pt"},
         )
         places |= dict.fromkeys(piece, name)
@@ -130,21 +130,21 @@ def make(folder: Path, shapes: Shapes, layers: int) -> None:
 
 def shorter(folder: Path, shapes: Shapes, layers: int) -> Path:
     """Return a checkpoint of the first layers of another, whose shards are links to the other's."""
-    made = folder.parent / f"{folder.name}-{layers}"
-    if made.exists():
-        return made
-    made.mkdir()
+    short = folder.parent / f"{folder.name}-{layers}"
+    if short.exists():
+        return short
+    short.mkdir()
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     kept = {*shapes.ends(), *(name for number in range(layers) for name in shapes.layer(number))}
     places = {name: file for name, file in index.items() if name in kept}
     for file in set(places.values()):
-        (made / file).symlink_to(folder / file)
-    (made / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (made / "config.json").write_text(json.dumps(shapes.config(layers)))
-    return made
+        (short / file).symlink_to(folder / file)
+    (short / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (short / "config.json").write_text(json.dumps(shapes.config(layers)))
+    return short
 
 
-def one(folder: Path, method: str, targets: str) -> None:
+def run_case(folder: Path, method: str, targets: str) -> None:
     """Run one case in this process, and print the layers, the seconds, and the resident set before and at its peak."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         before = peak_resident() // 1024
@@ -169,25 +169,25 @@ class Case:
         """Run it in a process of its own and return its row."""
         command = [sys.executable, "-m", "bench.stream", "--one", str(shorter(folder, shapes, self.blocks))]
         done = subprocess.run([*command, self.method, self.targets], check=True, capture_output=True, text=True)
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+        figures = json.loads(done.stdout.strip().splitlines()[-1])
         kinds = "all seven" if self.targets == ALL else self.targets.replace("_proj", "").replace(",", " and ")
-        print(f"{self.method}, {kinds}, {self.blocks}: {found}", file=sys.stderr, flush=True)
+        print(f"{self.method}, {kinds}, {self.blocks}: {figures}", file=sys.stderr, flush=True)
         return [
             f"`{self.method}`",
             kinds,
             str(self.blocks),
-            str(found["layers"]),
-            f"{found['seconds']:.1f}",
-            f"{found['seconds'] / found['layers']:.2f}",
-            f"{found['before'] / 2**20:.2f}",
-            f"{found['peak'] / 2**20:.2f}",
+            str(figures["layers"]),
+            f"{figures['seconds']:.1f}",
+            f"{figures['seconds'] / figures['layers']:.2f}",
+            f"{figures['before'] / 2**20:.2f}",
+            f"{figures['peak'] / 2**20:.2f}",
         ]
 
 
 def cases(layers: int, slow: int) -> list[Case]:
     """Return the cases: those that read only on the whole model, those that decompose on its first ``slow`` blocks."""
     growth = [Case("init-ab", QV, blocks) for blocks in GROWTH if blocks <= layers]
-    found = [
+    listed = [
         *(growth if Case("init-ab", QV, layers) in growth else [*growth, Case("init-ab", QV, layers)]),
         Case("init-ab", ALL, layers),
         *(Case("pissa", QV, blocks) for blocks in GROWTH if blocks <= layers),
@@ -195,7 +195,7 @@ def cases(layers: int, slow: int) -> list[Case]:
         Case("pissa", ALL, min(slow, layers)),
         Case("inilora:solver=svd", ALL, min(slow, layers)),
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(listed))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -238,6 +238,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        one(Path(sys.argv[2]), sys.argv[3], sys.argv[4])
+        run_case(Path(sys.argv[2]), sys.argv[3], sys.argv[4])
     else:
         main(sys.argv[1:])

@@ -13,18 +13,18 @@ STEPS = "What a step takes, timed with nothing else running: [core_steps.md](cor
 def claims(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
     """Return a row for each method of core layers, and what holds of the claims; nothing without the baseline."""
     base = best(runs, BASELINE)
-    found = {method: best(runs, method) for method in methods}
-    cores = {method: mine for method, mine in found.items() if " r=" in method and mine}
+    chosen = {method: best(runs, method) for method in methods}
+    cores = {method: at_best for method, at_best in chosen.items() if " r=" in method and at_best}
     if not base or not cores:
         return []
     rows, lower, alike = [], {}, {}
-    for method, mine in cores.items():
-        fewer = base[0]["trainable"] / mine[0]["trainable"]
-        accuracy = difference(mine, base, ACCURACY.key)
+    for method, at_best in cores.items():
+        fewer = base[0]["trainable"] / at_best[0]["trainable"]
+        accuracy = difference(at_best, base, ACCURACY.key)
         rank = method.partition(" r=")[2]
         start = None
-        if method.startswith("lora-sb") and (other := cores.get(f"lora-xs r={rank}")):
-            start = difference(mine, other, "start_loss")
+        if method.startswith("lora-sb") and (reference := cores.get(f"lora-xs r={rank}")):
+            start = difference(at_best, reference, "start_loss")
             lower[method] = start.sign < 0
         if accuracy.half is not None:
             alike[method] = (fewer, accuracy.sign >= 0)
@@ -33,13 +33,13 @@ def claims(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
                 method,
                 f"{fewer:.1f}",
                 "" if start is None else start.text(plus="+"),
-                LOSS.against(mine, base),
-                ACCURACY.against(mine, base),
+                LOSS.against(at_best, base),
+                ACCURACY.against(at_best, base),
             ]
         )
     titles = ["method", "times fewer parameters", "start loss minus lora-xs's", "final loss minus lora's"]
     lines = ["LoRA-SB's claims:", "", *table([*titles, "accuracy % minus lora's"], rows), ""]
-    sizes = {f"{name} ({fewer:.1f} times)": held for name, (fewer, held) in alike.items()}
+    sizes = {f"{name} ({fewer:.1f} times)": same for name, (fewer, same) in alike.items()}
     said = [
         f"- A lower start loss than LoRA-XS's at the same rank: {_which(lower, 'holds', 'not shown')}.",
         "- LoRA's accuracy with fewer parameters (the paper: 27 to 90 times), as far as these seeds can tell: "
@@ -48,7 +48,10 @@ def claims(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
     return [*lines, *(line for text in said for line in paragraph(text)), "", *paragraph(STEPS), ""]
 
 
-def _which(held: dict[str, bool], yes: str, no: str) -> str:
-    groups = {yes: [name for name, true in held.items() if true], no: [name for name, true in held.items() if not true]}
+def _which(verdicts: dict[str, bool], yes: str, no: str) -> str:
+    groups = {
+        yes: [name for name, true in verdicts.items() if true],
+        no: [name for name, true in verdicts.items() if not true],
+    }
     listed = (f"{word}: {', '.join(f'`{name}`' for name in names)}" for word, names in groups.items() if names)
     return "; ".join(listed) or "too few runs"

@@ -65,7 +65,7 @@ def collate(rows: Sequence[Row], padding: int) -> Batch:
     width = max(len(row["input_ids"]) for row in rows)
 
     def padded(values: list[list[int]], value: int) -> torch.Tensor:
-        return torch.tensor([each + [value] * (width - len(each)) for each in values])
+        return torch.tensor([ids + [value] * (width - len(ids)) for ids in values])
 
     return {
         "input_ids": padded([row["input_ids"] for row in rows], padding),
@@ -91,11 +91,11 @@ def shuffled(rows: Sequence[Row], count: int, draw: random.Random) -> list[Row]:
 
 def training_batches(order: Sequence[Row], steps: int, padding: int, draw: random.Random) -> list[Batch]:
     """Return ``steps`` batches of the rows in their order, sorted by length within each stretch of eight batches."""
-    found: list[Batch] = []
+    batches: list[Batch] = []
     for at in range(0, steps * BATCH, 8 * BATCH):
         stretch = cut(order[at : min(at + 8 * BATCH, steps * BATCH)], padding)
-        found += draw.sample(stretch, len(stretch))
-    return found
+        batches += draw.sample(stretch, len(stretch))
+    return batches
 
 
 def load_encoder() -> tuple[Any, Any]:
@@ -227,7 +227,7 @@ class Study:
 
     def _start_loss(self, settings: Run) -> float | None:
         """Return the loss of the same start, where a run at another rate has measured it."""
-        same = [each for each in self._plan if {**each, "lr": 0} == {**settings, "lr": 0}]
+        same = [planned for planned in self._plan if {**planned, "lr": 0} == {**settings, "lr": 0}]
         return next((run["start_loss"] for run in read_runs(self._out, same)), None)
 
 
@@ -262,12 +262,12 @@ def main() -> None:
         "seed): what they say of the weights is what moves that head's two outputs apart.",
     )
     for task in chosen.tasks:
-        mine = [run for run in runs if run["task"] == task]
-        done = measured(mine, sum(each["task"] == task for each in plan))
+        task_runs = [run for run in runs if run["task"] == task]
+        done = measured(task_runs, sum(settings["task"] == task for settings in plan))
         share = f"{steps[task]} steps each. The commoner label is {100 * study.majority(task):.1f} % of the rows."
         lines += [f"## {TITLES[task]}", "", f"{done} {share}", ""]
-        lines += [*summary(mine, chosen.methods), ""] if mine else []
-        lines += claims(mine, chosen.methods) if chosen.study == "core" else []
+        lines += [*summary(task_runs, chosen.methods), ""] if task_runs else []
+        lines += claims(task_runs, chosen.methods) if chosen.study == "core" else []
     write(chosen.page, f"{STUDIES[chosen.study]} on GLUE", lines)
 
 

@@ -89,25 +89,25 @@ class Study:
         )
         material = Material(train=train, held_out=self._started, graded=self._graded, max_new_tokens=192)
         folder = path_of(self._out / "unfinished", settings).with_suffix("")
-        found = run_method(method, recipe, material, self._load, folder)
+        result = run_method(method, recipe, material, self._load, folder)
         model = hs.load_checkpoint(self._load()[0].to(accelerator()), folder / "checkpoint", trainable=False)
         loss, right, total = token_scores(model, self._held_out, self._tokenizer.pad_token_id)
         shutil.rmtree(folder)
         return {
-            "start_loss": found.start_loss,
+            "start_loss": result.start_loss,
             "final_loss": loss,
-            "final_loss_of_started": found.final_loss,
+            "final_loss_of_started": result.final_loss,
             "right": right,
             "total": total,
             "accuracy": right / total,
-            "training_loss": sum(found.losses) / len(found.losses),
-            "losses": found.losses,
-            "trainable": found.trainable,
-            "startup_seconds": found.startup_seconds,
-            "training_seconds": found.training_seconds,
-            "answers_right": found.right,
-            "answers": found.graded,
-            "warnings": found.warnings,
+            "training_loss": sum(result.losses) / len(result.losses),
+            "losses": result.losses,
+            "trainable": result.trainable,
+            "startup_seconds": result.startup_seconds,
+            "training_seconds": result.training_seconds,
+            "answers_right": result.right,
+            "answers": result.graded,
+            "warnings": result.warnings,
             "device": str(accelerator()),
         }
 
@@ -122,10 +122,10 @@ def graded(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
     """Return the table of graded answers, all seeds together; nothing where none were graded."""
     rows = []
     for method, rate in itertools.product(methods, sorted({run["lr"] for run in runs})):
-        mine = [each for each in runs if each["method"] == method and each["lr"] == rate]
-        right, total = (sum(each[key] for each in mine) for key in ("answers_right", "answers"))
+        at_rate = [run for run in runs if run["method"] == method and run["lr"] == rate]
+        right, total = (sum(run[key] for run in at_rate) for key in ("answers_right", "answers"))
         if total:
-            rows.append([method, f"{rate:g}", f"{right}/{total}", pooled(mine, "answers_right", "answers")])
+            rows.append([method, f"{rate:g}", f"{right}/{total}", pooled(at_rate, "answers_right", "answers")])
     titles = ["method", "rate", "right answers", "pooled (Wilson)"]
     return ["", "Answers graded by exact match, all seeds together:", "", *table(titles, rows)] if rows else []
 

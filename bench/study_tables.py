@@ -92,7 +92,9 @@ def arguments(
 def path_of(out: Path, settings: Run) -> Path:
     """Return the file of a run: its name says all that tells it from the others of its study."""
     name = "__".join(value if isinstance(value, str) else f"{key}{value:g}" for key, value in settings.items())
-    return out / ("".join(each if each.isalnum() or each in "-.=," else "_" for each in name) + ".json")
+    return out / (
+        "".join(character if character.isalnum() or character in "-.=," else "_" for character in name) + ".json"
+    )
 
 
 def read_runs(out: Path, plan: Iterable[Run]) -> list[Run]:
@@ -109,7 +111,7 @@ def write_json(content: Run, path: Path) -> None:
     unfinished.replace(path)
 
 
-def run_all(plan: Sequence[Run], out: Path, limit_minutes: float, one: Callable[[Run], Run]) -> list[Run]:
+def run_all(plan: Sequence[Run], out: Path, limit_minutes: float, measure: Callable[[Run], Run]) -> list[Run]:
     """Run what has no file yet, a printed line each, until the time is up; return all finished runs of the plan."""
     began = time.monotonic()
     for number, settings in enumerate(plan, start=1):
@@ -120,13 +122,13 @@ def run_all(plan: Sequence[Run], out: Path, limit_minutes: float, one: Callable[
             print(f"time is up: {len(read_runs(out, plan))} of {len(plan)} runs are done", flush=True)
             break
         started, worked = time.monotonic(), time.process_time()
-        found = {**settings, **one(settings), "threads": torch.get_num_threads()}
-        found |= {"run_seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - worked}
-        write_json(found, path)
+        run = {**settings, **measure(settings), "threads": torch.get_num_threads()}
+        run |= {"run_seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - worked}
+        write_json(run, path)
         what = " ".join(value if isinstance(value, str) else f"{name} {value:g}" for name, value in settings.items())
         print(
-            f"[{number}/{len(plan)}] {what}: loss {found['start_loss']:.4f} -> {found['final_loss']:.4f}, "
-            f"accuracy {100 * found['right'] / found['total']:.1f} %, {found['run_seconds']:.0f} s",
+            f"[{number}/{len(plan)}] {what}: loss {run['start_loss']:.4f} -> {run['final_loss']:.4f}, "
+            f"accuracy {100 * run['right'] / run['total']:.1f} %, {run['run_seconds']:.0f} s",
             flush=True,
         )
     return read_runs(out, plan)
@@ -195,8 +197,8 @@ def mean(runs: Sequence[Run], key: str) -> Mean:
 
 def difference(runs: Sequence[Run], others: Sequence[Run], key: str) -> Mean:
     """Return the mean over the seeds that both have of the difference in one figure."""
-    theirs = {run["seed"]: run[key] for run in others}
-    return mean_of([run[key] - theirs[run["seed"]] for run in runs if run["seed"] in theirs])
+    by_seed = {run["seed"]: run[key] for run in others}
+    return mean_of([run[key] - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed])
 
 
 # The summary.
@@ -230,8 +232,8 @@ FIRST = ("method", "rate", "seeds")
 
 def at_rates(runs: Sequence[Run], method: str) -> dict[float, list[Run]]:
     """Return a method's runs by learning rate."""
-    mine = [run for run in runs if run["method"] == method]
-    return {rate: [run for run in mine if run["lr"] == rate] for rate in sorted({run["lr"] for run in mine})}
+    of_method = [run for run in runs if run["method"] == method]
+    return {rate: [run for run in of_method if run["lr"] == rate] for rate in sorted({run["lr"] for run in of_method})}
 
 
 def best(runs: Sequence[Run], method: str) -> list[Run]:
@@ -242,13 +244,13 @@ def best(runs: Sequence[Run], method: str) -> list[Run]:
 
 def summary(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
     """Return the tables of one task, and the sentences that follow from them."""
-    chosen = {method: found for method in methods if (found := best(runs, method))}
+    chosen = {method: at_best for method in methods if (at_best := best(runs, method))}
     rows, every = [], []
-    for method, found in chosen.items():
-        figures = [mean(found, "start_loss").text(), *(figure.of(found) for figure in FIGURES)]
-        seconds = f"{mean(found, 'startup_seconds').value:.2f}"
-        size = f"{found[0]['trainable']:,}" if "trainable" in found[0] else "-"
-        rows.append([*_first(method, found), size, *figures, pooled(found, "right", "total"), seconds])
+    for method, at_best in chosen.items():
+        figures = [mean(at_best, "start_loss").text(), *(figure.of(at_best) for figure in FIGURES)]
+        seconds = f"{mean(at_best, 'startup_seconds').value:.2f}"
+        size = f"{at_best[0]['trainable']:,}" if "trainable" in at_best[0] else "-"
+        rows.append([*_first(method, at_best), size, *figures, pooled(at_best, "right", "total"), seconds])
         for rate, group in at_rates(runs, method).items():
             others = at_rates(runs, BASELINE).get(rate, []) if method != BASELINE else []
             every.append([*_first(method, group), *(f.of(group) for f in FIGURES), LOSS.against(group, others)])
@@ -284,13 +286,13 @@ def compared(chosen: dict[str, list[Run]], reference: str) -> list[str]:
     base = chosen[reference]
     rows = []
     for method, runs in others.items():
-        both = str(difference(runs, base, LOSS.key).count)
-        rows.append([method, f"{runs[0]['lr']:g}", both, *(f.against(runs, base) for f in FIGURES)])
+        seeds = str(difference(runs, base, LOSS.key).count)
+        rows.append([method, f"{runs[0]['lr']:g}", seeds, *(f.against(runs, base) for f in FIGURES)])
     lines = [f"Minus `{reference}`, each at its best rate, seed by seed:", ""]
     lines += [*table([*FIRST, *(figure.name for figure in FIGURES)], rows), ""]
     differences = [{method: difference(runs, base, f.key) for method, runs in others.items()} for f in FIGURES]
-    verdicts = [_verdict(each, figure, reference) for each, figure in zip(differences, FIGURES, strict=True)]
-    count = sum(found.half is not None for each in differences for found in each.values())
+    verdicts = [_verdict(by_method, figure, reference) for by_method, figure in zip(differences, FIGURES, strict=True)]
+    count = sum(change.half is not None for by_method in differences for change in by_method.values())
     chance = f"Of {count} intervals, {0.05 * count:.1f} would exclude zero by chance if no method differed."
     ending = [chance, ""] if count else []
     return [*lines, "A difference counts where its interval excludes zero:", "", *verdicts, "", *ending]
@@ -298,10 +300,10 @@ def compared(chosen: dict[str, list[Run]], reference: str) -> list[str]:
 
 def _verdict(differences: dict[str, Mean], figure: Figure, reference: str) -> str:
     groups: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": [], "no interval": []}
-    for method, found in differences.items():
-        better = found.sign == (1 if figure.higher_is_better else -1)
-        kind = "better" if better else "worse" if found.sign else "not told apart"
-        groups["no interval" if found.half is None else kind].append(f"`{method}`")
+    for method, change in differences.items():
+        better = change.sign == (1 if figure.higher_is_better else -1)
+        kind = "better" if better else "worse" if change.sign else "not told apart"
+        groups["no interval" if change.half is None else kind].append(f"`{method}`")
     name = figure.name.removesuffix(" %").capitalize()
     if len(groups["not told apart"]) == len(differences):
         return f"- {name}: no difference from `{reference}` whose interval excludes zero."

@@ -102,7 +102,7 @@ class Truncation(Study):
             path = Path(folder) / "adapter"
             error = hs.save_lora(model, path, rank)
             plain = PeftModel.from_pretrained(copy.deepcopy(self._base).to(accelerator()), path)
-        ranks = {each.shape[0] for name, each in plain.named_parameters() if ".lora_A." in name}
+        ranks = {parameter.shape[0] for name, parameter in plain.named_parameters() if ".lora_A." in name}
         if len(ranks) != 1:
             raise RuntimeError(f"the written adapter's layers have ranks {sorted(ranks)}; they should have one.")
         loss, right, total = measure(plain, self._dev[TASK])
@@ -117,9 +117,9 @@ def values(runs: Sequence[Run], method: str, share: str, key: str) -> Values:
     return {run["seed"]: run["written"][share][key] for run in runs if run["method"] == method}
 
 
-def minus(ours: Values, theirs: Values) -> Mean:
+def minus(scores: Values, reference: Values) -> Mean:
     """Return the mean over the seeds that both have of the difference."""
-    return mean_of([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+    return mean_of([scores[seed] - reference[seed] for seed in scores if seed in reference])
 
 
 def ranks_table(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
@@ -127,19 +127,19 @@ def ranks_table(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
     rows = []
     baseline = {key: values(runs, BASELINE, "exact", key) for key in ("loss", "accuracy")}
     for method, share in itertools.product(methods, SHARES):
-        found = {key: values(runs, method, share, key) for key in ("rank", "error", "loss", "accuracy")}
+        figures = {key: values(runs, method, share, key) for key in ("rank", "error", "loss", "accuracy")}
         exact = {key: values(runs, method, "exact", key) for key in ("loss", "accuracy")}
         whole = share == "exact"
         rows.append(
             [
                 method,
-                "/".join(f"{rank:g}" for rank in sorted(set(found["rank"].values()))),
-                "0" if whole else mean_of(list(found["error"].values())).text(100, 2),
-                mean_of(list(found["loss"].values())).text(),
-                "" if whole else minus(found["loss"], exact["loss"]).text(plus="+"),
-                mean_of(list(found["accuracy"].values())).text(100, 2),
-                "" if whole else minus(found["accuracy"], exact["accuracy"]).text(100, 2, "+"),
-                "" if method == BASELINE and whole else minus(found["loss"], baseline["loss"]).text(plus="+"),
+                "/".join(f"{rank:g}" for rank in sorted(set(figures["rank"].values()))),
+                "0" if whole else mean_of(list(figures["error"].values())).text(100, 2),
+                mean_of(list(figures["loss"].values())).text(),
+                "" if whole else minus(figures["loss"], exact["loss"]).text(plus="+"),
+                mean_of(list(figures["accuracy"].values())).text(100, 2),
+                "" if whole else minus(figures["accuracy"], exact["accuracy"]).text(100, 2, "+"),
+                "" if method == BASELINE and whole else minus(figures["loss"], baseline["loss"]).text(plus="+"),
             ]
         )
     titles = [
@@ -172,9 +172,9 @@ def sentences(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
         lines.append(f"- At {share} of the exact rank, against the exact adapter: {said}.")
     groups = {}
     for method in methods:
-        found = minus(values(runs, method, "1/2", "loss"), values(runs, BASELINE, "exact", "loss"))
-        if method != BASELINE and found.half is not None:
-            kind = {-1: "below", 1: "above", 0: "not told apart from"}[found.sign]
+        change = minus(values(runs, method, "1/2", "loss"), values(runs, BASELINE, "exact", "loss"))
+        if method != BASELINE and change.half is not None:
+            kind = {-1: "below", 1: "above", 0: "not told apart from"}[change.sign]
             groups.setdefault(kind, []).append(f"`{method}`")
     if groups:
         said = "; ".join(f"{kind} it: {', '.join(named)}" for kind, named in groups.items())

@@ -1,15 +1,18 @@
-"""Factors that follow from their key, for the tests of the cache."""
+"""Factors that follow from their key, and how to fetch and age them, for the tests of the cache."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import time
 
 import torch
 
 from headstart.cache import FactorCache
+from headstart.cache.eviction import entry_path
 from headstart.cache.factors import pack, unpack
-from headstart.methods.base import Factors
+from headstart.methods.base import Factors, Layer, Moments
 from headstart.store.entries import decode, encode
 
 
@@ -89,3 +92,15 @@ def fetch(folder, keys, *, limit=2**40, make=factors_of, **options):
 
 def contents(keys, make=factors_of):
     return [content(make(key)) for key in keys]
+
+
+def known(**changes):
+    """A small layer of which shapes, settings and moments are known, for keys and descriptions."""
+    fields = dict(name="q", d_out=6, d_in=5, r=2, scaling=2.0, seed=0, moments=Moments(0.0, 0.02))
+    return Layer(**(fields | changes))
+
+
+def age(folder, key, seconds):
+    """Let an entry have been used last so many seconds ago."""
+    then = time.time() - seconds
+    os.utime(entry_path(folder, key), (then, then))

@@ -83,6 +83,16 @@ def tiny_mixtral(**changes):
     return MixtralForCausalLM(MixtralConfig(**(settings | changes)))
 
 
+def word_tokenizer(words, unknown="<unk>"):
+    """A tokenizer with one token a word; <pad> and <eos>, which pad and end, are among the words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=unknown))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token=unknown)
+
+
 class LinearExperts(nn.Module):
     """A mixture of experts as Mixtral's, each expert three nn.Linear layers; the last one is never chosen."""
 
@@ -355,3 +365,22 @@ def llama():
 @pytest.fixture
 def batch():
     return token_batch()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many KiB."""
+    mounted = []
+
+    def mount(size):
+        place = tmp_path / f"disk-{size}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", place]
+        if not sys.platform.startswith("linux") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("file systems can't be mounted here")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", place], check=True)

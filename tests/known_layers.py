@@ -50,10 +50,9 @@ def everything(d_out=24, d_in=20, r=4, s=1.5, seed=0, name=NAME):
 
 
 def from_spectrum(d_out, d_in, S, seed=0):
-    k = len(S)
-    U = torch.linalg.qr(normal(d_out, k, seed=seed).double()).Q
-    V = torch.linalg.qr(normal(d_in, k, seed=seed + 1).double()).Q
-    return (U @ torch.diag(torch.as_tensor(S, dtype=torch.float64)) @ V.T).float()
+    """A matrix with these singular values, in float64."""
+    U, V = (torch.linalg.qr(inputs.normal(side, len(S), seed=seed + k)).Q for k, side in enumerate((d_out, d_in)))
+    return U @ torch.diag(torch.as_tensor(S, dtype=torch.float64)) @ V.T
 
 
 sizes = st.integers(1, 24)

@@ -47,6 +47,12 @@ def is_real(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def reads_decoder(name):
+    """Whether a layer of an encoder-decoder reads the decoder's tokens: not where it reads what the encoder gives."""
+    of_encoder = ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")
+    return "encoder" not in name.split(".") and not name.endswith(of_encoder)
+
+
 def exact_factors(base, batches, names, tokens="attention", loss=None):
     """Return by layer the definitions of METHODS, from one backward pass a sample in float64.
 
@@ -54,7 +60,8 @@ def exact_factors(base, batches, names, tokens="attention", loss=None):
         base: the model without an adapter.
         batches: of samples whose padding ``attention_mask`` tells.
         names: of its linear layers.
-        tokens: "labels" means the positions that predict a label: of a causal model, the one before it.
+        tokens: "labels" means the positions that predict a label: of a causal model, the one before it. A decoder's
+            tokens are those with a label also where it has no mask of its own: only labels tell its padding.
         loss: (model, sample) -> loss; the model's own by default.
     """
     model = copy.deepcopy(base).double().eval()
@@ -85,11 +92,16 @@ def exact_factors(base, batches, names, tokens="attention", loss=None):
             found[name].gradient += torch.zeros_like(weight) if gradient is None else gradient
         for (name, x, output), g in zip(calls, gradients[len(names) :], strict=True):
             g = torch.zeros_like(output) if g is None else g
-            if tokens == "labels" and not two_sided and x.dim() == 3 and x.shape[1] == one["labels"].shape[1]:
-                learned = one["labels"] != -100
+            counting = None
+            if two_sided and reads_decoder(name):
+                counting = one.get("decoder_attention_mask") if tokens == "attention" else None
+                counting = one["labels"] != -100 if counting is None else counting.bool()
+            elif tokens == "labels" and not two_sided and x.dim() == 3 and x.shape[1] == one["labels"].shape[1]:
+                counting = one["labels"] != -100
                 if causal:
-                    learned = torch.cat([learned[:, 1:], torch.zeros_like(learned[:, :1])], 1)
-                x, g = x[learned], g[learned]
+                    counting = torch.cat([counting[:, 1:], torch.zeros_like(counting[:, :1])], 1)
+            if counting is not None:
+                x, g = x[counting], g[counting]
             found[name].inputs.append(x.reshape(-1, x.shape[-1]))
             found[name].grads.append(g.reshape(-1, g.shape[-1]))
         count += 1
@@ -124,3 +136,16 @@ def best(W, r):
 def tail(W, r):
     """Eckart-Young: the smallest squared error of any rank-r approximation."""
     return float(torch.linalg.svdvals(W.double())[r:].square().sum())
+
+
+def published_adam(W, A0, B0, *, steps, lr, decay, decay_every):
+    """IniLoRA's published loop on one matrix in its own dtype: autograd, torch's own Adam and schedule."""
+    A, B = A0.clone().requires_grad_(), B0.clone().requires_grad_()
+    optimizer = torch.optim.Adam([A, B], lr=lr)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, decay_every, gamma=decay)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (W - B @ A).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    return A.detach(), B.detach()

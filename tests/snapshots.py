@@ -88,16 +88,18 @@ def refused(model, error, match, method="init-ab", **given):
 
 
 class Small(nn.Module):
-    """A convolution, a linear layer that is used and one that is not."""
+    """A convolution, a linear layer that is used, one that is not, and one whose output counts for nothing."""
 
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
         self.used = nn.Linear(8, 6)
         self.unused = nn.Linear(8, 6)
+        self.muted = nn.Linear(8, 6)
 
     def forward(self, x, labels):
-        scores = self.used(self.conv(x).mean((2, 3)))
+        features = self.conv(x).mean((2, 3))
+        scores = self.used(features) + 0 * self.muted(features)
         return {"loss": nn.functional.cross_entropy(scores, labels), "logits": scores}
 
 
@@ -106,5 +108,5 @@ def small(*targets, **settings):
     return get_peft_model(Small(), LoraConfig(**(dict(r=2, lora_alpha=4, target_modules=list(targets)) | settings)))
 
 
-def small_batch():
-    return {"x": normal(4, 3, 6, 6).float(), "labels": torch.tensor([0, 1, 2, 3])}
+def small_batch(size=4):
+    return {"x": normal(size, 3, 6, 6).float(), "labels": torch.arange(size) % 6}

@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 
 import pytest
 import torch
 
 from cached import content, contents, decoded, encoded, factors_of, fetch, key_of
+from children import ended, forked, killed
 from headstart.cache import FactorCache
 from headstart.cache.eviction import entry_path, evict, list_entries
 from headstart.files import is_hidden, write_whole
@@ -26,27 +26,6 @@ from headstart.store.claims import claims
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes of these tests are forks")
 
 KEYS = [key_of(number) for number in range(40)]
-
-
-def forked(work):
-    """Run ``work`` in a child process; return its id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def ended(child):
-    """Wait for a child; return its exit code, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def large(key):
@@ -66,18 +45,6 @@ def temporary(folder):
 
 def damaged(folder):
     return [sentence for _, sentence in FactorCache(folder, 2**40).verify() if sentence]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if not sys.platform.startswith("linux") or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("file systems can't be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 # Killed.
@@ -113,8 +80,7 @@ def test_killed_at_random_points_nothing_is_lost_or_believed_wrongly(tmp_path):
         while len(log.read_text().splitlines()) < allowed - 1:
             time.sleep(0.0005)
         time.sleep(draw.uniform(0, 2 * one))
-        os.kill(child, signal.SIGKILL)
-        assert ended(child) == -signal.SIGKILL
+        assert killed(child) == -signal.SIGKILL
         assert damaged(folder) == []
         there = {entry.key for entry in list_entries(folder)}
         assert set(log.read_text().split()) <= there
@@ -152,12 +118,12 @@ def test_killed_at_any_step_the_next_process_goes_on(tmp_path):
         sys.setprofile(None)
         (tmp_path / "steps").write_text(str(steps - left))
 
-    assert ended(forked(lambda: work(tmp_path / "whole", 10**9))) == 0
+    assert ended(forked(work, tmp_path / "whole", 10**9)) == 0
     steps = int((tmp_path / "steps").read_text())
     seen = set()
     for number in range(40):
         folder, step = tmp_path / str(number), 1 + number * steps // 40
-        assert ended(forked(lambda folder=folder, step=step: work(folder, step))) == -signal.SIGKILL
+        assert ended(forked(work, folder, step)) == -signal.SIGKILL
         there = {entry.key for entry in list_entries(folder)}
         seen.add(len(there))
         found, asked, sentences = fetch(folder, KEYS[:2])
@@ -177,8 +143,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     os.read(ready, 1)
     with claims(tmp_path, KEYS[:1]) as claimed:
         assert not claimed
-    os.kill(child, signal.SIGKILL)
-    ended(child)
+    killed(child)
     began = time.monotonic()
     assert fetch(tmp_path, KEYS[:1]) == (contents(KEYS[:1]), KEYS[:1], [])
     assert time.monotonic() - began < 5
@@ -257,10 +222,10 @@ def test_eight_processes_share_forty_keys_and_some_die(tmp_path):
         assert found == contents(mine)
         assert sentences == []
 
-    children = [forked(lambda number=number: work(number)) for number in range(8)]
+    children = [forked(work, number) for number in range(8)]
     time.sleep(0.1)
     for child in children[:2]:
-        os.kill(child, signal.SIGKILL)
+        child.kill()
     assert [ended(child) for child in children][2:] == [0] * 6
     made = log.read_text().split()
     # A killed process takes at most its group of four with it.
@@ -298,7 +263,7 @@ def test_readers_are_right_while_others_evict(tmp_path):
             assert sentences == []
             evict(tmp_path, 2000)
 
-    children = [forked(lambda number=number: work(number)) for number in range(4)]
+    children = [forked(work, number) for number in range(4)]
     assert [ended(child) for child in children] == [0] * 4
 
 
@@ -319,33 +284,33 @@ def test_few_open_files_are_enough_for_many_keys(tmp_path):
 
 
 def test_a_full_disk_costs_nothing_but_the_entries(small_disk):
-    filler = small_disk / "filler"
+    disk = small_disk(1024)
+    filler = disk / "filler"
     # On tmpfs, files take whole pages.
     filler.write_bytes(b"0" * (2**20 - 12 * 4096))
-    found, asked, sentences = fetch(small_disk / "cache", KEYS, groups=[[position] for position in range(40)])
+    found, asked, sentences = fetch(disk / "cache", KEYS, groups=[[position] for position in range(40)])
     assert (found, asked) == (contents(KEYS), KEYS)
     assert len(sentences) == 1
     assert os.strerror(errno.ENOSPC) in sentences[0]
-    kept = {entry.key for entry in list_entries(small_disk / "cache")}
+    kept = {entry.key for entry in list_entries(disk / "cache")}
     assert 0 < len(kept) < 40
-    assert temporary(small_disk) == damaged(small_disk / "cache") == []
-    found, asked, sentences = fetch(small_disk / "cache", KEYS)
+    assert temporary(disk) == damaged(disk / "cache") == []
+    found, asked, sentences = fetch(disk / "cache", KEYS)
     assert (found, set(asked), len(sentences)) == (contents(KEYS), set(KEYS) - kept, 1)
     filler.unlink()
-    assert fetch(small_disk / "cache", KEYS)[2] == []
-    assert fetch(small_disk / "cache", KEYS) == (contents(KEYS), [], [])
+    assert fetch(disk / "cache", KEYS)[2] == []
+    assert fetch(disk / "cache", KEYS) == (contents(KEYS), [], [])
 
 
 def test_a_disk_that_fills_up_within_a_file_leaves_no_part_of_it(small_disk):
+    disk = small_disk(1024)
     for room in range(1, 6):
-        filler = small_disk / "filler"
+        filler = disk / "filler"
         filler.write_bytes(b"0" * (2**20 - room * 40_000))
-        found = FactorCache(small_disk / "cache", 2**40, lambda sentence: None).fetch(
-            KEYS[:1], lambda _: [large(KEYS[0])]
-        )
+        found = FactorCache(disk / "cache", 2**40, lambda sentence: None).fetch(KEYS[:1], lambda _: [large(KEYS[0])])
         assert same(found[0], KEYS[0])
-        assert list_entries(small_disk / "cache") == []
-        assert temporary(small_disk) == []
+        assert list_entries(disk / "cache") == []
+        assert temporary(disk) == []
 
 
 def test_a_limit_on_file_sizes_leaves_no_part_of_a_file(tmp_path):
@@ -366,9 +331,10 @@ def test_a_limit_on_file_sizes_leaves_no_part_of_a_file(tmp_path):
 
 
 def test_a_read_only_cache_serves(small_disk):
-    folder = small_disk / "cache"
+    disk = small_disk(1024)
+    folder = disk / "cache"
     fetch(folder, KEYS[:3])
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     assert fetch(folder, KEYS[:3]) == (contents(KEYS[:3]), [], [])
     found, asked, sentences = fetch(folder, KEYS[:5])
     assert (found, asked, len(sentences)) == (contents(KEYS[:5]), KEYS[3:5], 1)
@@ -468,11 +434,12 @@ def test_what_is_no_file_is_left_alone(tmp_path):
 
 
 def test_a_damaged_entry_in_a_read_only_cache_is_computed_each_time(small_disk):
-    folder = small_disk / "cache"
+    disk = small_disk(1024)
+    folder = disk / "cache"
     fetch(folder, KEYS[:2])
     path = entry_path(folder, KEYS[0])
     path.write_bytes(path.read_bytes()[:-1])
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for _ in range(2):
         found, asked, sentences = fetch(folder, KEYS[:2])
         assert (found, asked) == (contents(KEYS[:2]), KEYS[:1])

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import headstart as hs
-from conftest import logits, tiny_llama, token_batch
+from conftest import logits, tiny_llama, token_batch, word_tokenizer
 from headstart.cli import main
 from headstart.cli.compare import split_methods
 from headstart.cli.methods import describe
@@ -36,9 +35,7 @@ def tiny(tmp_path_factory):
     tiny_llama(max_position_embeddings=128).save_pretrained(folder)
     words = ["<pad>", "<eos>", "<unk>", "Question", ":", "Answer", "#", "+", "=", ".", "is", "?", "what"]
     words += [str(number) for number in range(70)]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    word_tokenizer(words).save_pretrained(folder)
     return folder
 
 

@@ -7,11 +7,11 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import time
 
 import pytest
 
+from children import forked, killed
 from headstart import files
 from headstart.errors import CheckpointError
 from headstart.files import (
@@ -243,12 +243,6 @@ def test_files_are_whole_or_not_there(tmp_path):
 # Processes that are killed.
 
 
-def child(work, *arguments):
-    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
-    process.start()
-    return process
-
-
 def wait_in_a_folder(place, ready):
     with work_folder(place, "out") as work, whole_file(place / "file") as file:
         fill(work, weights="half")
@@ -265,15 +259,13 @@ def hidden(place):
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
     context = multiprocessing.get_context("fork")
     living, dead = context.Event(), context.Event()
-    processes = [child(wait_in_a_folder, tmp_path, event) for event in (living, dead)]
+    survivor, victim = (forked(wait_in_a_folder, tmp_path, event) for event in (living, dead))
     assert living.wait(60) and dead.wait(60)
     assert len(hidden(tmp_path)) == 4
-    os.kill(processes[1].pid, signal.SIGKILL)
-    processes[1].join()
+    killed(victim)
     write(tmp_path / "another", weights="1")
     assert len(hidden(tmp_path)) == 2
-    os.kill(processes[0].pid, signal.SIGKILL)
-    processes[0].join()
+    killed(survivor)
     write_whole(tmp_path / "file", b"")
     assert sorted(contents(tmp_path)) == ["another", "another/weights", "file"]
 
@@ -321,11 +313,10 @@ def test_killed_at_any_moment_the_folder_is_whole_or_refused(others, tmp_path):
         if others:
             fill(out, notes="mine")
         started = multiprocessing.get_context("fork").Event()
-        process = child(write_for_ever, out, started)
+        process = forked(write_for_ever, out, started)
         assert started.wait(60)
         time.sleep(draw.uniform(0, 0.01))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        killed(process)
         found = contents(out)
         assert others == ("notes" in found)
         if "config" in found:

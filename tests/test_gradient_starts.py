@@ -1,7 +1,8 @@
-"""LoRA-GA and LoRA-One against the dense singular value decomposition of the gradient, in float64."""
+"""Starts from the gradient: LoRA-GA and LoRA-One against its dense decomposition in float64, and where it is zero."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import headstart as hs
 from inputs import NAME, product
-from known_layers import SHAPES, layer, normal, of_gradient, problems
+from known_layers import SHAPES, everything, layer, normal, of_gradient, problems
 from oracles import best, relative
 
 
@@ -102,10 +103,15 @@ def test_the_gradients_scale_does_not_matter(cls, scale):
     assert relative(scaled.B.abs(), plain.B.abs()) < 1e-5
 
 
-@pytest.mark.parametrize("cls", [hs.LoRAGA, hs.LoRAOne])
-def test_no_gradient_starts_as_lora_does_and_says_so(cls):
-    given_layer = of_gradient(torch.zeros(24, 20), 4)
-    start, plain = cls().factors(given_layer), hs.LoRA().factors(given_layer)
+@pytest.mark.parametrize(
+    "method", ["lora-ga", "lora-one", "lora-da", "lora-da:fisher=full", "lora-da:fisher=none,variance=0"]
+)
+def test_no_gradient_starts_as_lora_does_and_says_so(method):
+    given_layer = dataclasses.replace(everything(), gradient=torch.zeros(24, 20))
+    if method.endswith("full"):
+        full = dataclasses.replace(given_layer.kronecker, outputs=given_layer.kronecker.outputs.diag())
+        given_layer = dataclasses.replace(given_layer, kronecker=full)
+    start, plain = hs.methods.parse_method(method).factors(given_layer), hs.LoRA().factors(given_layer)
     assert torch.equal(start.A, plain.A) and torch.equal(start.B, plain.B)
     assert "no gradient" in start.note and "lora" in start.note
 

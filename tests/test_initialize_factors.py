@@ -69,7 +69,10 @@ def test_moments_are_averaged_over_layers_of_one_kind():
             assert float(drawn.square().mean()) / sigma**2 == pytest.approx(1, abs=5 * math.sqrt(2 / len(drawn)))
 
 
-@pytest.mark.parametrize("method", ALL)
+LORA_DA = ["lora-da:samples=4", "lora-da:samples=4,fisher=full", "lora-da:samples=4,iterations=5"]
+
+
+@pytest.mark.parametrize("method", [*ALL, *LORA_DA])
 def test_the_same_seed_gives_the_same_factors(method):
     one = started(tiny_llama(), method, seed=4, data=data_for(method))
     torch.manual_seed(999)

@@ -9,6 +9,7 @@ from torch import nn
 
 import headstart as hs
 from conftest import all_factors, perturb, started, tiny_llama, tiny_vit, token_batch, wrap
+from headstart.errors import HeadstartWarning
 from snapshots import RANDOM, SUBTRACTING, refused, same, small, small_batch, targets_of
 
 EVERY = ["init-ab", "lora", "pissa", "lora-one:samples=4"]
@@ -162,7 +163,7 @@ def test_an_unknown_adapter():
     refused(wrap(tiny_llama()), hs.LayerError, r"'defult'.*'default'", adapter="defult")
 
 
-@pytest.mark.parametrize("method", ["lora-one", "lora-ga"])
+@pytest.mark.parametrize("method", ["lora-one", "lora-ga", "lora-da"])
 def test_data_missing_or_empty(method):
     model = wrap(tiny_llama())
     refused(model, hs.DataError, rf"{method}.*data", method)
@@ -207,38 +208,38 @@ def test_an_odd_rank_names_the_layer():
     refused(model, hs.LayerError, r"model\.layers\.1\.mlp\.up_proj.*even", "orthogonal")
 
 
-def started_small(method, *targets):
-    model = small(*targets)
-    hs.initialize_(model, method)
-    return model
+NO_FISHER = "lora-da:samples=4,fisher=none,variance=0"
+FALLING_BACK = ["lora-one:samples=4", "lora-ga:samples=4", "lora-da:samples=4", NO_FISHER]
 
 
 @pytest.mark.parametrize("form", ["anchored", "residual"])
-@pytest.mark.parametrize("method", ["lora-one", "lora-ga"])
-def test_a_layer_without_gradient_falls_back_and_is_named(method, form):
-    model = small("used", "unused")
-    plain = all_factors(started_small("lora", "used", "unused"))
-    report = hs.initialize_(model, f"{method}:samples=4", data=[small_batch()], form=form)
-    factors = all_factors(model)
-    assert torch.equal(factors["unused"][0], plain["unused"][0])
-    assert not factors["unused"][1].any()
+@pytest.mark.parametrize("method", FALLING_BACK)
+def test_layers_without_gradient_fall_back_and_are_named(method, form):
+    plain, model = (small("used", "muted", "unused") for _ in range(2))
+    hs.initialize_(plain, "lora")
+    with pytest.warns(HeadstartWarning, match="no gradient"):
+        report = hs.initialize_(model, method, data=[small_batch()], form=form)
+    factors, of_lora = all_factors(model), all_factors(plain)
+    for name in ("muted", "unused"):
+        assert torch.equal(factors[name][0], of_lora[name][0])
+        assert not factors[name][1].any()
     assert factors["used"][1].any()
     (warning,) = report.warnings
-    assert "unused" in warning and "no gradient" in warning
-    assert "warning: unused" in str(report)
+    assert "muted" in warning and "unused" in warning and "no gradient" in warning
+    assert f"warning: {warning.partition(':')[0]}: " in str(report)
     notes = {layer.name: layer.note for layer in report.layers}
-    assert notes["used"] == "" and "no gradient" in notes["unused"]
+    assert notes["used"] == "" and "no gradient" in notes["muted"] and "no gradient" in notes["unused"]
     assert model(**small_batch())["loss"].isfinite()
 
 
 @pytest.mark.parametrize("form", ["anchored", "residual"])
-@pytest.mark.parametrize("method", ["lora-one", "lora-ga"])
+@pytest.mark.parametrize("method", FALLING_BACK)
 def test_strict_refuses_a_layer_without_gradient(method, form):
     given = dict(data=[small_batch()], form=form, strict=True)
-    refused(small("used", "unused"), hs.LayerError, r"unused.*no gradient", f"{method}:samples=4", **given)
+    for name in ("muted", "unused"):
+        refused(small("used", name), hs.LayerError, rf"{name}.*no gradient", method, **given)
     # With gradients everywhere strict has nothing to refuse.
-    report = hs.initialize_(small("used"), f"{method}:samples=4", **given)
-    assert report.warnings == []
+    assert hs.initialize_(small("used"), method, **given).warnings == []
 
 
 def test_strict_does_not_mind_methods_without_data():

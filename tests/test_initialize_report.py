@@ -36,13 +36,12 @@ def test_report_against_dense_norms(method, form):
         assert layer.norm_product == pytest.approx(float((3.0 * B @ A).norm()), rel=1e-5, abs=slack)
         assert layer.norm_weight == pytest.approx(float(W.norm()), rel=1e-6)
         assert layer.relative_product == pytest.approx(layer.norm_product / layer.norm_weight)
-        assert layer.seconds >= 0
         assert layer.note == ""
         if "error" in layer.info:
             assert layer.info["error"] == pytest.approx(float((W / 3 - B @ A).square().sum()), rel=1e-5)
     assert report.form == live_form(method, form) and report.adapter == "default" and report.seed == 3
     assert report.seconds == pytest.approx(sum(report.seconds_by_step.values()))
-    assert 0 < sum(layer.seconds for layer in report.layers) <= report.seconds_by_step["factorise"] * 1.01
+    assert 0 < sum(layer.seconds for layer in report.layers) <= report.seconds_by_step["solve"] * 1.01
     assert report.peak_memory > 2**20
     assert report.trainable == trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = token_batch()
@@ -90,16 +89,14 @@ def test_tokens_and_samples_are_those_read():
     assert "6 samples" in str(report)
 
 
-def test_too_few_samples_are_a_warning():
-    report = hs.initialize_(wrap(tiny_llama()), "lora-one:samples=9", data=[token_batch(4)])
-    assert report.samples == 4
-    assert any("9" in warning for warning in report.warnings)
-    assert "warning:" in str(report)
-
-
-def test_fallbacks_warn():
-    with pytest.warns(HeadstartWarning, match="3 samples, 9 were asked for"):
-        hs.initialize_(wrap(tiny_llama()), "lora-one:samples=9", data=[token_batch(3)])
+@pytest.mark.parametrize(("method", "asked"), [("lora-one:samples=9", 9), ("lora-da", 256)])
+def test_too_few_samples_are_a_warning(method, asked):
+    sentence = f"the data held 3 samples, {asked} were asked for"
+    with pytest.warns(HeadstartWarning, match=sentence):
+        report = hs.initialize_(wrap(tiny_llama(), target_modules=["q_proj"]), method, data=[token_batch(3)])
+    assert report.samples == 3
+    assert report.warnings == [sentence]
+    assert f"warning: {sentence}" in str(report)
 
 
 def test_trainable_counts_the_adapter_that_was_started():

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
 import time
 
 import pytest
-import torch
 from peft import LoraConfig
 
 import headstart as hs
+from children import ended, forked, killed
 from conftest import tiny_llama, wrap
 from headstart.cache import open_cache
 from headstart.stream import stream_start
@@ -35,21 +34,16 @@ def streamed(base, out, cache):
     stream_start(base, METHOD, config, out, cache=cache, force=True, progress=False)
 
 
-def child(start, *arguments):
-    torch.set_num_threads(1)
-    start(*arguments)
-
-
 def run(start, *arguments, kill_after=None):
     """Run in a process of its own, killed after so many seconds; return how long it ran."""
-    process = multiprocessing.get_context("fork").Process(target=child, args=(start, *arguments))
     began = time.monotonic()
-    process.start()
-    if kill_after is not None:
+    process = forked(start, *arguments)
+    if kill_after is None:
+        assert ended(process) == 0
+    else:
         time.sleep(kill_after)
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == (0 if kill_after is None else process.exitcode)
+        # It may have ended by itself before.
+        assert killed(process) in (0, -signal.SIGKILL)
     return time.monotonic() - began
 
 

@@ -106,6 +106,14 @@ def test_pairs_as_long_as_the_model_can_read(answers, size):
     assert_exact(found, exact_factors(base, [batch], list(found.kronecker)))
 
 
+def test_a_decoder_without_a_mask_counts_what_has_a_label():
+    """Wherever its labels are -100, at the beginning too: nothing else tells what is padding."""
+    base, batch = tiny_t5(), pair_batch()
+    batch["labels"][:2, :2] = -100
+    found = collect(wrap(copy.deepcopy(base), target_modules=T5_NAMES), [batch])
+    assert_exact(found, exact_factors(base, [batch], list(found.kronecker)))
+
+
 def test_a_decoder_attention_mask_tells_the_decoders_padding():
     base = tiny_t5()
     batch = pair_batch()

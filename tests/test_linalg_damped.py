@@ -11,25 +11,12 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fisher import logspace, of_spectrum
 from headstart.linalg.damped import DampedInverse, damped_inverse
+from inputs import normal
 
 EPS32 = float(torch.finfo(torch.float32).eps)
 EPS = float(torch.finfo(torch.float64).eps)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def of_spectrum(values: Tensor, seed: int = 0) -> Tensor:
-    """A symmetric matrix with these eigenvalues, in float64."""
-    Q = torch.linalg.qr(normal(len(values), len(values), seed=seed)).Q
-    found = (Q * values.double()) @ Q.T
-    return (found + found.T) / 2
-
-
-def logspace(low: float, high: float, n: int) -> Tensor:
-    return torch.logspace(low, high, n, dtype=torch.float64)
 
 
 def eigenvalues(matrix: Tensor) -> np.ndarray:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fisher import logspace
 from headstart.linalg.guidance import GuidanceSpace, guidance_space
 from headstart.linalg.svd import truncated_svd
 
@@ -61,10 +62,6 @@ class Problem:
             abs(float((A * (self.omega @ A)).sum()) - optimum)
             <= tol * abs(optimum) + 1e-6 * float(exact.abs().sum()) + 1e-12 * n * self.norm
         )
-
-
-def logspace(low: float, high: float, n: int) -> Tensor:
-    return torch.logspace(low, high, n, dtype=torch.float64)
 
 
 def power(n: int, p: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from headstart.linalg.adam import Path
 from headstart.linalg.lowrank import adam_lowrank, squared_error, svd_lowrank_factors
 from headstart.linalg.svd import TruncatedSVD, eckart_young_tail, truncated_svd
+from oracles import published_adam, relative
 
 
 def problem(
@@ -24,27 +25,8 @@ def problem(
     return W, A0, B0
 
 
-def plain(
-    W: Tensor, A0: Tensor, B0: Tensor, steps: int, lr: float, decay: float, decay_every: int
-) -> tuple[Tensor, Tensor]:
-    """The published loop: one matrix, autograd, torch's own Adam and schedule."""
-    A, B = A0.clone().requires_grad_(), B0.clone().requires_grad_()
-    optimizer = torch.optim.Adam([A, B], lr=lr)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, decay_every, gamma=decay)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (W - B @ A).square().mean().backward()
-        optimizer.step()
-        schedule.step()
-    return A.detach(), B.detach()
-
-
 def optimum(W: Tensor, r: int) -> Tensor:
     return torch.stack([torch.linalg.svdvals(w.double())[r:].square().sum() for w in W])
-
-
-def relative(x: Tensor, y: Tensor) -> float:
-    return float((x - y).norm() / y.norm())
 
 
 # Weights of 0.02 have gradients near Adam's eps of 1e-8, where the mean in the loss makes a difference.
@@ -54,7 +36,7 @@ def test_steps_are_those_of_torch(dtype: torch.dtype, std: float) -> None:
     W, A0, B0 = problem(2, 48, 30, 4, dtype, std)
     fit = adam_lowrank(W, A0, B0, steps=200, lr=1e-3, decay=0.7, decay_every=60)
     for i in range(2):
-        A, B = plain(W[i], A0[i], B0[i], 200, 1e-3, 0.7, 60)
+        A, B = published_adam(W[i], A0[i], B0[i], steps=200, lr=1e-3, decay=0.7, decay_every=60)
         bound = 1e-4 if dtype == torch.float32 else 1e-9
         assert relative(fit.A[i], A) < bound and relative(fit.B[i], B) < bound
         assert float(fit.error[i]) == pytest.approx(float((W[i] - B @ A).double().square().sum()), rel=1e-4)
@@ -69,7 +51,7 @@ def test_defaults_are_the_published_ones() -> None:
         adam_lowrank(W, A0, B0, progress=stop_at(calls, 100))
     assert calls == [(0, 20_000), (100, 20_000)]
     fit = adam_lowrank(W, A0, B0, steps=5_010)
-    A, B = plain(W[0], A0[0], B0[0], 5_010, 5e-4, 0.9, 5_000)
+    A, B = published_adam(W[0], A0[0], B0[0], steps=5_010, lr=5e-4, decay=0.9, decay_every=5_000)
     assert relative(fit.A[0], A) < 1e-6 and relative(fit.B[0], B) < 1e-6
 
 
@@ -173,7 +155,7 @@ def test_history_is_the_way_there() -> None:
     for i, history in enumerate(fit.history):
         assert [step for step, _ in history] == [*range(0, 2_050, 30), 2_050]
         for step, mean in (history[0], history[1], history[7], history[-1]):
-            A, B = plain(W[i], A0[i], B0[i], step, 1e-3, 0.9, 5_000)
+            A, B = published_adam(W[i], A0[i], B0[i], steps=step, lr=1e-3, decay=0.9, decay_every=5_000)
             assert mean == pytest.approx(float((W[i] - B @ A).square().mean()), rel=1e-4)
         assert history[-1][1] == pytest.approx(float(fit.error[i]) / (20 * 14), rel=1e-12)
     assert [step for step, _ in adam_lowrank(W, A0, B0, steps=0).history[0]] == [0]

@@ -7,13 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headstart.linalg.svd import TruncatedSVD, eckart_young_tail, truncated_svd, truncated_svd_batch
-
-
-def with_spectrum(d_out: int, d_in: int, S: Tensor, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.linalg.qr(torch.randn(d_out, len(S), generator=generator, dtype=torch.float64)).Q
-    right = torch.linalg.qr(torch.randn(d_in, len(S), generator=generator, dtype=torch.float64)).Q
-    return (left * S) @ right.mT
+from known_layers import from_spectrum
 
 
 def check(W: Tensor, svd: TruncatedSVD, k: int) -> None:
@@ -58,7 +52,7 @@ SPECTRA = {
 @pytest.mark.parametrize("shape", [(300, 420), (420, 300)])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_values_of_hard_spectra(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    W = with_spectrum(*shape, SPECTRA[name].sort(descending=True).values).to(dtype)
+    W = from_spectrum(*shape, SPECTRA[name].sort(descending=True).values).to(dtype)
     check(W, truncated_svd(W, 8), 8)
 
 
@@ -78,13 +72,13 @@ def test_values_of_any_shape_scale_and_decay(
     k = 1 + int(share * (n - 1)) if seed % 2 else min(n, 1 + seed % 9)
     spectrum = torch.arange(1, n + 1, dtype=torch.float64) ** -decay
     # In float64: rounding such small or large entries to float32 would change the matrix, not the method.
-    W = with_spectrum(d_out, d_in, spectrum, seed) * 10.0**log_scale
+    W = from_spectrum(d_out, d_in, spectrum, seed) * 10.0**log_scale
     check(W, truncated_svd(W, k, seed=seed), k)
 
 
 def test_the_krylov_space_is_what_answers_for_a_weight() -> None:
     S = torch.cat([torch.linspace(2, 1.2, 12, dtype=torch.float64), torch.rand(288, dtype=torch.float64)])
-    W = with_spectrum(300, 500, S.sort(descending=True).values).float()
+    W = from_spectrum(300, 500, S.sort(descending=True).values).float()
     svd = truncated_svd(W, 8)
     # So few steps can't have been spent on float32 in vain and on float64 again.
     assert not svd.exact and 0 < svd.iterations < 24
@@ -95,7 +89,7 @@ def test_the_krylov_space_is_what_answers_for_a_weight() -> None:
 def test_product_is_the_optimal_one_where_there_is_a_gap(gap: float) -> None:
     S = torch.linspace(1, 0.8, 8, dtype=torch.float64)
     S = torch.cat([S, torch.linspace(0.8 * (1 - gap), 0, 292, dtype=torch.float64)])
-    W = with_spectrum(300, 400, S).float()
+    W = from_spectrum(300, 400, S).float()
     svd = truncated_svd(W, 8)
     assert not svd.exact
     U, exact, Vh = torch.linalg.svd(W.double(), full_matrices=False)
@@ -134,7 +128,7 @@ def test_one_entry_matrix_and_its_sign() -> None:
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
 def test_smallest_triplets(shape: tuple[int, int]) -> None:
     S = torch.logspace(0, -6, 40, dtype=torch.float64)
-    W = with_spectrum(*shape, S)
+    W = from_spectrum(*shape, S)
     svd = truncated_svd(W, 5, which="smallest")
     assert svd.exact
     torch.testing.assert_close(svd.S.double(), S[-5:], rtol=1e-5, atol=0)
@@ -153,12 +147,12 @@ def test_no_steps_allowed_falls_back_to_the_dense_decomposition() -> None:
 
 def test_a_tolerance_beyond_float32_is_met_in_float64() -> None:
     S = torch.cat([torch.linspace(2, 1.2, 12, dtype=torch.float64), torch.rand(288, dtype=torch.float64)])
-    svd = truncated_svd(with_spectrum(300, 400, S.sort(descending=True).values).float(), 8, tol=1e-9)
+    svd = truncated_svd(from_spectrum(300, 400, S.sort(descending=True).values).float(), 8, tol=1e-9)
     assert svd.residual <= 1e-9 and not svd.exact
 
 
 def test_residual_is_the_measured_one() -> None:
-    W = with_spectrum(300, 350, torch.linspace(2, 1, 300, dtype=torch.float64)).float()
+    W = from_spectrum(300, 350, torch.linspace(2, 1, 300, dtype=torch.float64)).float()
     svd = truncated_svd(W, 8, tol=0.1)
     U, S, V = svd.U.double(), svd.S.double(), svd.V.double()
     right = (W.double() @ V - U * S).norm(dim=0) / S
@@ -170,7 +164,7 @@ def test_residual_is_the_measured_one() -> None:
 
 
 def test_same_seed_same_bits_and_other_seed_same_values() -> None:
-    W = with_spectrum(300, 350, SPECTRA["power"]).float()
+    W = from_spectrum(300, 350, SPECTRA["power"]).float()
     first, again, other = truncated_svd(W, 8), truncated_svd(W, 8), truncated_svd(W, 8, seed=1)
     assert torch.equal(first.U, again.U) and torch.equal(first.S, again.S) and torch.equal(first.V, again.V)
     assert not torch.equal(first.U, other.U)
@@ -180,7 +174,7 @@ def test_same_seed_same_bits_and_other_seed_same_values() -> None:
 
 
 def test_batch_is_each_alone_and_leaves_the_threads_alone() -> None:
-    W = torch.stack([with_spectrum(300, 260, SPECTRA["power"][:260], seed).float() for seed in range(3)])
+    W = torch.stack([from_spectrum(300, 260, SPECTRA["power"][:260], seed).float() for seed in range(3)])
     before = torch.get_num_threads()
     together = truncated_svd_batch(W, 4)
     assert torch.get_num_threads() == before
@@ -193,10 +187,10 @@ def test_batch_is_each_alone_and_leaves_the_threads_alone() -> None:
 
 
 def test_eckart_young_tail() -> None:
-    W = with_spectrum(60, 50, torch.linspace(1, 0, 50, dtype=torch.float64))
+    W = from_spectrum(60, 50, torch.linspace(1, 0, 50, dtype=torch.float64))
     expected = float(torch.linspace(1, 0, 50, dtype=torch.float64)[6:].square().sum())
     assert eckart_young_tail(W, truncated_svd(W, 6)) == pytest.approx(expected, rel=1e-6)
-    whole = with_spectrum(60, 50, torch.ones(4, dtype=torch.float64))
+    whole = from_spectrum(60, 50, torch.ones(4, dtype=torch.float64))
     assert 0 <= eckart_young_tail(whole, truncated_svd(whole, 6)) < 1e-6
 
 

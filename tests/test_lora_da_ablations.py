@@ -27,7 +27,7 @@ def test_no_fisher_information_and_no_variance(d_out, d_in, r):
     assert relative(start.B.double() @ start.A.double(), -best / float(S[0]) / 1024) < 1e-5
     assert relative(start.B, -G.double() @ A0 / float(S[0]) / 32) < 1e-5
     assert start.note == start.repair == ""
-    plain = hs.LoRADA(variance=0, fisher="none", normalise=False, gamma=16).factors(bare)
+    plain = hs.LoRADA(variance=0, fisher="none", normalize=False, gamma=16).factors(bare)
     assert relative(plain.B.double() @ plain.A.double(), -best / 16) < 1e-5
     # The same as Fisher information that says nothing.
     said = hs.LoRADA(variance=0, damping=0).factors(layer(G, torch.eye(d_in), torch.ones(d_out), r))

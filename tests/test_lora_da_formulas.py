@@ -28,7 +28,7 @@ def test_the_vectorisation_is_the_one_of_a_single_token():
 @pytest.mark.parametrize(("d_out", "d_in", "r"), [(3, 5, 2), (5, 3, 2), (4, 4, 1), (4, 4, 4), (1, 6, 3), (6, 1, 1)])
 def test_the_formulas_of_METHODS_are_those_of_the_dense_fisher_matrix(d_out, d_in, r, full):
     G, Z, Y = draw(d_out, d_in, seed=r, full=full)
-    expected = dense(G, Z, Y, N=50, normalise=False)
+    expected = dense(G, Z, Y, N=50, normalize=False)
     Zd, Yd = Z.double() + 1e-6 * eye(d_in), (Y.double() if full else Y.double().diag()) + 1e-6 * eye(d_out)
     assert relative(-Yd.inverse() @ G.double() @ Zd.inverse(), expected.delta) < 1e-11
     omega = 0.03 * Yd.inverse().trace() / 50 * Zd.inverse() - expected.delta.T @ expected.delta
@@ -39,7 +39,7 @@ def test_the_formulas_of_METHODS_are_those_of_the_dense_fisher_matrix(d_out, d_i
     variance = 0.03 / 50 * torch.kron(eye(d_out), P).mul(expected.inverse).sum()
     missed = (expected.delta - expected.delta @ P).square().sum() - expected.delta.square().sum()
     assert objective(expected.omega, A0) == pytest.approx(float(variance + missed), rel=1e-9)
-    start = hs.LoRADA(fisher="full" if full else "diagonal", normalise=False).factors(layer(G, Z, Y, r, population=50))
+    start = hs.LoRADA(fisher="full" if full else "diagonal", normalize=False).factors(layer(G, Z, Y, r, population=50))
     check(start, expected, r)
 
 
@@ -54,9 +54,9 @@ def test_any_settings(data):
     weights = data.draw(st.sampled_from([(0.03, 1.0), (1.0, 1.0), (100.0, 0.1), (0.0, 1.0), (0.0, 3.0), (0.03, 0.0)]))
     damping = data.draw(st.sampled_from([0, 1e-6, 1e-3, 1.0]))
     N = data.draw(st.sampled_from([1, 16, 256, 10**6]))
-    normalise = data.draw(st.booleans())
+    normalize = data.draw(st.booleans())
     gamma = data.draw(st.sampled_from([1, 1024.0, 3e5]))
-    options = dict(damping=damping, variance=weights[0], bias=weights[1], normalise=normalise)
+    options = dict(damping=damping, variance=weights[0], bias=weights[1], normalize=normalize)
     expected = dense(G, Z, Y, N=N, **options)
     # Beyond this no two ways of computing agree.
     assume(expected.norm > 0)
@@ -92,7 +92,7 @@ def test_layers_too_wide_for_the_dense_decomposition(d_out, r, options):
 
 def test_normalising_changes_B_alone():
     G, Z, Y = draw(6, 9, seed=3)
-    one, other = (hs.LoRADA(normalise=flag).factors(layer(G, Z, Y, 3)) for flag in (True, False))
+    one, other = (hs.LoRADA(normalize=flag).factors(layer(G, Z, Y, 3)) for flag in (True, False))
     assert torch.equal(one.A, other.A)
     assert relative(one.B * one.info["sigma"], other.B) < 1e-6
     # Of what is normalised, the largest part that a direction can hold is 1.
@@ -153,7 +153,7 @@ def test_one_output_by_brute_force(n, r, N):
     def cost(A0):
         return (A0 * (covariance @ A0)).sum() + (delta - A0 @ (A0.T @ delta)).square().sum()
 
-    start = hs.LoRADA(variance=1.0, normalise=False, gamma=1.0).factors(layer(G, Z, Y, r, population=N))
+    start = hs.LoRADA(variance=1.0, normalize=False, gamma=1.0).factors(layer(G, Z, Y, r, population=N))
     A0 = start.A.double().T
     least = minimum(cost, n, r)
     assert float(cost(A0)) == pytest.approx(least, rel=1e-6, abs=1e-9 * float(delta.square().sum()))
@@ -199,6 +199,6 @@ def test_several_outputs_by_brute_force(m, n, r):
         P = A0 @ A0.T
         return (torch.kron(eye(m), P) * covariance).sum() + (delta - delta @ P).square().sum()
 
-    method = hs.LoRADA(variance=1.0, normalise=False, gamma=1.0, fisher="full")
+    method = hs.LoRADA(variance=1.0, normalize=False, gamma=1.0, fisher="full")
     start = method.factors(layer(G, Z, Y, r, population=20))
     assert float(cost(start.A.double().T)) == pytest.approx(minimum(cost, n, r, 12), rel=1e-6)

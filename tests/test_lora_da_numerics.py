@@ -182,11 +182,11 @@ def test_delta_beyond_the_range_of_float32(case):
     assert float(torch.linalg.matrix_norm(start.B.double(), 2)) == pytest.approx(1 / 32, rel=1e-5)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_delta_beyond_the_range_of_float64_names_the_layer(normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_delta_beyond_the_range_of_float64_names_the_layer(normalize):
     G, Z, Y = draw(6, 8, seed=3)
     with pytest.raises(hs.LayerError, match=rf"{ATTENTION}.*damping"):
-        hs.LoRADA(damping=1e200, normalise=normalise).factors(layer(G, Z, Y, 3))
+        hs.LoRADA(damping=1e200, normalize=normalize).factors(layer(G, Z, Y, 3))
 
 
 @pytest.mark.parametrize("scales", [(1e-12, 1e-6, 1e-12), (1e6, 1e6, 1e6), (1e-20, 1.0, 1e-30), (1.0, 1e-20, 1.0)])
@@ -197,12 +197,3 @@ def test_undamped_the_scales_of_the_statistics_do_not_matter(scales):
     scaled = method.factors(layer(G * scales[0], Z * scales[1], Y * scales[2], 3))
     assert scaled.repair == ""
     assert relative(scaled.B @ scaled.A, plain.B @ plain.A) < 1e-5
-
-
-@pytest.mark.parametrize("options", [{}, dict(fisher="full"), dict(fisher="none", variance=0)])
-def test_no_gradient_starts_as_lora_does_and_says_so(options):
-    _, Z, Y = draw(6, 8, full=options.get("fisher") == "full")
-    given_layer = layer(torch.zeros(6, 8), Z, Y, 2)
-    start, plain = hs.LoRADA(**options).factors(given_layer), hs.LoRA().factors(given_layer)
-    assert torch.equal(start.A, plain.A) and torch.equal(start.B, plain.B)
-    assert "no gradient" in start.note and "lora" in start.note

@@ -16,7 +16,7 @@ from headstart.methods.base import ANY_LAYER, Layer
 def test_published_settings_are_the_defaults():
     method = hs.LoRADA()
     assert (method.samples, method.damping, method.gamma) == (256, 1e-6, 1024)
-    assert (method.variance, method.bias, method.normalise, method.fisher) == (0.03, 1, True, "diagonal")
+    assert (method.variance, method.bias, method.normalize, method.fisher) == (0.03, 1, True, "diagonal")
     assert (method.population, method.iterations, method.layers, method.tokens) == (None, None, "all", "attention")
     assert str(method.wants(ANY_LAYER)) == "gradient + Fisher factors"
 
@@ -32,7 +32,7 @@ OUT_OF_RANGE = [
     ("population", 2.5),
     ("iterations", 2.5),
     ("iterations", "ten"),
-    ("normalise", 1),
+    ("normalize", 1),
     ("damping", None),
     ("tol", None),
 ]
@@ -61,7 +61,7 @@ def test_settings_that_contradict_each_other(options, match):
     "method",
     [
         hs.LoRADA(),
-        hs.LoRADA(samples=16, damping=0, population=7473, fisher="full", tokens="labels", normalise=False),
+        hs.LoRADA(samples=16, damping=0, population=7473, fisher="full", tokens="labels", normalize=False),
         hs.LoRADA(variance=0.0, gamma=1, tol=1e-3, iterations=10, layers="feed-forward"),
         hs.LoRADA(bias=0, layers="attention"),
         # None and "none" look the same as text.

@@ -79,12 +79,6 @@ def test_every_method_is_exported_and_described(name):
     assert [n for n in hs.method_names() if method_class(n) is cls] == [name]
 
 
-def test_methods_of_the_three_tables_are_there():
-    names = hs.method_names()
-    assert len(names) == len(set(names))
-    assert set(DRAWN) | {"inilora", "pissa", "milora", "olora", "lora-ga", "lora-one"} <= set(names)
-
-
 def test_needs_are_those_of_the_table():
     expected = dict.fromkeys(DRAWN, "shapes") | dict.fromkeys(("pissa", "milora", "olora", "lora-xs"), "weight")
     expected |= dict.fromkeys(("lora-ga", "lora-one", "lora-sb"), "gradient")

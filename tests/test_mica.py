@@ -12,16 +12,12 @@ from conftest import logits, started, tiny_gpt2, tiny_llama, token_batch, wrap
 from headstart.errors import LayerError
 from headstart.layers.find import lora_layers
 from headstart.methods.base import Layer
-from inputs import normal, worst_angle
+from inputs import worst_angle
+from known_layers import from_spectrum
 
 
 def of_weight(W, r, s=1.0):
     return Layer("layer", *W.shape, r, s, weight=W.float())
-
-
-def with_spectrum(d_out, d_in, S, seed=0):
-    U, V = (torch.linalg.qr(normal(side, len(S), seed=seed + k)).Q for k, side in enumerate((d_out, d_in)))
-    return U @ torch.diag(S.double()) @ V.T
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,7 +35,7 @@ def test_B_is_orthonormal_in_the_directions_of_least_gain(d_out, d_in, decades, 
     S = torch.logspace(0, -decades, side, dtype=torch.float64)
     S = torch.ones_like(S) if repeated else S
     S[side - min(zeros, side) :] = 0
-    W = with_spectrum(d_out, d_in, S).float()
+    W = from_spectrum(d_out, d_in, S).float()
     start = hs.MiCA().factors(of_weight(W, r, s=3.0))
     B = start.B.double()
     assert torch.allclose(B.T @ B, torch.eye(r, dtype=torch.float64), atol=1e-6)
@@ -54,7 +50,7 @@ def test_B_is_orthonormal_in_the_directions_of_least_gain(d_out, d_in, decades, 
 
 
 def test_tall_weights_give_vectors_of_their_range_not_of_the_null_space_beside_it():
-    W = with_spectrum(20, 6, torch.linspace(6, 1, 6))
+    W = from_spectrum(20, 6, torch.linspace(6, 1, 6))
     B = hs.MiCA().factors(of_weight(W, 3)).B
     assert worst_angle(B, torch.linalg.svd(W, full_matrices=False).U[:, 3:]) < 1e-5
 

@@ -373,7 +373,7 @@ GRADIENT_METHODS = [
     "lora-ga:samples=8",
     "lora-sb:samples=8,lr=0.1",
     "lora-sb:samples=8,lr=0.1,optimizer=sgd,split=suboptimal",
-    "lora-da:samples=8,fisher=none,variance=0,normalise=false",
+    "lora-da:samples=8,fisher=none,variance=0,normalize=false",
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import headstart as hs
-from conftest import VOCABULARY, logits, perturb, started, tiny_llama, token_batch, wrap
+from conftest import VOCABULARY, logits, perturb, started, tiny_llama, token_batch, word_tokenizer, wrap
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -29,13 +29,7 @@ COMMON = dict(
 @pytest.fixture(scope="module")
 def tokenizer():
     """One word a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{number}" for number in range(VOCABULARY - 3))]
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return word_tokenizer(["<pad>", "<eos>", "<unk>", *(f"w{number}" for number in range(VOCABULARY - 3))])
 
 
 PAIRS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 import headstart as hs
-from conftest import perturb, tiny_llama
+from children import ended, forked
+from conftest import perturb, tiny_llama, word_tokenizer
 from headstart.cli import main
 from headstart.layers import files
 from headstart.training.run import _last_save
@@ -73,15 +75,11 @@ def test_a_trainer_that_is_killed_goes_on(tmp_path):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A tiny model with a tokenizer, questions with answers, and the arguments of a comparison on them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("small")
     tiny_llama(max_position_embeddings=128).save_pretrained(folder / "tiny")
     words = ["<pad>", "<eos>", "<unk>", "Question", "Answer", *"#+=.:?", *(str(number) for number in range(70))]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder / "tiny")
+    word_tokenizer(words).save_pretrained(folder / "tiny")
     rows = [{"question": f"{i} + {i} ?", "answer": f"{i} + {i} = {2 * i} .\n#### {2 * i}"} for i in range(30)]
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return [
@@ -131,12 +129,7 @@ def test_a_killed_save_of_a_checkpoint_leaves_the_old_one(tmp_path, monkeypatch)
     expected = program.factors(model)
     perturb(model)
     monkeypatch.setattr(files, "save_file", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-    child = os.fork()
-    if child == 0:
-        try:
-            hs.save_checkpoint(model, tmp_path / "start", force=True)
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    save = functools.partial(hs.save_checkpoint, model, tmp_path / "start", force=True)
+    assert ended(forked(save)) == -signal.SIGKILL
     for name, value in program.factors(hs.load_checkpoint(tiny_llama(), tmp_path / "start")).items():
         assert torch.equal(value, expected[name]), name

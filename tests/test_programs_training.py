@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import headstart as hs
-from conftest import logits, started, tiny_llama, token_batch, wrap
+from conftest import logits, started, tiny_llama, token_batch, word_tokenizer, wrap
 from programs import train as program
 from programs.train import FORMS
 from test_processes import together, whole
@@ -49,13 +49,8 @@ def sums():
     """A tokenizer of numbers, and prompts with completions."""
     pytest.importorskip("trl")
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<eos>": 1, **{str(i): i + 2 for i in range(90)}}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = word_tokenizer(["<pad>", "<eos>", *map(str, range(90))], unknown="<pad>")
     rows = [{"prompt": f"{i} {i + 1} " * (1 + i % 2), "completion": f"{i + 2} {i + 3}"} for i in range(16)]
     return tokenizer, Dataset.from_list(rows)
 

@@ -20,6 +20,7 @@ from headstart.errors import LayerError
 from headstart.layers.find import lora_layers
 from headstart.layers.ranks import exact_pattern
 from headstart.methods.base import Factors, Method
+from snapshots import targets_of
 
 Q0, V1, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"
 # From rank 4: one grows, one shrinks, one goes.
@@ -56,10 +57,6 @@ class Anchors(Shares):
     form: ClassVar = "anchored"
 
 
-def layers(model, adapter="default"):
-    return {target.name: target for target in lora_layers(model, adapter)}
-
-
 def picture(model):
     """All that a start may change: modules, parameters with their values and flags, and what is kept by adapter."""
     empty = (torch.nn.ModuleDict, torch.nn.ParameterDict)
@@ -88,9 +85,9 @@ def same(one, other):
 
 def test_layers_get_their_ranks_and_keep_their_scaling():
     model = wrap(tiny_llama(), r=4, lora_alpha=8)
-    removed = layers(model)[DOWN1].module.get_base_layer()
+    removed = targets_of(model)[DOWN1].module.get_base_layer()
     report = hs.initialize_(model, Shares())
-    found = layers(model)
+    found = targets_of(model)
     assert DOWN1 not in found and model.get_submodule(f"base_model.model.{DOWN1}") is removed
     for name, target in found.items():
         rank = GIVEN.get(name, 4)
@@ -109,7 +106,7 @@ def test_layers_get_their_ranks_and_keep_their_scaling():
 def test_alpha_stays_where_the_method_says_so(rslora, scaling):
     model = wrap(tiny_llama(), r=4, lora_alpha=8, use_rslora=rslora)
     hs.initialize_(model, KeepsAlpha())
-    target = layers(model)[Q0]
+    target = targets_of(model)[Q0]
     assert target.module.lora_alpha["default"] == 8
     assert target.scaling == pytest.approx(scaling)
     assert model.peft_config["default"].alpha_pattern == {}
@@ -122,7 +119,7 @@ def test_the_config_gives_peft_the_same_layers(rslora, method):
     model = wrap(tiny_llama(), **changes)
     hs.initialize_(model, method())
     again = wrap(tiny_llama(), **{k: v for k, v in model.peft_config["default"].to_dict().items() if k in CARRIED})
-    found, fresh = layers(model), layers(again)
+    found, fresh = targets_of(model), targets_of(again)
     assert list(found) == list(fresh)
     for name, target in found.items():
         assert fresh[name].r == target.r
@@ -144,7 +141,7 @@ def test_a_saved_adapter_computes_the_same_when_peft_loads_it(tmp_path, method, 
     hs.save_lora(model, tmp_path / "plain")
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain")
     assert torch.allclose(logits(loaded, batch), logits(model, batch), atol=1e-5)
-    assert list(layers(loaded)) == list(layers(model))
+    assert list(targets_of(loaded)) == list(targets_of(model))
 
 
 def test_pefts_own_saving_brings_back_ranks_too(tmp_path, recwarn):
@@ -156,8 +153,8 @@ def test_pefts_own_saving_brings_back_ranks_too(tmp_path, recwarn):
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain")
     assert not [str(warning.message) for warning in recwarn if "missing" in str(warning.message)]
     assert torch.equal(logits(loaded, batch), logits(model, batch))
-    assert {name: target.r for name, target in layers(loaded).items()} == {
-        name: target.r for name, target in layers(model).items()
+    assert {name: target.r for name, target in targets_of(loaded).items()} == {
+        name: target.r for name, target in targets_of(model).items()
     }
 
 
@@ -168,8 +165,8 @@ def test_a_checkpoint_brings_back_ranks_too(tmp_path):
     hs.save_checkpoint(model, tmp_path / "checkpoint")
     loaded = hs.load_checkpoint(tiny_llama(), tmp_path / "checkpoint")
     assert torch.allclose(logits(loaded, batch), logits(model, batch), atol=1e-6)
-    assert {name: target.r for name, target in layers(loaded).items()} == {
-        name: target.r for name, target in layers(model).items()
+    assert {name: target.r for name, target in targets_of(loaded).items()} == {
+        name: target.r for name, target in targets_of(model).items()
     }
 
 
@@ -203,9 +200,9 @@ def test_another_adapter_on_the_same_layers_stays():
     model.add_adapter("other", LoraConfig(r=2, lora_alpha=2, target_modules="all-linear"))
     perturb(model, adapter="other")
     model.set_adapter("other")
-    before, count = logits(model, batch), len(layers(model, "other"))
+    before, count = logits(model, batch), len(targets_of(model, "other"))
     hs.initialize_(model, Shares(), adapter="default")
-    assert len(layers(model, "other")) == count and DOWN1 not in layers(model)
+    assert len(targets_of(model, "other")) == count and DOWN1 not in targets_of(model)
     assert torch.equal(logits(model, batch), before)
     model.set_adapter("default")
     assert not torch.equal(logits(model, batch), before)
@@ -227,8 +224,8 @@ def test_dora_and_conv1d_take_other_ranks():
 
     model = wrap(tiny_gpt2(), target_modules=["c_attn", "c_fc", "c_proj"])
     hs.initialize_(model, OnGPT2())
-    assert layers(model)["transformer.h.0.attn.c_attn"].r == 9
-    assert "transformer.h.1.mlp.c_proj" not in layers(model)
+    assert targets_of(model)["transformer.h.0.attn.c_attn"].r == 9
+    assert "transformer.h.1.mlp.c_proj" not in targets_of(model)
     model(**token_batch()).loss.backward()
 
 
@@ -288,7 +285,7 @@ def test_a_failure_anywhere_leaves_the_model_as_it_was(monkeypatch, method, seco
             break
     assert stops > 10
     assert not same(picture(model), before)
-    assert layers(model)[Q0].r == 6
+    assert targets_of(model)[Q0].r == 6
     assert not torch.equal(logits(model, batch), base) or method is Anchors
 
 
@@ -315,7 +312,7 @@ def test_a_failed_start_can_be_made_again(monkeypatch):
 )
 def test_a_rank_that_a_layer_cant_have_is_refused(given_ranks, words):
     if words is None:  # no tensor has a negative side: nothing but all zeros is left to refuse
-        given_ranks = dict.fromkeys(layers(wrap(tiny_llama())), 0)
+        given_ranks = dict.fromkeys(targets_of(wrap(tiny_llama())), 0)
         words = "left no layer with a rank above 0"
 
     class Wrong(Shares):
@@ -369,7 +366,7 @@ def test_layers_that_were_left_out_already_stay_so(exclude):
     model = wrap(tiny_llama(), target_modules=targets, exclude_modules=exclude)
     hs.initialize_(model, Shares())
     settings_now = {k: v for k, v in model.peft_config["default"].to_dict().items() if k in CARRIED}
-    assert list(layers(wrap(tiny_llama(), **settings_now))) == list(layers(model))
+    assert list(targets_of(wrap(tiny_llama(), **settings_now))) == list(targets_of(model))
 
 
 def test_removing_a_layer_removes_no_other_that_ends_like_it():
@@ -387,7 +384,7 @@ def test_removing_a_layer_removes_no_other_that_ends_like_it():
         changes = dict(target_modules=["q", "v"], exclude_modules=exclude)
         model = wrap(Twice(), **changes)
         hs.initialize_(model, NoQ())
-        assert "q" not in layers(model) and "inner.q" in layers(model)
+        assert "q" not in targets_of(model) and "inner.q" in targets_of(model)
         now = model.peft_config["default"]
         again = wrap(Twice(), target_modules=["q", "v"], exclude_modules=now.exclude_modules)
-        assert list(layers(again)) == list(layers(model))
+        assert list(targets_of(again)) == list(targets_of(model))

@@ -7,19 +7,12 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import headstart as hs
-from conftest import started, tiny_llama, token_batch, wrap
+from conftest import started, tiny_llama, token_batch, word_tokenizer, wrap
 
 
-class Rows(torch.utils.data.Dataset):
-    def __init__(self):
-        batch = token_batch(16, 12)
-        self.rows = [{key: value[i] for key, value in batch.items()} for i in range(16)]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
+def rows():
+    batch = token_batch(16, 12)
+    return [{key: value[i] for key, value in batch.items()} for i in range(16)]
 
 
 def arguments(folder, **changes):
@@ -49,12 +42,12 @@ def weights(model):
 @pytest.mark.parametrize("prepared", ["initialised again", "fresh"])
 @pytest.mark.parametrize("method", ["pissa", "init-ab-plus", "lora-xs:std=0.01"])
 def test_trainer_resumes(method, prepared, tmp_path):
-    whole = Trainer(started(tiny_llama(), method, lora_dropout=0.1), arguments(tmp_path / "run"), train_dataset=Rows())
+    whole = Trainer(started(tiny_llama(), method, lora_dropout=0.1), arguments(tmp_path / "run"), train_dataset=rows())
     whole.train()
     again = started(tiny_llama(), method, lora_dropout=0.1, seed=99)
     if prepared == "fresh":
         again = wrap(tiny_llama(), lora_dropout=0.1)
-    rest = Trainer(again, arguments(tmp_path / "rest"), train_dataset=Rows())
+    rest = Trainer(again, arguments(tmp_path / "rest"), train_dataset=rows())
     rest.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert losses(rest) == losses(whole)
     expected = weights(whole.model)
@@ -74,8 +67,8 @@ def test_best_checkpoint_is_loaded_with_its_anchors(tmp_path):
             load_best_model_at_end=True,
             learning_rate=5e-2,
         ),
-        train_dataset=Rows(),
-        eval_dataset=Rows(),
+        train_dataset=rows(),
+        eval_dataset=rows(),
     )
     trainer.train()
     best = hs.load_checkpoint(tiny_llama(), trainer.state.best_model_checkpoint)
@@ -87,13 +80,8 @@ def test_best_checkpoint_is_loaded_with_its_anchors(tmp_path):
 def test_sft_trainer_resumes(tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<eos>": 1, **{str(i): i + 2 for i in range(90)}}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = word_tokenizer(["<pad>", "<eos>", *map(str, range(90))], unknown="<pad>")
     rows = Dataset.from_list([{"prompt": f"{i} {i + 1} ", "completion": f"{i + 2} {i + 3}"} for i in range(16)])
 
     def trainer(model, folder):

@@ -124,7 +124,9 @@ def test_the_adapter_and_the_merged_model_are_what_was_measured(model, data, tmp
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
-        assert not torch.allclose(adapted(ids).logits, AutoModelForCausalLM.from_pretrained(model)(ids).logits, atol=1e-3)
+        assert not torch.allclose(
+            adapted(ids).logits, AutoModelForCausalLM.from_pretrained(model)(ids).logits, atol=1e-3
+        )
     items = json.loads((tmp_path / "run" / "items.json").read_text())
     assert len(items) == result.metrics["exact_match"].count == 3
     assert all({"where", "reference", "answer", "exact_match"} <= item.keys() for item in items)

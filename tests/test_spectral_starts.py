@@ -29,7 +29,7 @@ def test_pissa(d_out, d_in, s):
 @pytest.mark.parametrize(("d_out", "d_in"), [(400, 300), (300, 400)])
 def test_pissa_of_a_weight_too_large_for_a_dense_decomposition(d_out, d_in, s):
     """Values fall by 0.8, so the iteration's residual of 1e-5 moves a singular vector by at most 1e-5 / 0.2."""
-    W = from_spectrum(d_out, d_in, [0.8**i for i in range(60)])
+    W = from_spectrum(d_out, d_in, [0.8**i for i in range(60)]).float()
     start = hs.PiSSA().factors(of_weight(W, 8, s=s))
     assert relative(s * product(start), best(W, 8)) < 5e-5
 

@@ -17,7 +17,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import headstart as hs
-from conftest import class_batch, logits, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5, tiny_vit, token_batch
+from conftest import (
+    class_batch,
+    logits,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_t5,
+    tiny_tied,
+    tiny_vit,
+    token_batch,
+)
 from headstart.errors import CheckpointError, LayerError, MethodError, ModelError
 from headstart.linalg.svd import truncated_svd_batch
 from headstart.methods import ANY_LAYER, method_class
@@ -44,13 +55,9 @@ METHODS = [
 ]
 
 
-def tied_llama():
-    return tiny_llama(tie_word_embeddings=True)
-
-
 MODELS = {
     "llama": (tiny_llama, "all-linear"),
-    "tied": (tied_llama, "all-linear"),
+    "tied": (tiny_tied, "all-linear"),
     "gpt2": (tiny_gpt2, ["c_attn", "c_fc", "c_proj"]),
     "t5": (tiny_t5, ["q", "v", "wi", "wo"]),
     "bert": (tiny_bert, r".*\.(query|value|dense)"),

@@ -8,10 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_llama
+from conftest import tiny_llama, word_tokenizer
 from headstart.study.tables import markdown, wilson
 from headstart.training.data import Example
 from headstart.training.evaluate import exact_match, held_out_loss
@@ -20,10 +18,7 @@ from headstart.training.run import Result
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "#", "####", *map(str, range(80))])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    return word_tokenizer(["<pad>", "<eos>", "<unk>", "#", "####", *map(str, range(80))])
 
 
 def rows(count, seed=0):

@@ -7,11 +7,10 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaForSequenceClassification
 
 import headstart as hs
-from conftest import tiny_llama, wrap
+from conftest import tiny_llama, word_tokenizer, wrap
 from headstart.layers.find import lora_layers
 from headstart.statistics.trainer import from_trainer
 from test_trainer_data import assert_close, chosen, gradients, oracle
@@ -27,10 +26,7 @@ BAD = [" " + " ".join(WORDS[40 - row : 43 - row]) for row in range(11)]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {word: 2 + place for place, word in enumerate(WORDS)}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    return word_tokenizer(["<pad>", "<eos>", *WORDS], unknown="<pad>")
 
 
 def settings(folder):

@@ -24,6 +24,7 @@ from peft import LoraConfig
 
 import headstart as hs
 from cached import contents, encoded, factors_of, fetch, key_of
+from children import ended, forked, killed
 from conftest import tiny_llama
 from headstart.cache.eviction import entry_path
 from headstart.files import sha256, write_whole
@@ -73,16 +74,13 @@ def test_the_wait_begins_anew_with_everything_that_comes(tmp_path, monkeypatch):
             write_whole(entry_path(tmp_path, key), encoded(key, factors_of(key)))
             claim.__exit__(None, None, None)
 
-    context = multiprocessing.get_context("fork")
-    holding = context.Event()
-    process = context.Process(target=work, args=(holding,), daemon=True)
-    process.start()
+    holding = multiprocessing.get_context("fork").Event()
+    process = forked(work, holding)
     assert holding.wait(60)
     began = time.monotonic()
     assert fetch(tmp_path, KEYS) == (contents(KEYS), [], [])
     assert time.monotonic() - began > 2
-    process.join(60)
-    assert process.exitcode == 0
+    assert ended(process) == 0
 
 
 def test_what_is_computed_here_for_long_is_no_wait(tmp_path, monkeypatch):
@@ -174,12 +172,10 @@ def test_a_process_that_does_not_come_is_a_sentence(tmp_path):
     context = multiprocessing.get_context("fork")
     answers, unused = context.Queue(), context.Queue()
     queues = (answers, unused)
-    started = [context.Process(target=alone, args=(rank, tmp_path, queues[rank]), daemon=True) for rank in range(2)]
-    for process in started:
-        process.start()
+    started = [forked(alone, rank, tmp_path, queues[rank]) for rank in range(2)]
     sentence = answers.get(timeout=120)
     for process in started:
-        process.kill()
+        killed(process)
     assert re.match(r"process 0 waited \d+ s for 1 other process: .*Timed out", sentence)
 
 

@@ -87,11 +87,11 @@ def find(step: Step) -> tuple[Any, str, Any] | None:
         holder: Any = importlib.import_module(step.module)
         for part in path:
             holder = getattr(holder, part)
-        there = inspect.getattr_static(holder, name)
-        known = inspect.signature(getattr(there, "__func__", there)).parameters
+        attribute = inspect.getattr_static(holder, name)
+        parameters = inspect.signature(getattr(attribute, "__func__", attribute)).parameters
     except (ImportError, AttributeError, TypeError, ValueError):
         return None
-    return (holder, name, there) if all(argument in known for argument in step.arguments) else None
+    return (holder, name, attribute) if all(argument in parameters for argument in step.arguments) else None
 
 
 def extend(step: Step, before: Callable[[dict[str, Any]], None]) -> bool:
@@ -109,8 +109,8 @@ def extend(step: Step, before: Callable[[dict[str, Any]], None]) -> bool:
             stacklevel=2,
         )
         return False
-    holder, name, there = place
-    function = getattr(there, "__func__", there)
+    holder, name, attribute = place
+    function = getattr(attribute, "__func__", attribute)
     if getattr(function, "extended_by_headstart", False):
         return True
     signature = inspect.signature(function)
@@ -122,5 +122,5 @@ def extend(step: Step, before: Callable[[dict[str, Any]], None]) -> bool:
         return function(*bound.args, **bound.kwargs)
 
     extended.extended_by_headstart = True  # type: ignore[attr-defined]
-    setattr(holder, name, classmethod(extended) if isinstance(there, classmethod) else extended)
+    setattr(holder, name, classmethod(extended) if isinstance(attribute, classmethod) else extended)
     return True

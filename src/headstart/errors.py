@@ -56,6 +56,6 @@ def not_finite(layer: str) -> LayerError:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest of ``known``, or an empty string where none is near."""
-    lower = {each.lower(): each for each in known}
+    lower = {word.lower(): word for word in known}
     close = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
     return f" Did you mean {lower[close[0]]!r}?" if close else ""

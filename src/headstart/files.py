@@ -271,7 +271,7 @@ def _remove_if_dead(work: Path, same_host: bool) -> None:
 def _foreign(target: Path, kind: Kind) -> list[str]:
     """Return the names in a folder that aren't ours, or, of folders, that hold something that isn't."""
     owned = set(kind.owned(target))
-    found = []
+    foreign = []
     for entry in sorted(target.iterdir()):
         if is_hidden(entry.name):
             continue
@@ -281,8 +281,8 @@ def _foreign(target: Path, kind: Kind) -> list[str]:
         else:
             ours = entry.name in owned
         if not ours:
-            found.append(entry.name)
-    return found
+            foreign.append(entry.name)
+    return foreign
 
 
 def _files(folder: Path) -> list[Path]:

@@ -128,9 +128,9 @@ def initialize_(
             kept = open_cache(cache, context.notes.append)
         starts: dict[str, Factors] = {}
         for statistics in context.timed("collect", collect(model, target.layers, method, source, reading, context)):
-            with context.clock("factorise"):
+            with context.clock("solve"):
                 starts |= solve(method, target.layers, statistics, context, source.training, kept)
-    with context.clock("factorise"):
+    with context.clock("solve"):
         starts = settled(method, target.layers, starts)
     notes = [*fallbacks(starts, strict), *context.notes]
     pairs = [(layer, starts[layer.name]) for layer in target.layers]

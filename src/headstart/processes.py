@@ -61,10 +61,10 @@ class Processes:
         """Return every process's value, in the order of the ranks."""
         if not self.several:
             return [value]
-        found: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.count
         with self._waiting():
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def sum_to(self, tensor: Tensor, owner: int) -> None:
         """Sum a tensor over the processes in place, for process ``owner``.
@@ -125,12 +125,12 @@ def together(processes: Processes) -> Iterator[None]:
         if not processes.several:
             raise
     kind = type(failure) if isinstance(failure, HeadstartError) else HeadstartError
-    found = processes.gather(None if failure is None else (kind, str(failure)))
+    failures = processes.gather(None if failure is None else (kind, str(failure)))
     if failure is not None:
         raise failure
-    for rank, theirs in enumerate(found):
-        if theirs is not None:
-            raise theirs[0](f"process {rank} failed: {theirs[1]}")
+    for rank, reported in enumerate(failures):
+        if reported is not None:
+            raise reported[0](f"process {rank} failed: {reported[1]}")
 
 
 def owners(costs: Mapping[T, float], count: int) -> dict[T, int]:
@@ -146,24 +146,24 @@ def owners(costs: Mapping[T, float], count: int) -> dict[T, int]:
 
 def digest(batch: Mapping[str, Any]) -> str:
     """Return a short hash of a batch's content, by which processes tell whether they were given the same data."""
-    found = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
-            found.update(str(tuple(value.shape)).encode())
-            found.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+            hashed.update(str(tuple(value.shape)).encode())
+            hashed.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         elif isinstance(value, Mapping):
             for key in sorted(value, key=str):
-                found.update(str(key).encode())
+                hashed.update(str(key).encode())
                 add(value[key])
         elif isinstance(value, list | tuple):
             for part in value:
                 add(part)
         elif isinstance(value, str | int | float):
-            found.update(repr(value).encode())
+            hashed.update(repr(value).encode())
 
     add(batch)
-    return found.hexdigest()
+    return hashed.hexdigest()
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -56,11 +56,13 @@ def solve(
     solver = _Solver(method, statistics, context, training)
     if not statistics.owners:
         return (
-            solver.looked_up(concerned, cache) if cache and _kept(method, concerned, cache) else solver.made(concerned)
+            solver.looked_up(concerned, cache)
+            if cache and _kept(method, concerned, cache)
+            else solver.computed(concerned)
         )
     processes = context.processes
     with together(processes):
-        starts = solver.made(concerned)
+        starts = solver.computed(concerned)
     if not processes.several:
         return starts
     sent = {name: _on_cpu(factors) for name, factors in starts.items()}
@@ -100,9 +102,9 @@ class _Solver:
         self._statistics = statistics
         self._context = context
         self._training = training
-        self._made = 0
+        self._solved = 0
 
-    def made(self, layers: Sequence[TargetLayer]) -> dict[str, Factors]:
+    def computed(self, layers: Sequence[TargetLayer]) -> dict[str, Factors]:
         """Return the factors of those layers that this process is to solve, computed."""
         starts: dict[str, Factors] = {}
         rank = self._context.processes.rank
@@ -136,22 +138,22 @@ class _Solver:
                 # Freed as soon as they are used: they are the largest thing held.
                 self._statistics.drop(layer.name)
                 self._context.layer_seconds[layer.name] = (time.perf_counter() - began) / len(own)
-            self._made += len(own)
-            self._context.show("factorising", self._made, max(self._made, len(layers)))
+            self._solved += len(own)
+            self._context.show("factorising", self._solved, max(self._solved, len(layers)))
         return starts
 
     def looked_up(self, layers: Sequence[TargetLayer], cache: FactorCache) -> dict[str, Factors]:
         """Return the factors that the cache has, and computed those that it lacks."""
-        known = [self._inputs(layer, {}, weight=False) for layer in layers]
+        inputs = [self._inputs(layer, {}, weight=False) for layer in layers]
         keys = []
-        for layer, facts in zip(layers, known, strict=True):
+        for layer, facts in zip(layers, inputs, strict=True):
             keys.append(
                 layer_key(self._method, facts, layer.digest(), device=layer.device, transposed=layer.transposed)
             )
             self._context.show("hashing", len(keys), len(layers))
 
         def compute(positions: Sequence[int]) -> list[Factors]:
-            fresh = self.made([layers[position] for position in positions])
+            fresh = self.computed([layers[position] for position in positions])
             return [fresh[layers[position].name] for position in positions]
 
         places = {layer.name: position for position, layer in enumerate(layers)}
@@ -159,7 +161,7 @@ class _Solver:
             keys,
             compute,
             groups=[[places[layer.name] for layer in group] for group in self._groups(layers)],
-            describe=lambda position: description(self._method, known[position]),
+            describe=lambda position: description(self._method, inputs[position]),
             show=self._context.show,
         )
         for layer, factors in zip(layers, starts, strict=True):

@@ -113,21 +113,21 @@ class FactorCache(Store):
         def make(missing: list[str]) -> dict[str, Factors]:
             nonlocal wrote
             positions = [places[key] for key in missing]
-            made = dict(zip(missing, compute(positions), strict=True))
-            for key, factors in made.items():
+            fresh = dict(zip(missing, compute(positions), strict=True))
+            for key, factors in fresh.items():
                 self.computed += 1
                 wrote |= self._keep(key, factors, describe(places[key]) if describe else {})
             if wrote and (self._bytes is None or self._bytes > self.limit_bytes):
                 self._bytes = evict(self.folder, self.limit_bytes, set(keys))
-            return made
+            return fresh
 
         own = [[keys[position] for position in group if places[keys[position]] == position] for group in groups]
-        there = self.make_all(own, self._look_up, make, what="factors of layers", show=show)
-        self.served += len(there) - (self.computed - computed)
+        by_key = self.make_all(own, self._look_up, make, what="factors of layers", show=show)
+        self.served += len(by_key) - (self.computed - computed)
         if wrote:
             # Counted again: other processes write too.
             self._bytes = evict(self.folder, self.limit_bytes, set(keys))
-        return [there[key] for key in keys]
+        return [by_key[key] for key in keys]
 
     def entries(self) -> list[CachedFile]:
         """Return what the folder holds, the least recently used first."""
@@ -184,8 +184,8 @@ def pack(factors: Factors, about: Mapping[str, Any]) -> tuple[dict[str, Tensor],
     """Return factors as an entry's tensors and facts, the latter with what is to be said about them."""
     values = {field.name: getattr(factors, field.name) for field in dataclasses.fields(factors)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    rest = {name: value for name, value in values.items() if name not in tensors} | {"info": dict(factors.info)}
-    return tensors, {"factors": rest, "about": dict(about)}
+    plain = {name: value for name, value in values.items() if name not in tensors} | {"info": dict(factors.info)}
+    return tensors, {"factors": plain, "about": dict(about)}
 
 
 def unpack(entry: Entry) -> Factors:

@@ -33,9 +33,9 @@ def cacheable(method: Method) -> bool:
     results change; without one, factors from before a change would be believed.
     """
     wants = method.wants(ANY_LAYER)
-    known = _is_ours(type(method)) or getattr(method, "arithmetic_version", None) is not None
+    versioned = _is_ours(type(method)) or getattr(method, "arithmetic_version", None) is not None
     plain = all(value is None or isinstance(value, bool | int | float | str) for value in method.settings().values())
-    return wants.weight and not wants.original and not wants.data and known and plain
+    return wants.weight and not wants.original and not wants.data and versioned and plain
 
 
 def layer_key(

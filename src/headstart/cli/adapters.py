@@ -57,9 +57,9 @@ def export(
         check_merged_place(out, force)
     else:
         check_free(out, DIFFUSERS_FOLDER if to is Form.DIFFUSERS else ADAPTER_FOLDER, force)
-    found = read_adapter(adapter)
+    saved = read_adapter(adapter)
     if to is not Form.MERGED:
-        plain = make_plain(found.layers, found.rest, found.config, rank, uniform=uniform)
+        plain = make_plain(saved.layers, saved.other_tensors, saved.config, rank, uniform=uniform)
         if to is Form.DIFFUSERS:
             write_diffusers(plain, out, force=force)
         else:
@@ -70,7 +70,7 @@ def export(
     if rank is not None or uniform:
         option = "--uniform" if rank is None else "--rank"
         raise CheckpointError(f"{option} does not go with --to merged: a merged model holds the whole update.")
-    base, tokenizer, _ = resolve_model(_base_name(model, found.config.base_model_name_or_path, adapter))
+    base, tokenizer, _ = resolve_model(_base_name(model, saved.config.base_model_name_or_path, adapter))
     with warnings_said():
         merged = load_checkpoint(base, adapter, trainable=False)
     write_merged(merged, tokenizer, out, force=force)
@@ -84,8 +84,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every layer.")] = False,
 ) -> None:
     """Show an adapter's ranks, norms and spectra, and the base model that it fits."""
-    found = read_adapter(adapter)
-    description = inspect_adapter(found)
+    saved = read_adapter(adapter)
+    description = inspect_adapter(saved)
     if as_json:
         output.print_json(json.dumps(description.to_dict()))
     else:

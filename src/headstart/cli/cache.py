@@ -138,10 +138,10 @@ def parse_age(text: str) -> float:
     Raises:
         typer.BadParameter: it is none.
     """
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", text.strip().lower())
-    if found is None:
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", text.strip().lower())
+    if match is None:
         raise typer.BadParameter(f"{text!r} is not an age: write 30d, 12h or 2w.", param_hint="--older-than")
-    return float(found[1]) * _UNITS[found[2]]
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def human_bytes(count: float) -> str:
@@ -163,7 +163,7 @@ def human_age(seconds: float) -> str:
 
 def _cache(folder: Path | None) -> FactorCache:
     place = factors_folder(folder)
-    if any(each.is_file() for each in (place, place.parent)):
+    if any(path.is_file() for path in (place, place.parent)):
         raise HeadstartError(f"The cache's folder {place.parent} is a file: name another (HEADSTART_CACHE, --folder).")
     return FactorCache(place, size_limit())
 

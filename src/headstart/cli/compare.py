@@ -133,12 +133,12 @@ def split_methods(text: str) -> tuple[str, ...]:
 
     ``lora,init-ab:beta=2,scheme=sgd,pissa`` is three methods: ``scheme=sgd`` belongs to the second.
     """
-    found: list[str] = []
+    methods: list[str] = []
     for piece in text.replace(" ", ",").split(","):
         if not piece:
             continue
-        if found and "=" in piece and ":" not in piece:
-            found[-1] += f",{piece}"
+        if methods and "=" in piece and ":" not in piece:
+            methods[-1] += f",{piece}"
         else:
-            found.append(piece)
-    return tuple(found)
+            methods.append(piece)
+    return tuple(methods)

@@ -46,7 +46,7 @@ def methods(
         output.print(text, markup=False, highlight=False, soft_wrap=True)
         return
     if as_json:
-        output.print_json(json.dumps([describe(each) for each in method_names()]))
+        output.print_json(json.dumps([describe(method) for method in method_names()]))
         return
     if markdown:
         sys.stdout.write(markdown_page())
@@ -54,9 +54,9 @@ def methods(
     table = Table(box=None, pad_edge=False)
     for title in ("method", "needs", "data", "cost", "source"):
         table.add_column(title, no_wrap=title == "method")
-    for each in method_names():
-        row = describe(each)
-        table.add_row(each, row["needs"], row["data"], row["cost"], row["source"])
+    for method in method_names():
+        row = describe(method)
+        table.add_row(method, row["needs"], row["data"], row["cost"], row["source"])
     output.print(table, markup=False)
     output.print("headstart methods NAME shows one in full, with its formula and settings.", markup=False)
 

@@ -70,7 +70,7 @@ def init(
 ) -> None:
     """Initialise an adapter and write it as a checkpoint (headstart.load_checkpoint reads it)."""
     # What can be refused is refused before the model is loaded.
-    made = parse_method(method)
+    parsed = parse_method(method)
     if stream:
         for name in ("data", "batch_size", "max_length", "lr", "memory_budget"):
             source = context.get_parameter_source(name)
@@ -79,26 +79,26 @@ def init(
                     f"--{name.replace('_', '-')} is for methods that read data through the whole model, which --stream "
                     "never builds: leave one of the two out."
                 )
-        _stream(model, made, out, rank, alpha, rslora, targets, seed, form, cache, strict, force)
+        _stream(model, parsed, out, rank, alpha, rslora, targets, seed, form, cache, strict, force)
         return
     check_free(out, ADAPTER_FOLDER, force)
     probe = replace(ANY_LAYER, training=Training(None, lr))
     with suppress(LayerError):  # of a setting that is missing; what is wrong with layers, the verb finds
-        made.check(probe)
-    reads = made.wants(probe).data
+        parsed.check(probe)
+    reads = parsed.wants(probe).data
     if reads and data is None:
-        raise DataError(f"method {made.name!r} needs data: give a JSONL file with --data.")
+        raise DataError(f"method {parsed.name!r} needs data: give a JSONL file with --data.")
     if data is not None and not reads:
-        console.print(f"note: method {made.name!r} reads no data, so --data is left unread", markup=False)
+        console.print(f"note: method {parsed.name!r} reads no data, so --data is left unread", markup=False)
         data = None
 
     loaded, tokenizer, name = resolve_model(model)
     rows: list[dict[str, list[int]]] = []
     population = None
     if data is not None:
-        every = load_examples(data, limit=None if made.wants(probe).population else made.sample_count() or None)
+        every = load_examples(data, limit=None if parsed.wants(probe).population else parsed.sample_count() or None)
         population = len(every)
-        samples = made.sample_count(population) or None
+        samples = parsed.sample_count(population) or None
         tokenized = tokenize_examples(every[:samples], tokenizer, max_length=max_length)
         if tokenized.dropped or tokenized.truncated:
             console.print(
@@ -120,7 +120,7 @@ def init(
     )
     report = initialize_(
         wrapped,
-        made,
+        parsed,
         data=TrainingData(
             batches(rows, batch_size, tokenizer.pad_token_id) if rows else None, training=Training(population, lr)
         ),

@@ -56,7 +56,7 @@ class AdapterLayer:
 
 
 def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, AdapterLayer], dict[str, Tensor]]:
-    """Sort a PEFT adapter's tensors into layers, and the rest (heads that are trained beside it).
+    """Sort a PEFT adapter's tensors into layers, and the others (heads that are trained beside it).
 
     Those that earlier versions of headstart wrote are read, too.
 
@@ -66,18 +66,18 @@ def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, 
     # PEFT's own saving of a model with compiled parts writes the names of what is around them.
     tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
     parts: dict[str, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
+    other_tensors: dict[str, Tensor] = {}
     roles = {"lora_A.weight": "A", "lora_B.weight": "B", f"{CORE}.weight": "core"}
     for kind, (name_A, name_B) in START_NAMES.items():
         roles |= {f"{name_A}.weight": f"{kind} A0", f"{name_B}.weight": f"{kind} B0"}
     for key, tensor in renewed(tensors).items():
         role = next((role for ending, role in roles.items() if key.endswith(f".{ending}")), None)
         if role is None:
-            rest[key] = tensor
+            other_tensors[key] = tensor
             continue
-        ending = next(ending for ending, known in roles.items() if known == role)
+        ending = next(ending for ending, its_role in roles.items() if its_role == role)
         parts.setdefault(key.removesuffix(f".{ending}").removeprefix(BASE_PREFIX), {})[role] = tensor
-    return {name: _layer(name, found, config) for name, found in parts.items()}, rest
+    return {name: _layer(name, by_role, config) for name, by_role in parts.items()}, other_tensors
 
 
 # How earlier versions named anchors and cores, which were parameters and not modules.
@@ -111,17 +111,17 @@ def renewed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return new
 
 
-def _layer(name: str, found: dict[str, Tensor], config: LoraConfig) -> AdapterLayer:
-    kind = next((kind for kind in START_NAMES if any(role.startswith(kind) for role in found)), "lora")
+def _layer(name: str, by_role: dict[str, Tensor], config: LoraConfig) -> AdapterLayer:
+    kind = next((kind for kind in START_NAMES if any(role.startswith(kind) for role in by_role)), "lora")
     roles = ["A", "B"] if kind == "lora" else ["A", "B", f"{kind} A0", f"{kind} B0"]
-    if kind == "lora" and "core" in found:
+    if kind == "lora" and "core" in by_role:
         kind = "core"
-    missing = [role for role in roles if role not in found]
+    missing = [role for role in roles if role not in by_role]
     if missing:
         raise CheckpointError(f"the adapter's layer {name!r} lacks {', '.join(missing)}: the file is not complete.")
-    A, B = found["A"], found["B"]
-    A0, B0 = (found[role] for role in roles[2:]) if kind in START_NAMES else (None, None)
-    core = found.get("core")
+    A, B = by_role["A"], by_role["B"]
+    A0, B0 = (by_role[role] for role in roles[2:]) if kind in START_NAMES else (None, None)
+    core = by_role.get("core")
     shapes_fit = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
     shapes_fit = shapes_fit and (core is None or tuple(core.shape) == (A.shape[0], A.shape[0]))
     if not shapes_fit or (A0 is not None and (A0.shape != A.shape or (B0 is not None and B0.shape != B.shape))):
@@ -150,7 +150,7 @@ class PlainAdapter:
 
 def make_plain(
     layers: Mapping[str, AdapterLayer],
-    rest: Mapping[str, Tensor],
+    other_tensors: Mapping[str, Tensor],
     config: LoraConfig,
     rank: int | None,
     *,
@@ -162,7 +162,7 @@ def make_plain(
     by the rank whatever the config says. (Not so where LoRA tensors of other than linear layers come along.)
 
     Args:
-        layers, rest: from :func:`split`.
+        layers, other_tensors: from :func:`split`.
         config: of the adapter; the returned one is a copy with rank, alpha and patterns that fit.
         rank: truncate every layer's update to at most this rank, by SVD of the product; None keeps it whole.
         uniform: give all layers one rank and one scaling, in place of patterns: smaller ranks are filled up with
@@ -188,13 +188,13 @@ def make_plain(
     if uniform:
         factors, scalings = _uniform(factors, scalings)
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
-    stranded = next((key for key in rest if "lora_" in key), None)
-    fits = all(ranks[name] == each.A.shape[0] and scalings[name] == each.scaling for name, each in layers.items())
+    stranded = next((key for key in other_tensors if "lora_" in key), None)
+    fits = all(ranks[name] == layer.A.shape[0] and scalings[name] == layer.scaling for name, layer in layers.items())
     if stranded and not fits:
         raise CheckpointError(
             f"{stranded!r} can't be given another rank or scaling: only linear layers are exported at 2 r or less."
         )
-    tensors: dict[str, Tensor] = dict(rest)
+    tensors: dict[str, Tensor] = dict(other_tensors)
     for name, (A, B) in factors.items():
         tensors[f"{BASE_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{BASE_PREFIX}{name}.lora_B.weight"] = B
@@ -212,13 +212,13 @@ def _uniform(
     if not factors:
         return {}, {}
     rank, scaling = max(A.shape[0] for A, _ in factors.values()), _most_common(scalings)
-    found = {}
+    padded = {}
     for name, (A, B) in factors.items():
         more = rank - A.shape[0]
         if scalings[name] != scaling:
             B = B.to(torch.promote_types(B.dtype, torch.float32)) * (scalings[name] / scaling)
-        found[name] = pad(A, (0, 0, 0, more)), pad(B, (0, more))
-    return found, dict.fromkeys(factors, scaling)
+        padded[name] = pad(A, (0, 0, 0, more)), pad(B, (0, more))
+    return padded, dict.fromkeys(factors, scaling)
 
 
 def _fitting_config(

@@ -27,11 +27,11 @@ def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adap
         except AttributeError:
             raise CheckpointError(f"{folder} belongs to another base model: this one has no layer {name!r}.") from None
         plain[name] = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        here, there = linear_shape(plain[name]), (layer.B.shape[0], layer.A.shape[1])
-        if here != there:
+        shape, saved_shape = linear_shape(plain[name]), (layer.B.shape[0], layer.A.shape[1])
+        if shape != saved_shape:
             raise CheckpointError(
-                f"{folder} belongs to another base model: layer {name!r} is {_times(here)} here, and {_times(there)} "
-                "there."
+                f"{folder} belongs to another base model: layer {name!r} is {_times(shape)} here, and "
+                f"{_times(saved_shape)} there."
             )
         if name not in adapted:
             continue
@@ -58,12 +58,12 @@ def check_weights(model: Any, plain: dict[str, Any], records: dict[str, Any], fo
         expected = (content or {}).get("weight")
         if expected is None:
             continue
-        here, there = quantisation(plain[name]), content.get("quantised")
+        bits, saved_bits = quantisation(plain[name]), content.get("quantised")
         sample = fingerprint(plain[name])
         if sample is None or _alike(sample, expected, plain[name].weight.dtype):
             continue
-        if (here or there) and _near(sample, expected):
-            differing.add((_words(here), _words(there)))
+        if (bits or saved_bits) and _near(sample, expected):
+            differing.add((_words(bits), _words(saved_bits)))
         else:
             where = Path(getattr(base, "name_or_path", None) or "", RESIDUAL_MARK)
             hint = " (This is a residual model: headstart.stream.load_residual loads both.)" if where.is_file() else ""
@@ -71,10 +71,10 @@ def check_weights(model: Any, plain: dict[str, Any], records: dict[str, Any], fo
                 f"{folder} belongs to another base model: layer {name!r} has the same shape here, but other "
                 f"weights.{hint}"
             )
-    for here, there in sorted(differing):
+    for bits, saved_bits in sorted(differing):
         warnings.warn(
-            f"{folder} was made on a base model that is {there}, and this one is {here}: the adapter meets weights "
-            "that differ by the quantisation error (check_base=False says that this is meant).",
+            f"{folder} was made on a base model that is {saved_bits}, and this one is {bits}: the adapter meets "
+            "weights that differ by the quantisation error (check_base=False says that this is meant).",
             HeadstartWarning,
             stacklevel=4,  # over load_checkpoint and looks_through
         )
@@ -89,21 +89,21 @@ def _words(quantised: str | None) -> str:
     return f"held in {quantised.replace('-bit', ' bits')}" if quantised else "not quantised"
 
 
-def _near(found: list[float], expected: list[float]) -> bool:
+def _near(sample: list[float], expected: list[float]) -> bool:
     """Compare fingerprints of a weight and its quantised copy, which differ by a tenth, and others by more than all."""
-    apart = math.hypot(*(a - b for a, b in zip(found, expected, strict=True)))
-    return apart <= 0.4 * max(math.hypot(*found), math.hypot(*expected))
+    apart = math.hypot(*(a - b for a, b in zip(sample, expected, strict=True)))
+    return apart <= 0.4 * max(math.hypot(*sample), math.hypot(*expected))
 
 
-def _alike(found: list[float], expected: list[float], dtype: torch.dtype) -> bool:
+def _alike(sample: list[float], expected: list[float], dtype: torch.dtype) -> bool:
     """Compare fingerprints; a base loaded in half precision differs from itself by rounding, no more."""
     tolerance = 0.0 if dtype in (torch.float32, torch.float64) else 2 * torch.finfo(torch.bfloat16).eps
     # The checkpoint may have come from a rounded base as well, which float32 then doesn't match to the bit.
-    rounded = [float(torch.tensor(value, dtype=torch.float32, device="cpu").bfloat16()) for value in found]
-    half = [float(torch.tensor(value, dtype=torch.float32, device="cpu").half()) for value in found]
+    rounded = [float(torch.tensor(value, dtype=torch.float32, device="cpu").bfloat16()) for value in sample]
+    half = [float(torch.tensor(value, dtype=torch.float32, device="cpu").half()) for value in sample]
     return any(
         all(math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-12) for a, b in zip(values, expected, strict=True))
-        for values in (found, rounded, half)
+        for values in (sample, rounded, half)
     )
 
 

@@ -72,8 +72,8 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, adapter: str | None =
     adapter = resolve_adapter(model, adapter)
     tensors = adapter_tensors(model, adapter, "auto")
     records = {layer.name: _record_to_save(layer) for layer in lora_layers(model, adapter)}
-    with one_writes(model) as mine:
-        if not mine:
+    with one_writes(model) as writes:
+        if not writes:
             return
         with whole_folder(path, ADAPTER_FOLDER, force=force) as folder:
             digest = write_tensors(tensors, folder / WEIGHTS)
@@ -117,8 +117,8 @@ def load_checkpoint(
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"{model!r} is not a model: give the base model itself, as from_pretrained returns it.")
     folder = Path(path)
-    read = read_adapter(folder)
-    config, layers, records = read.config, read.layers, read.record.get("layers", {})
+    saved = read_adapter(folder)
+    config, layers, records = saved.config, saved.layers, saved.record.get("layers", {})
     plain = check_shapes(model, layers, folder, adapter)
     if check_base:
         check_weights(model, plain, records, folder, adapter)
@@ -133,7 +133,7 @@ def load_checkpoint(
         for name, layer in layers.items():
             _prepare_layer(targets[name], layer, undo)
         try:
-            result = set_peft_model_state_dict(wrapped, _placed(wrapped, read, undo), adapter_name=adapter)
+            result = set_peft_model_state_dict(wrapped, _placed(wrapped, saved, undo), adapter_name=adapter)
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise
@@ -144,9 +144,9 @@ def load_checkpoint(
         unplaced = [key for key in result.unexpected_keys if ".modules_to_save." not in key]
         if unplaced:
             raise CheckpointError(f"{folder / WEIGHTS}: no place in the model for {unplaced[0]!r}.")
-        for name, found in records.items():
-            if found is not None:
-                set_record(targets[name], found)
+        for name, content in records.items():
+            if content is not None:
+                set_record(targets[name], content)
         for name, target in targets.items():
             _freeze_as(target, (records.get(name) or {}).get("frozen", ()), trainable)
         if any(layer.kind != "lora" for layer in layers.values()):
@@ -195,10 +195,10 @@ def _drop_adapter(model: Any, adapter: str) -> None:
     model.peft_config.pop(adapter, None)
 
 
-def _placed(model: nn.Module, read: AdapterFolder, undo: ExitStack) -> dict[str, Tensor]:
+def _placed(model: nn.Module, saved: AdapterFolder, undo: ExitStack) -> dict[str, Tensor]:
     """Return a checkpoint's tensors by the names that they have in this model; note the base's that they replace."""
     prefix = BASE_PREFIX if isinstance(model, PeftModel) else ""
-    tensors = {f"{prefix}{name.removeprefix(BASE_PREFIX)}": tensor for name, tensor in read.tensors.items()}
+    tensors = {f"{prefix}{name.removeprefix(BASE_PREFIX)}": tensor for name, tensor in saved.tensors.items()}
     for name, parameter in model.named_parameters():
         if name in tensors:  # embeddings
             undo.callback(assign, parameter, parameter.detach().clone())
@@ -209,24 +209,25 @@ def _own_parameters(model: nn.Module, adapter: str) -> Iterator[Tensor]:
     """Yield all that PEFT keeps for an adapter: factors, magnitudes, cores, heads."""
     for module in model.modules():
         for name in getattr(module, "adapter_layer_names", ()):
-            held = getattr(module, name, {})
-            if adapter in held:
-                yield from [held[adapter]] if isinstance(held[adapter], Tensor) else held[adapter].parameters()
+            by_adapter = getattr(module, name, {})
+            if adapter in by_adapter:
+                own = by_adapter[adapter]
+                yield from [own] if isinstance(own, Tensor) else own.parameters()
 
 
 def _freeze_as(target: TargetLayer, names: Sequence[str], trainable: bool) -> None:
     """Freeze the factors that a checkpoint's start froze, and no B that another start froze before."""
-    held = frozen_factors(target.module, target.adapter)
-    if "lora_B" in held and "lora_B" not in names and core_of(target.module, target.adapter) is None:
+    frozen = frozen_factors(target.module, target.adapter)
+    if "lora_B" in frozen and "lora_B" not in names and core_of(target.module, target.adapter) is None:
         thaw_factors(target.module, target.adapter, trainable)
-        held = tuple(name for name in held if name != "lora_B")
-    if wanted := {*held, *names}:
+        frozen = tuple(name for name in frozen if name != "lora_B")
+    if wanted := {*frozen, *names}:
         freeze_factors(target.module, target.adapter, sorted(wanted))
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter as read from its folder: what PEFT stores, sorted into layers and the rest, and headstart's record.
+    """An adapter as read from its folder: what PEFT stores, sorted into layers and others, and headstart's record.
 
     ``record`` is empty where headstart did not write the folder.
     """
@@ -234,7 +235,7 @@ class AdapterFolder:
     path: Path
     tensors: dict[str, Tensor]
     layers: dict[str, AdapterLayer]
-    rest: dict[str, Tensor]
+    other_tensors: dict[str, Tensor]
     config: LoraConfig
     record: dict[str, Any]
 
@@ -249,10 +250,10 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     record = _read_record(folder)
     tensors = {plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
     config = _read_config(folder)
-    layers, rest = split(tensors, config)
+    layers, other_tensors = split(tensors, config)
     if not layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no LoRA layer.")
-    return AdapterFolder(folder, tensors, layers, rest, config, record)
+    return AdapterFolder(folder, tensors, layers, other_tensors, config, record)
 
 
 def _record_to_save(layer: TargetLayer) -> dict[str, object]:
@@ -307,15 +308,16 @@ def _check_targets(targets: dict[str, TargetLayer], layers: dict[str, AdapterLay
 
 def check_form(target: TargetLayer, layer: AdapterLayer) -> None:
     """Raise CheckpointError where a layer's tensors can't be loaded into the form that the layer has."""
-    held = form_of(target.module, target.adapter)
-    if held is not None and layer.kind != held:
-        there = "plain" if layer.kind == "lora" else layer.kind
+    form = form_of(target.module, target.adapter)
+    if form is not None and layer.kind != form:
+        saved_form = "plain" if layer.kind == "lora" else layer.kind
         raise CheckpointError(
-            f"layer {target.name!r} is {held} in the model, and {there} in the checkpoint; load it on a fresh base."
+            f"layer {target.name!r} is {form} in the model, and {saved_form} in the checkpoint; load it on a "
+            "fresh base."
         )
     if layer.kind == "residual":
-        mine = anchors(target.module, target.adapter)
-        same = mine is not None and all(map(_same, mine, (layer.A0, layer.B0)))
+        own_anchors = anchors(target.module, target.adapter)
+        same = own_anchors is not None and all(map(_same, own_anchors, (layer.A0, layer.B0)))
         if not same and residual_owner(target.module) is not None:
             raise CheckpointError(
                 f"layer {target.name!r} was made residual with another start than the checkpoint's: load it on a fresh "
@@ -328,18 +330,18 @@ def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) ->
     module, adapter = target.module, target.adapter
     give_values(module, adapter, undo)
     if layer.core is not None:
-        mine = core_of(module, adapter)
-        if mine is None:
+        core = core_of(module, adapter)
+        if core is None:
             undo.callback(drop_core, module, adapter)
             set_core(module, adapter, layer.core)
             undo.callback(watch(module, adapter, target.name))
         else:
-            undo.callback(assign, mine, mine.detach().clone())
+            undo.callback(assign, core, core.detach().clone())
     if layer.A0 is None or layer.B0 is None:
         return
-    held = anchors(module, adapter)
-    if held is not None:
-        undo.callback(set_anchors, module, adapter, held[0].detach().clone(), held[1].detach().clone(), layer.kind)
+    before = anchors(module, adapter)
+    if before is not None:
+        undo.callback(set_anchors, module, adapter, before[0].detach().clone(), before[1].detach().clone(), layer.kind)
     else:
         undo.callback(drop_anchors, module, adapter)
     if layer.kind == "residual" and residual_owner(module) is None:
@@ -351,7 +353,9 @@ def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) ->
         undo.callback(watch(module, adapter, target.name))
 
 
-def _same(mine: Tensor, theirs: Tensor | None) -> bool:
+def _same(anchor: Tensor, saved: Tensor | None) -> bool:
     return (
-        theirs is not None and mine.shape == theirs.shape and bool(torch.equal(mine.cpu(), theirs.to(mine.dtype).cpu()))
+        saved is not None
+        and anchor.shape == saved.shape
+        and bool(torch.equal(anchor.cpu(), saved.to(anchor.dtype).cpu()))
     )

@@ -47,10 +47,10 @@ class CoreVariant(Formed):
 
 def core_of(module: LoraLayer, adapter: str) -> nn.Parameter | None:
     """Return R of a core layer, None for any other."""
-    held = getattr(module, CORE, None)
-    if held is None or adapter not in held:
+    cores = getattr(module, CORE, None)
+    if cores is None or adapter not in cores:
         return None
-    R: nn.Parameter = held[adapter].weight
+    R: nn.Parameter = cores[adapter].weight
     return R
 
 
@@ -65,8 +65,8 @@ def set_core(module: LoraLayer, adapter: str, R: Tensor) -> None:
         setattr(module, CORE, nn.ModuleDict())
         # What these names list, PEFT trains, moves and deletes with the adapter.
         module.adapter_layer_names = (*module.adapter_layer_names, CORE)
-    held = core_of(module, adapter)
-    trained = module.lora_B[adapter].weight.requires_grad or (held is not None and held.requires_grad)
+    before = core_of(module, adapter)
+    trained = module.lora_B[adapter].weight.requires_grad or (before is not None and before.requires_grad)
     like = module.lora_A[adapter].weight
     value = whole(R.detach()).to(device=like.device, dtype=like.dtype).clone()
     # First R, so that drop_core finds something to undo; then A and B.
@@ -79,11 +79,11 @@ def set_core(module: LoraLayer, adapter: str, R: Tensor) -> None:
 
 def drop_core(module: LoraLayer, adapter: str) -> None:
     """Make the layer a plain LoRA layer again (the inverse of :func:`set_core`)."""
-    held = getattr(module, CORE, {})
-    if adapter not in held:
+    cores = getattr(module, CORE, {})
+    if adapter not in cores:
         return
-    trained = held[adapter].weight.requires_grad
-    del held[adapter]
+    trained = cores[adapter].weight.requires_grad
+    del cores[adapter]
     module.lora_variant.pop(adapter, None)
     thaw_factors(module, adapter, trained)
 

@@ -28,16 +28,16 @@ def needs_embeddings(model: nn.Module, config: LoraConfig) -> bool:
     """
     if _is_targeted(model, config) and getattr(config, "trainable_token_indices", None) is None:
         return True
-    here = _vocabulary(getattr(model, "config", None))
+    size = _vocabulary(getattr(model, "config", None))
     name = config.base_model_name_or_path
     folder = _config_folder(name) if name else None
-    if here is None or folder is None:
+    if size is None or folder is None:
         return False
     try:
-        there = _vocabulary(type(model.config).from_pretrained(str(folder), local_files_only=True))  # type: ignore[union-attr]
+        original_size = _vocabulary(type(model.config).from_pretrained(str(folder), local_files_only=True))  # type: ignore[union-attr]
     except (OSError, ValueError):  # a damaged config; the model itself was loaded from elsewhere
         return False
-    return there is not None and here != there
+    return original_size is not None and size != original_size
 
 
 def _is_targeted(model: Any, config: LoraConfig) -> bool:

@@ -78,13 +78,13 @@ def save_lora(
         raise CheckpointError(f"layout={layout!r} is not one of 'peft', 'diffusers'.")
     adapter = resolve_adapter(model, adapter)
     config = portable_config(model, adapter)
-    layers, rest = split(adapter_tensors(model, adapter, save_embedding_layers), config)
-    _restore_bases(layers, rest)
-    plain = make_plain(layers, rest, config, rank, uniform=uniform)
-    with one_writes(model) as mine:
-        if mine and layout == "diffusers":
+    layers, other_tensors = split(adapter_tensors(model, adapter, save_embedding_layers), config)
+    _restore_bases(layers, other_tensors)
+    plain = make_plain(layers, other_tensors, config, rank, uniform=uniform)
+    with one_writes(model) as writes:
+        if writes and layout == "diffusers":
             write_diffusers(plain, path, prefix, force=force)
-        elif mine:
+        elif writes:
             write_plain(plain, path, force=force)
     return plain.relative_error
 
@@ -152,13 +152,14 @@ def adapter_tensors(model: nn.Module, adapter: str, save_embedding_layers: SaveE
     return {f"{BASE_PREFIX}{name.removeprefix(BASE_PREFIX)}": whole(tensor) for name, tensor in tensors.items()}
 
 
-def _restore_bases(layers: Mapping[str, AdapterLayer], rest: dict[str, Tensor]) -> None:
+def _restore_bases(layers: Mapping[str, AdapterLayer], other_tensors: dict[str, Tensor]) -> None:
     """Put the start back into base weights that leave with the adapter: what is written is for the untouched model."""
     for name, layer in layers.items():
         key = f"{BASE_PREFIX}{name}.base_layer.weight"
-        if key in rest and layer.kind == "residual" and layer.A0 is not None and layer.B0 is not None:
+        if key in other_tensors and layer.kind == "residual" and layer.A0 is not None and layer.B0 is not None:
             start = layer.scaling * product(layer.B0.float(), layer.A0.float())
-            rest[key] = (rest[key].float() + start.to(rest[key].device)).to(rest[key].dtype)
+            weight = other_tensors[key]
+            other_tensors[key] = (weight.float() + start.to(weight.device)).to(weight.dtype)
 
 
 @contextmanager
@@ -198,6 +199,6 @@ def save_config(config: LoraConfig, folder: Path) -> None:
     """Write ``adapter_config.json``, the same bytes for the same adapter: PEFT's sets have no order of their own."""
     config = copy.copy(config)
     for name in ("target_modules", "exclude_modules"):
-        if isinstance(found := getattr(config, name, None), set):
-            setattr(config, name, sorted(found))
+        if isinstance(modules := getattr(config, name, None), set):
+            setattr(config, name, sorted(modules))
     config.save_pretrained(str(folder), auto_mapping_dict=config.auto_mapping if config.task_type is None else None)

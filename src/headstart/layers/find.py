@@ -221,8 +221,8 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 def record(target: TargetLayer) -> dict[str, object] | None:
     """Return what :func:`set_record` noted of a layer, None for one that headstart did not initialise."""
-    found = getattr(target.module, _RECORD, {}).get(target.adapter)
-    return dict(found) if found is not None else None
+    content = getattr(target.module, _RECORD, {}).get(target.adapter)
+    return dict(content) if content is not None else None
 
 
 def set_record(target: TargetLayer, content: dict[str, object] | None) -> None:
@@ -258,8 +258,8 @@ def _check_kind(target: TargetLayer) -> None:
             "['q_proj', 'v_proj'], because 'all-linear' takes such parameters too."
         )
     # PEFT's layers on bitsandbytes' can't be imported where that isn't installed.
-    known = isinstance(target.module, Linear) or type(target.module).__module__ == "peft.tuners.lora.bnb"
-    if not known or not isinstance(base, (nn.Linear, Conv1D)):
+    supported = isinstance(target.module, Linear) or type(target.module).__module__ == "peft.tuners.lora.bnb"
+    if not supported or not isinstance(base, (nn.Linear, Conv1D)):
         if words := format_of(base):
             raise LayerError(
                 f"layer {target.name!r} holds its weight in {words}: only nn.Linear, Conv1D and bitsandbytes layers "

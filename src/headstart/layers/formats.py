@@ -42,10 +42,10 @@ def quantisation(base: nn.Module) -> str | None:
 def unreadable(base: nn.Module) -> str:
     """Return why a base layer's weight can't be read and what to do, to follow the layer's name; empty where it can."""
     weight = _weight(base)
-    if found := format_of(base):
+    if words := format_of(base):
         switched = _OFF.get(type(base).__module__.rpartition(".")[2])
         return (
-            f"holds its weight in {found}, which can't be read as numbers: load the base model unquantised"
+            f"holds its weight in {words}, which can't be read as numbers: load the base model unquantised"
             f"{f' ({switched})' if switched else ''}, or use a method that doesn't read the weight, such as lora."
         )
     return _no_values(base, weight)

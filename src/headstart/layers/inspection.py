@@ -97,10 +97,10 @@ class Description:
         ]
 
 
-def inspect_adapter(found: AdapterFolder) -> Description:
+def inspect_adapter(saved: AdapterFolder) -> Description:
     """Describe an adapter that was read from its folder."""
     layers = []
-    for name, layer in found.layers.items():
+    for name, layer in saved.layers.items():
         A, B = layer.plain()
         singular_values = (layer.scaling * product_svd(B, A)[1]).tolist()
         layers.append(
@@ -115,18 +115,18 @@ def inspect_adapter(found: AdapterFolder) -> Description:
                 singular_values=singular_values,
             )
         )
-    records = [record for record in found.record.get("layers", {}).values() if record]
+    records = [record for record in saved.record.get("layers", {}).values() if record]
     methods = sorted({str(record["method"]) for record in records if record.get("method")})
     return Description(
-        path=str(found.path),
-        base_model=found.config.base_model_name_or_path,
+        path=str(saved.path),
+        base_model=saved.config.base_model_name_or_path,
         method=", ".join(methods) or None,
-        version=found.record.get("version"),
+        version=saved.record.get("version"),
         checked_against_base=any("weight" in record for record in records),
         parameters=sum(
             layer.A.numel() + layer.B.numel() if layer.core is None else layer.core.numel()
-            for layer in found.layers.values()
+            for layer in saved.layers.values()
         ),
-        other_tensors=sorted(found.rest),
+        other_tensors=sorted(saved.other_tensors),
         layers=layers,
     )

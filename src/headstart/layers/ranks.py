@@ -63,9 +63,9 @@ def _resize(layer: TargetLayer, rank: int, factors: Factors) -> None:
     module, adapter, before = layer.module, layer.adapter, layer.r
     for container, d_in, d_out in ((module.lora_A, layer.d_in, rank), (module.lora_B, rank, layer.d_out)):
         weight = container[adapter].weight
-        made = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=False, device=weight.device, dtype=weight.dtype)
-        made.weight.requires_grad_(weight.requires_grad)
-        container[adapter] = made.train(container[adapter].training)
+        linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=False, device=weight.device, dtype=weight.dtype)
+        linear.weight.requires_grad_(weight.requires_grad)
+        container[adapter] = linear.train(container[adapter].training)
     ratio = math.sqrt(rank / before) if module.use_rslora[adapter] else rank / before
     module.r[adapter] = rank
     if factors.keeps == "scaling":
@@ -110,7 +110,7 @@ def _excluding(before: Any, removed: Sequence[str], left: Sequence[str]) -> Any:
     """Return ``exclude_modules`` that leaves out the removed layers as well, and no other."""
     if not isinstance(before, str):
         # PEFT takes a name for the end of one.
-        if not any(name.endswith(f".{other}") for name in left for other in removed):
+        if not any(name.endswith(f".{ending}") for name in left for ending in removed):
             return {*(before or ()), *removed}
         before = "|".join(rf"(.*\.)?{re.escape(name)}" for name in sorted(before or ()))
     return "|".join(filter(None, (before, *map(re.escape, removed))))

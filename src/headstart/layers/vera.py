@@ -106,11 +106,11 @@ def install_dictionary(starts: Sequence[tuple[TargetLayer, Factors]]) -> None:
                 "use a method that starts both factors, such as lora-da, and data that reach all layers."
             )
     module: Any = starts[0][0].module
-    A, B = (held[starts[0][0].adapter] for held in (module.vera_A, module.vera_B))
-    found_A = principal_directions([factors.A for _, factors in starts], A)
-    found_B = principal_directions([factors.B.T for _, factors in starts], B.T).T
-    A.copy_(found_A)
-    B.copy_(found_B)
+    A, B = (shared[starts[0][0].adapter] for shared in (module.vera_A, module.vera_B))
+    directions_A = principal_directions([factors.A for _, factors in starts], A)
+    directions_B = principal_directions([factors.B.T for _, factors in starts], B.T).T
+    A.copy_(directions_A)
+    B.copy_(directions_B)
 
 
 def principal_directions(spaces: Sequence[Tensor], random: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def principal_directions(spaces: Sequence[Tensor], random: Tensor) -> Tensor:
     _, S, Vh = torch.linalg.svd(torch.cat(rows), full_matrices=False)
     count = min(r, int((1e-10 * S[0] < S).sum()))
     unit = torch.nn.functional.normalize(double(random), dim=1)
-    found = torch.cat((Vh[:count].to(unit.device), unit[count:]))
-    largest = found.gather(1, found.abs().argmax(dim=1, keepdim=True))
-    found = torch.where(largest < 0, -found, found)
-    return like(found * (double(random).norm() / found.norm()), random)
+    directions = torch.cat((Vh[:count].to(unit.device), unit[count:]))
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    directions = torch.where(largest < 0, -directions, directions)
+    return like(directions * (double(random).norm() / directions.norm()), random)

@@ -64,10 +64,10 @@ def damped_inverse(matrix: Tensor, damping: float) -> DampedInverse:
     mean = float(double(matrix.diagonal()).clamp_min(0).mean())
     used = damping
     while True:
-        found = _try(matrix, used)
-        if found is not None and found.scaled_condition * _NOISE < 1:
+        attempt = _try(matrix, used)
+        if attempt is not None and attempt.scaled_condition * _NOISE < 1:
             return DampedInverse(
-                found.matrix, found.inverse, used, used > damping, found.condition, found.scaled_condition
+                attempt.matrix, attempt.inverse, used, used > damping, attempt.condition, attempt.scaled_condition
             )
         used = max(_RAISE * used, _NOISE * mean, 1e-30)
         if not math.isfinite(used):
@@ -86,13 +86,13 @@ def _try(matrix: Tensor, damping: float) -> DampedInverse | None:
     if not math.isfinite(float(inverse.abs().max())):
         return None
     root = damped.diagonal().sqrt()
-    one = torch.ones_like(root)
+    ones = torch.ones_like(root)
     return DampedInverse(
         matrix=damped,
         inverse=inverse,
         damping=damping,
         raised=False,
-        condition=_norm(damped, one) * _norm(inverse, one),
+        condition=_norm(damped, ones) * _norm(inverse, ones),
         scaled_condition=_norm(damped, 1 / root) * _norm(inverse, root),
     )
 

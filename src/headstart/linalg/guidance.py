@@ -129,8 +129,8 @@ def guidance_space(
         if rows is not None:
             rows, values, residuals = omega.ritz(rows)
             # Their own residuals can't tell what they overlook: two steps on, more of that is in the space.
-            _, better, rest = omega.ritz(torch.cat([rows, residuals, omega.negative(residuals)]))
-            excess = float((values - better[:r]).sum() + rest[:r].norm(dim=1).sum() + residuals.norm(dim=1).sum())
+            _, better, remaining = omega.ritz(torch.cat([rows, residuals, omega.negative(residuals)]))
+            excess = float((values - better[:r]).sum() + remaining[:r].norm(dim=1).sum() + residuals.norm(dim=1).sum())
             return _result(rows, values, r, unit, excess / _size(values, tol), iterations, False)
         max_iterations = 0
     steps, attempts = 0, list[tuple[_Operator, torch.dtype]]()
@@ -141,11 +141,11 @@ def guidance_space(
         elif spread <= _WIDE * depth:
             attempts = [(single.negative, torch.float32), (omega.negative, torch.float64)]
     for operator, dtype in attempts:
-        found, more = _krylov(operator, depth == 0, start.to(dtype), r, tol, max_iterations)
+        basis, more = _krylov(operator, depth == 0, start.to(dtype), r, tol, max_iterations)
         steps += more
-        if found is None:
+        if basis is None:
             break
-        rows, values, residuals = omega.ritz(operator(found) if depth == 0 else found.double())
+        rows, values, residuals = omega.ritz(operator(basis) if depth == 0 else basis.double())
         size = _size(values[:r], tol)
         if depth == 0:
             excess = _inverse_excess(operator(rows), rows, values, r)
@@ -333,10 +333,10 @@ def _published(single: _Omega, start: Tensor, iterations: int) -> Tensor | None:
     formed, X = single.formed(), start.to(single.inverse).mT.contiguous()
     try:
         # A tolerance that float32 can't reach: the steps are what ends it.
-        found = torch.lobpcg(formed, k=len(start), X=X, niter=iterations, tol=1e-30, largest=False)[1]
+        vectors = torch.lobpcg(formed, k=len(start), X=X, niter=iterations, tol=1e-30, largest=False)[1]
     except (RuntimeError, ValueError):
         return None
-    return found.mT.double() if math.isfinite(float(found.abs().sum())) else None
+    return vectors.mT.double() if math.isfinite(float(vectors.abs().sum())) else None
 
 
 def _result(rows: Tensor, values: Tensor, r: int, unit: float, error: float, steps: int, exact: bool) -> GuidanceSpace:

@@ -160,7 +160,7 @@ def _run_all(
     messages: SimpleQueue[tuple[int, int]] = SimpleQueue()
     done = [0] * len(slices)
 
-    def one(i: int) -> LowRankFit:
+    def descend_slice(i: int) -> LowRankFit:
         try:
             return run(slices[i], lambda step: messages.put((i, step)), stop.is_set)
         finally:
@@ -169,7 +169,7 @@ def _run_all(
     try:
         workers = min(threads, len(slices))
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(one, i) for i in range(len(slices))]
+            futures = [pool.submit(descend_slice, i) for i in range(len(slices))]
             try:
                 ended = 0
                 while ended < len(futures):
@@ -211,7 +211,7 @@ def squared_error(W: Tensor | Sequence[Tensor], A: Tensor, B: Tensor) -> Tensor:
     errors = torch.zeros(len(W), dtype=torch.float64, device=solving_device(A.device))
     # Copies, so that each is aligned as it would be alone.
     for i, (w, a, b) in enumerate(zip(W, A, B, strict=True)):
-        a, b = (double(each.clone()) for each in (a, b))
+        a, b = (double(factor.clone()) for factor in (a, b))
         cross = sum(((part @ a.mT) * b[rows]).sum() for rows, part in in_double(w))
         errors[i] = squared_norm(w) - 2 * cross + ((b.mT @ b) * (a @ a.mT)).sum()
     return errors.clamp_min(0.0)
@@ -299,8 +299,8 @@ def _check_fit(
 ) -> None:
     kinds = {(w.shape, w.dtype, w.device) for w in W}
     if len(kinds) != 1 or W[0].ndim != 2 or W[0].dtype not in (torch.float32, torch.float64):
-        found = ", ".join(f"{tuple(shape)} {dtype} {device}" for shape, dtype, device in kinds)
-        raise ValueError(f"expected matrices of one shape and device in float32 or float64, got {found or 'none'}")
+        given = ", ".join(f"{tuple(shape)} {dtype} {device}" for shape, dtype, device in kinds)
+        raise ValueError(f"expected matrices of one shape and device in float32 or float64, got {given or 'none'}")
     n, (d_out, d_in) = len(W), W[0].shape
     if A0.ndim != 3 or B0.shape != (n, d_out, A0.shape[1]) or (A0.shape[0], A0.shape[2]) != (n, d_in):
         raise ValueError(f"A0 {tuple(A0.shape)} and B0 {tuple(B0.shape)} don't fit {n} of {d_out}x{d_in}")

@@ -74,7 +74,7 @@ def full_precision(devices: Iterable[torch.device | str] = ()) -> Iterator[None]
 def _float32_products(stack: ExitStack) -> None:
     """Set products of float32 to IEEE's, and restore them with the stack."""
     switches = float32_switches()
-    values = [each.fp32_precision for each in switches]
+    values = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"
     # PyTorch refuses to read its older setting where the newer ones contradict it; so it is found by trying.

@@ -105,19 +105,19 @@ def truncated_svd(
     zero = max(torch.finfo(torch.float64).eps * max(matrix.shape) * bound, sys.float_info.min)
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.mT if wide else matrix
-    iterations, exact, found = 0, False, None
+    iterations, exact, triplets = 0, False, None
     if which == "largest":
         for work, right, steps in _candidates(tall, k, 0.9 * tol, max_iterations, seed):
             iterations, exact = iterations + steps, steps == 0
-            found = None if right is None else _rayleigh_ritz(work, right, zero)
-            if found is not None and found.residual <= tol:
+            triplets = None if right is None else _rayleigh_ritz(work, right, zero)
+            if triplets is not None and triplets.residual <= tol:
                 break
-            found = None
-    if found is None:
-        exact, found = True, _dense(tall.double(), k, which, zero)
+            triplets = None
+    if triplets is None:
+        exact, triplets = True, _dense(tall.double(), k, which, zero)
     if wide:
-        found = _Triplets(found.V, found.S, found.U, found.residual)
-    return _result(found, scale, iterations, exact)
+        triplets = _Triplets(triplets.V, triplets.S, triplets.U, triplets.residual)
+    return _result(triplets, scale, iterations, exact)
 
 
 def truncated_svd_batch(
@@ -150,16 +150,16 @@ def truncated_svd_batch(
         raise ValueError(f"expected a stack of matrices (n, d_out, d_in), got shape {tuple(matrices.shape)}")
     matrices = list(matrices)
 
-    def one(matrix: Tensor) -> TruncatedSVD:
+    def decompose(matrix: Tensor) -> TruncatedSVD:
         return truncated_svd(matrix, k, which=which, tol=tol, max_iterations=max_iterations, seed=seed)
 
     threads = torch.get_num_threads()
     if threads == 1 or not matrices or any(matrix.device.type != "cpu" for matrix in matrices):
-        return [one(matrix) for matrix in matrices]
+        return [decompose(matrix) for matrix in matrices]
     workers = min(threads, len(matrices))
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(one, matrices))
+            return list(pool.map(decompose, matrices))
     finally:
         # The workers' setting is also what threads started later would begin with.
         torch.set_num_threads(threads)
@@ -286,14 +286,14 @@ def _dense(work: Tensor, k: int, which: Which, zero: float) -> _Triplets:
     return _measured(work, U, S, V, work @ V, zero)
 
 
-def _result(found: _Triplets, scale: float, iterations: int, exact: bool) -> TruncatedSVD:
-    largest = found.U.gather(0, found.U.abs().argmax(dim=0, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(found.U)
+def _result(triplets: _Triplets, scale: float, iterations: int, exact: bool) -> TruncatedSVD:
+    largest = triplets.U.gather(0, triplets.U.abs().argmax(dim=0, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(triplets.U)
     return TruncatedSVD(
-        U=(found.U * sign).float().contiguous(),
-        S=(found.S * scale).float().contiguous(),
-        V=(found.V * sign).float().contiguous(),
-        residual=found.residual,
+        U=(triplets.U * sign).float().contiguous(),
+        S=(triplets.S * scale).float().contiguous(),
+        V=(triplets.V * sign).float().contiguous(),
+        residual=triplets.residual,
         iterations=iterations,
         exact=exact,
     )

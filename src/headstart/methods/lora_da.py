@@ -52,7 +52,7 @@ class LoRADA(GradientMethod):
         fisher: Y's diagonal, as published, all of it, or no Fisher information at all: Delta = -G, which leaves no
             variance term either (set ``variance=0``), and A0 the leading right singular vectors of G (Remark 4.3).
         tokens: Y and Z are means over the tokens that the attention mask shows, or over those with a label.
-        normalise: divide Delta by its largest singular value (Omega by its square, which leaves A0 as it is).
+        normalize: divide Delta by its largest singular value (Omega by its square, which leaves A0 as it is).
         variance: weight of the first term of Omega, 0.03 in the published code; 0 is the ablation "w/o var".
         bias: weight of the second term; 0 is the ablation "w/o bias".
         gamma: 1024 in the published code.
@@ -70,7 +70,7 @@ class LoRADA(GradientMethod):
     population: int | None = None
     fisher: Literal["diagonal", "full", "none"] = "diagonal"
     tokens: Literal["attention", "labels"] = "attention"
-    normalise: bool = True
+    normalize: bool = True
     variance: float = 0.03
     bias: float = 1.0
     gamma: float = 1024.0
@@ -151,7 +151,7 @@ class LoRADA(GradientMethod):
             raise LayerError(
                 f"layer {layer.name!r}: -Y^-1 G Z^-1 has norm {sigma}, out of the range of numbers; raise damping."
             )
-        scale = 1.0 / (sigma if self.normalise else 1.0)
+        scale = 1.0 / (sigma if self.normalize else 1.0)
         A0 = double(space.vectors)
         B = delta @ A0 * scale
         info = {
@@ -174,7 +174,7 @@ class LoRADA(GradientMethod):
         svd, info = self.decompose(layer, layer.r)
         if svd is None:
             return no_gradient(layer)
-        B = -svd.U * svd.S / (svd.S[0] if self.normalise else 1.0)
+        B = -svd.U * svd.S / (svd.S[0] if self.normalize else 1.0)
         return self._scaled(svd.V, B, info, "")
 
     def _scaled(self, A0: Tensor, B: Tensor, info: dict[str, float], repair: str) -> Factors:

@@ -98,9 +98,9 @@ class LoRASB(GradientMethod):
         if not bool(G.count_nonzero()):
             return self._unreached(layer)
         delta = self._matrix(layer, -eta * (G.sign() if self.optimizer == "adamw" else G))
-        found = truncated_svd(delta, layer.r)
-        share = float(double(found.S).square().sum() / double(delta).square().sum())
-        return self._split(layer, found.U, found.S, found.V, {"residual": found.residual, "share": share, "lr": eta})
+        svd = truncated_svd(delta, layer.r)
+        share = float(double(svd.S).square().sum() / double(delta).square().sum())
+        return self._split(layer, svd.U, svd.S, svd.V, {"residual": svd.residual, "share": share, "lr": eta})
 
     def _matrix(self, layer: Layer, delta: Tensor) -> Tensor:
         if self.source_matrix == "update":

@@ -140,24 +140,24 @@ def single_sample(batch: Batch, index: int, *, encoder_decoder: bool = False) ->
     With ``encoder_decoder``, labels and all that begins with ``decoder_`` lie along a decoder's tokens, and end where
     the last label or the decoder's own mask does.
     """
-    one = take(batch, [index])
-    along_decoder = tuple(key for key in one if key.startswith("decoder_") or key == "labels")
-    along_input = tuple(key for key in one if key not in along_decoder)
+    sample = take(batch, [index])
+    along_decoder = tuple(key for key in sample if key.startswith("decoder_") or key == "labels")
+    along_input = tuple(key for key in sample if key not in along_decoder)
     if not encoder_decoder:
-        _trim(one, "attention_mask", along_input, with_labels=True)
-        return one
-    _trim(one, "attention_mask", along_input, with_labels=False)
-    labels = one.get("labels")
+        _trim(sample, "attention_mask", along_input, with_labels=True)
+        return sample
+    _trim(sample, "attention_mask", along_input, with_labels=False)
+    labels = sample.get("labels")
     if isinstance(labels, Tensor) and labels.dim() == 2:
-        mask = one.get("decoder_attention_mask")
+        mask = sample.get("decoder_attention_mask")
         used = labels[0] != IGNORED
         used = used | (mask[0] != 0) if isinstance(mask, Tensor) and mask.shape == labels.shape else used
         end = int(used.nonzero().flatten()[-1]) + 1 if bool(used.any()) else labels.shape[1]
         width = labels.shape[1]
         for key in along_decoder:
-            if isinstance(one[key], Tensor) and one[key].dim() >= 2 and one[key].shape[1] == width:
-                one[key] = one[key][:, :end]
-    return one
+            if isinstance(sample[key], Tensor) and sample[key].dim() >= 2 and sample[key].shape[1] == width:
+                sample[key] = sample[key][:, :end]
+    return sample
 
 
 def take(batch: Batch, indices: list[int]) -> Batch:
@@ -264,3 +264,9 @@ def _as_batch(item: Any, first: int) -> Batch:
             "a collator as well."
         )
     return {key: item[key] for key in item.keys()}  # noqa: SIM118 - a BatchEncoding iterates over its values
+
+
+def token_width(batch: Batch) -> int:
+    """Return how many tokens the longest sample has, padding and all; 0 for what isn't tokens."""
+    widths = (batch.get(name) for name in ("input_ids", "inputs_embeds", "labels"))
+    return max((value.shape[1] for value in widths if isinstance(value, Tensor) and value.dim() > 1), default=0)

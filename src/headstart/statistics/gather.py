@@ -56,7 +56,10 @@ class Statistics:
 def finest(partitions: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """Return the groups of layers that are together in every process."""
     numbers: dict[tuple[int, ...], int] = {}
-    return {name: numbers.setdefault(tuple(each[name] for each in partitions), len(numbers)) for name in partitions[0]}
+    return {
+        name: numbers.setdefault(tuple(partition[name] for partition in partitions), len(numbers))
+        for name in partitions[0]
+    }
 
 
 def anywhere(processes: Processes, names: set[str]) -> set[str]:
@@ -93,12 +96,12 @@ def gathered(sums: Sums, processes: Processes, samples: int, tokens: int) -> Sta
         if name not in reached:
             continue
         owner, layer, wanted = result.owners[name], sums.layers[name], sums.shapes[name].wanted
-        mine = owner == processes.rank
+        owns = owner == processes.rank
         if wanted.gradient:
             total = sums.gradient(name)
             processes.sum_to(total, owner)
             layer.gradient = None
-            if mine:
+            if owns:
                 result.gradients[name] = total.div_(samples)
                 _check(total, name, "gradient", failures)
         if not wanted.input_moments:
@@ -106,18 +109,18 @@ def gathered(sums: Sums, processes: Processes, samples: int, tokens: int) -> Sta
         group = sums.groups[name]
         if group not in inputs:
             inputs[group] = _input_mean(sums, name, processes, owner, counts)
-            if mine:
+            if owns:
                 _check(inputs[group].gram, name, "input", failures)
         if wanted.outputs is None:
-            if mine:
-                held = inputs[group]
-                result.kronecker[name] = Kronecker(held.gram, None, held.total, None, held.tokens)
+            if owns:
+                mean = inputs[group]
+                result.kronecker[name] = Kronecker(mean.gram, None, mean.total, None, mean.tokens)
             continue
         gram, total = sums.outputs(name)
         for tensor in (gram, total):
             processes.sum_to(tensor, owner)
         layer.gram = layer.total = None
-        if mine:
+        if owns:
             _check(gram, name, "output gradient", failures)
             count = counts.of_layer(name)
             result.kronecker[name] = Kronecker(
@@ -139,28 +142,28 @@ class _Counts:
 
     def __init__(self, processes: Processes, sums: Sums) -> None:
         layers = {name: layer.tokens for name, layer in sums.layers.items()}
-        inputs = {group: held.tokens for group, held in sums.inputs.items()}
-        self._found = processes.gather((layers, inputs))
+        inputs = {group: input_sum.tokens for group, input_sum in sums.inputs.items()}
+        self._counts = processes.gather((layers, inputs))
 
     def of_layer(self, name: str) -> int:
         """Return those of a layer, at least 1 to divide by."""
-        return max(1, sum(layers[name] for layers, _ in self._found))
+        return max(1, sum(layers[name] for layers, _ in self._counts))
 
     def of_input(self, group: int) -> int:
         """Return those of an input, at least 1 to divide by."""
-        return max(1, sum(inputs.get(group, 0) for _, inputs in self._found))
+        return max(1, sum(inputs.get(group, 0) for _, inputs in self._counts))
 
 
 def _input_mean(sums: Sums, name: str, processes: Processes, owner: int, counts: _Counts) -> InputSum:
-    held, group = sums.input(name), sums.groups[name]
+    input_sum, group = sums.input(name), sums.groups[name]
     del sums.inputs[group]
-    for tensor in (held.gram, held.total):
+    for tensor in (input_sum.gram, input_sum.total):
         processes.sum_to(tensor, owner)
     if owner != processes.rank:
         # An empty stand-in: what was summed here is no longer needed.
-        return InputSum(held.gram.new_empty(0), held.total.new_empty(0))
+        return InputSum(input_sum.gram.new_empty(0), input_sum.total.new_empty(0))
     count = counts.of_input(group)
-    return InputSum(symmetric(held.gram).div_(count), held.total.div_(count), count)
+    return InputSum(symmetric(input_sum.gram).div_(count), input_sum.total.div_(count), count)
 
 
 def _costs(sums: Sums) -> dict[int, float]:

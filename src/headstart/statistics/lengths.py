@@ -37,14 +37,16 @@ def by_length(chunks: Sequence[Samples]) -> list[Samples]:
         return chunks
     fill = _padding_id(chunks)
     alone = [(single_sample(chunk.batch, row), chunk.indices[row]) for chunk in chunks for row in range(chunk.size)]
-    if any(int(one["attention_mask"].sum()) != one["attention_mask"].shape[1] for one, _ in alone):
+    if any(int(sample["attention_mask"].sum()) != sample["attention_mask"].shape[1] for sample, _ in alone):
         return chunks
-    alone.sort(key=lambda each: each[0]["attention_mask"].shape[1])
-    found, rest = [], iter(alone)
+    alone.sort(key=lambda pair: pair[0]["attention_mask"].shape[1])
+    batches, remaining = [], iter(alone)
     for part in parts:
-        taken = [next(rest) for _ in part]
-        found.append(Samples(_joined([one for one, _ in taken], left, fill), tuple(index for _, index in taken)))
-    return found
+        taken = [next(remaining) for _ in part]
+        batches.append(
+            Samples(_joined([sample for sample, _ in taken], left, fill), tuple(index for _, index in taken))
+        )
+    return batches
 
 
 def _parts(lengths: Sequence[int], size: int, cells: int) -> list[list[int]]:
@@ -77,7 +79,7 @@ def _padding_id(chunks: Sequence[Samples]) -> int:
 
 
 def _joined(alone: Sequence[Batch], left: bool, fill: int) -> Batch:
-    width = max(one["attention_mask"].shape[1] for one in alone)
+    width = max(sample["attention_mask"].shape[1] for sample in alone)
     fills = {"labels": IGNORED, "input_ids": fill}
 
     def row(key: str, value: Tensor) -> Tensor:
@@ -86,4 +88,4 @@ def _joined(alone: Sequence[Batch], left: bool, fill: int) -> Batch:
         missing = width - value.shape[1]
         return functional.pad(value, (missing, 0) if left else (0, missing), value=fills.get(key, 0))
 
-    return {key: torch.cat([row(key, one[key]) for one in alone]) for key in alone[0]}
+    return {key: torch.cat([row(key, sample[key]) for sample in alone]) for key in alone[0]}

@@ -187,8 +187,8 @@ def _same(value: Tensor, slope: Tensor, loss: Tensor, gradient: Tensor) -> bool:
     tolerance = max(_SAME_LOSS, 2 * torch.finfo(loss.dtype).eps)
     if not float((value - loss.float()).abs()) <= tolerance * float(loss.float().abs()) + 1e-7:
         return False
-    theirs = gradient.float()
-    return float((slope.float() - theirs).norm()) <= _SAME_GRADIENT * float(theirs.norm())
+    gradient = gradient.float()
+    return float((slope.float() - gradient).norm()) <= _SAME_GRADIENT * float(gradient.norm())
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,10 +93,10 @@ class TokenMasks:
         self._padded |= not whole
         rows = Rows(None if whole else mask.flatten().nonzero().flatten(), count)
         shape = tuple(mask.shape)
-        known = self._masks.get(shape)
-        if known is None or (known.index is None and whole):
+        before = self._masks.get(shape)
+        if before is None or (before.index is None and whole):
             self._masks[shape] = rows
-        elif known.index is None or rows.index is None or not torch.equal(known.index, rows.index):
+        elif before.index is None or rows.index is None or not torch.equal(before.index, rows.index):
             # Encoder and decoder of one length, padded differently: which of them a layer sees, its shape can't say.
             self._masks[shape] = Rows(None, -1)
 
@@ -108,18 +108,18 @@ class TokenMasks:
         """
         shape = tuple(inputs.shape[:-1])
         every = Rows(None, inputs.shape[:-1].numel())
-        found = None
+        rows = None
         if layout == "tokens":
-            found = self._masks.get(shape)
+            rows = self._masks.get(shape)
         elif layout == "tokens first" and len(shape) == 2:
-            found = self._turned(self._masks.get(shape[::-1]), shape)
+            rows = self._turned(self._masks.get(shape[::-1]), shape)
         elif layout == "flat" and len(shape) == 1:
             flat = [rows for size, rows in self._masks.items() if size[0] * size[1] == shape[0]]
-            found = flat[0] if len(flat) == 1 else None
+            rows = flat[0] if len(flat) == 1 else None
         elif layout == "samples" and shape == (self._size,):
-            found = every
-        if found is not None and found.count >= 0:
-            return found
+            rows = every
+        if rows is not None and rows.count >= 0:
+            return rows
         if not self._padded:
             return every
         if self._alone:

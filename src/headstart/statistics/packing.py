@@ -28,11 +28,11 @@ def unpacked(batch: dict[str, Any]) -> dict[str, Any] | None:
     starts = _starts(batch, ids)
     if starts is None or int(starts.sum()) == len(ids):
         return None
-    rest = {key: value for key, value in batch.items() if key not in (*_BOUNDARIES, "attention_mask")}
-    along_tokens = {key: value for key, value in rest.items() if isinstance(value, Tensor) and value.dim() > 0}
+    content = {key: value for key, value in batch.items() if key not in (*_BOUNDARIES, "attention_mask")}
+    along_tokens = {key: value for key, value in content.items() if isinstance(value, Tensor) and value.dim() > 0}
     if any(value.shape != ids.shape for value in along_tokens.values()):
         return None
-    if any(not isinstance(value, bool | int | float | str | Tensor | None) for value in rest.values()):
+    if any(not isinstance(value, bool | int | float | str | Tensor | None) for value in content.values()):
         return None
     places = starts.flatten().nonzero().flatten().tolist()
     spans = list(zip(places, [*places[1:], ids.numel()], strict=True))
@@ -47,7 +47,7 @@ def unpacked(batch: dict[str, Any]) -> dict[str, Any] | None:
         for key, value in along_tokens.items()
     }
     mask = pad_sequence([ids.new_ones(high - low) for low, high in spans], batch_first=True)
-    return rest | parts | {"attention_mask": mask}
+    return content | parts | {"attention_mask": mask}
 
 
 def _starts(batch: dict[str, Any], ids: Tensor) -> Tensor | None:

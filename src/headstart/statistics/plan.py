@@ -69,7 +69,7 @@ def make_plan(needs: Sequence[Need], budget: int, *, seconds: float | None = Non
     """
     bins: list[list[Need]] = []
     room: list[int] = []
-    for need in sorted(needs, key=lambda each: -each.bytes):
+    for need in sorted(needs, key=lambda need: -need.bytes):
         for number, left in enumerate(room):
             if need.bytes <= left:
                 bins[number].append(need)
@@ -79,8 +79,8 @@ def make_plan(needs: Sequence[Need], budget: int, *, seconds: float | None = Non
             bins.append([need])
             room.append(budget - need.bytes)
     return Plan(
-        passes=tuple(tuple(name for need in each for name in need.names) for each in bins),
-        bytes=max((sum(need.bytes for need in each) for each in bins), default=0),
+        passes=tuple(tuple(name for need in group for name in need.names) for group in bins),
+        bytes=max((sum(need.bytes for need in group) for group in bins), default=0),
         budget=budget,
         seconds=None if seconds is None else seconds * len(bins),
         over=tuple(need.names for need in needs if need.bytes > budget),
@@ -101,10 +101,10 @@ def parse_bytes(budget: int | str | None, device: torch.device) -> int:
     if budget is None:
         return int(free_memory(device) * _SHARE_OF_FREE)
     if isinstance(budget, str):
-        found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", budget.lower())
-        if found is None or found[2] not in _UNITS:
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", budget.lower())
+        if match is None or match[2] not in _UNITS:
             raise MethodError(f'memory_budget={budget!r} must be bytes, or a size such as "6GiB" or "800MB".')
-        budget = int(float(found[1]) * _UNITS[found[2]])
+        budget = int(float(match[1]) * _UNITS[match[2]])
     if isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0:
         raise MethodError(f'memory_budget={budget!r} must be a positive number of bytes, or a size such as "6GiB".')
     return budget

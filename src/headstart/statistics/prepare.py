@@ -132,7 +132,7 @@ def _share(
     # Where labels lie along a decoder, a sample has two lengths.
     chunks = chunks if reader.keeps_batches else by_length(chunks)
     if lockstep:
-        chunks = [one for chunk in chunks for one in reader.each_alone(chunk)]
+        chunks = [sample for chunk in chunks for sample in reader.each_alone(chunk)]
     return (chunks if divided else processes.share(chunks)), chunks[0]
 
 
@@ -154,9 +154,9 @@ def _probe(
         for chunk, row in rows
     ]
     longest = max(range(len(rows)), key=lambda place: lengths[place])
-    other = next((place for place, length in enumerate(lengths) if length != lengths[longest]), longest)
+    second = next((place for place, length in enumerate(lengths) if length != lengths[longest]), longest)
     partitions, layouts = [], []
-    for place in (other, longest):
+    for place in (second, longest):
         chunk, row = rows[place]
         batch = chunk.batch if row is None else reader.alone(chunk.batch, row)
         began = time.perf_counter()

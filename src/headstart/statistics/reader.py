@@ -23,6 +23,7 @@ from headstart.statistics.batches import (
     moved,
     single_sample,
     take,
+    token_width,
 )
 from headstart.statistics.losses import infinite_loss, loss_of, only_first_label
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
@@ -57,6 +58,10 @@ class Reader:
             or has no loss by itself, of whole batches.
         whole: read batches as wholes with their own loss, as losses need that compare the samples of a batch.
         seed: of what a loss draws at random.
+
+    Attributes:
+        device: of the model's inputs.
+        notes: sentences for the report.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class Reader:
         self._model = model
         self._modules = modules
         self._tokens = tokens
-        self._device = model_device(model)
+        self.device = model_device(model)
         self._loss = loss
         self._whole = whole
         self._seed = seed
@@ -87,11 +92,6 @@ class Reader:
         self.notes: list[str] = []
 
     @property
-    def device(self) -> torch.device:
-        """The device of the model's inputs."""
-        return self._device
-
-    @property
     def keeps_batches(self) -> bool:
         """Whether batches mean something, so that samples mustn't be put together in others."""
         return self._runs.encoder_decoder or self.probes_batches
@@ -103,12 +103,12 @@ class Reader:
 
     def read(self, samples: Samples, sums: Sums) -> None:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
-        samples = Samples(moved(samples.batch, self._device), samples.indices, samples.cut)
+        samples = Samples(moved(samples.batch, self.device), samples.indices, samples.cut)
         self.learn(samples)
         names = {name: self._modules[name] for name in sums.shapes}
         for part in self._parts(samples):
             expected = self._expected(part)
-            draws = drawn_from(self._seed + 7919 * part.first, self._device)
+            draws = drawn_from(self._seed + 7919 * part.first, self.device)
             with draws, tapped(names, sums.watch, self._scale):
                 self._accumulate(part, sums, expected)
 
@@ -119,8 +119,8 @@ class Reader:
 
     def run_layers(self, batch: Batch) -> None:
         """Run the model on a batch for what its layers see."""
-        with torch.no_grad(), drawn_from(self._seed, self._device):
-            self._runs.layers(moved(batch, self._device))
+        with torch.no_grad(), drawn_from(self._seed, self.device):
+            self._runs.layers(moved(batch, self.device))
 
     def alone(self, batch: Batch, row: int) -> Batch:
         """Return one sample of a batch without its padding."""
@@ -159,40 +159,40 @@ class Reader:
     # Finding out how to read.
 
     def _find_way(self, samples: Samples) -> None:
-        one = self._sample_on_trial(samples)
+        sample = self._sample_on_trial(samples)
         try:
-            first = self._tried(partial(self._runs.examined, one), 0)
+            first = self._tried(partial(self._runs.examined, sample), 0)
         except Exception:
             if self._loss is None or not samples.cut or samples.size == 1:
                 raise
             # Such as a loss of pairs that lie one after the other: a genuine fault shows on the whole batch as well.
             self._read_whole("the loss can't be computed of a sample alone")
-            one, first = samples.batch, self._tried(partial(self._runs.whole, samples.batch, 1), 0)
+            sample, first = samples.batch, self._tried(partial(self._runs.whole, samples.batch, 1), 0)
         if self._any(not math.isfinite(first.loss)):
             return  # reading the sample will say so
         if self._way is None:
             self._choose(samples, first)
-        tolerance = math.sqrt(rounding(self._model, self._device))
+        tolerance = math.sqrt(rounding(self._model, self.device))
         if self._way == "own" and not samples.cut:
             # The batch's own loss weighs its samples otherwise.
             self._runs.with_labels = True
-            first = self._tried(self._read_on_trial(one), 0)
-        second = self._tried_without_labels(one, first, tolerance) or self._tried(self._read_on_trial(one), 1)
+            first = self._tried(self._read_on_trial(sample), 0)
+        second = self._tried_without_labels(sample, first, tolerance) or self._tried(self._read_on_trial(sample), 1)
         if not self._any(not first.is_like(second, tolerance)):
             return
         if self._way == "own":
             self._read_apart("the loss is not a function of the logits that the model returns")
-            second = self._tried(partial(self._runs.whole, one, 1), 2)
+            second = self._tried(partial(self._runs.whole, sample, 1), 2)
             if first.is_like(second, tolerance):
                 return
         self._random(first, second, samples)
 
-    def _tried_without_labels(self, one: Batch, first: Seen, tolerance: float) -> Seen | None:
+    def _tried_without_labels(self, sample: Batch, first: Seen, tolerance: float) -> Seen | None:
         """Read without labels, so that the model doesn't compute its own loss as well; None where that won't do."""
         if self._way != "own" or self._runs.with_labels:
             return None
         try:
-            second = self._tried(self._read_on_trial(one), 1)
+            second = self._tried(self._read_on_trial(sample), 1)
         except Exception:  # whatever a model says that can't do without its labels
             second = None
         if second is None or not first.is_like(second, tolerance):
@@ -245,7 +245,7 @@ class Reader:
             apart = [loss_of(self._model(**self.alone(samples.batch, row)), 0) for row in range(samples.size)]
             together = float(loss_of(self._model(**samples.batch), 0))
         mean = float(torch.stack(apart).mean())
-        return abs(mean - together) > math.sqrt(rounding(self._model, self._device)) * abs(together)
+        return abs(mean - together) > math.sqrt(rounding(self._model, self.device)) * abs(together)
 
     def _sample_on_trial(self, samples: Samples) -> Batch:
         """Return a short sample with two labels or more, cut to a window of its tokens where it has nothing else."""
@@ -256,21 +256,21 @@ class Reader:
             return self.alone(samples.batch, 0)
         learned = samples.batch["labels"].cpu() != IGNORED
         enough = [row for row in range(samples.size) if int(counts[row, 1]) > 1] or [int(counts[:, 1].argmax())]
-        one = self.alone(samples.batch, min(enough, key=lambda row: int(learned[row].nonzero()[-1])))
-        labels = one["labels"]
-        if self._runs.encoder_decoder or any(isinstance(v, Tensor) and v.shape != labels.shape for v in one.values()):
-            return one
-        if not all(isinstance(value, Tensor | bool | int | float | str | None) for value in one.values()):
-            return one
+        sample = self.alone(samples.batch, min(enough, key=lambda row: int(learned[row].nonzero()[-1])))
+        labels, values = sample["labels"], sample.values()
+        if self._runs.encoder_decoder or any(isinstance(v, Tensor) and v.shape != labels.shape for v in values):
+            return sample
+        if not all(isinstance(value, Tensor | bool | int | float | str | None) for value in values):
+            return sample
         end = int((labels[0] != IGNORED).nonzero()[-1]) + 1
         low = max(0, end - _WINDOW)
-        return {key: value[:, low:end] if isinstance(value, Tensor) else value for key, value in one.items()}
+        return {key: value[:, low:end] if isinstance(value, Tensor) else value for key, value in sample.items()}
 
     def _read_on_trial(self, batch: Batch) -> Callable[[], Run]:
         return partial(self._runs.apart, batch, 1) if self._way == "own" else partial(self._runs.whole, batch, 1)
 
     def _tried(self, run: Callable[[], Run], draw: int) -> Seen:
-        return tried(run, self._modules, self._scale, self._seed + draw, self._device, self._most)
+        return tried(run, self._modules, self._scale, self._seed + draw, self.device, self._most)
 
     # Reading.
 
@@ -279,8 +279,8 @@ class Reader:
         labels = samples.batch.get("labels")
         if self._way != "own" or not samples.cut or not isinstance(labels, Tensor):
             return [samples]
-        tokens = _TOKENS_AT_ONCE["cpu" if self._device.type == "cpu" else "other"]
-        most = max(1, tokens // max(1, _width(samples.batch)))
+        tokens = _TOKENS_AT_ONCE["cpu" if self.device.type == "cpu" else "other"]
+        most = max(1, tokens // max(1, token_width(samples.batch)))
         count = -(-samples.size // most)
         rows = [list(range(part * samples.size // count, (part + 1) * samples.size // count)) for part in range(count)]
         return [Samples(take(samples.batch, part), tuple(samples.indices[row] for row in part)) for part in rows]
@@ -289,8 +289,8 @@ class Reader:
         if self._way != "whole" and samples.cut:
             if samples.size > 1 and self._way != "own":
                 self.note(f"{self._why}, so samples were read one at a time")
-                for one in self.each_alone(samples):
-                    self._accumulate(one, sums)
+                for sample in self.each_alone(samples):
+                    self._accumulate(sample, sums)
                 return
             if samples.size == 1:
                 (samples,) = self.each_alone(samples)
@@ -303,7 +303,7 @@ class Reader:
             self._read_apart("some layers see other rows than the batch's tokens, among which padding can't be found")
             self._accumulate(samples, sums)
             return
-        if expected is not None and not self._found(run, batch, samples, expected):
+        if expected is not None and not self._agrees(run, batch, samples, expected):
             self._read_apart("a sample's outputs depend on the batch or the padding around it")
             self._accumulate(samples, sums)
             return
@@ -321,8 +321,8 @@ class Reader:
                     else self._runs.whole(batch, samples.size, samples.first)
                 )
                 sums.check_groups()
-            except Regroup as found:
-                sums.split(found.group)
+            except Regroup as regroup:
+                sums.split(regroup.group)
             else:
                 sums.replaying = True
                 return run, masks
@@ -354,10 +354,10 @@ class Reader:
         with torch.no_grad():
             return self._runs.compared(self._runs.states(batch), batch, 0)
 
-    def _found(self, run: Run, batch: Batch, samples: Samples, expected: Tensor) -> bool:
+    def _agrees(self, run: Run, batch: Batch, samples: Samples, expected: Tensor) -> bool:
         with torch.no_grad():
             given = self._runs.compared(run.tensor.detach(), batch, most_padded(samples.batch))
-        allowed = math.sqrt(rounding(self._model, self._device)) * float(expected.norm())
+        allowed = math.sqrt(rounding(self._model, self.device)) * float(expected.norm())
         return given.shape == expected.shape and float((given - expected).norm()) <= allowed
 
     # Failures.
@@ -372,7 +372,7 @@ class Reader:
         loss = float(value)
         failure = None if math.isfinite(loss) else infinite_loss(loss, samples)
         if self._in_step_with is not None:
-            words = next((each for each in self._in_step_with.gather(failure and str(failure)) if each), None)
+            words = next((message for message in self._in_step_with.gather(failure and str(failure)) if message), None)
             if words is not None:
                 raise DataError(words)
         if failure is None:
@@ -399,9 +399,3 @@ class Reader:
         """Keep a sentence for the report, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
-
-
-def _width(batch: Batch) -> int:
-    """Return how many tokens the longest sample has, padding and all; 0 for what isn't tokens."""
-    widths = (batch.get(name) for name in ("input_ids", "inputs_embeds", "labels"))
-    return max((value.shape[1] for value in widths if isinstance(value, Tensor) and value.dim() > 1), default=0)

@@ -154,15 +154,17 @@ class Sums:
             old = self.groups[name]
             if number in inputs or old not in self.inputs:
                 continue
-            held = self.inputs[old]
-            inputs[number] = InputSum(held.gram.clone(), held.total.clone(), held.tokens) if old in taken else held
+            input_sum = self.inputs[old]
+            if old in taken:
+                input_sum = InputSum(input_sum.gram.clone(), input_sum.total.clone(), input_sum.tokens)
+            inputs[number] = input_sum
             taken.add(old)
         self.groups, self.inputs = dict(groups), inputs
 
     def gradient(self, name: str) -> Tensor:
         """Return the sum of g'x of a layer, zeros where none came."""
-        held, shape = self.layers[name].gradient, self.shapes[name]
-        return _zeros(shape.d_out, shape.d_in) if held is None else held
+        total, shape = self.layers[name].gradient, self.shapes[name]
+        return _zeros(shape.d_out, shape.d_in) if total is None else total
 
     def outputs(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the sums of g g' (its lower blocks) and g of a layer, zeros where none came."""
@@ -200,31 +202,31 @@ class Sums:
         return torch.device("cpu") if self._offload else like.device
 
     def _add_gradient(self, name: str, x: Tensor, g: Tensor) -> None:
-        mine, shape = self.layers[name], self.shapes[name]
+        layer, shape = self.layers[name], self.shapes[name]
         if not len(x):  # an expert that no token was sent to
             return
-        mine.reached = True
-        if mine.gradient is None:
-            mine.gradient = _zeros(shape.d_out, shape.d_in, device=self._place(x))
-        _add_product(mine.gradient, g.float(), x.float())
+        layer.reached = True
+        if layer.gradient is None:
+            layer.gradient = _zeros(shape.d_out, shape.d_in, device=self._place(x))
+        _add_product(layer.gradient, g.float(), x.float())
 
     def _add_outputs(self, name: str, g: Tensor, shared: _Shared) -> None:
-        mine, shape = self.layers[name], self.shapes[name]
+        layer, shape = self.layers[name], self.shapes[name]
         if not len(g):
             return
-        mine.reached = True
+        layer.reached = True
         place = self._place(g)
         g = shared.rows.of(g).float()
         full = shape.wanted.outputs == "full"
-        if mine.gram is None or mine.total is None:
-            mine.gram = _zeros(*(shape.d_out,) * (2 if full else 1), device=place)
-            mine.total = _zeros(shape.d_out, device=place)
+        if layer.gram is None or layer.total is None:
+            layer.gram = _zeros(*(shape.d_out,) * (2 if full else 1), device=place)
+            layer.total = _zeros(shape.d_out, device=place)
         if full:
-            _add_gram(mine.gram, g)
+            _add_gram(layer.gram, g)
         else:
-            mine.gram += torch.linalg.vecdot(g, g, dim=0).to(place)
-        mine.total += g.sum(0).to(place)
-        mine.tokens += shared.rows.count
+            layer.gram += torch.linalg.vecdot(g, g, dim=0).to(place)
+        layer.total += g.sum(0).to(place)
+        layer.tokens += shared.rows.count
 
     def _add_inputs(self, name: str, x: Tensor, shared: _Shared) -> None:
         if not len(x):
@@ -238,11 +240,11 @@ class Sums:
         if group not in self.inputs:
             gram = _zeros(shape.d_in, shape.d_in, device=place)
             self.inputs[group] = InputSum(gram, _zeros(shape.d_in, device=place))
-        held = self.inputs[group]
+        input_sum = self.inputs[group]
         x = shared.rows.of(x).float()
-        _add_gram(held.gram, x)
-        held.total += x.sum(0).to(place)
-        held.tokens += shared.rows.count
+        _add_gram(input_sum.gram, x)
+        input_sum.total += x.sum(0).to(place)
+        input_sum.tokens += shared.rows.count
 
 
 def _zeros(*shape: int, device: torch.device | str = "cpu") -> Tensor:

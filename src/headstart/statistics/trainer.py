@@ -142,7 +142,7 @@ def _adapters_stay_off(model: Any) -> AbstractContextManager[None]:
 def _by_itself(accelerator: Any) -> AbstractContextManager[None]:
     """Let a loss that gathers its metrics do so alone: other processes read other samples, and may have fewer."""
     return _replaced(
-        accelerator, **dict.fromkeys(("gather", "gather_for_metrics", "reduce"), lambda found, *_, **__: found)
+        accelerator, **dict.fromkeys(("gather", "gather_for_metrics", "reduce"), lambda value, *_, **__: value)
     )
 
 

@@ -49,8 +49,8 @@ class TrainingData:
         if isinstance(data, TrainingData):
             return data
         batches: Any = data
-        known = Training(_known_length(batches, collator, processes))
-        return cls(batches, collator, batch_size, loss, training=known)
+        training = Training(_known_length(batches, collator, processes))
+        return cls(batches, collator, batch_size, loss, training=training)
 
 
 def _known_length(data: Iterable[Any] | None, collator: object, processes: Processes) -> int | None:
@@ -59,7 +59,7 @@ def _known_length(data: Iterable[Any] | None, collator: object, processes: Proce
         # The lists of several processes may be the same one, or parts of it.
         first = digest(dict(data[0])) if processes.several and data and isinstance(data[0], Mapping) else ""
         sizes = processes.gather((sum(size_of(batch) for batch in data), first))
-        same = len({each for _, each in sizes}) == 1
+        same = len({first for _, first in sizes}) == 1
         return sizes[0][0] if same else sum(size for size, _ in sizes)
     # The length of a loader itself is a number of batches; the data set of one that is divided is whole.
     counted = data if collator is not None else getattr(data, "dataset", None)

@@ -75,14 +75,14 @@ def tried(
         return sink
 
     with drawn_from(seed, device), tapped(modules, watch, scale):
-        made = run()
+        forward = run()
 
         def gradient_at(factor: float) -> Tensor:
             nonlocal loss
-            loss, gradient = made.at(factor)
+            loss, gradient = forward.at(factor)
             return gradient
 
-        scale.backward(made.tensor, gradient_at, agreed)
+        scale.backward(forward.tensor, gradient_at, agreed)
     return Seen(float(loss), {name: float(torch.stack(parts).sum()) for name, parts in squares.items()})
 
 

@@ -82,14 +82,14 @@ class Store:
     def make_all(
         self,
         groups: Sequence[Sequence[str]],
-        known: Callable[[str], T | None],
+        look_up: Callable[[str], T | None],
         make: Callable[[list[str]], Mapping[str, T]],
         *,
         what: str,
         step: str = "",
         show: Show = silent,
     ) -> dict[str, T]:
-        """Return by name what is known, and of all else what ``make`` makes, together with other processes.
+        """Return by name what ``look_up`` returns, and of all else what ``make`` makes, together with other processes.
 
         What another process is making at the moment is left to it, and waited for when nothing else is left to do;
         should that process die, its claim is free. Where nothing comes for 10 minutes, it is made here as well, with a
@@ -97,18 +97,18 @@ class Store:
 
         Args:
             groups: names worth making together, each name once.
-            known: returns what there is of a name, None where it has to be made.
+            look_up: returns what there is of a name, None where it has to be made.
             make: makes and writes at most 64 names of one group, and returns all of them.
             what: the entries in words, for the sentence.
             step: for ``show``, which is called with (step, done, total) after each group; "" for not.
             show: called, too, once another process has been waited for for 3 seconds.
         """
         total = sum(map(len, groups))
-        there = {name: value for group in groups for name in group if (value := known(name)) is not None}
-        pending = _pieces(groups, there)
+        ready = {name: value for group in groups for name in group if (value := look_up(name)) is not None}
+        pending = _pieces(groups, ready)
         came, pause = time.monotonic(), _FIRST_PAUSE
         while pending:
-            before, waited = len(there), time.monotonic() - came
+            before, waited = len(ready), time.monotonic() - came
             if regardless := waited > LONGEST_WAIT:
                 names = [name for group in pending for name in group]
                 self.warn(
@@ -118,28 +118,28 @@ class Store:
             for group in pending:
                 with self.claims(group, regardless=regardless) as claimed:
                     # Another process may have made it before the lock was free.
-                    there |= {name: value for name in claimed if (value := known(name)) is not None}
-                    if missing := [name for name in claimed if name not in there]:
-                        there |= make(missing)
+                    ready |= {name: value for name in claimed if (value := look_up(name)) is not None}
+                    if missing := [name for name in claimed if name not in ready]:
+                        ready |= make(missing)
                 if step:
-                    show(step, len(there), total)
-            pending = _pieces(pending, there)
-            if len(there) > before:
+                    show(step, len(ready), total)
+            pending = _pieces(pending, ready)
+            if len(ready) > before:
                 came, pause = time.monotonic(), _FIRST_PAUSE
             elif pending:
                 if waited > _PATIENCE:
-                    show("waiting for another process", len(there), total)
+                    show("waiting for another process", len(ready), total)
                 time.sleep(pause)
                 pause = min(1.5 * pause, _LONGEST_PAUSE)
-        return there
+        return ready
 
 
-def _pieces(groups: Sequence[Sequence[str]], there: Collection[str]) -> list[list[str]]:
+def _pieces(groups: Sequence[Sequence[str]], ready: Collection[str]) -> list[list[str]]:
     """Return the groups without what is there, none of them too large."""
     pieces: list[list[str]] = []
     for group in groups:
-        rest = [name for name in group if name not in there]
-        pieces += [rest[start : start + _MOST_LOCKS] for start in range(0, len(rest), _MOST_LOCKS)]
+        missing = [name for name in group if name not in ready]
+        pieces += [missing[start : start + _MOST_LOCKS] for start in range(0, len(missing), _MOST_LOCKS)]
     return pieces
 
 

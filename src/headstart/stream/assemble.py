@@ -31,26 +31,26 @@ def assemble(maker: Maker, work: Work, out: Path, finished: Finished, force: boo
     planned: dict[str, Planned] = {}
     for name in finished.layers:
         planned |= _from_piece(work, name)
-    planned |= _rest(maker, set(planned))
+    planned |= _beside_layers(maker, set(planned))
 
-    made = work.folder / "out"
-    shutil.rmtree(made, ignore_errors=True)
+    staged = work.folder / "out"
+    shutil.rmtree(staged, ignore_errors=True)
     records = [facts["record"] for facts in finished.layers.values()]
     names = [layer.name for layer in maker.skeleton.layers]
     with writing(out):
-        made.mkdir()
-        digest = write_file(made / WEIGHTS, planned, {"format": "pt"})
+        staged.mkdir()
+        digest = write_file(staged / WEIGHTS, planned, {"format": "pt"})
         model = maker.skeleton.model
         with ExitStack() as undo:
             if maker.form != "kept":
                 mark_config(model, ADAPTER, undo, dict.fromkeys(names, maker.form))
-            save_config(portable_config(model, ADAPTER), made)
-        write_record(made, digest, dict(zip(names, records, strict=True)))
+            save_config(portable_config(model, ADAPTER), staged)
+        write_record(staged, digest, dict(zip(names, records, strict=True)))
         if maker.form == "residual":
-            base = made / FOLDER
+            base = staged / FOLDER
             base.mkdir()
             move_model(work, maker.source.folder, finished.shards, base)
-        put_in_place(made, out, STREAMED_FOLDER, force=force)
+        put_in_place(staged, out, STREAMED_FOLDER, force=force)
     work.clear()
 
 
@@ -66,16 +66,16 @@ def _from_piece(work: Work, name: str) -> dict[str, Planned]:
     return {key: Planned(tensor.dtype, tuple(tensor.shape), data(key)) for key, tensor in tensors.items()}
 
 
-def _rest(maker: Maker, known: set[str]) -> dict[str, Planned]:
+def _beside_layers(maker: Maker, names: set[str]) -> dict[str, Planned]:
     """Plan what PEFT saves beside the layers: heads that train whole (modules_to_save), as the checkpoint has them.
 
     Raises:
         CheckpointError: the checkpoint has no such tensor, so that the model's would be random.
     """
-    found: dict[str, Planned] = {}
+    planned: dict[str, Planned] = {}
     layers = tuple(f"{BASE_PREFIX}{layer.name}.lora_" for layer in maker.skeleton.layers)
     for name, tensor in adapter_tensors(maker.skeleton.model, ADAPTER).items():
-        if name in known or name.startswith(layers):
+        if name in names or name.startswith(layers):
             continue
         key = maker.skeleton.keys.get(name.removeprefix(BASE_PREFIX))
         if key is None:
@@ -84,8 +84,8 @@ def _rest(maker: Maker, known: set[str]) -> dict[str, Planned]:
                 "has no such tensor, so that it would be drawn at random: initialise in memory."
             )
         check_entry(maker.source, key, tuple(tensor.shape), name.removeprefix(BASE_PREFIX))
-        found[name] = _from_source(maker, key, tensor)
-    return found
+        planned[name] = _from_source(maker, key, tensor)
+    return planned
 
 
 def _from_source(maker: Maker, key: str, like: Tensor) -> Planned:

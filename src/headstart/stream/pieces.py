@@ -85,10 +85,10 @@ class Maker:
         """Yield what to keep of each of a few layers of one shape: the adapter's tensors by name, and facts."""
         filled = [self.filled(layer) for layer in layers]
         statistics = Statistics(layers=tuple(layer.name for layer in filled), moments=self.moments)
-        made = solve(self.method, filled, statistics, self.context, Training(), self.cache)
+        solved = solve(self.method, filled, statistics, self.context, Training(), self.cache)
         while filled:
             target = filled.pop(0)
-            factors = made.pop(target.name)
+            factors = solved.pop(target.name)
             report = layer_report(target, factors, self.form, self.context)
             holder = _holder(target, self.skeleton.model.peft_config[ADAPTER])
             install(holder, [(target, factors)], self.form, start_note(self.method, self.context.seed))

@@ -154,25 +154,25 @@ def _make_all(maker: Maker, work: Work, show: Show, strict: bool) -> Finished:
 
     context.show = show_inner
 
-    def made(
+    def make_together(
         names: Sequence[str],
         groups: Sequence[Sequence[int]],
-        known: Callable[[str], T | None],
+        look_up: Callable[[str], T | None],
         make: Callable[[list[int]], Iterable[T]],
         what: str,
     ) -> dict[str, T]:
         """Return by name what ``make`` makes of places, each process beginning elsewhere."""
         places = {name: place for place, name in enumerate(names)}
         begin = len(groups) * context.processes.rank // context.processes.count
-        found = work.make_all(
+        by_name = work.make_all(
             [[names[place] for place in group] for group in [*groups[begin:], *groups[:begin]]],
-            known,
+            look_up,
             lambda missing: dict(zip(missing, make([places[name] for name in missing]), strict=True)),
             what=what,
             step=f"streaming: {what}",
             show=show,
         )
-        return {name: found[name] for name in names}
+        return {name: by_name[name] for name in names}
 
     def moments(places: Sequence[int]) -> Iterator[dict[str, Any]]:
         for place in places:
@@ -190,11 +190,11 @@ def _make_all(maker: Maker, work: Work, show: Show, strict: bool) -> Finished:
     if maker.method.wants(ANY_LAYER).moments:
         moments_names = [f"moments-{place:05d}" for place in every]
         with context.clock("moments"):
-            by_layer = made(moments_names, [[place] for place in every], work.facts, moments, "moments")
+            by_layer = make_together(moments_names, [[place] for place in every], work.facts, moments, "moments")
             maker.moments = averaged([layer.kind for layer in layers], list(by_layer.values()))
-    with context.clock("factorise"):
+    with context.clock("solve"):
         names = [layer_name(place) for place in every]
-        finished = Finished(made(names, _groups(maker, layers), work.facts, starts, "layers"), {})
+        finished = Finished(make_together(names, _groups(maker, layers), work.facts, starts, "layers"), {})
     if strict:
         for layer, facts in zip(layers, finished.layers.values(), strict=True):
             if note := facts["report"]["note"]:
@@ -202,7 +202,7 @@ def _make_all(maker: Maker, work: Work, show: Show, strict: bool) -> Finished:
     if maker.form == "residual":
         shards = list(maker.source.shards)
         with context.clock("residual"):
-            digests = made(
+            digests = make_together(
                 shards,
                 [[place] for place in range(len(shards))],
                 work.file_digest,

@@ -47,14 +47,14 @@ def model_class(folder: Path, config: Any) -> Any:
     """
     names = list(config.architectures or [])
     causal: set[str] = set()
-    for found in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        causal.update([found] if isinstance(found, str) else found)
+    for classes in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        causal.update([classes] if isinstance(classes, str) else classes)
     if not causal.isdisjoint(names) or (not names and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         return AutoModelForCausalLM
-    found = getattr(transformers, names[0], None) if names else None
-    if found is None or not hasattr(found, "_from_config"):
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None or not hasattr(cls, "_from_config"):
         raise ModelError(f"{folder} is a {names[0] if names else config.model_type}, which Transformers doesn't have.")
-    return found
+    return cls
 
 
 def task_type(folder: Path) -> str | None:
@@ -112,9 +112,9 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
         model = _wrapped(base, lora)
     for target in lora_layers(model, ADAPTER):
         # What find_layers looks at: B is zero, and one number holds it.
-        for held in (target.module.lora_B, target.module.lora_embedding_B):
-            if ADAPTER in held:
-                _set_zero(held, ADAPTER)
+        for by_adapter in (target.module.lora_B, target.module.lora_embedding_B):
+            if ADAPTER in by_adapter:
+                _set_zero(by_adapter, ADAPTER)
     layers = find_layers(model, ADAPTER)
     keys = {}
     for layer in layers:
@@ -127,27 +127,27 @@ def checkpoint_keys(base: Any, source: Source) -> dict[str, str]:
 
     Names are mapped as Transformers maps them when it loads; what it would convert (fuse, split, permute) has no entry.
     """
-    held = base.state_dict()
+    parameters = base.state_dict()
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
 
         transforms = list(get_model_conversion_mapping(base))
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if not isinstance(each, WeightRenaming)]
-        found: dict[str, str] = {}
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
+        keys: dict[str, str] = {}
         for key in source.places:
-            name, converter = rename_source_key(key, renamings, converters, base.base_model_prefix, held)
+            name, converter = rename_source_key(key, renamings, converters, base.base_model_prefix, parameters)
             if converter is None:
-                found[name] = key
+                keys[name] = key
     except (ImportError, TypeError):  # Transformers' own business, which other versions have elsewhere or otherwise
         prefix = f"{base.base_model_prefix}."
-        found = {}
+        keys = {}
         for key in source.places:
             for name in (key, key.removeprefix(prefix), prefix + key):
-                if name in held:
-                    found.setdefault(name, key)
-    return found
+                if name in parameters:
+                    keys.setdefault(name, key)
+    return keys
 
 
 def _tied(base: Any, names: dict[str, str]) -> dict[str, str]:
@@ -156,9 +156,9 @@ def _tied(base: Any, names: dict[str, str]) -> dict[str, str]:
     for name, parameter in base.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return {
-        name: names[known]
+        name: names[stored]
         for group in groups.values()
-        if (known := next((each for each in group if each in names), None)) is not None
+        if (stored := next((name for name in group if name in names), None)) is not None
         for name in group
     }
 
@@ -190,21 +190,21 @@ def check_entry(source: Source, key: str, shape: tuple[int, ...], name: str) -> 
 
 
 def _wrapped(base: Any, lora: LoraConfig) -> Any:
-    settings = {each.name: getattr(lora, each.name) for each in dataclasses.fields(lora) if each.init}
+    settings = {field.name: getattr(lora, field.name) for field in dataclasses.fields(lora) if field.init}
     targets = settings.pop("target_modules")
     if targets is None:
         return get_peft_model(base, dataclasses.replace(lora))
     return wrap_lora(base, targets if isinstance(targets, str) else sorted(targets), **settings)
 
 
-def _set_zero(held: Any, adapter: str) -> None:
-    part = held[adapter]
+def _set_zero(by_adapter: Any, adapter: str) -> None:
+    part = by_adapter[adapter]
     like: torch.Tensor = part.get_parameter("weight") if isinstance(part, nn.Module) else part
     zero = nn.Parameter(torch.zeros((), dtype=like.dtype, device="cpu").expand(like.shape), requires_grad=False)
     if isinstance(part, nn.Module):
         part.weight = zero
     else:
-        held[adapter] = zero
+        by_adapter[adapter] = zero
 
 
 def _config(folder: Path) -> Any:

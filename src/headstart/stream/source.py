@@ -74,10 +74,10 @@ class Source:
     def identity(self) -> list[list[Any]]:
         """Return what changes with the checkpoint: names, sizes, times of change and headers of its files."""
         config = (self.folder / "config.json").read_bytes()
-        found: list[list[Any]] = [["config.json", hashlib.sha256(config).hexdigest()]]
+        facts: list[list[Any]] = [["config.json", hashlib.sha256(config).hexdigest()]]
         for name, shard in self.shards.items():
-            found.append([name, shard.size, shard.changed, hashlib.sha256(shard.header).hexdigest()])
-        return found
+            facts.append([name, shard.size, shard.changed, hashlib.sha256(shard.header).hexdigest()])
+        return facts
 
     def check_unchanged(self, tensor: str | None = None) -> None:
         """Raise CheckpointError where a shard, or a tensor's own, was changed since its header was read."""

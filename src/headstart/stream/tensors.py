@@ -163,7 +163,7 @@ def _parse(path: Path, header: bytes, data: int, offset: int) -> tuple[dict[str,
         metadata = dict(content.pop("__metadata__", None) or {})
         if not all(isinstance(part, str) for pair in metadata.items() for part in pair):
             raise TypeError
-        entries = [_entry(name, found, offset) for name, found in content.items()]
+        entries = [_entry(name, facts, offset) for name, facts in content.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, "its header can't be read") from error
     entries.sort(key=lambda entry: (entry.begin, entry.end))
@@ -179,12 +179,12 @@ def _parse(path: Path, header: bytes, data: int, offset: int) -> tuple[dict[str,
     return {entry.name: entry for entry in entries}, metadata
 
 
-def _entry(name: str, found: Mapping[str, Any], offset: int) -> Entry:
-    shape, (begin, end) = tuple(found["shape"]), found["data_offsets"]
+def _entry(name: str, facts: Mapping[str, Any], offset: int) -> Entry:
+    shape, (begin, end) = tuple(facts["shape"]), facts["data_offsets"]
     whole = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
-    if not whole or end < begin or not isinstance(found["dtype"], str):
+    if not whole or end < begin or not isinstance(facts["dtype"], str):
         raise ValueError(name)
-    return Entry(name, found["dtype"], shape, offset + begin, offset + end)
+    return Entry(name, facts["dtype"], shape, offset + begin, offset + end)
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,9 @@ def write_file(path: Path, planned: Mapping[str, Planned], metadata: Mapping[str
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name in order:
-        each = planned[name]
-        size = each.dtype.itemsize * math.prod(each.shape)
-        header[name] = {"dtype": _NAMES[each.dtype], "shape": list(each.shape), "data_offsets": [at, at + size]}
+        tensor = planned[name]
+        size = tensor.dtype.itemsize * math.prod(tensor.shape)
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -226,8 +226,8 @@ def write_file(path: Path, planned: Mapping[str, Planned], metadata: Mapping[str
 
 def _all_chunks(header: bytes, planned: list[Planned]) -> Iterator[bytes]:
     yield header
-    for each in planned:
-        yield from each.data()
+    for tensor in planned:
+        yield from tensor.data()
 
 
 def write_chunks(path: Path, chunks: Iterator[bytes]) -> str:

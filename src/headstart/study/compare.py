@@ -131,52 +131,52 @@ def prepare(comparison: Comparison, tokenizer: Any) -> Material:
 
 
 def _examples(comparison: Comparison) -> tuple[list[Example], list[Example]]:
-    train, held = comparison.train_examples, max(comparison.held_out_examples, comparison.graded_examples)
+    train, held_out = comparison.train_examples, max(comparison.held_out_examples, comparison.graded_examples)
     if comparison.data == BUILT_IN:
         seed = comparison.recipe.seed
         return (
             [example_from_record(problem) for problem in generate_problems(train, seed=seed, split="train")],
-            [example_from_record(problem) for problem in generate_problems(held, seed=seed, split="test")],
+            [example_from_record(problem) for problem in generate_problems(held_out, seed=seed, split="test")],
         )
     if comparison.held_out is not None:
         return (
             load_examples(comparison.data, limit=train),
-            load_examples(comparison.held_out, split="test", limit=held),
+            load_examples(comparison.held_out, split="test", limit=held_out),
         )
     if not Path(comparison.data).expanduser().is_file():
         return (
             load_examples(comparison.data, split="train", limit=train),
-            load_examples(comparison.data, split="test", limit=held),
+            load_examples(comparison.data, split="test", limit=held_out),
         )
     every = load_examples(comparison.data)
-    held = min(held, len(every) // 5)
-    if held == 0:
+    held_out = min(held_out, len(every) // 5)
+    if held_out == 0:
         raise DataError(
             f"{comparison.data} has {len(every)} examples, too few to hold any out: add some, or name a file to "
             "measure on (--held-out)."
         )
-    return every[:-held][:train], every[-held:]
+    return every[:-held_out][:train], every[-held_out:]
 
 
 def _claim(folder: Path, comparison: Comparison) -> None:
     """Note what the folder is for, or check that it is for the same: only the methods may differ."""
     path = folder / "comparison.json"
-    mine = json.loads(json.dumps(asdict(comparison)))
+    asked = json.loads(json.dumps(asdict(comparison)))
     if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        for settings in (mine, theirs):
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        for settings in (asked, noted):
             settings["methods"] = None
-        if mine != theirs:
-            changed = [key for key in _flat(mine) if _flat(mine)[key] != _flat(theirs).get(key)]
+        if asked != noted:
+            changed = [key for key in _flat(asked) if _flat(asked)[key] != _flat(noted).get(key)]
             raise HeadstartError(
                 f"{folder} holds a comparison with other settings ({', '.join(changed)}): give another --out, or "
                 "--force to start over."
             )
-        mine = json.loads(json.dumps(asdict(comparison)))
+        asked = json.loads(json.dumps(asdict(comparison)))
     elif folder.exists() and any(folder.iterdir()):
         raise HeadstartError(f"{folder} exists and holds something else than a comparison: give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(mine, path)
+    write_json(asked, path)
 
 
 def start_over(folder: Path, comparison: Comparison) -> None:

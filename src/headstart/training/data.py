@@ -93,16 +93,16 @@ def load_examples(source: str | Path, *, split: str = "train", limit: int | None
     if path.is_dir():
         path = _file_of_split(path, split)
     if path.is_file():
-        found = list(islice(_examples_of_file(path), limit))
+        examples = list(islice(_examples_of_file(path), limit))
         where = str(path)
     elif isinstance(source, str) and _HUB_NAME.fullmatch(source):
-        found = _examples_of_hub(source, split, limit)
+        examples = _examples_of_hub(source, split, limit)
         where = f"dataset {source!r}, split {split!r}"
     else:
         raise DataError(f"The data {str(source)!r} does not exist: give a .jsonl file or a folder with train.jsonl.")
-    if not found:
+    if not examples:
         raise DataError(f"{where}: there are no examples in it.")
-    return found
+    return examples
 
 
 # A name like data/train.jsonl would pass for a dataset by its characters; nobody names a dataset so.
@@ -209,14 +209,14 @@ def _layout_of(record: Mapping[str, object], where: str) -> tuple[str, ...]:
         raise DataError(f"{where}: has both {_listed(complete[0])} and {_listed(complete[1])}; keep one of them.")
     if complete:
         return complete[0]
-    known = [field for fields in _LAYOUTS for field in fields]
+    all_fields = [field for fields in _LAYOUTS for field in fields]
     for fields in _LAYOUTS:
         missing = [field for field in fields if field not in record]
         if len(missing) < len(fields):
-            further = [field for field in record if field not in known]
+            further = [field for field in record if field not in all_fields]
             guesses = (f" Did you mean it by {field!r}?" for field in further if nearest(field, missing))
             raise DataError(f"{where}: field {missing[0]!r} is missing.{next(guesses, '')}")
-    guess = next((text for field in record if (text := nearest(field, known))), "")
+    guess = next((text for field in record if (text := nearest(field, all_fields))), "")
     has = f"has {_listed(list(record)[:6])}" if record else "is empty"
     raise DataError(
         f"{where}: needs 'prompt' and 'completion', 'question' and 'answer', or 'messages', but {has}.{guess}"

@@ -210,11 +210,11 @@ def _of_head(key: str, model: Any) -> bool:
 
 
 def _require_causal(config: Any, what: str) -> None:
-    known: set[str] = set()
+    causal: set[str] = set()
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        known.update([names] if isinstance(names, str) else names)
+        causal.update([names] if isinstance(names, str) else names)
     architectures = config.architectures or []
-    if architectures and known.isdisjoint(architectures):
+    if architectures and causal.isdisjoint(architectures):
         raise ModelError(f"{what} is a {architectures[0]}, not a causal language model, so it can't be used here.")
     if not architectures and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{what} is of type {config.model_type!r}, which is no causal language model.")

@@ -133,8 +133,8 @@ def run(
         trained = _start_and_train(method, recipe, material, load, folder, show)
     model, tokenizer = load()
     model = load_checkpoint(model.to(accelerator()), folder / "checkpoint", trainable=False)
-    found = dict(trained, final_loss=_loss(model, material, tokenizer, recipe, show, "loss at the end"))
-    found["held_out"] = len(material.held_out)
+    content = dict(trained, final_loss=_loss(model, material, tokenizer, recipe, show, "loss at the end"))
+    content["held_out"] = len(material.held_out)
     if material.graded:
         graded = exact_match(
             model,
@@ -143,13 +143,13 @@ def run(
             max_new_tokens=material.max_new_tokens,
             progress=partial(show, "answers"),
         )
-        found |= {"right": graded.right, "graded": graded.total}
+        content |= {"right": graded.right, "graded": graded.total}
         if graded.cut_off:
-            found["warnings"] = [
-                *found["warnings"],
+            content["warnings"] = [
+                *content["warnings"],
                 f"{graded.cut_off} of {graded.total} answers were cut off after {material.max_new_tokens} tokens",
             ]
-    result = Result(**found)
+    result = Result(**content)
     write_json(asdict(result), folder / "result.json")
     (folder / "trained.json").unlink()
     return result
@@ -164,7 +164,7 @@ def _start_and_train(
     start_loss = _loss(model, material, tokenizer, recipe, show, "loss at the start")
     losses, seconds = _train(model, recipe, material, tokenizer, folder, show)
     save_checkpoint(model, folder / "checkpoint", force=True)
-    found = {
+    trained = {
         "method": method,
         "start_loss": start_loss,
         "trainable": report.trainable,
@@ -174,21 +174,21 @@ def _start_and_train(
         "losses": losses,
         "warnings": [*material.warnings, *report.warnings],
     }
-    write_json(found, folder / "trained.json")
+    write_json(trained, folder / "trained.json")
     shutil.rmtree(folder / "trainer", ignore_errors=True)
-    return found
+    return trained
 
 
 def read_result(folder: Path) -> Result | None:
     """Return the result that a finished run left in its folder, None where there is none."""
-    found = _read_json(folder / "result.json")
-    return None if found is None else Result(**found)
+    content = _read_json(folder / "result.json")
+    return None if content is None else Result(**content)
 
 
 def method_of(folder: Path) -> str | None:
     """Return the method whose run is in a folder and has been trained, None where there is none."""
-    found = _read_json(folder / "result.json") or _read_json(folder / "trained.json") or {}
-    return found.get("method")
+    content = _read_json(folder / "result.json") or _read_json(folder / "trained.json") or {}
+    return content.get("method")
 
 
 def remove_run(folder: Path) -> None:
@@ -218,12 +218,12 @@ def _start(
         use_rslora=recipe.use_rslora,
         task_type="CAUSAL_LM",
     )
-    made = parse_method(method)
-    samples = made.sample_count(len(material.train))
+    parsed = parse_method(method)
+    samples = parsed.sample_count(len(material.train))
     rows = sorted(material.train[:samples], key=lambda row: len(row["input_ids"]))
     report = initialize_(
         wrapped,
-        made,
+        parsed,
         data=TrainingData(
             batches(rows, recipe.batch_size, tokenizer.pad_token_id) if rows else None,
             training=Training(len(material.train) or None, recipe.first_lr),

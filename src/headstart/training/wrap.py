@@ -16,8 +16,8 @@ from headstart.errors import LayerError, nearest
 
 def accelerator() -> torch.device:
     """Return the device to compute on: the accelerator where there is one, else the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device or torch.device("cpu")
 
 
 def wrap_lora(model: nn.Module, target_modules: str | Sequence[str], **settings: Any) -> Any:
