@@ -158,6 +158,22 @@ def test_llm_adapters_format(name, answer, reference, output, last):
 
 
 @pytest.mark.parametrize(
+    ("name", "row", "asked", "reference"),
+    [
+        ("svamp", {"Body": "Two pens.", "Question": "How many?", "Answer": "2.0"}, "Two pens. How many?", "2.0"),
+        ("multiarith", {"question": " How many? ", "final_ans": "8"}, "How many?", "8"),
+        ("aqua", {"question": "2 + 2?", "options": ["A)4", "B)f(x)"], "rationale": "r", "correct": "A"},
+         "2 + 2? Answer Choices: (A) 4 (B) f(x)", "A"),
+    ],
+)  # fmt: skip
+def test_the_hubs_rows_of_the_small_sets(name, row, asked, reference):
+    task = parse_task(name)
+    assert task.example(row) == task.example({"instruction": asked, "answer": [reference]})
+    with pytest.raises(DataError, match="field 'answer' must be text, but is of type NoneType"):
+        task.example({**row, "Answer": None, "final_ans": None, "correct": None})
+
+
+@pytest.mark.parametrize(
     ("output", "right"),
     [
         ("900 + 60 = 960.The answer is (E).", 1),

@@ -138,9 +138,14 @@ class Adapted(Mathematics):
 
     source: ClassVar[str] = "Hu et al. 2023, arXiv 2304.01933; github.com/AGI-Edgerunners/LLM-Adapters"
     metrics: ClassVar[tuple[str, ...]] = ("last_number", "exact_match", "math_verify")
+    parts: ClassVar[tuple[str, str]] = ("", "")  # of a hub's row, the question's fields as a template and the answer's
 
     def example(self, row: Row, context: Sequence[Row] = ()) -> Example:
-        """Read the four fields; ``output``, a worked answer, may be missing where nothing is to be learned."""
+        """Read the four fields, or the hub's; without ``output``, a worked answer, nothing is to be learned."""
+        asked, answered = self.parts
+        if asked and "instruction" not in row:
+            told = {field: text_of(row, field).strip() for field in re.findall(r"\{(\w+)\}", asked)}
+            row = {"instruction": asked.format(**told), "answer": row.get(answered)}
         answer: Any = row.get("answer")
         answer = answer[-1] if isinstance(answer, list) and answer else answer
         if isinstance(answer, (int, float)):
@@ -157,13 +162,13 @@ variant(
     hub="lmms-lab/Math10K", splits={"train": "train"}, files=("Math10K", "math10k"), metrics=Mathematics.metrics,
 )
 # fmt: on
-for _name, _about in (
-    ("SVAMP", "elementary problems varied in their words; 1,000 to test"),
-    ("MultiArith", "problems of several steps; 600 to test"),
-    ("AddSub", "problems of addition and subtraction; 395 to test"),
-    ("SingleEq", "problems of one equation; 508 to test"),
+for _name, _hub, _parts, _about in (
+    ("SVAMP", "ChilleD/SVAMP", ("{Body} {Question}", "Answer"), "elementary problems varied; 1,000 to test"),
+    ("MultiArith", "ChilleD/MultiArith", ("{question}", "final_ans"), "problems of several steps; 600 to test"),
+    ("AddSub", None, ("", ""), "problems of addition and subtraction; 395 to test"),
+    ("SingleEq", None, ("", ""), "problems of one equation; 508 to test"),
 ):
-    variant(Adapted, _name.lower(), f"{_name}: {_about}.", files=(_name,))
+    variant(Adapted, _name.lower(), f"{_name}: {_about}.", hub=_hub, parts=_parts, files=(_name,))
 
 
 @register("aqua")
@@ -179,6 +184,16 @@ class AQuA(Adapted):
     metrics: ClassVar[tuple[str, ...]] = ("exact_match",)
     needs: ClassVar[tuple[str, ...]] = ()
     lm_eval: ClassVar[str | None] = "agieval_aqua_rat"
+    hub: ClassVar[str | None] = "deepmind/aqua_rat:raw"
+
+    def example(self, row: Row, context: Sequence[Row] = ()) -> Example:
+        """Read LLM-Adapters' fields, or the hub's ``question``, ``options`` such as ``A)21``, and ``correct``."""
+        options: Any = row.get("options")
+        if "instruction" not in row and isinstance(options, list):
+            listed = " ".join(f"({str(option).replace(')', ') ', 1)}" for option in options)
+            asked = f"{text_of(row, 'question')} Answer Choices: {listed}"
+            row = {"instruction": asked, "answer": row.get("correct")}
+        return super().example(row)
 
     def grade(self, example: Example, output: str) -> dict[str, float]:
         """Compare letters."""
