@@ -19,7 +19,9 @@ from headstart.errors import CheckpointError, HeadstartError, LayerError, RunErr
 from headstart.runs import stages
 from headstart.runs.result import Result, read_result, write_result
 from headstart.runs.stages import execute
-from running import bert_folder, llama_folder, sentiments, small_run, sums
+from headstart.tasks.registry import parse_task
+from headstart.tasks.rows import read
+from running import bert_folder, llama_folder, sentiments, small_run, sums, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -141,19 +143,16 @@ def test_the_card_is_one_that_a_hub_accepts(model, data, tmp_path):
 
 
 def test_the_held_out_loss_is_a_mean_over_tokens(model, data, tmp_path):
-    from running import tokenizer
-
     result = execute(small_run(model, data, data={"held_out_examples": 12}), tmp_path / "run")
     words, base = tokenizer(), AutoModelForCausalLM.from_pretrained(model).double()
-    rows = [json.loads(line) for line in data.read_text().splitlines()][-12:]
     total, count = 0.0, 0
-    for row in rows:
-        ids = words(row["question"] + row["answer"])["input_ids"] + [words.eos_token_id]
-        prompt = len(words(row["question"])["input_ids"])
+    for example in read(parse_task("text"), data).examples[-12:]:
+        prompt = words(example.prompt)["input_ids"]
+        ids = prompt + words(example.completion)["input_ids"] + [words.eos_token_id]
         with torch.no_grad():
             logits = base(torch.tensor([ids])).logits[0].log_softmax(-1)
-        total -= sum(float(logits[place - 1, ids[place]]) for place in range(prompt, len(ids)))
-        count += len(ids) - prompt
+        total -= sum(float(logits[place - 1, ids[place]]) for place in range(len(prompt), len(ids)))
+        count += len(ids) - len(prompt)
     assert result.metrics["loss/start"].value == pytest.approx(total / count, rel=1e-5)
 
 

@@ -36,7 +36,8 @@ def train(
 
     words = list(overrides or [])
     if source is not None and "=" in source and not Path(source).is_file():
-        source, words = None, [source, *words]
+        words = [source, *words]
+        source = None
     try:
         run, origins = read_run(source, words)
         _check_names(run)

@@ -1,0 +1,1 @@
+"""One run: a validated tree of settings, its folder, and its three stages."""

@@ -1,0 +1,115 @@
+"""The model of a run: loaded, and made ready for what is to train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import VeraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+
+from headstart.errors import LayerError, RunError
+from headstart.runs.tree import Run
+from headstart.tasks.base import Task
+from headstart.training.models import Head, resolve_model
+from headstart.training.wrap import accelerator, wrap_lora
+
+_TASK_TYPES = {"text": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+
+
+def head_of(task: Task) -> Head:
+    """Return the head that a task's model has; a regression is a classification with one output."""
+    return "text" if task.kind == "text" else "classification"
+
+
+def load_base(run: Run, task: Task, *, progress: bool = True) -> tuple[Any, Any]:
+    """Return the pretrained model on the device that it trains on, and its tokenizer.
+
+    A classifier's own head is drawn from the run's seed.
+
+    Raises:
+        ModelError: see :func:`headstart.training.models.resolve_model`.
+        RunError: bitsandbytes is needed and not installed.
+    """
+    options: dict[str, Any] = {} if run.model.revision is None else {"revision": run.model.revision}
+    if task.kind != "text":
+        options["num_labels"] = 1 if task.kind == "regression" else len(task.labels)
+        options["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
+    if run.model.bits != 16:
+        options["quantization_config"] = _quantised(run)
+        options["device_map"] = {"": accelerator()}
+    torch.manual_seed(run.seed)
+    model, tokenizer, _ = resolve_model(
+        run.model.name, dtype=getattr(torch, run.model.dtype), progress=progress, head=head_of(task), **options
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model if run.model.bits != 16 else model.to(accelerator()), tokenizer
+
+
+def made_ready(model: Any, run: Run, task: Task) -> Any:
+    """Return the model with what is to train, and nothing else, trainable: an adapter's layers, biases, or all of it.
+
+    Raises:
+        LayerError: the adapter's targets aren't there, or there is no bias.
+    """
+    if run.trains == "full":
+        return model.requires_grad_(True)
+    if run.trains == "bitfit":
+        model.requires_grad_(False)
+        biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+        if not biases:
+            raise LayerError("trains=bitfit: the model has no bias.")
+        for parameter in [*biases, *_head_parameters(model, task)]:
+            parameter.requires_grad_(True)
+        return model
+    if run.model.bits != 16:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=run.gradient_checkpointing)
+    settings = run.adapter
+    common: dict[str, Any] = {"r": settings.r, "task_type": _TASK_TYPES[head_of(task)]}
+    if settings.modules_to_save:
+        common["modules_to_save"] = list(settings.modules_to_save)
+    if settings.kind == "vera":
+        targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+        try:
+            return get_peft_model(model, VeraConfig(target_modules=targets, vera_dropout=settings.dropout, **common))
+        except ValueError as error:
+            raise LayerError(f"PEFT can't put VeRA layers on {targets!r}: {error}") from error
+    return wrap_lora(
+        model,
+        settings.targets,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        **common,
+    )
+
+
+def _head_parameters(model: nn.Module, task: Task) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a classifier's head, which was never trained."""
+    if task.kind != "text":
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        yield from (parameter for name, parameter in model.named_parameters() if not name.startswith(prefix))
+
+
+def _quantised(run: Run) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+        from transformers import BitsAndBytesConfig
+    except ImportError as error:
+        raise RunError(
+            f'model.bits={run.model.bits} needs bitsandbytes: pip install "headstart[bitsandbytes]".'
+        ) from error
+    if run.model.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = getattr(torch, run.precision)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )

@@ -1,0 +1,140 @@
+"""What came of a run: one JSON file, whose unknown fields readers pass over."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from headstart.errors import CheckpointError
+from headstart.files import write_json
+
+SCHEMA = 1
+FILE = "result.json"
+_PACKAGES = ("headstart", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+
+Status = Literal["done", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number with its interval.
+
+    Attributes:
+        value: the number.
+        low, high: its 95 % interval; None where there is none.
+        count: of how many items.
+        higher_is_better: what a comparison takes for better.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    count: int = 0
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        key, settings: of the run.
+        status: "done", "diverged" (a loss that is no number) or "failed", with the ``reason`` in words.
+        metrics: by name; ``loss/start`` and ``loss/end`` are held-out losses before and after.
+        series: by name, rows of (step, value), such as the training loss.
+        trainable, parameters: how many numbers train, and how many the model has without an adapter.
+        start: the report of the start; empty where there is none.
+        seconds: by stage.
+        memory: peak bytes: "resident" of the process, "device" of the accelerator.
+        data: digests and counts of what was learned and measured.
+        environment: versions, machine, and the git commit of the working folder.
+        warnings: sentences.
+    """
+
+    key: str
+    settings: dict[str, Any]
+    status: Status
+    reason: str = ""
+    metrics: dict[str, Figure] = field(default_factory=dict)
+    series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    trainable: int = 0
+    parameters: int = 0
+    start: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write a result into a run's folder."""
+    write_json({"schema": SCHEMA, **dataclasses.asdict(result)}, folder / FILE)
+
+
+def read_result(folder: Path) -> Result | None:
+    """Return the result in a run's folder, None where there is none.
+
+    Raises:
+        CheckpointError: the file is damaged, or a later release wrote it in another way.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] > SCHEMA:
+            raise CheckpointError(f"{path} was written by a later release of headstart: update it to read the file.")
+        known = {each.name for each in dataclasses.fields(Result)}
+        values = {name: value for name, value in content.items() if name in known}
+        figures = {each.name for each in dataclasses.fields(Figure)}
+        values["metrics"] = {
+            name: Figure(**{key: part for key, part in figure.items() if key in figures})
+            for name, figure in values.get("metrics", {}).items()
+        }
+        values["series"] = {name: [(step, value) for step, value in rows] for name, rows in values["series"].items()}
+        return Result(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged: remove it, and the run is measured again.") from error
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions, the machine and the commit that a result was made with."""
+    found: dict[str, Any] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "versions": found,
+        "python": sys.version.split()[0],
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "device": cuda or "cpu",
+        "threads": torch.get_num_threads(),
+        "git": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of the folder that the command runs in, with a sign where files are changed."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,395 @@
+"""A run from its settings to its result, in three stages: start, training, measurement; each goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import Timeout
+
+from headstart.context import Clock, Memory, peak_resident
+from headstart.errors import CheckpointError, HeadstartError, RunError
+from headstart.evaluation.answers import answered
+from headstart.evaluation.held_out import HeldOut, held_out, mean_loss
+from headstart.evaluation.intervals import bootstrap, wilson
+from headstart.files import write_json
+from headstart.initialize import initialize_
+from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
+from headstart.layers.export import save_lora
+from headstart.layers.lora_fa import lora_fa_
+from headstart.methods import parse_method
+from headstart.processes import Processes
+from headstart.progress import Show, silent
+from headstart.runs.card import write_card
+from headstart.runs.model import load_base, made_ready
+from headstart.runs.result import Figure, Result, environment, read_result, write_result
+from headstart.runs.trainers import Watch, make_trainer, set_optimizer, truncated
+from headstart.runs.tree import Run
+from headstart.store.claims import lock_path, owner, take_lock
+from headstart.tasks.base import Example, Task
+from headstart.tasks.registry import parse_task
+from headstart.tasks.rows import Rows, read
+
+SETTINGS, START, TRAINED, SAVES = "run.json", "start", "trained", "trainer"
+
+
+@dataclass
+class _Notes:
+    """What is known of the result so far; kept in the stages' folders, so that it outlives a kill."""
+
+    metrics: dict[str, Figure] = field(default_factory=dict)
+    series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    trainable: int = 0
+    parameters: int = 0
+    start: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    diverged: int | None = None
+
+
+def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
+    """Do what is left of a run in its folder; return its result, at once where there is one.
+
+    The folder gets ``run.json`` (the settings), ``start/`` (a checkpoint), ``trained/`` (a checkpoint, the plain LoRA
+    adapter, on request the merged model, a model card) and ``result.json``.
+
+    Args:
+        run: the settings.
+        folder: of this run and no other; made if need be.
+        show: draws progress.
+
+    Raises:
+        RunError: the folder is another run's, or a living process is at it.
+        HeadstartError: the run failed; the result says so, too. The same call tries again.
+    """
+    result = read_result(folder) if folder.is_dir() else None
+    main = Processes.numbered().rank == 0
+    if main:
+        _claim(run, folder)
+    if result is not None and result.status != "failed":
+        return result
+    with _alone(folder) if main else nullcontext():
+        try:
+            return _executed(run, folder, show)
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            if main:
+                settings = run.model_dump(mode="json")
+                write_result(Result(run.key, settings, "failed", reason, environment=environment()), folder)
+            if isinstance(error, HeadstartError):
+                raise
+            raise RunError(f"the run failed: {type(error).__name__}: {reason}") from error
+
+
+def _executed(run: Run, folder: Path, show: Show) -> Result:
+    task, clock = parse_task(run.data.task), Clock()
+    method = parse_method(run.start.method) if run.trains in ("adapter", "lora-fa") else None
+    with clock("data"):
+        train, measured = load_examples(run, task)
+    with clock("model"):
+        base, tokenizer = load_base(run, task)
+        parameters = sum(parameter.numel() for parameter in base.parameters())
+        memory = Memory(next(base.parameters()).device)
+        model = made_ready(base, run, task)
+    with clock("data"):
+        trainer = make_trainer(run, task, model, tokenizer, train.examples, measured.examples, folder / SAVES, show)
+    main = trainer.is_world_process_zero()
+    trained = _read_notes(folder / TRAINED)
+    notes = trained or _read_notes(folder / START) or _Notes(parameters=parameters)
+    # No process writes anything before all have read what there was.
+    Processes.joined().gather(None)
+    if not notes.data:
+        notes.data, notes.warnings = _about_data(run, train, measured, tokenizer)
+    if trained is None:
+        _begin(trainer, method, run, folder, notes, clock, show)
+        if measured.examples and "loss/start" not in notes.metrics:
+            with clock("measurement"):
+                notes.metrics |= _measured(trainer, task, show, "start")
+        if main:
+            _write_notes(notes, folder / START)
+        _train(trainer, folder, notes)
+        notes.memory = {"resident": peak_resident(), "device": memory.peak() if torch.cuda.is_available() else 0}
+        if notes.diverged is None and main:
+            _save(trainer.model, tokenizer, run, folder / TRAINED)
+            _write_notes(notes, folder / TRAINED)
+    elif method is not None:
+        load_checkpoint(trainer.model, folder / TRAINED / "checkpoint", trainable=False)
+    else:
+        trainer.model.load_state_dict(_tensors(folder / TRAINED / "model"), strict=False)
+    if notes.diverged is None and main:
+        with clock("measurement"):
+            notes.metrics |= _measured(trainer, task, show, "end") if measured.examples else {}
+            notes.metrics |= _graded(trainer.model, tokenizer, run, task, measured.examples, folder, show)
+    for stage, seconds in clock.seconds.items():
+        notes.seconds[stage] = notes.seconds.get(stage, 0.0) + seconds
+    result = _result(run, notes)
+    if main:
+        if notes.diverged is None:
+            if run.merged and method is not None:
+                # Last of all: no adapter is left after it.
+                trainer.model.merge_and_unload().save_pretrained(folder / TRAINED / "merged")
+                tokenizer.save_pretrained(folder / TRAINED / "merged")
+            write_card(run, result, folder / TRAINED)
+        write_result(result, folder)
+        shutil.rmtree(folder / SAVES, ignore_errors=True)
+    return result
+
+
+def load_examples(run: Run, task: Task) -> tuple[Rows, Rows]:
+    """Return what is learned and what is held out: of a single file without a test split, its last rows.
+
+    Raises:
+        DataError: see :func:`headstart.tasks.rows.read`.
+    """
+    wanted, data = max(run.data.held_out_examples, run.evaluation.graded_examples), run.data
+    if data.train is not None and data.held_out is None and Path(data.train).expanduser().is_file():
+        rows = read(task, data.train)
+        held = min(wanted, len(rows.examples) // 5)
+        cut = len(rows.examples) - held
+        learned = rows.examples[:cut][: data.train_examples]
+        return replace(rows, examples=learned), replace(rows, examples=rows.examples[cut:], bad=[])
+    train = read(task, data.train, limit=data.train_examples)
+    if not wanted:
+        return train, replace(train, examples=[], bad=[])
+    return train, read(task, data.held_out or data.train, split="test", limit=wanted)
+
+
+def _begin(trainer: Any, method: Any, run: Run, folder: Path, notes: _Notes, clock: Clock, show: Show) -> None:
+    """Give the trainer's model its start, the one that is kept where there is one."""
+    model = trainer.model
+    if method is not None:
+        place = folder / START / "checkpoint"
+        if (place / "adapter_config.json").is_file():
+            load_checkpoint(model, place)
+        else:
+            with clock("start"):
+                report = initialize_(
+                    model,
+                    method,
+                    data=trainer,
+                    seed=run.seed,
+                    form=run.start.form,
+                    memory_budget=run.start.memory_budget,
+                    progress=show,
+                )
+            notes.start = {
+                "method": report.method,
+                "form": report.form,
+                "seconds": report.seconds,
+                "samples": report.samples,
+                "peak_memory": report.peak_memory,
+                "seconds_by_step": dict(report.seconds_by_step),
+            }
+            notes.warnings += list(report.warnings)
+            if trainer.is_world_process_zero():
+                save_checkpoint(model, place)
+        if run.trains == "lora-fa":
+            lora_fa_(model)
+    notes.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    set_optimizer(trainer, run)
+
+
+def _train(trainer: Any, folder: Path, notes: _Notes) -> None:
+    """Train to the end, from the last whole save where there is one."""
+    watch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Watch))
+    trainer.train(resume_from_checkpoint=_last_save(folder / SAVES))
+    steps = trainer.state.global_step
+    # Of a run that was cut off only the rest was timed, and is scaled to all.
+    notes.seconds["training"] = watch.seconds * steps / max(1, steps - watch.first)
+    notes.diverged = watch.diverged
+    for name, key in (("loss", "loss"), ("rate", "learning_rate"), ("held-out loss", "eval_loss")):
+        rows = [(row["step"], float(row[key])) for row in trainer.state.log_history if key in row]
+        if rows:
+            notes.series[name] = rows
+
+
+def _measured(trainer: Any, task: Task, show: Show, when: str) -> dict[str, Figure]:
+    """Return the held-out loss, and a classifier's metrics, with intervals over the items."""
+    found = held_out(trainer, regression=task.kind == "regression", progress=show, step=f"loss at the {when}")
+    low, high = bootstrap(mean_loss, found.losses.tolist(), found.weights.tolist()) or (None, None)
+    figures = {f"loss/{when}": Figure(found.loss, low, high, len(found.losses), higher_is_better=False)}
+    if task.kind == "text":
+        return figures
+    predicted, labels = _predicted(found, task), [float(label) for label in found.labels]
+    count = len(predicted)
+    for name, value in task.score(predicted, labels).items():
+        if name == "accuracy":
+            limits: Any = wilson(round(value * count), count)
+        else:
+            limits = bootstrap(lambda p, t, name=name: task.score(p, t)[name], predicted, labels) or (None, None)
+        figures[f"{name}/{when}"] = Figure(value, limits[0], limits[1], count)
+    return figures
+
+
+def _predicted(found: HeldOut, task: Task) -> list[float]:
+    outputs = found.logits.reshape(len(found.labels)) if task.kind == "regression" else found.logits.argmax(1)
+    return [float(value) for value in outputs]
+
+
+def _graded(
+    model: Any, tokenizer: Any, run: Run, task: Task, examples: list[Example], folder: Path, show: Show
+) -> dict[str, Figure]:
+    """Return the grades of the model's answers to held-out examples."""
+    chosen = [example for example in examples if example.reference is not None][: run.evaluation.graded_examples]
+    if task.kind != "text" or not chosen:
+        return {}
+    task.check()
+    answers = answered(
+        model,
+        tokenizer,
+        chosen,
+        max_new_tokens=run.evaluation.max_new_tokens or task.max_new_tokens,
+        stop=task.stop,
+        batch_size=2 * run.batch.size,
+        path=folder / TRAINED / "answers.jsonl",
+        progress=show,
+    )
+    grades = [task.grade(example, answer) for example, answer in zip(chosen, answers, strict=True)]
+    rows = [
+        {"where": example.where, "reference": example.reference, "answer": answer, **grade}
+        for example, answer, grade in zip(chosen, answers, grades, strict=True)
+    ]
+    write_json(rows, folder / "items.json")
+    return {name: figure([grade[name] for grade in grades]) for name in (grades[0] if grades else {})}
+
+
+def figure(values: list[float]) -> Figure:
+    """Return the mean of items with its interval."""
+    mean = sum(values) / len(values)
+    if set(values) <= {0.0, 1.0}:
+        low, high = wilson(round(sum(values)), len(values))
+        return Figure(mean, low, high, len(values))
+    limits = bootstrap(lambda column: column.mean(), values) or (None, None)
+    return Figure(mean, limits[0], limits[1], len(values))
+
+
+def _result(run: Run, notes: _Notes) -> Result:
+    known = {name: value for name, value in vars(notes).items() if name != "diverged"}
+    status, reason = (
+        ("done", "") if notes.diverged is None else ("diverged", f"the loss of step {notes.diverged} is no number")
+    )
+    return Result(
+        run.key,
+        run.model_dump(mode="json"),
+        status,
+        reason,
+        environment=environment(),
+        **known,  # type: ignore[arg-type]
+    )
+
+
+def _save(model: Any, tokenizer: Any, run: Run, place: Path) -> None:
+    if run.trains not in ("adapter", "lora-fa"):
+        model.save_pretrained(place / "model")
+        tokenizer.save_pretrained(place / "model")
+        return
+    save_checkpoint(model, place / "checkpoint", force=True)
+    if run.adapter.kind == "lora":
+        save_lora(model, place / "adapter", force=True)
+
+
+def _about_data(run: Run, train: Rows, measured: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
+    warnings = []
+    for what, rows in (("training", train), ("held out", measured)):
+        total = len(rows.examples) + len(rows.bad)
+        if rows.bad:
+            warnings.append(f"{what}: {len(rows.bad)} of {total} rows were left out, the first: {rows.bad[0]}")
+        if rows.examples and (lost := truncated(rows.examples, tokenizer, run.batch.max_length)):
+            warnings.append(f"{what}: {lost} of {len(rows.examples)} lost what is beyond {run.batch.max_length} tokens")
+    return {"train": _about(train), "held_out": _about(measured)}, warnings
+
+
+def _about(rows: Rows) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps([asdict(example) for example in rows.examples]).encode()).hexdigest()
+    return {"where": rows.where, "examples": len(rows.examples), "bad": len(rows.bad), "sha256": digest}
+
+
+def _claim(run: Run, folder: Path) -> None:
+    """Note whose the folder is, or check that it is this run's."""
+    path = folder / SETTINGS
+    mine = {"key": run.key, "settings": run.model_dump(mode="json")}
+    if path.is_file():
+        try:
+            other = json.loads(path.read_text(encoding="utf-8"))
+            if other["key"] == run.key:
+                return
+            changed = sorted(_changed(mine["settings"], other["settings"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged: remove it, or give another --out.") from error
+        raise RunError(f"{folder} holds a run with other settings ({', '.join(changed)}): give another --out.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists and holds no run: give another --out.")
+    write_json(mine, path)
+
+
+def _changed(mine: Any, other: Any, prefix: str = "") -> Iterator[str]:
+    for key in mine.keys() | other.keys():
+        here, there = mine.get(key), other.get(key)
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            yield from _changed(here, there, f"{prefix}{key}.")
+        elif here != there:
+            yield f"{prefix}{key}"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        lock = take_lock(lock_path(folder, "run"))
+    except Timeout:
+        raise RunError(
+            f"{folder} is being worked on by {owner(lock_path(folder, 'run'))}: wait for it, or end it."
+        ) from None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+            shutil.rmtree(lock_path(folder, "run").parent, ignore_errors=True)
+
+
+def _last_save(output: Path) -> str | None:
+    """Return the last whole save to go on from: the Trainer writes its state last, and a kill may leave half of it.
+
+    That of the last step is none: the Trainer would make another step from it.
+    """
+    saves = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in saves:
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if state["global_step"] < state["max_steps"]:
+            return str(path)
+    return None
+
+
+def _write_notes(notes: _Notes, stage: Path) -> None:
+    write_json(asdict(notes), stage / "notes.json")
+
+
+def _read_notes(stage: Path) -> _Notes | None:
+    path = stage / "notes.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["metrics"] = {name: Figure(**value) for name, value in content["metrics"].items()}
+        content["series"] = {name: [tuple(row) for row in rows] for name, rows in content["series"].items()}
+        return _Notes(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: remove {stage}, and the stage is done again.") from error
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

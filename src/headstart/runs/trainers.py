@@ -1,0 +1,248 @@
+"""The trainer of a run: TRL's SFTTrainer for text, Transformers' Trainer for classes and numbers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from headstart.errors import DataError, RunError
+from headstart.progress import Show
+from headstart.runs.tree import Run
+from headstart.tasks.base import Example, Task
+from headstart.training.wrap import accelerator
+
+
+def make_trainer(
+    run: Run,
+    task: Task,
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    folder: Path,
+    show: Show,
+) -> Any:
+    """Return the trainer of a run, as a script of one's own would make it; the start comes after.
+
+    Args:
+        run, task: what to do.
+        model: with what is to train trainable.
+        tokenizer: the model's.
+        train, held_out: the examples.
+        folder: for the saves that training goes on from.
+        show: draws the bar.
+
+    Raises:
+        RunError: TRL is needed and not installed.
+        DataError: nothing is left to learn.
+    """
+    settings = _arguments(run, folder)
+    if task.kind == "text":
+        trainer = _text_trainer(run, model, tokenizer, train, held_out, settings)
+    else:
+        trainer = Trainer(
+            model,
+            TrainingArguments(**settings),
+            train_dataset=_labelled(train, tokenizer, task, run.batch.max_length),
+            eval_dataset=_labelled(held_out, tokenizer, task, run.batch.max_length),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+            compute_metrics=lambda found: task.score(_predictions(found.predictions, task), found.label_ids),
+        )
+    # It prints a dictionary a step; the bar says the same in one line.
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Watch(show))
+    return trainer
+
+
+def set_optimizer(trainer: Any, run: Run) -> None:
+    """Give a trainer the optimizer that its arguments can't say: LoRA+'s, of two rates; once the start is made."""
+    if run.optimizer.lora_plus is None:
+        return
+    from peft.optimizers import create_loraplus_optimizer
+
+    settings = run.optimizer
+    trainer.optimizer = create_loraplus_optimizer(
+        model=trainer.model,
+        optimizer_cls=torch.optim.AdamW,
+        lr=settings.lr,
+        loraplus_lr_ratio=settings.lora_plus,
+        loraplus_weight_decay=settings.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+    )
+
+
+def truncated(examples: Sequence[Example], tokenizer: Any, max_length: int) -> int:
+    """Return how many examples are longer than ``max_length`` tokens."""
+    chats = [example for example in examples if example.messages is not None]
+    plain = [example for example in examples if example.messages is None]
+    lengths = [len(tokenizer.apply_chat_template(_chat(example), tokenize=True)["input_ids"]) for example in chats]
+    if plain:
+        texts = [example.prompt + example.completion for example in plain]
+        pairs = [example.pair for example in plain] if plain[0].pair is not None else None
+        ids = tokenizer(texts, pairs, add_special_tokens=True)["input_ids"]
+        # The end of the sequence is a token, too.
+        lengths += [len(row) + bool(example.completion) for row, example in zip(ids, plain, strict=True)]
+    return sum(length > max_length for length in lengths)
+
+
+class Watch(TrainerCallback):
+    """Shows how far training is, times it, and ends it where the loss is no number.
+
+    Attributes:
+        diverged: the step at which the loss was no number, None where it always was one.
+        seconds: since training began; of a run that goes on, of its rest.
+        first: the step that it went on from.
+    """
+
+    def __init__(self, show: Show) -> None:
+        self.diverged: int | None = None
+        self.first = 0
+        self._show = show
+        self._began = time.perf_counter()
+        self._detail = ""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since training began, or went on."""
+        return time.perf_counter() - self._began
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began, self.first = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._show(f"training\t{self._detail}", state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        self._detail = f"loss {logs['loss']:.4g}, rate {logs.get('learning_rate', 0.0):.2g}"
+        if not math.isfinite(float(logs["loss"])) and self.diverged is None:
+            self.diverged = state.global_step
+            control.should_training_stop = True
+
+
+def _text_trainer(
+    run: Run,
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    settings: dict[str, Any],
+) -> Any:
+    try:
+        from trl import SFTConfig, SFTTrainer
+    except ImportError as error:
+        raise RunError('training on text needs TRL: pip install "headstart[train]".') from error
+    if tokenizer.eos_token is None:
+        raise DataError("the tokenizer has no eos_token; set one, or the model never learns where an answer ends.")
+    arguments = SFTConfig(
+        **settings,
+        max_length=run.batch.max_length,
+        packing=run.batch.packing,
+        eval_packing=False,
+        completion_only_loss=True,
+        eos_token=tokenizer.eos_token,
+    )
+    try:
+        trainer = SFTTrainer(
+            model,
+            arguments,
+            train_dataset=Dataset.from_list([_text_row(example) for example in train]),
+            eval_dataset=Dataset.from_list([_text_row(example) for example in held_out]) if held_out else None,
+            processing_class=tokenizer,
+        )
+    except StopIteration:  # TRL looks at the first row of what it has dropped all rows of
+        trainer = None
+    if trainer is None or not len(trainer.train_dataset):
+        raise DataError(
+            f"nothing is left to learn within batch.max_length={run.batch.max_length} tokens: the prompts alone are "
+            "longer."
+        )
+    return trainer
+
+
+def _text_row(example: Example) -> dict[str, Any]:
+    if example.messages is None:
+        return {"prompt": example.prompt, "completion": example.completion}
+    chat = _chat(example)
+    return {"prompt": chat[:-1], "completion": chat[-1:]}
+
+
+def _chat(example: Example) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in example.messages or ()]
+
+
+def _labelled(examples: Sequence[Example], tokenizer: Any, task: Task, max_length: int) -> Dataset | None:
+    if not examples:
+        return None
+    pairs = [example.pair for example in examples] if examples[0].pair is not None else None
+    tokens = tokenizer([example.prompt for example in examples], pairs, truncation=True, max_length=max_length)
+    kind = float if task.kind == "regression" else int
+    return Dataset.from_dict({**tokens, "labels": [kind(example.label or 0) for example in examples]})
+
+
+def _predictions(outputs: Any, task: Task) -> Any:
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    return logits.reshape(len(logits)) if task.kind == "regression" else logits.argmax(-1)
+
+
+def _arguments(run: Run, folder: Path) -> dict[str, Any]:
+    """Return what TrainingArguments and SFTConfig have in common."""
+    optimizer, schedule, evaluation = run.optimizer, run.schedule, run.evaluation
+    length: dict[str, Any] = {"num_train_epochs": schedule.epochs or 1.0}
+    if schedule.steps is not None:
+        length = {"max_steps": schedule.steps}
+    measured: dict[str, Any] = {"eval_strategy": "no"}
+    if evaluation.every is not None:
+        measured = {"eval_strategy": "steps", "eval_steps": evaluation.every}
+    saves = evaluation.every or (max(10, math.ceil(schedule.steps / 10)) if schedule.steps else 200)
+    checkpointing: dict[str, Any] = {}
+    if run.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    best: dict[str, Any] = {}
+    if evaluation.keep == "best":
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    return {
+        "output_dir": str(folder),
+        **length,
+        **measured,
+        **best,
+        "save_steps": saves,
+        "save_total_limit": 2,
+        "per_device_train_batch_size": run.batch.size,
+        "per_device_eval_batch_size": run.batch.size,
+        "gradient_accumulation_steps": run.batch.accumulation,
+        **checkpointing,
+        "learning_rate": optimizer.lr,
+        "lr_scheduler_type": schedule.kind if schedule.kind != "constant" else "constant_with_warmup",
+        "warmup_steps": schedule.warmup,
+        "optim": "adamw_torch" if optimizer.name == "adamw" else "sgd",
+        "optim_args": f"momentum={optimizer.momentum}" if optimizer.name == "sgd" and optimizer.momentum else None,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "adam_epsilon": optimizer.eps,
+        "max_grad_norm": optimizer.max_grad_norm,
+        # Transformers takes a CPU's bfloat16 only where the CPU is asked for by name.
+        "use_cpu": accelerator().type == "cpu",
+        "bf16": run.precision == "bfloat16",
+        "fp16": run.precision == "float16",
+        "seed": run.seed,
+        "data_seed": run.seed,
+        "report_to": list(run.report_to),
+        "logging_steps": 1,
+        # A loss that is no number must not be logged as the last one that was.
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }

@@ -1,0 +1,263 @@
+"""The settings of a run: one frozen, validated tree, and the key by which its folder is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from headstart.layers.install import Subtracting
+
+# Raise where the meaning of a setting changes, so that earlier runs aren't taken for these.
+SCHEMA = 1
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _number(value: Any) -> Any:
+    # YAML reads 1e-4, without a point, as text.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+
+
+class Node(BaseModel):
+    """A branch of the tree: frozen, and without settings that nobody knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Model(Node):
+    """The pretrained model.
+
+    Attributes:
+        name: a name of the Hugging Face Hub, a folder, a GGUF file, or ``smollm2``.
+        revision: of the hub.
+        dtype: of the weights in memory.
+        bits: 4 or 8 load it quantised by bitsandbytes; 16 as ``dtype`` says.
+    """
+
+    name: str = "smollm2"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    bits: Literal[4, 8, 16] = 16
+
+
+class Data(Node):
+    """What is learned.
+
+    Attributes:
+        task: its name with settings, such as ``gsm8k`` or ``gsm8k:prompt=alpaca-cot``; see ``headstart tasks``.
+        train, held_out: files, folders or hub names in place of the task's own.
+        train_examples: the first so many; None for all.
+        held_out_examples: on which the loss is measured before and after; of a single file, its last ones.
+    """
+
+    task: str = "problems"
+    train: str | None = None
+    held_out: str | None = None
+    train_examples: Positive | None = None
+    held_out_examples: Annotated[int, Field(ge=0)] = 200
+
+
+class Adapter(Node):
+    """What PEFT's LoraConfig or VeraConfig is given.
+
+    Attributes:
+        kind: lora or vera.
+        r, alpha, rslora, dropout, dora, rank_pattern, alpha_pattern: as PEFT has them.
+        targets: "all-linear", a regular expression, or names.
+        modules_to_save: heads that train whole; a classifier's own always does.
+    """
+
+    kind: Literal["lora", "vera"] = "lora"
+    r: Positive = 8
+    alpha: Rate = 16
+    rslora: bool = False
+    dropout: Share = 0.0
+    dora: bool = False
+    targets: str | tuple[str, ...] = "all-linear"
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    modules_to_save: Words = ()
+
+
+class Start(Node):
+    """How the factors start.
+
+    Attributes:
+        method: its name with settings, such as ``pissa`` or ``lora-da:samples=64``; see ``headstart methods``.
+        form: of starts that must not change the model: "anchored" or "residual".
+        memory_budget: for what a pass over the data sums, such as "6GiB"; None for half of what is free.
+    """
+
+    method: str = "lora"
+    form: Subtracting = "anchored"
+    memory_budget: str | None = None
+
+
+class Optimizer(Node):
+    """The optimiser.
+
+    Attributes:
+        name: adamw or sgd.
+        lr: the peak rate.
+        weight_decay: of the differences to an anchored start, which leads back to the base model; of kept factors, to 0.
+        lora_plus: the rate of B over that of A (LoRA+); None for one rate.
+        beta1, beta2, eps: AdamW's.
+        momentum: SGD's.
+        max_grad_norm: gradients are cut to this norm; 0 for not.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Rate = 1e-3
+    weight_decay: Amount = 0.0
+    lora_plus: Rate | None = None
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    eps: Rate = 1e-8
+    momentum: Share = 0.0
+    max_grad_norm: Amount = 1.0
+
+
+class Schedule(Node):
+    """How long, and at which rate.
+
+    Attributes:
+        kind: how the rate falls after the warm-up.
+        warmup: steps over which the rate rises, or, below 1, their share.
+        epochs, steps: how long; one of them (one epoch where neither is given).
+    """
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Amount = 0.03
+    epochs: Rate | None = None
+    steps: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Schedule:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps are both given: leave one of them out")
+        if self.warmup >= 1 and not float(self.warmup).is_integer():
+            raise ValueError(f"warmup={self.warmup:g} is neither a share below 1 nor a whole number of steps")
+        return self
+
+
+class Batch(Node):
+    """What a step sees.
+
+    Attributes:
+        size: samples a device and step.
+        accumulation: batches a step of the optimizer.
+        max_length: tokens; longer samples lose their end.
+        packing: fill each row with several samples (text only).
+    """
+
+    size: Positive = 8
+    accumulation: Positive = 1
+    max_length: Positive = 512
+    packing: bool = False
+
+
+class Evaluation(Node):
+    """What is measured, and when.
+
+    Attributes:
+        every: steps between held-out losses during training; None for none.
+        keep: the state after the last step, or that of the best held-out loss or metric.
+        graded_examples: how many of the held-out examples are answered and graded at the end.
+        max_new_tokens: for each answer; None for the task's own.
+    """
+
+    every: Positive | None = None
+    keep: Literal["last", "best"] = "last"
+    graded_examples: Annotated[int, Field(ge=0)] = 0
+    max_new_tokens: Positive | None = None
+
+    @model_validator(mode="after")
+    def _measured(self) -> Evaluation:
+        if self.keep == "best" and self.every is None:
+            raise ValueError("keep=best needs a measurement now and then: give every")
+        return self
+
+
+class Run(Node):
+    """All that a run's result depends on.
+
+    Attributes:
+        trains: the adapter; of it B alone (lora-fa); biases alone (bitfit); or the whole model (full).
+        precision: of the arithmetic: "float32", or by autocast.
+        gradient_checkpointing: activations are computed again instead of kept.
+        report_to: trackers that Transformers knows, such as "tensorboard" or "wandb".
+        merged: write the merged model beside the adapter.
+        seed: of the factors, the order of the data and dropout.
+    """
+
+    model: Model = Model()
+    data: Data = Data()
+    adapter: Adapter = Adapter()
+    start: Start = Start()
+    trains: Literal["adapter", "lora-fa", "bitfit", "full"] = "adapter"
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    batch: Batch = Batch()
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    evaluation: Evaluation = Evaluation()
+    report_to: Words = ()
+    merged: bool = False
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Run:
+        if self.trains in ("bitfit", "full"):
+            if self.start != Start():
+                raise ValueError(f"trains={self.trains} has no adapter, so no start: leave start out")
+            if self.adapter != Adapter():
+                raise ValueError(f"trains={self.trains} has no adapter: leave adapter out")
+            if self.optimizer.lora_plus is not None:
+                raise ValueError(f"trains={self.trains} has no A and B: leave optimizer.lora_plus out")
+            if self.model.bits != 16:
+                raise ValueError(f"trains={self.trains} can't train weights of {self.model.bits} bits")
+        if self.adapter.kind == "vera" and (self.adapter.dora or self.adapter.rslora or self.trains == "lora-fa"):
+            raise ValueError("adapter.kind=vera goes with neither dora nor rslora nor lora-fa")
+        if self.model.dtype == "float16" and self.precision == "float32":
+            raise ValueError("model.dtype=float16 trains with precision=float16 alone, which scales the loss")
+        if self.optimizer.name == "sgd" and self.optimizer.lora_plus is not None:
+            raise ValueError("optimizer.lora_plus is made for adamw")
+        return self
+
+    @property
+    def key(self) -> str:
+        """Eight digits of a hash of the settings that differ from the defaults: new ones with defaults change none."""
+        changed = self.model_dump(mode="json", exclude_defaults=True)
+        changed.pop("report_to", None)
+        text = json.dumps([SCHEMA, changed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    @property
+    def folder_name(self) -> str:
+        """A readable name and the key."""
+        words = [self.model.name.rstrip("/").rpartition("/")[2], self.data.task, self.started_as, f"s{self.seed}"]
+        name = "-".join(words)
+        return "".join(sign if sign.isalnum() or sign in "-.=" else "_" for sign in name)[:80] + f"-{self.key}"
+
+    @property
+    def started_as(self) -> str:
+        """The start's method, or what trains where there is no start."""
+        return self.start.method if self.trains in ("adapter", "lora-fa") else self.trains
