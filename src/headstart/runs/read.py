@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def _value_of(text: str, override: str) -> Any:
 
 def _set(settings: dict[str, Any], parts: Sequence[str], value: Any, override: str) -> None:
     branch = settings
-    for part, after in zip(parts, parts[1:], strict=False):
+    for part, after in pairwise(parts):
         below = branch.get(part)
         if isinstance(below, str) and _LEADING.get(part) is not None and branch is settings:
             below = {_LEADING[part]: below} if _LEADING[part] != after else {}

@@ -117,12 +117,15 @@ class Watch(TrainerCallback):
         return time.perf_counter() - self._began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take the time, and the step that training goes on from."""
         self._began, self.first = time.perf_counter(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show the step."""
         self._show(f"training\t{self._detail}", state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Note the loss; end training where it is no number."""
         if logs is None or "loss" not in logs:
             return
         self._detail = f"loss {logs['loss']:.4g}, rate {logs.get('learning_rate', 0.0):.2g}"
