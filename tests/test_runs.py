@@ -261,7 +261,7 @@ def test_an_error_of_a_library_is_named(model, data, tmp_path, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(stages, "make_trainer", fails)
-    with pytest.raises(RunError, match="the run failed: RuntimeError: out of memory"):
+    with pytest.raises(HeadstartError, match="the run failed: RuntimeError: out of memory"):
         execute(small_run(model, data), tmp_path / "run")
 
 

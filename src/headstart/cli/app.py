@@ -23,11 +23,11 @@ app = typer.Typer(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the entry point of the program ``headstart``.
 
-    Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage, 130 interrupted.
+    Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage or settings, 130 interrupted.
     """
     # Imported here, so that the commands can import the application.
     from headstart.cli import adapters, cache, compare, methods, start, train  # noqa: F401
-    from headstart.errors import HeadstartError, HeadstartWarning
+    from headstart.errors import HeadstartError, HeadstartWarning, RunError
 
     # Commands print a report's warnings themselves.
     warnings.filterwarnings("ignore", category=HeadstartWarning)
@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(arguments, standalone_mode=False)
     except HeadstartError as error:
         _say(f"error: {error}")
-        sys.exit(1)
+        # Settings that are none are wrong usage.
+        sys.exit(2 if isinstance(error, RunError) else 1)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from headstart.cli.app import app
 from headstart.cli.console import output
-from headstart.errors import RunError
 
 
 @app.command()
@@ -38,11 +37,8 @@ def train(
     if source is not None and "=" in source and not Path(source).is_file():
         words = [source, *words]
         source = None
-    try:
-        run, origins = read_run(source, words)
-        _check_names(run)
-    except RunError as error:
-        raise typer.BadParameter(str(error), param_hint="settings") from error
+    run, origins = read_run(source, words)
+    _check_names(run)
     if show:
         table = Table(box=None, pad_edge=False)
         for title in ("setting", "value", "from"):
@@ -80,13 +76,17 @@ def _check_names(run: Any) -> None:
     """Look up the method and the task, before anything is loaded.
 
     Raises:
-        MethodError, RunError: there is no such name or setting.
+        RunError: there is no such name or setting.
     """
+    from headstart.errors import MethodError, RunError, TaskError
     from headstart.methods import parse_method
     from headstart.tasks.registry import parse_task
 
-    parse_method(run.start.method)
-    parse_task(run.data.task)
+    try:
+        parse_method(run.start.method)
+        parse_task(run.data.task)
+    except (MethodError, TaskError) as error:
+        raise RunError(str(error)) from error
 
 
 def _print_result(result: Any, folder: Path) -> None:

@@ -87,7 +87,7 @@ def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
                 write_result(Result(run.key, settings, "failed", reason, environment=environment()), folder)
             if isinstance(error, HeadstartError):
                 raise
-            raise RunError(f"the run failed: {type(error).__name__}: {reason}") from error
+            raise HeadstartError(f"the run failed: {type(error).__name__}: {reason}") from error
 
 
 def _executed(run: Run, folder: Path, show: Show) -> Result:
@@ -274,17 +274,11 @@ def figure(values: list[float]) -> Figure:
 
 def _result(run: Run, notes: _Notes) -> Result:
     known = {name: value for name, value in vars(notes).items() if name != "diverged"}
-    status, reason = (
-        ("done", "") if notes.diverged is None else ("diverged", f"the loss of step {notes.diverged} is no number")
-    )
-    return Result(
-        run.key,
-        run.model_dump(mode="json"),
-        status,
-        reason,
-        environment=environment(),
-        **known,  # type: ignore[arg-type]
-    )
+    settings = run.model_dump(mode="json")
+    if notes.diverged is None:
+        return Result(run.key, settings, "done", environment=environment(), **known)
+    reason = f"the loss of step {notes.diverged} is no number"
+    return Result(run.key, settings, "diverged", reason, environment=environment(), **known)
 
 
 def _save(model: Any, tokenizer: Any, run: Run, place: Path) -> None:

@@ -117,7 +117,7 @@ class Optimizer(Node):
     Attributes:
         name: adamw or sgd.
         lr: the peak rate.
-        weight_decay: of the differences to an anchored start, so that it leads to the base model; of kept factors, to 0.
+        weight_decay: of the differences to an anchored start, and so towards the base model; of kept factors, to 0.
         lora_plus: the rate of B over that of A (LoRA+); None for one rate.
         beta1, beta2, eps: AdamW's.
         momentum: SGD's.
