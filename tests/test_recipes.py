@@ -1,4 +1,4 @@
-"""The recipes of this package: they read, what their comments spell reads, and they have the papers' parameter counts."""
+"""The recipes of this package read, as does what their comments spell, and have the counts that the papers print."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_bitfit_prints_these_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "name", "low", "high", "fewer", "printed"),
     [
-        # The ranks of LoRA and of LoRA-SB that the paper compares, how many times fewer numbers train, and what it prints.
+        # The ranks of LoRA and LoRA-SB that the paper compares, how many times fewer numbers train, what it prints.
         (MISTRAL_7B, "lora-sb/table1-mistral-7b", 32, 96, 40.6, 40),
         (GEMMA_2_9B, "lora-sb/table1-gemma-2-9b", 32, 64, 89.7, 90),
         (LLAMA_3_2_3B, "lora-sb/table2-llama3.2-3b", 32, 96, 26.9, 27),
