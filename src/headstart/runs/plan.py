@@ -80,7 +80,7 @@ def planned(run: Run) -> Plan:
         targets = list(lora_layers(model, "default"))
         shapes.update((target.d_out, target.d_in) for target in targets)
         method = parse_method(run.start.method)
-        check(method, targets, Training())
+        check(method, targets, Training(first_lr=run.optimizer.lr))
         if method.form == "core":
             trainable = head + sum(target.r**2 for target in targets)
         elif run.trains == "lora-fa":

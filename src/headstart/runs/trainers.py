@@ -44,7 +44,7 @@ def make_trainer(
         RunError: TRL is needed and not installed.
         DataError: nothing is left to learn.
     """
-    settings = _arguments(run, folder)
+    settings = _arguments(run, task, folder)
     if task.kind == "text":
         trainer = _text_trainer(run, model, tokenizer, train, held_out, settings)
     else:
@@ -199,7 +199,7 @@ def _predictions(outputs: Any, task: Task) -> Any:
     return logits.reshape(len(logits)) if task.kind == "regression" else logits.argmax(-1)
 
 
-def _arguments(run: Run, folder: Path) -> dict[str, Any]:
+def _arguments(run: Run, task: Task, folder: Path) -> dict[str, Any]:
     """Return what TrainingArguments and SFTConfig have in common."""
     optimizer, schedule, evaluation = run.optimizer, run.schedule, run.evaluation
     length: dict[str, Any] = {"num_train_epochs": schedule.epochs or 1.0}
@@ -214,7 +214,12 @@ def _arguments(run: Run, folder: Path) -> dict[str, Any]:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     best: dict[str, Any] = {}
     if evaluation.keep == "best":
-        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+        loss = not task.together or task.kind == "text"
+        best = {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss" if loss else f"eval_{task.metrics[0]}",
+            "greater_is_better": not loss,
+        }
     return {
         "output_dir": str(folder),
         **length,

@@ -179,7 +179,7 @@ class Evaluation(Node):
 
     Attributes:
         every: steps between held-out losses during training; None for none.
-        keep: the state after the last step, or that of the best held-out loss or metric.
+        keep: the state after the last step, or that of the best held-out loss, or of a classifier the best metric.
         graded_examples: how many of the held-out examples are answered and graded at the end.
         max_new_tokens: for each answer; None for the task's own.
     """
