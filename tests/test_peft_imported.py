@@ -216,10 +216,12 @@ def finders(monkeypatch, *before, after):
 
 def test_only_peft_is_found_and_only_by_those_behind(monkeypatch):
     plain = importlib.util.spec_from_loader("peft", importlib.machinery.SourceFileLoader("peft", peft.__file__))
-    finder = finders(monkeypatch, Finder("asked twice"), after=[Finder(None), Finder(plain), Finder("too late")])
+    finder = finders(monkeypatch, Finder("asked twice"), after=[object(), Finder(None), Finder(plain), Finder("late")])
     assert finder.find_spec("peft.tuners", None) is None and finder.find_spec("torch", None) is None
     assert finder.find_spec("peft", None) is plain
     assert finders(monkeypatch, after=[Finder(None)]).find_spec("peft", None) is None
+    monkeypatch.setattr(sys, "meta_path", [Finder(plain)])  # a stranger's, which asks the one that it replaced
+    assert finder.find_spec("peft", None) is None
 
 
 def test_a_folder_of_that_name_is_left_alone(monkeypatch):

@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
+from itertools import dropwhile, islice
 from types import ModuleType
 from typing import Any
 
@@ -40,9 +41,11 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
         """Return PEFT's spec, with a loader that extends the module."""
         if fullname != "peft":
             return None
-        # Those before this one have been asked.
-        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
-            spec = finder.find_spec(fullname, path, target)
+        # Those before this one have been asked; where it isn't there itself, somebody has put it in another's place.
+        behind = dropwhile(lambda finder: finder is not self, [*sys.meta_path])
+        for finder in islice(behind, 1, None):
+            find = getattr(finder, "find_spec", None)
+            spec = find(fullname, path, target) if find else None
             if spec is not None:
                 # A folder that happens to be called so has no loader.
                 if spec.loader is not None:
