@@ -41,11 +41,9 @@ def printed(script):
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "program", ["import headstart", "from headstart import *", "import headstart.errors", "import headstart.cli"]
-)
-def test_importing_prints_nothing(program):
-    assert printed(program) == ""
+@pytest.mark.parametrize("module", ["headstart", "headstart.errors", "headstart.cli"])
+def test_importing_prints_nothing(module):
+    assert printed(f"import {module}") == ""
 
 
 def test_importing_prints_nothing_where_bitsandbytes_misses_its_kernels():

@@ -30,7 +30,6 @@ ORDERS = {
     "before": "import peft\nimport headstart",
     "after": "import headstart\nimport peft",
     "a part of it, after": "import headstart\nfrom peft.tuners.lora.layer import LoraLayer",
-    "by Transformers, after": "import headstart\nfrom transformers import integrations\nintegrations.PeftAdapterMixin",
     "by headstart": "from headstart import initialize_",
 }
 

@@ -73,13 +73,7 @@ def init(
         _stream(model, made, out, rank, alpha, rslora, targets, seed, form, cache, strict, force)
         return
 
-    from headstart.initialize import initialize_
-    from headstart.layers.checkpoint import save_checkpoint
     from headstart.layers.files import ADAPTER_FOLDER
-    from headstart.statistics.training import TrainingData
-    from headstart.training.data import batches, load_examples, tokenize_examples
-    from headstart.training.models import resolve_model
-    from headstart.training.wrap import accelerator, wrap_lora
 
     check_free(out, ADAPTER_FOLDER, force)
     probe = replace(ANY_LAYER, training=Training(None, lr))
@@ -91,6 +85,13 @@ def init(
     if data is not None and not reads:
         console.print(f"note: method {made.name!r} reads no data, so --data is left unread", markup=False)
         data = None
+
+    from headstart.initialize import initialize_
+    from headstart.layers.checkpoint import save_checkpoint
+    from headstart.statistics.training import TrainingData
+    from headstart.training.data import batches, load_examples, tokenize_examples
+    from headstart.training.models import resolve_model
+    from headstart.training.wrap import accelerator, wrap_lora
 
     loaded, tokenizer, name = resolve_model(model)
     rows: list[dict[str, list[int]]] = []
