@@ -145,7 +145,7 @@ def work(text):
         first.append(extended())
     except BaseException as error:
         failed.append(error)
-texts = ["import peft", "from headstart import save_lora", "from peft.tuners.lora.layer import LoraLayer"]
+texts = ["import peft", "from headstart import save_lora", "import headstart; headstart.initialize_"]
 threads = [threading.Thread(target=work, args=(text,)) for text in 2 * texts]
 for thread in threads:
     thread.start()
@@ -252,3 +252,31 @@ def test_a_peft_that_another_thread_imports_is_waited_for(monkeypatch):
     _imports.after_peft(lambda: order.append("extended"))
     importing.join()
     assert order == ["imported", "extended"]
+
+
+def test_a_peft_that_fails_in_another_thread_is_no_fault_of_headstart(monkeypatch):
+    began, go_on = threading.Event(), threading.Event()
+
+    class Failing(importlib.abc.Loader):
+        def create_module(self, spec):
+            return None
+
+        def exec_module(self, module):
+            began.set()
+            assert go_on.wait(30)
+            raise RuntimeError("no such library")
+
+    def fails():
+        with pytest.raises(RuntimeError, match="no such library"):
+            importlib.import_module("peft")
+
+    failing = importlib.util.spec_from_loader("peft", Failing())
+    monkeypatch.delitem(sys.modules, "peft")
+    monkeypatch.setattr(sys, "meta_path", [Finder(failing)])
+    importing = threading.Thread(target=fails)
+    importing.start()
+    assert began.wait(30)
+    threading.Timer(0.2, go_on.set).start()
+    _imports.after_peft(lambda: pytest.fail("nothing was imported"))
+    importing.join()
+    assert any(isinstance(finder, _imports._PeftFinder) for finder in sys.meta_path)

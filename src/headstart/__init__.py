@@ -59,6 +59,8 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # All of PEFT before its parts: a part that is imported while another thread imports PEFT may find it half-made.
+    importlib.import_module("peft")
     globals()[name] = value = getattr(importlib.import_module(_LATER[name]), name)
     return value
 

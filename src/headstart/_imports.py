@@ -25,7 +25,10 @@ def after_peft(extend: Callable[[], None]) -> None:
     if not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder(extend))
     if sys.modules.get("peft") is not None:
-        importlib.import_module("peft")  # waits where another thread is importing it
+        try:
+            importlib.import_module("peft")  # waits where another thread is importing it
+        except Exception:  # which is for whoever needs PEFT
+            return
         extend()
 
 
