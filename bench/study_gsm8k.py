@@ -28,7 +28,8 @@ from headstart.statistics.batches import IGNORED
 from headstart.training.data import Example, batches, load_examples, tokenize_examples
 from headstart.training.evaluate import evaluating
 from headstart.training.models import resolve_model
-from headstart.training.run import Material, Recipe
+from headstart.training.recipe import Recipe
+from headstart.training.run import Material
 from headstart.training.run import run as run_method
 from headstart.training.wrap import accelerator
 

@@ -11,7 +11,8 @@ from peft import LoraConfig
 from conftest import logits, tiny_llama
 from headstart.errors import HeadstartError
 from headstart.stream import load_residual, stream_start
-from headstart.study.compare import Comparison, compare, start_over
+from headstart.study.compare import compare, start_over
+from headstart.study.comparison import Comparison
 from headstart.training.run import Result
 
 

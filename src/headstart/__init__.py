@@ -5,9 +5,10 @@
 >>> hs.save_lora(peft_model, "adapter/")
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from headstart import _imports  # noqa: F401 - before whatever imports PEFT
+from headstart import _imports
 from headstart._version import __version__
 from headstart.errors import (
     CheckpointError,
@@ -16,13 +17,10 @@ from headstart.errors import (
     LayerError,
     MethodError,
     ModelError,
+    RunError,
+    TaskError,
 )
-from headstart.initialize import initialize_
-from headstart.layers import peft_hooks
-from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
-from headstart.layers.core import optimal_gradient
-from headstart.layers.export import save_lora
-from headstart.layers.lora_fa import lora_fa_
+from headstart.layers import peft_steps
 from headstart.methods import (
     Factors,
     Form,
@@ -36,18 +34,47 @@ from headstart.methods import (
     register,
 )
 from headstart.methods.registry import load_plugins
-from headstart.report import LayerReport, Report
-from headstart.statistics.training import TrainingData
 
-peft_hooks.register()
+if TYPE_CHECKING:
+    from headstart.initialize import initialize_
+    from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
+    from headstart.layers.core import optimal_gradient
+    from headstart.layers.export import save_lora
+    from headstart.layers.lora_fa import lora_fa_
+    from headstart.report import LayerReport, Report
+    from headstart.statistics.training import TrainingData
 
+# What needs PEFT and Transformers, which take several times as long as torch, is imported when it is asked for.
+_LATER = {
+    "LayerReport": "headstart.report",
+    "Report": "headstart.report",
+    "TrainingData": "headstart.statistics.training",
+    "initialize_": "headstart.initialize",
+    "load_checkpoint": "headstart.layers.checkpoint",
+    "lora_fa_": "headstart.layers.lora_fa",
+    "optimal_gradient": "headstart.layers.core",
+    "save_checkpoint": "headstart.layers.checkpoint",
+    "save_lora": "headstart.layers.export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # All of PEFT before its parts: a part that is imported while another thread imports PEFT may find it half-made.
+    importlib.import_module("peft")
+    globals()[name] = value = getattr(importlib.import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
+
+_imports.after_peft(peft_steps.extend_peft)
 load_plugins()
 # Every method is exported by its class's name, so that a new one is one file in headstart.methods.
 globals().update(methods_by_class())
-if TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any: ...
-
 
 __all__ = [
     *sorted(methods_by_class()),
@@ -63,6 +90,8 @@ __all__ = [
     "MethodError",
     "ModelError",
     "Report",
+    "RunError",
+    "TaskError",
     "Training",
     "TrainingData",
     "Wants",

@@ -1,7 +1,7 @@
 """Every private name of PEFT and of Transformers' trainer that headstart leans on, with what is lost without it.
 
 PEFT may rename what is its own business. A step that :func:`extend` doesn't find as it should be stays as PEFT has it:
-a warning says what doesn't work then, and importing headstart and loading plain adapters go on.
+a warning says what doesn't work then, and importing headstart, or PEFT, and loading plain adapters go on.
 """
 
 from __future__ import annotations
@@ -14,13 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import peft
-from peft.tuners.lora import layer as lora_layer
-
 from headstart.errors import HeadstartWarning
-
-# What a LoRA layer computes besides the plain form. PEFT calls its methods and asks for no more than that it has them.
-LoraVariant: type[Any] = getattr(lora_layer, "LoraVariant", object)
 
 
 @dataclass(frozen=True)
@@ -80,6 +74,14 @@ READ: Mapping[str, str] = {
 }
 
 
+def lora_variant() -> type[Any]:
+    """Return the class of what a LoRA layer computes besides the plain form; ``object`` where this PEFT has none.
+
+    PEFT calls its methods and asks for no more than that it has them.
+    """
+    return getattr(importlib.import_module("peft.tuners.lora.layer"), "LoraVariant", object)
+
+
 def find(step: Step) -> tuple[Any, str, Any] | None:
     """Return (holder, name, what is there) of a step, None where this PEFT lacks it or its arguments."""
     *path, name = step.path.split(".")
@@ -103,6 +105,8 @@ def extend(step: Step, before: Callable[[dict[str, Any]], None]) -> bool:
     """
     place = find(step)
     if place is None:
+        import peft  # which takes seconds, and is already there where its steps are extended
+
         warnings.warn(
             f"PEFT {peft.__version__} has no {step.module}.{step.path} as headstart knows it: {step.without}",
             HeadstartWarning,

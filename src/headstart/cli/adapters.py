@@ -15,12 +15,6 @@ from headstart.cli.console import output, warnings_said
 from headstart.cli.options import Force
 from headstart.errors import CheckpointError
 from headstart.files import check_free
-from headstart.layers.adapter import make_plain
-from headstart.layers.checkpoint import load_checkpoint, read_adapter
-from headstart.layers.export import check_merged_place, write_diffusers, write_merged, write_plain
-from headstart.layers.files import ADAPTER_FOLDER, DIFFUSERS_FOLDER
-from headstart.layers.inspection import inspect_adapter
-from headstart.training.models import resolve_model
 
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.")]
 
@@ -53,6 +47,12 @@ def export(
     force: Force = False,
 ) -> None:
     """Write a plain LoRA that any program can load, or merge the adapter into its base model."""
+    from headstart.layers.adapter import make_plain
+    from headstart.layers.checkpoint import load_checkpoint, read_adapter
+    from headstart.layers.export import check_merged_place, write_diffusers, write_merged, write_plain
+    from headstart.layers.files import ADAPTER_FOLDER, DIFFUSERS_FOLDER
+    from headstart.training.models import resolve_model
+
     if to is Form.MERGED:
         check_merged_place(out, force)
     else:
@@ -84,6 +84,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every layer.")] = False,
 ) -> None:
     """Show an adapter's ranks, norms and spectra, and the base model that it fits."""
+    from headstart.layers.checkpoint import load_checkpoint, read_adapter
+    from headstart.layers.inspection import inspect_adapter
+    from headstart.training.models import resolve_model
+
     saved = read_adapter(adapter)
     description = inspect_adapter(saved)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,12 +24,11 @@ from headstart.cli.options import (
 )
 from headstart.files import write_whole
 from headstart.progress import progress_bars
-from headstart.study.compare import Comparison, described, prepare, start_over
-from headstart.study.compare import compare as run_all
-from headstart.study.page import check_plotly, write_page
-from headstart.study.tables import markdown, rich_table
-from headstart.training.models import resolve_model
-from headstart.training.run import Recipe, Result
+from headstart.study.comparison import Comparison
+from headstart.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from headstart.training.run import Result
 
 # The defaults are those of the two dataclasses, so that a comparison made in Python is the same.
 _COMPARISON = Comparison(model="smollm2")
@@ -98,6 +97,13 @@ def compare(
         ),
     )
     comparison.check()
+
+    from headstart.study.compare import compare as run_all
+    from headstart.study.compare import described, prepare, start_over
+    from headstart.study.page import check_plotly, write_page
+    from headstart.study.tables import markdown, rich_table
+    from headstart.training.models import resolve_model
+
     check_plotly()
 
     def load() -> tuple[Any, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from peft import LoraConfig
 
 from headstart.cli.app import app
 from headstart.cli.console import console, output
@@ -27,15 +26,7 @@ from headstart.cli.options import (
 )
 from headstart.errors import DataError, LayerError
 from headstart.files import check_free
-from headstart.initialize import initialize_
-from headstart.layers.checkpoint import save_checkpoint
-from headstart.layers.files import ADAPTER_FOLDER
 from headstart.methods import ANY_LAYER, Method, Training, parse_method
-from headstart.statistics.training import TrainingData
-from headstart.stream import FOLDER, stream_start, task_type
-from headstart.training.data import batches, load_examples, tokenize_examples
-from headstart.training.models import resolve_model
-from headstart.training.wrap import accelerator, wrap_lora
 
 
 @app.command("init")
@@ -81,6 +72,9 @@ def init(
                 )
         _stream(model, parsed, out, rank, alpha, rslora, targets, seed, form, cache, strict, force)
         return
+
+    from headstart.layers.files import ADAPTER_FOLDER
+
     check_free(out, ADAPTER_FOLDER, force)
     probe = replace(ANY_LAYER, training=Training(None, lr))
     with suppress(LayerError):  # of a setting that is missing; what is wrong with layers, the verb finds
@@ -91,6 +85,13 @@ def init(
     if data is not None and not reads:
         console.print(f"note: method {parsed.name!r} reads no data, so --data is left unread", markup=False)
         data = None
+
+    from headstart.initialize import initialize_
+    from headstart.layers.checkpoint import save_checkpoint
+    from headstart.statistics.training import TrainingData
+    from headstart.training.data import batches, load_examples, tokenize_examples
+    from headstart.training.models import resolve_model
+    from headstart.training.wrap import accelerator, wrap_lora
 
     loaded, tokenizer, name = resolve_model(model)
     rows: list[dict[str, list[int]]] = []
@@ -149,6 +150,11 @@ def _stream(
     strict: bool,
     force: bool,
 ) -> None:
+    from peft import LoraConfig
+
+    from headstart.stream import FOLDER, stream_start, task_type
+    from headstart.training.wrap import accelerator
+
     folder = Path(model).expanduser()
     config = LoraConfig(
         r=rank,

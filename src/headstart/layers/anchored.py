@@ -23,7 +23,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from headstart.compat import LoraVariant
+from headstart import compat
 from headstart.layers.weights import oriented, product, whole
 
 # The names of the modules that hold A0 and B0. Files tell the two forms apart by them.
@@ -31,6 +31,9 @@ START_NAMES: dict[str, tuple[str, str]] = {
     "anchored": ("lora_start_A", "lora_start_B"),
     "residual": ("lora_residual_A", "lora_residual_B"),
 }
+
+
+LoraVariant: type[Any] = compat.lora_variant()
 
 
 class Formed(LoraVariant):

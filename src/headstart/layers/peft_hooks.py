@@ -24,7 +24,6 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from headstart import compat
 from headstart.errors import CheckpointError, LayerError
 from headstart.layers.adapter import renewed, split
 from headstart.layers.anchored import Formed, set_anchors
@@ -32,7 +31,7 @@ from headstart.layers.checkpoint import check_form
 from headstart.layers.core import form_of, set_core
 from headstart.layers.find import TargetLayer, lora_layers, residual_owner
 from headstart.layers.install import mark_config
-from headstart.layers.mark import is_mark, marked_form
+from headstart.layers.mark import marked_form
 from headstart.layers.watch import watch
 
 
@@ -59,11 +58,9 @@ class FromConfig(Formed):
 
 
 def build(arguments: dict[str, Any]) -> None:
-    """Let a layer be drawn as a plain one where the config is marked, and leave the form to :class:`FromConfig`."""
-    module = arguments["self"]
-    if is_mark(arguments["init_lora_weights"]):
-        arguments["init_lora_weights"] = True
-        module.lora_variant[arguments["adapter_name"]] = FromConfig()
+    """Let a layer whose config is marked be drawn as a plain one, and leave the form to :class:`FromConfig`."""
+    arguments["init_lora_weights"] = True
+    arguments["self"].lora_variant[arguments["adapter_name"]] = FromConfig()
 
 
 def load(arguments: dict[str, Any]) -> None:
@@ -132,14 +129,3 @@ def swap(arguments: dict[str, Any]) -> None:
     """Refuse to swap tensors into an adapter that is no plain LoRA."""
     why = "PEFT swaps A and B alone: write the adapters with save_lora, load one of those, and swap the others in."
     refuse_forms(arguments["model"], [arguments["adapter_name"]], why)
-
-
-def register() -> None:
-    """Extend PEFT's steps, once; one that this PEFT has otherwise is left alone, with a warning."""
-    for step, before in (
-        (compat.RESETTING, build),
-        (compat.LOADING, load),
-        (compat.COMBINING, combine),
-        (compat.SWAPPING, swap),
-    ):
-        compat.extend(step, before)
