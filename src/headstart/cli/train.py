@@ -1,4 +1,4 @@
-"""``headstart train`` and ``headstart recipes``: fine-tune by a file, and what files there are."""
+"""``headstart train``, ``recipes``, ``tasks``: fine-tune by a file, and what files and tasks there are."""
 
 from __future__ import annotations
 
@@ -70,6 +70,20 @@ def recipes() -> None:
     for name, path in all_recipes():
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         output.print(f"{name:<48} {first.lstrip('# ')}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks to learn from and to be graded by, with their metrics and where their data come from."""
+    from headstart.tasks.registry import task_class, task_names
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("task", "metrics", "data", "source"):
+        table.add_column(title)
+    for name in task_names():
+        cls = task_class(name)
+        table.add_row(name, ", ".join(cls.metrics) or "held-out loss", cls.hub or "your own files", cls.source)
+    output.print(table)
 
 
 def _check_names(run: Any) -> None:
