@@ -34,7 +34,8 @@ def test_nothing_is_imported_the_wrong_way(house):
 
 
 def test_every_room_is_on_the_page(house):
-    rooms = {path.name.removesuffix(".py") for path in house.SOURCE.iterdir() if path.suffix in ("", ".py")}
+    packages = {path.parent for path in house.SOURCE.glob("*/__init__.py")}
+    rooms = {path.stem for path in (*packages, *house.SOURCE.glob("*.py"))}
     rooms = {room for room in rooms if not room.startswith("__") and room not in house.GROUND}
     assert rooms == house.ROOMS.keys() - {"ground"}
 

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from conftest import logits, perturb, started, tiny_llama, token_batch
 from headstart import _imports
-from test_resume import Rows, arguments, weights
+from test_resume import arguments, rows, weights
 
 EXTENDED = """
 import sys
@@ -72,9 +72,9 @@ with torch.no_grad():
 
 def test_a_trainer_resumes_in_a_program_that_only_imports_headstart(tmp_path, request):
     tiny_llama().save_pretrained(tmp_path / "base")
-    whole = Trainer(started(tiny_llama(), "pissa"), arguments(tmp_path / "run"), train_dataset=Rows())
+    whole = Trainer(started(tiny_llama(), "pissa"), arguments(tmp_path / "run"), train_dataset=rows())
     whole.train()
-    torch.save({"rows": Rows().rows, "weights": weights(whole.model)}, tmp_path / "whole.pt")
+    torch.save({"rows": rows(), "weights": weights(whole.model)}, tmp_path / "whole.pt")
     program = f"""
 import headstart
 import torch

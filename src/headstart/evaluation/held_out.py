@@ -79,7 +79,7 @@ def held_out(
                 labels.append(wanted.cpu())
             done += len(wanted)
             progress(step, done, total)
-    empty = [torch.zeros(0, device="cpu")]
+    empty = [torch.zeros(0, dtype=torch.float32, device="cpu")]
     return HeldOut(*(torch.cat(rows or empty).double().numpy() for rows in (losses, weights, logits, labels)))
 
 
