@@ -18,7 +18,7 @@ PAGE = Path(__file__).with_name("architecture.md")
 EXAMPLE = Path(__file__).parent.parent / "tests" / "starts" / "of_gradient.py"
 # Data flow one way: a room imports from those above it only. Single files are rooms of their own.
 ROOMS: dict[str, str] = {
-    "ground": "errors, settings, progress, files, processes, names, compat, context: everybody may stand on it",
+    "ground": "errors, settings, progress, files, processes, names, compat, context, environment: all may stand on it",
     "report": "what a start did, as a table and as plain types",
     "linalg": "decompositions, inverses; where and in what precision they are solved",
     "methods": "one file a start: what it wants, the form it lives in, what it refuses, its factors",
@@ -37,7 +37,19 @@ ROOMS: dict[str, str] = {
     "study": "runs compared",
     "cli": "the command line",
 }
-GROUND = {"errors", "settings", "progress", "files", "processes", "names", "compat", "context", "_version", "_imports"}
+GROUND = {
+    "errors",
+    "settings",
+    "progress",
+    "files",
+    "processes",
+    "names",
+    "compat",
+    "context",
+    "environment",
+    "_version",
+    "_imports",
+}
 
 
 def room_of(module: str) -> str:

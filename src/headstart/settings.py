@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -53,6 +53,16 @@ def spell(name: str, instance: Any) -> str:
     fields = [field for field in dataclasses.fields(instance) if getattr(instance, field.name) != field.default]
     changed = ",".join(f"{field.name}={getattr(instance, field.name)}" for field in fields)
     return f"{name}:{changed}" if changed else name
+
+
+def differing(settings: Mapping[str, Any], others: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys by which two trees of settings differ."""
+    for key in settings.keys() | others.keys():
+        here, there = settings.get(key), others.get(key)
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            yield from differing(here, there, f"{prefix}{key}.")
+        elif here != there:
+            yield f"{prefix}{key}"
 
 
 def check_types(owner: str, instance: Any, error: type[HeadstartError]) -> None:

@@ -1,9 +1,9 @@
-"""Letting a model answer: greedily, in batches of like length, each answer kept as soon as it is there."""
+"""Asking a model item by item: in batches of like length, each answer kept as soon as it is there."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ def answered(
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    temperature: float | None = None,
+    seed: int = 0,
     batch_size: int = 16,
     path: Path | None = None,
     progress: Show = silent,
@@ -32,39 +34,72 @@ def answered(
 
     Args:
         model, tokenizer: a causal language model's.
-        examples: with prompts or chats.
+        examples: with prompts or chats; one that is there twice is asked twice.
         max_new_tokens: at most, for each.
         stop: an answer ends before any of these.
+        temperature: draw each token from the whole distribution at it; None (default) takes the likeliest.
+        seed: of the draws.
         batch_size: prompts at a time.
         path: a file of JSON lines, one an answer; what is in it is not asked again.
         progress: called with (step, answers, examples).
     """
-    texts = _kept(path)
     prompts = [prompt_ids(example, tokenizer) for example in examples]
-    todo = sorted((place for place in range(len(examples)) if place not in texts), key=lambda p: len(prompts[p]))
     device = next(model.parameters()).device
-    with evaluating(model):
-        for start in range(0, len(todo), batch_size):
-            places = todo[start : start + batch_size]
-            ids, mask = _left_padded([prompts[place] for place in places], tokenizer.pad_token_id)
+    drawing: dict[str, Any] = {"do_sample": False}
+    if temperature is not None:
+        drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+    def answer(places: list[int]) -> list[str]:
+        ids, mask = _left_padded([prompts[place] for place in places], tokenizer.pad_token_id)
+        with torch.random.fork_rng(enabled=temperature is not None):
+            if temperature is not None:
+                torch.manual_seed(seed * 1_000_003 + places[0])
             written = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 stop_strings=list(stop) or None,
                 tokenizer=tokenizer if stop else None,
+                **drawing,
             )
-            rows = zip(places, written[:, ids.shape[1] :], strict=True)
-            new = {place: _cut(tokenizer.decode(tokens, skip_special_tokens=True), stop) for place, tokens in rows}
-            texts |= new
-            if path is not None:
-                with path.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps({"item": place, "answer": text}) + "\n" for place, text in new.items())
-            progress("answers", len(texts), len(examples))
-    return [texts[place] for place in range(len(examples))]
+        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written[:, ids.shape[1] :]]
+        return [_cut(text, stop) for text in texts]
+
+    lengths = [len(prompt) for prompt in prompts]
+    with evaluating(model):
+        return asked(lengths, answer, batch_size=batch_size, path=path, progress=progress)
+
+
+def asked(
+    lengths: Sequence[int],
+    answer: Callable[[list[int]], Sequence[Any]],
+    *,
+    batch_size: int,
+    path: Path | None = None,
+    progress: Show = silent,
+) -> list[Any]:
+    """Return what ``answer`` says of each item.
+
+    Args:
+        lengths: of the items, by which batches are put together.
+        answer: given the places of a batch, returns an answer for each, in plain types.
+        batch_size: items at a time.
+        path: a file of JSON lines, one an answer; what is in it is not asked again.
+        progress: called with ("answers", done, all).
+    """
+    answers = _kept(path)
+    todo = sorted((place for place in range(len(lengths)) if place not in answers), key=lambda place: lengths[place])
+    for start in range(0, len(todo), batch_size):
+        places = todo[start : start + batch_size]
+        new = dict(zip(places, answer(places), strict=True))
+        answers |= new
+        if path is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"item": place, "answer": each}) + "\n" for place, each in new.items())
+        progress("answers", len(answers), len(lengths))
+    return [answers[place] for place in range(len(lengths))]
 
 
 def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
@@ -79,19 +114,19 @@ def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
     return ids
 
 
-def _kept(path: Path | None) -> dict[int, str]:
+def _kept(path: Path | None) -> dict[int, Any]:
     """Return the answers that a file holds by place; a line that a kill has cut is left out."""
-    texts: dict[int, str] = {}
+    answers: dict[int, Any] = {}
     if path is not None and path.is_file():
         content = path.read_text(encoding="utf-8")
         for line in content.splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
-                texts[int(row["item"])] = str(row["answer"])
+                answers[int(row["item"])] = row["answer"]
         if content and not content.endswith("\n"):
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
-    return texts
+    return answers
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from headstart._version import __version__
+from headstart.evaluation.figures import Figure
 from headstart.files import write_whole
-from headstart.runs.result import Figure, Result
+from headstart.runs.result import Result
 from headstart.runs.tree import Run
 
 

@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from headstart.errors import CheckpointError
+from headstart.evaluation.figures import Figure
 from headstart.files import write_json
 
 SCHEMA = 1
 FILE = "result.json"
-_PACKAGES = ("headstart", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
 
 Status = Literal["done", "diverged", "failed"]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured number with its interval.
-
-    Attributes:
-        value: the number.
-        low, high: its 95 % interval; None where there is none.
-        count: of how many items.
-        higher_is_better: what a comparison takes for better.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    count: int = 0
-    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,34 +83,3 @@ def read_result(folder: Path) -> Result | None:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is damaged: remove it, and the run is measured again.") from error
-
-
-def environment() -> dict[str, Any]:
-    """Return the versions, the machine and the commit that a result was made with."""
-    found: dict[str, Any] = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "versions": found,
-        "python": sys.version.split()[0],
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "device": cuda or "cpu",
-        "threads": torch.get_num_threads(),
-        "git": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """Return the commit of the folder that the command runs in, with a sign where files are changed."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

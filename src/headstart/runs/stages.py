@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,10 +15,11 @@ import torch
 from filelock import Timeout
 
 from headstart.context import Clock, Memory, peak_resident
+from headstart.environment import environment
 from headstart.errors import CheckpointError, HeadstartError, RunError
 from headstart.evaluation.answers import answered
-from headstart.evaluation.held_out import HeldOut, held_out, mean_loss
-from headstart.evaluation.intervals import bootstrap, wilson
+from headstart.evaluation.figures import Figure, figure, loss_figure, score_figures
+from headstart.evaluation.held_out import HeldOut, held_out
 from headstart.files import write_json
 from headstart.initialize import initialize_
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
@@ -29,9 +30,10 @@ from headstart.processes import Processes
 from headstart.progress import Show, silent
 from headstart.runs.card import write_card
 from headstart.runs.model import load_base, made_ready
-from headstart.runs.result import Figure, Result, environment, read_result, write_result
+from headstart.runs.result import Result, read_result, write_result
 from headstart.runs.trainers import Watch, make_trainer, set_optimizer, truncated
 from headstart.runs.tree import Run
+from headstart.settings import differing
 from headstart.store.claims import lock_path, owner, take_lock
 from headstart.tasks.base import Example, Task
 from headstart.tasks.registry import parse_task
@@ -215,19 +217,11 @@ def _train(trainer: Any, folder: Path, notes: _Notes) -> None:
 def _measured(trainer: Any, task: Task, show: Show, when: str) -> dict[str, Figure]:
     """Return the held-out loss, and a classifier's metrics, with intervals over the items."""
     found = held_out(trainer, regression=task.kind == "regression", progress=show, step=f"loss at the {when}")
-    low, high = bootstrap(mean_loss, found.losses.tolist(), found.weights.tolist()) or (None, None)
-    figures = {f"loss/{when}": Figure(found.loss, low, high, len(found.losses), higher_is_better=False)}
+    figures = {f"loss/{when}": loss_figure(found.losses.tolist(), found.weights.tolist())}
     if task.kind == "text":
         return figures
-    predicted, labels = _predicted(found, task), [float(label) for label in found.labels]
-    count = len(predicted)
-    for name, value in task.score(predicted, labels).items():
-        if name == "accuracy":
-            limits: Any = wilson(round(value * count), count)
-        else:
-            limits = bootstrap(lambda p, t, name=name: task.score(p, t)[name], predicted, labels) or (None, None)
-        figures[f"{name}/{when}"] = Figure(value, limits[0], limits[1], count)
-    return figures
+    scores = score_figures(task, _predicted(found, task), [float(label) for label in found.labels])
+    return figures | {f"{name}/{when}": score for name, score in scores.items()}
 
 
 def _predicted(found: HeldOut, task: Task) -> list[float]:
@@ -260,16 +254,6 @@ def _graded(
     ]
     write_json(rows, folder / "items.json")
     return {name: figure([grade[name] for grade in grades]) for name in (grades[0] if grades else {})}
-
-
-def figure(values: list[float]) -> Figure:
-    """Return the mean of items with its interval."""
-    mean = sum(values) / len(values)
-    if set(values) <= {0.0, 1.0}:
-        low, high = wilson(round(sum(values)), len(values))
-        return Figure(mean, low, high, len(values))
-    limits = bootstrap(lambda column: column.mean(), values) or (None, None)
-    return Figure(mean, limits[0], limits[1], len(values))
 
 
 def _result(run: Run, notes: _Notes) -> Result:
@@ -310,28 +294,19 @@ def _about(rows: Rows) -> dict[str, Any]:
 def _claim(run: Run, folder: Path) -> None:
     """Note whose the folder is, or check that it is this run's."""
     path = folder / SETTINGS
-    mine = {"key": run.key, "settings": run.model_dump(mode="json")}
+    mine: dict[str, Any] = {"key": run.key, "settings": run.model_dump(mode="json")}
     if path.is_file():
         try:
             other = json.loads(path.read_text(encoding="utf-8"))
             if other["key"] == run.key:
                 return
-            changed = sorted(_changed(mine["settings"], other["settings"]))
+            changed = sorted(differing(mine["settings"], other["settings"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: remove it, or give another --out.") from error
         raise RunError(f"{folder} holds a run with other settings ({', '.join(changed)}): give another --out.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and holds no run: give another --out.")
     write_json(mine, path)
-
-
-def _changed(mine: Any, other: Any, prefix: str = "") -> Iterator[str]:
-    for key in mine.keys() | other.keys():
-        here, there = mine.get(key), other.get(key)
-        if isinstance(here, Mapping) and isinstance(there, Mapping):
-            yield from _changed(here, there, f"{prefix}{key}.")
-        elif here != there:
-            yield f"{prefix}{key}"
 
 
 @contextmanager

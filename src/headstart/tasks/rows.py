@@ -100,6 +100,18 @@ def read(
     return Rows(examples, bad, where)
 
 
+def local_files(task: Task, source: str | Path | None, split: str) -> list[Path]:
+    """Return a source's own files of a split: of a folder those that the task knows; none where it is of the hub.
+
+    Raises:
+        DataError: a folder has no such file.
+    """
+    if source is None:
+        return []
+    path = Path(source).expanduser()
+    return _files_of(task, path, split) if path.is_dir() else [path] if path.is_file() else []
+
+
 # A name like data/train.jsonl would pass for a dataset by its characters; nobody names a dataset so.
 _HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|csv|tsv|parquet|txt|gz)$)(?:\w[\w.-]*/)?\w[\w.-]*(?::[\w.-]+)?", re.ASCII)
 
