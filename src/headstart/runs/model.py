@@ -9,10 +9,10 @@ import torch
 from peft import VeraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
-from headstart.errors import LayerError, RunError
+from headstart.errors import LayerError
 from headstart.runs.tree import Run
 from headstart.tasks.base import Task
-from headstart.training.models import Head, resolve_model
+from headstart.training.models import Head, quantisation, resolve_model
 from headstart.training.wrap import accelerator, wrap_lora
 
 _TASK_TYPES = {"text": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -29,15 +29,14 @@ def load_base(run: Run, task: Task, *, progress: bool = True) -> tuple[Any, Any]
     A classifier's own head is drawn from the run's seed.
 
     Raises:
-        ModelError: see :func:`headstart.training.models.resolve_model`.
-        RunError: bitsandbytes is needed and not installed.
+        ModelError: see :func:`headstart.training.models.resolve_model`; or bitsandbytes is needed and not installed.
     """
     options: dict[str, Any] = {} if run.model.revision is None else {"revision": run.model.revision}
     if task.kind != "text":
         options["num_labels"] = 1 if task.kind == "regression" else len(task.labels)
         options["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
     if run.model.bits != 16:
-        options["quantization_config"] = _quantised(run)
+        options["quantization_config"] = quantisation(run.model.bits, run.precision)
         options["device_map"] = {"": accelerator()}
     torch.manual_seed(run.seed)
     model, tokenizer, _ = resolve_model(
@@ -94,22 +93,3 @@ def _head_parameters(model: nn.Module, task: Task) -> Iterator[nn.Parameter]:
     if task.kind != "text":
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         yield from (parameter for name, parameter in model.named_parameters() if not name.startswith(prefix))
-
-
-def _quantised(run: Run) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-        from transformers import BitsAndBytesConfig
-    except ImportError as error:
-        raise RunError(
-            f'model.bits={run.model.bits} needs bitsandbytes: pip install "headstart[bitsandbytes]".'
-        ) from error
-    if run.model.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = getattr(torch, run.precision)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )

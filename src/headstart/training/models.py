@@ -105,6 +105,28 @@ def resolve_model(
     return model, tokenizer, base
 
 
+def quantisation(bits: int, dtype: str) -> Any:
+    """Return what loads a model quantised by bitsandbytes: NF4, twice quantised, of 4 bits, or LLM.int8 of 8.
+
+    Args:
+        bits: 4 or 8.
+        dtype: that 4-bit weights are computed with, such as "bfloat16".
+
+    Raises:
+        ModelError: bitsandbytes isn't installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f'a model of {bits} bits needs bitsandbytes: pip install "headstart[bitsandbytes]".')
+    if bits == 8:
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
 def skeleton_of(name: str, *, head: Head = "text", **options: Any) -> Any:
     """Return the model that `resolve_model` would load, on the meta device: shapes, and no weights.
 

@@ -1,0 +1,339 @@
+"""The verb: plan, claim the folder, load, ask task by task, write; every refusal that can be comes before loading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from headstart.environment import environment
+from headstart.errors import CheckpointError, RunError, TaskError, nearest
+from headstart.evaluation.figures import Figure
+from headstart.evaluation.lm import UnfitError, built, measured
+from headstart.evaluation.own import Asker, Measured, classified, compared, generated, read_text, text_loss
+from headstart.evaluation.sandbox import containment
+from headstart.evaluation.target import Target
+from headstart.files import sha256, write_json, write_whole
+from headstart.progress import Show, silent
+from headstart.settings import differing
+from headstart.tasks.base import Example, Task
+from headstart.tasks.registry import parse_task
+from headstart.tasks.rows import local_files, read
+
+SCHEMA = 1
+SETTINGS = "evaluation.json"
+TEXT = "loss:"
+"""What a task's name begins with that is the loss on a text; the text's path follows."""
+
+
+def silent_sentence(sentence: str) -> None:
+    """Say nothing."""
+
+
+Engine = Literal["auto", "lm-eval", "headstart"]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How tasks are asked.
+
+    Attributes:
+        data: files, folders or names of the hub by task; ``""`` is for all that have none of their own.
+        split: the tasks' name of what is asked.
+        limit: the first so many items, or windows of a text; None for all.
+        fewshot: examples before each item, through lm-eval; None for as many as its task has.
+        engine: "auto" takes lm-eval wherever it has the task, asked as it asks.
+        likelihood: in headstart's own way, compare the likelihoods of choices in place of grading answers.
+        samples: answers to an item, in headstart's own way.
+        temperature: of the draws; None takes the likeliest tokens of one answer, and is 0.8 for several.
+        max_new_tokens: of an answer; None for the task's own.
+        max_length: of a window of text, in tokens; None for the model's, at most 2048.
+        seed: of the draws.
+        batch_size: items at a time.
+        run_code: whether generated programs may be run.
+    """
+
+    data: Mapping[str, str] = field(default_factory=dict)
+    split: str = "test"
+    limit: int | None = None
+    fewshot: int | None = None
+    engine: Engine = "auto"
+    likelihood: bool = False
+    samples: int = 1
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    seed: int = 0
+    batch_size: int = 16
+    run_code: bool = False
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise TaskError for what can be told from the names alone, before anything is read."""
+        if not names:
+            raise TaskError("no task is named: give --tasks, such as gsm8k,boolq, or --text PATH.")
+        tasks = [parse_task(name) for name in names if not name.startswith(TEXT)]
+        known = {task.name for task in tasks} | {str(task) for task in tasks}
+        for name in self.data:
+            if name and name not in known:
+                raise TaskError(f"--data names {name!r}, which is none of the tasks.{nearest(name, known)}")
+        for task in tasks:
+            if not task.metrics:
+                raise TaskError(f"task {task.name!r} has nothing to grade answers by.")
+            if task.runs_code and not self.run_code:
+                raise TaskError(
+                    f"task {task.name!r} runs programs that the model writes: allow it with --allow-code-execution."
+                )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of it.
+
+    Attributes:
+        target: as it was named.
+        metrics: figures by "task/metric".
+        engines: who asked, by task.
+        notes: sentences.
+        settings: on which the figures depend.
+        environment: versions, machine, commit.
+    """
+
+    target: str
+    metrics: dict[str, Figure]
+    engines: dict[str, str]
+    notes: list[str]
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One task, checked and read."""
+
+    name: str
+    engine: str
+    digest: str | None
+    task: Task | None = None
+    examples: Sequence[Example] = ()
+    tasks: Sequence[Any] = ()
+    texts: Sequence[str] = ()
+    recipe: str = ""
+
+    @property
+    def folder(self) -> str:
+        return "".join(sign if sign.isalnum() or sign in "-.=" else "_" for sign in self.name)[-100:]
+
+
+def evaluate(
+    target: Target,
+    tasks: Sequence[str],
+    asking: Asking,
+    folder: Path,
+    *,
+    show: Show = silent,
+    say: Callable[[str], None] = silent_sentence,
+) -> Evaluation:
+    """Ask a model tasks, and return figures with intervals; the same call goes on where it was cut off.
+
+    The folder gets ``evaluation.json`` (the settings), for each task ``TASK/items.jsonl`` (every item's output) and
+    ``TASK/figures.json``, and ``result.json``.
+
+    Args:
+        target: what is asked, of :func:`headstart.evaluation.target.find_target`.
+        tasks: names with settings, or ``loss:PATH`` for the loss on a text.
+        asking: how.
+        folder: of this evaluation and no other; made if need be.
+        show: draws progress.
+        say: is told, before anything is asked, what isn't done as asked for, and what programs could do here.
+
+    Raises:
+        TaskError: a task is unknown, can't be asked of this model or in this way, or its grader isn't installed.
+        DataError: the data can't be read.
+        RunError: the folder holds another evaluation.
+        ModelError, CheckpointError: the target can't be loaded.
+    """
+    if asking.samples > 1 and asking.temperature is None:
+        asking = replace(asking, temperature=0.8)
+    asking.check(tasks)
+    _check_folder(folder)
+    notes: list[str] = []
+    jobs = [_planned(name, target, asking, notes) for name in dict.fromkeys(tasks)]
+    if any(job.task is not None and job.task.runs_code for job in jobs):
+        notes += containment()
+    for sentence in notes:
+        say(sentence)
+    settings = _settings(target, jobs, asking)
+    _claim(settings, folder)
+    figures: dict[str, Figure] = {}
+    loaded: tuple[Any, Any] | None = None
+    for job in jobs:
+        place = folder / job.folder
+        own = _done(place)
+        if own is None:
+            loaded = loaded or target.load()
+            place.mkdir(parents=True, exist_ok=True)
+            length = asking.max_length if job.texts else target.max_length
+            asker = Asker(
+                *loaded,
+                place,
+                asking.batch_size,
+                asking.max_new_tokens,
+                length,
+                asking.samples,
+                asking.temperature,
+                asking.seed,
+                show,
+            )
+            if job.recipe:
+                write_whole(place / "task.yaml", job.recipe)
+            records, own = _asked(job, asker, asking)
+            lines = (json.dumps({"item": number} | record, default=str) for number, record in enumerate(records))
+            write_whole(place / "items.jsonl", "".join(line + "\n" for line in lines))
+            write_json({name: asdict(figure) for name, figure in own.items()}, place / "figures.json")
+        figures |= {f"{job.name}/{name}": figure for name, figure in own.items()}
+    engines = {job.name: job.engine for job in jobs}
+    result = Evaluation(target.name, figures, engines, notes, settings, environment())
+    write_json({"schema": SCHEMA, **asdict(result)}, folder / "result.json")
+    return result
+
+
+def default_folder(target: Target, tasks: Sequence[str], asking: Asking) -> Path:
+    """Return ``evaluations/NAME-KEY``, the same for the same target, tasks and settings."""
+    name = target.name.rstrip("/").rpartition("/")[2]
+    key = _digest([asdict(target), list(tasks), asdict(replace(asking, batch_size=1))])[:8]
+    return Path("evaluations") / f"{name}-{key}"
+
+
+def split_names(text: str) -> list[str]:
+    """Return the tasks of a list with commas, in which a task's settings have commas, too."""
+    names: list[str] = []
+    for piece in filter(None, (part.strip() for part in text.split(","))):
+        if names and "=" in piece and ":" not in piece.partition("=")[0]:
+            names[-1] += f",{piece}"
+        else:
+            names.append(piece)
+    return names
+
+
+def _planned(name: str, target: Target, asking: Asking, notes: list[str]) -> _Job:
+    """Return a task checked and read: through lm-eval where it asks what is wanted, else in headstart's own way."""
+    if name.startswith(TEXT):
+        path = Path(name.removeprefix(TEXT)).expanduser()
+        if target.labels:
+            raise TaskError(f"{target.name} is a classifier: it has no loss on a text.")
+        return _Job(f"{TEXT}{path.name}", "headstart", _digest([name]), texts=read_text(path))
+    task = parse_task(name)
+    task.check()
+    source = asking.data.get(name, asking.data.get(task.name, asking.data.get("")))
+    draft = _Job(str(task), "lm-eval", None, task)
+    reason = _own_reason(task, source, target, asking)
+    if reason is None:
+        try:
+            local = source if source is not None and source != task.hub else None
+            tasks, recipe = built(task, local, asking.fewshot)
+            files = local_files(task, local, asking.split)
+            digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest() if files else None
+            return replace(draft, tasks=tasks, recipe=recipe, digest=digest)
+        except UnfitError as unfit:
+            reason = str(unfit)
+    if reason and asking.engine == "lm-eval":
+        raise TaskError(f"task {name!r} can't be asked through lm-eval: {reason}.")
+    classes = task.kind != "text"
+    if classes and not target.labels:
+        because = f" ({reason})" if reason else ""
+        raise TaskError(
+            f"task {task.name!r} wants a head for classes, and {target.name} is a language model{because}: "
+            f"give the run of a classifier, or {task.name}:form=text."
+        )
+    if target.labels and (not classes or (len(task.labels) or 1) != target.labels):
+        raise TaskError(f"{target.name} tells {target.labels} classes, so task {name!r} can't be asked of it.")
+    if asking.fewshot is not None:
+        raise TaskError(f"--fewshot is lm-eval's, which doesn't ask task {name!r} here: {reason or '--engine'}.")
+    if reason and task.lm_eval and asking.engine == "auto":
+        notes.append(f"{name}: {reason}, so headstart asks and grades it in its own way.")
+    examples = read(task, source, split=asking.split, limit=asking.limit).examples
+    if asking.likelihood and not all(example.choices for example in examples):
+        raise TaskError(f"task {name!r} has no choices whose likelihoods could be compared: leave --likelihood out.")
+    if not (task.runs_code or task.together):
+        task.grade(examples[0], examples[0].completion)  # refuses data with nothing to grade by
+    digest = _digest([asdict(example) for example in examples])
+    return replace(draft, engine="headstart", examples=examples, digest=digest)
+
+
+def _own_reason(task: Task, source: str | None, target: Target, asking: Asking) -> str | None:
+    """Return why lm-eval isn't the one to ask, as a clause; empty where nothing needs saying; None where it is."""
+    if asking.engine == "headstart" or task.lm_eval is None:
+        return f"it has no task {task.name!r}" if asking.engine == "lm-eval" else ""
+    if target.labels and task.kind != "text":
+        return "the model has a head for classes" if asking.engine == "lm-eval" else ""
+    if task.runs_code:
+        return "lm-eval runs programs unconfined" if asking.engine == "lm-eval" else ""
+    if str(task) != task.name:
+        return "lm-eval's prompt is its own, and settings are given"
+    if asking.samples > 1 or asking.temperature is not None or asking.likelihood:
+        return "lm-eval knows nothing of --samples, --temperature and --likelihood"
+    if asking.split != "test":
+        return "lm-eval asks the test split alone"
+    if source is None and task.own_rows(asking.split) is not None:
+        return ""
+    return None
+
+
+def _asked(job: _Job, asker: Asker, asking: Asking) -> Measured:
+    """Ask one task."""
+    if job.texts:
+        return text_loss(asker, job.texts, asking.limit)
+    assert job.task is not None
+    if job.tasks:
+        return measured(asker, job.task, job.tasks, asking.limit)
+    if job.task.kind != "text":
+        return classified(asker, job.task, job.examples)
+    return (compared if asking.likelihood else generated)(asker, job.task, job.examples)
+
+
+def _settings(target: Target, jobs: Sequence[_Job], asking: Asking) -> dict[str, Any]:
+    """Return what the figures depend on, as JSON has it."""
+    settings = asdict(asking)
+    for name in ("data", "batch_size", "run_code"):
+        del settings[name]
+    settings["target"] = {**asdict(target), "weights": target.digest()}
+    settings["tasks"] = {job.name: {"engine": job.engine, "data": job.digest} for job in jobs}
+    return dict(json.loads(json.dumps(settings, default=str)))
+
+
+def _check_folder(folder: Path) -> None:
+    strange = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if strange and not (folder / SETTINGS).is_file():
+        raise RunError(f"{folder} exists and holds no evaluation: give another --out.")
+
+
+def _claim(settings: Mapping[str, Any], folder: Path) -> None:
+    """Note whose the folder is, or check that it is this evaluation's."""
+    path = folder / SETTINGS
+    if path.is_file():
+        try:
+            changed = sorted(differing(settings, json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged: remove {folder}, or give another --out.") from error
+        if changed:
+            raise RunError(
+                f"{folder} holds an evaluation with other settings or data ({', '.join(changed)}): give another --out."
+            )
+        return
+    write_json(dict(settings), path)
+
+
+def _done(place: Path) -> dict[str, Figure] | None:
+    """Return the figures of a task that is done."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        content = json.loads((place / "figures.json").read_text(encoding="utf-8"))
+        return {name: Figure(**values) for name, values in content.items()}
+    return None
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()

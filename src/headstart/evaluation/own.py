@@ -1,0 +1,278 @@
+"""What is asked in headstart's own way: answers, likelihoods of choices, classes, and held-out loss of a text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from headstart.errors import DataError
+from headstart.evaluation.answers import answered, asked, prompt_ids
+from headstart.evaluation.figures import Figure, figure, loss_figure, score_figures
+from headstart.evaluation.sandbox import run_programs
+from headstart.progress import Show
+from headstart.tasks.base import Example, Run, Task
+
+Measured = tuple[list[dict[str, Any]], dict[str, Figure]]
+_WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A model and how it is asked.
+
+    Attributes:
+        model, tokenizer: loaded, on their device, in evaluation mode.
+        folder: for what has been answered so far.
+        batch_size: items at a time.
+        max_new_tokens: of an answer; None for the task's own.
+        max_length: of a window of text, or of what a classifier is given; None for the model's.
+        samples: answers to an item.
+        temperature: of the draws; None takes the likeliest tokens.
+        seed: of the draws.
+        show: draws progress.
+    """
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    batch_size: int
+    max_new_tokens: int | None
+    max_length: int | None
+    samples: int
+    temperature: float | None
+    seed: int
+    show: Show
+
+    @property
+    def positions(self) -> int:
+        """The tokens that the model takes at most, as far as it says so."""
+        known = getattr(self.model.config, "max_position_embeddings", None)
+        return int(known or 2**30)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return next(iter(self.model.parameters())).device
+
+
+def generated(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured:
+    """Have every item answered, and return records and metrics."""
+    answers = answered(
+        asker.model,
+        asker.tokenizer,
+        [example for example in examples for _ in range(asker.samples)],
+        max_new_tokens=asker.max_new_tokens or task.max_new_tokens,
+        stop=task.stop,
+        temperature=asker.temperature,
+        seed=asker.seed,
+        batch_size=asker.batch_size,
+        path=asker.folder / "answers.jsonl",
+        progress=lambda step, done, total: asker.show(f"{task.name}: {step}", done, total),
+    )
+    outputs = [answers[start : start + asker.samples] for start in range(0, len(answers), asker.samples)]
+    pairs = list(zip(examples, outputs, strict=True))
+    if task.together:
+        predictions = [task.prediction(texts[0]) for texts in outputs]
+        marks = [{"prediction": None if math.isnan(guess) else guess} for guess in predictions]
+        figures = score_figures(task, predictions, [float(example.label or 0) for example in examples])
+    else:
+        run = _programs(task, pairs, asker.show) if task.runs_code else None
+        marks = [task.grade_samples(example, texts, run) for example, texts in pairs]  # type: ignore[misc]
+        figures = {name: figure([float(mark[name] or 0) for mark in marks]) for name in marks[0]}
+    return [task.record(e, texts, mark) for (e, texts), mark in zip(pairs, marks, strict=True)], figures  # type: ignore[arg-type]
+
+
+def compared(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured:
+    """Return which of an item's choices is likeliest: ``acc`` by their sums of log-likelihoods, ``acc_norm`` a byte."""
+    without = next((example for example in examples if example.completion not in example.choices), None)
+    if without is not None:
+        raise DataError(f"{without.where}: task {task.name!r} has no choices there to compare.")
+    prompts = [prompt_ids(example, asker.tokenizer) for example in examples]
+
+    def answer(places: list[int]) -> list[list[float]]:
+        rows, counts = [], []
+        for place in places:
+            choices = [_plain_ids(asker, choice) for choice in examples[place].choices]
+            rows += [(prompts[place] + choice, len(prompts[place])) for choice in choices]
+            counts.append(len(choices))
+        sums = iter(_nats(asker, rows))
+        return [[-next(sums) for _ in range(count)] for count in counts]
+
+    lengths = [len(prompt) for prompt in prompts]
+    scores: list[list[float]] = asked(
+        lengths,
+        answer,
+        batch_size=asker.batch_size,
+        path=asker.folder / "likelihoods.jsonl",
+        progress=lambda _, done, total: asker.show(f"{task.name}: likelihoods", done, total),
+    )
+    records, marks = [], []
+    for example, sums in zip(examples, scores, strict=True):
+        right = example.choices.index(example.completion)
+        rates = [score / len(choice.encode()) for score, choice in zip(sums, example.choices, strict=True)]
+        marks.append({"acc": float(_best(sums) == right), "acc_norm": float(_best(rates) == right)})
+        chosen = [example.choices[_best(sums)]]
+        records.append(task.record(example, chosen, marks[-1]) | {"choices": example.choices, "log_likelihoods": sums})
+    return records, {name: figure([mark[name] for mark in marks]) for name in ("acc", "acc_norm")}
+
+
+@torch.no_grad()
+def classified(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured:
+    """Return the classes, or numbers, that a model with a head for them gives, and the task's metrics."""
+    tokenizer = asker.tokenizer
+    longest = min(asker.max_length or 512, asker.positions)
+
+    def answer(places: list[int]) -> list[list[float]]:
+        chosen = [examples[place] for place in places]
+        pairs = [example.pair or "" for example in chosen] if chosen[0].pair is not None else None
+        prompts = [example.prompt for example in chosen]
+        batch = tokenizer(prompts, pairs, truncation=True, max_length=longest, padding=True, return_tensors="pt")
+        return asker.model(**batch.to(asker.device)).logits.float().cpu().tolist()
+
+    outputs: list[list[float]] = asked(
+        [len(example.prompt) + len(example.pair or "") for example in examples],
+        answer,
+        batch_size=asker.batch_size,
+        path=asker.folder / "logits.jsonl",
+        progress=lambda _, done, total: asker.show(f"{task.name}: classes", done, total),
+    )
+    guesses = [row[0] if task.kind == "regression" else float(_best(row)) for row in outputs]
+    labels = [float(example.label or 0) for example in examples]
+    records = [
+        task.record(example, [], {"prediction": guess}) | {"logits": row}
+        for example, guess, row in zip(examples, guesses, outputs, strict=True)
+    ]
+    return records, score_figures(task, guesses, labels)
+
+
+def text_loss(asker: Asker, texts: Sequence[str], limit: int | None = None) -> Measured:
+    """Return the loss on running text, as nats a token and bits a byte; what an adapter has forgotten shows in it.
+
+    Each text is cut into windows whose tokens are each predicted once, from those before it in the window. The first
+    of a text is predicted from the token that begins one, or, of a tokenizer without it, that ends one.
+
+    Args:
+        asker: the model.
+        texts: documents.
+        limit: the first so many windows; None for all.
+    """
+    length = min(asker.max_length or _WINDOW, asker.positions)
+    windows: list[list[int]] = []
+    sizes: list[int] = []
+    for text in texts:
+        for ids, size in _windows(asker.tokenizer, text, length):
+            windows.append(ids)
+            sizes.append(size)
+        if limit is not None and len(windows) >= limit:
+            break
+    windows, sizes = windows[:limit], sizes[:limit]
+    if not windows:
+        raise DataError("the tokenizer makes no token of the held-out text.")
+    nats: list[float] = asked(
+        [len(window) for window in windows],
+        lambda places: _nats(asker, [(windows[place], 1) for place in places]),
+        batch_size=max(1, asker.batch_size // 8),
+        path=asker.folder / "losses.jsonl",
+        progress=lambda _, done, total: asker.show("held-out text", done, total),
+    )
+    tokens = [len(window) - 1 for window in windows]
+    records = [
+        {"tokens": count, "bytes": size, "nats": loss} for count, size, loss in zip(tokens, sizes, nats, strict=True)
+    ]
+    bits = [loss / math.log(2) for loss in nats]
+    return records, {"loss": loss_figure(nats, tokens), "bits_per_byte": loss_figure(bits, sizes)}
+
+
+def read_text(path: Path) -> list[str]:
+    """Return the documents of a file: of JSON lines each row's ``text``, of any other the whole.
+
+    Raises:
+        DataError: it can't be read, is empty, or a line has no text.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"the text {path} can't be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8.") from error
+    texts = [content]
+    if path.suffix == ".jsonl":
+        texts = []
+        for number, line in enumerate(content.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: the line is not JSON ({error}).") from error
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise DataError(f"{path}, line {number}: there is no field 'text' with a text in it.")
+            texts.append(row["text"])
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise DataError(f"{path}: there is no text in it.")
+    return texts
+
+
+def _windows(tokenizer: Any, text: str, length: int) -> list[tuple[list[int], int]]:
+    """Return a text's windows of tokens, each beginning with the last of the one before, and the bytes they predict."""
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids = [first, *encoded["input_ids"]]
+    count = len(ids) - 1
+    begins = [start for start, _ in encoded["offset_mapping"]] if fast else []
+    if not fast:  # as if all tokens were of one length
+        begins = [len(text) * place // count for place in range(count)]
+    borders = [0, *begins[1:], len(text)]
+    cuts = range(0, count, length - 1)
+    return [
+        (ids[cut : cut + length], len(text[borders[cut] : borders[min(cut + length - 1, count)]].encode()))
+        for cut in cuts
+    ]
+
+
+@torch.no_grad()
+def _nats(asker: Asker, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+    """Return the negative log-likelihood of each row's tokens from a place on, which is at least 1."""
+    width = max(len(ids) for ids, _ in rows)
+    padded = [ids + [asker.tokenizer.pad_token_id or 0] * (width - len(ids)) for ids, _ in rows]
+    mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]
+    batch = {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+    logits = asker.model(**{name: value.to(asker.device) for name, value in batch.items()}).logits
+    sums = []
+    for row, (ids, start) in zip(logits, rows, strict=True):
+        predicted, wanted = row[start - 1 : len(ids) - 1].float(), torch.tensor(ids[start:], device=row.device)
+        sums.append(float(functional.cross_entropy(predicted, wanted, reduction="none").double().sum()))
+    return sums
+
+
+def _plain_ids(asker: Asker, text: str) -> list[int]:
+    return list(asker.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _best(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=lambda place: scores[place])
+
+
+def _programs(task: Task, pairs: Sequence[tuple[Example, Sequence[str]]], show: Show) -> Run:
+    """Run the programs that answers make, several at a time; return what tells of each whether it came to its end."""
+    sources: dict[str, None] = {}
+
+    def note(source: str) -> bool:
+        sources[source] = None
+        return False
+
+    run: Callable[[str], bool] = note
+    for example, texts in pairs:
+        task.grade_samples(example, texts, run)
+    outcomes = run_programs(list(sources), show=show)
+    passed = {source: outcome.passed for source, outcome in zip(sources, outcomes, strict=True)}
+    return passed.__getitem__
