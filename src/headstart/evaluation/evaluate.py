@@ -191,7 +191,7 @@ def evaluate(
             if job.recipe:
                 write_whole(place / "task.yaml", job.recipe)
             records, own = _asked(job, asker, asking)
-            lines = (json.dumps({"item": number} | record, default=str) for number, record in enumerate(records))
+            lines = (json.dumps({"item": number} | record, default=_plain) for number, record in enumerate(records))
             write_whole(place / "items.jsonl", "".join(line + "\n" for line in lines))
             write_json({name: asdict(figure) for name, figure in own.items()}, place / "figures.json")
         figures |= {f"{job.name}/{name}": figure for name, figure in own.items()}
@@ -333,6 +333,11 @@ def _done(place: Path) -> dict[str, Figure] | None:
         content = json.loads((place / "figures.json").read_text(encoding="utf-8"))
         return {name: Figure(**values) for name, values in content.items()}
     return None
+
+
+def _plain(value: Any) -> Any:
+    """Return numpy's numbers as Python's, and what JSON doesn't know in words."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _digest(content: Any) -> str:

@@ -7,7 +7,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,9 +49,7 @@ def built(task: Task, source: str | None, shots: int | None) -> tuple[list[Any],
     import yaml
 
     with _quiet():
-        from lm_eval.tasks import TaskManager
-
-        manager = TaskManager()
+        manager = _manager()
         entry = manager.task_index.get(task.lm_eval)
         if entry is None:
             raise UnfitError(f"this lm-eval has no task {task.lm_eval!r}")
@@ -106,6 +106,7 @@ def measured(asker: Asker, task: Task, tasks: Sequence[Any], limit: int | None) 
             use_cache=str(asker.folder / "cache"),
             log_samples=True,
             bootstrap_iters=0,
+            task_manager=_manager(),
             **tokens,
         )
     by_name = {each.config.task: each for each in tasks}
@@ -125,6 +126,14 @@ def measured(asker: Asker, task: Task, tasks: Sequence[Any], limit: int | None) 
     return records, {name: _figure(one, name.partition(",")[0], column) for name, column in values.items()}
 
 
+@cache
+def _manager() -> Any:
+    """Return lm-eval's list of its tasks, thousands of files that take seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def _record(name: str, sample: dict[str, Any]) -> dict[str, Any]:
     return {
         "task": name,
@@ -142,12 +151,12 @@ def _figure(task: Any, metric: str, column: Sequence[Any]) -> Figure:
     """Return a metric by lm-eval's own aggregation, a mean or one of all items together."""
     aggregate: Callable[[Any], Any] = task.aggregation()[metric]
     higher = bool(task.higher_is_better().get(metric, True))
-    if all(isinstance(value, int | float) for value in column):
+    if all(isinstance(value, Real) for value in column):
         plain = figure([float(value) for value in column])
         if float(aggregate(column)) == plain.value:
             return Figure(plain.value, plain.low, plain.high, plain.count, higher)
     value, columns = float(aggregate(column)), list(zip(*column, strict=True))
-    if not all(isinstance(part, int | float) for row in columns for part in row):
+    if not all(isinstance(part, Real) for row in columns for part in row):
         return Figure(value, None, None, len(column), higher)
     return resampled(lambda *parts: aggregate(list(zip(*parts, strict=True))), *columns, value=value)
 
