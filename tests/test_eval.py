@@ -62,12 +62,8 @@ def test_a_run_its_adapter_and_its_merged_model_give_the_same(run, model, data, 
     places = {"run": run, "adapter": run / "trained" / "adapter", "merged": run / "trained" / "merged", "base": model}
     results = {name: own_way(place, data, tmp_path / name) for name, place in places.items()}
     expected, items = results["run"]
-    assert expected.metrics.keys() == {
-        "boolq/acc",
-        "boolq/acc_norm",
-        "loss:text.txt/loss",
-        "loss:text.txt/bits_per_byte",
-    }
+    text = {"loss:text.txt/loss", "loss:text.txt/bits_per_byte"}
+    assert expected.metrics.keys() == {"boolq/acc", "boolq/acc_norm"} | text
     for name in ("adapter", "merged"):
         result, others = results[name]
         for key, figure in result.metrics.items():
@@ -192,12 +188,10 @@ def test_answers_go_on_after_a_kill_and_nothing_is_asked_twice(model, data, tmp_
 def test_draws_depend_on_the_seed_alone(model, data, tmp_path):
     settings = dict(data={"gsm8k": str(data / "sums.jsonl")}, max_new_tokens=6, samples=3, limit=4)
     _, one = asked(model, ["gsm8k"], tmp_path / "one", seed=1, **settings)
-    state = torch.get_rng_state()
     _, again = asked(model, ["gsm8k"], tmp_path / "again", seed=1, **settings)
     _, other = asked(model, ["gsm8k"], tmp_path / "other", seed=2, **settings)
     assert one == again != other and len({text for item in one for text in item["outputs"]}) > 6
     assert all(len(item["outputs"]) == 3 for item in one)
-    del state
 
 
 PROBLEMS = [
@@ -251,17 +245,8 @@ def refused(capsys, *arguments):
 
 
 def test_the_command_prints_a_table_and_writes_a_result(model, adapter, data, tmp_path, capsys):
-    arguments = [
-        "eval",
-        str(adapter),
-        "--tasks",
-        "boolq",
-        "--data",
-        f"boolq={data / 'boolq.test.json'}",
-        "--limit",
-        "4",
-    ]
-    arguments += ["--engine", "headstart", "--max-new-tokens", "3", "--text", str(data / "text.txt")]
+    arguments = ["eval", str(adapter), "--tasks", "boolq", "--data", f"boolq={data / 'boolq.test.json'}"]
+    arguments += ["--engine", "headstart", "--limit", "4", "--max-new-tokens", "3", "--text", str(data / "text.txt")]
     main([*arguments, "--out", str(tmp_path / "out")])
     out = capsys.readouterr().out
     assert all(word in out for word in ("boolq", "accuracy", "bits_per_byte", "95 % interval", "headstart"))
@@ -270,7 +255,7 @@ def test_the_command_prints_a_table_and_writes_a_result(model, adapter, data, tm
     assert printed["metrics"] == written["metrics"] and printed["metrics"]["boolq/accuracy"]["count"] == 4
     assert written["environment"]["versions"]["torch"] and written["settings"]["target"]["base"] == str(model)
     code, err = refused(capsys, *arguments[1:], "--limit", "5", "--out", tmp_path / "out")
-    assert code == 1 and "other settings or data (limit" in err
+    assert code == 2 and "other settings or data (limit" in err
 
 
 def test_other_weights_in_the_same_place_are_another_evaluation(model, data, tmp_path):
@@ -299,7 +284,7 @@ REFUSALS = {
     "choices where there are none": (
         ("MODEL", "--tasks", "problems", "--likelihood", "--limit", "3"), 1, "no choices whose likelihoods"),
     "examples without lm-eval": (("MODEL", "--tasks", "problems", "--fewshot", "2"), 1, "--fewshot is lm-eval's"),
-    "a folder of something else": (("MODEL", "--text", "TEXT", "--out", "MODEL"), 1, "holds no evaluation"),
+    "a folder of something else": (("MODEL", "--text", "TEXT", "--out", "MODEL"), 2, "holds no evaluation"),
     "an unknown split": (("MODEL", "--tasks", "problems", "--split", "tset"), 1, "Did you mean 'test'"),
 }  # fmt: skip
 
@@ -333,7 +318,7 @@ def test_targets_that_are_damaged_or_unfinished_are_named(model, adapter, tmp_pa
     write_lines(tmp_path / "alone" / "adapter_config.json", [config | {"base_model_name_or_path": None}])
     with pytest.raises(CheckpointError, match="--base"):
         find_target(str(tmp_path / "alone"))
-    with pytest.raises(ModelError, match="config.json can't be read"):
+    with pytest.raises(ModelError, match=r"config\.json can't be read"):
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken" / "config.json").write_text("{")
         find_target(str(tmp_path / "broken"))

@@ -199,13 +199,10 @@ def test_examples_that_are_not_there_are_not_shown(model, data, tmp_path):
     alone = str(data["gsm8k"] / "test.jsonl")
     with pytest.raises(TaskError, match=r"lm-eval shows 5 rows of 'train'.*--fewshot 0"):
         asked(model, ["gsm8k"], tmp_path / "out", data={"gsm8k": alone})
-    result, items = asked(
-        model, ["gsm8k"], tmp_path / "out", data={"gsm8k": alone}, fewshot=0, limit=3, max_new_tokens=3
-    )
-    assert (
-        items[0]["prompt"] == "Question: 0 + 0?\nAnswer:"
-        and result.metrics["gsm8k/exact_match,strict-match"].count == 3
-    )
+    settings = dict(fewshot=0, limit=3, max_new_tokens=3)
+    result, items = asked(model, ["gsm8k"], tmp_path / "out", data={"gsm8k": alone}, **settings)
+    assert items[0]["prompt"] == "Question: 0 + 0?\nAnswer:"
+    assert result.metrics["gsm8k/exact_match,strict-match"].count == len(items) == 3
 
 
 def test_without_lm_eval_a_sentence_says_what_to_install(model, data, tmp_path, monkeypatch):
