@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from headstart.evaluation.evaluate import Asking, evaluate
+from headstart.evaluation.evaluate import evaluate
+from headstart.evaluation.own import Asking
 from headstart.evaluation.target import find_target
 
 

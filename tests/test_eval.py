@@ -144,8 +144,8 @@ def test_classes_are_those_that_the_run_measured(tmp_path):
             result, items = asked(place, ["sst-2"], out, data={"": str(tmp_path / "labelled")}, batch_size=6)
             assert result.metrics["sst-2/accuracy"] == measured and len(items) == 20
             assert all(item["logits"].index(max(item["logits"])) == item["marks"]["prediction"] for item in items)
-    with pytest.raises(TaskError, match="tells 2 classes, so task 'problems' can't"):
-        asked(tmp_path / "adapter", ["problems"], tmp_path / "out")
+    with pytest.raises(TaskError, match="tells 2 classes, so task 'gsm8k' can't"):
+        asked(tmp_path / "adapter", ["gsm8k"], tmp_path / "out")
 
 
 # Answers, kept and drawn.
@@ -283,6 +283,7 @@ REFUSALS = {
     "classes of a language model": (("MODEL", "--tasks", "sts-b", "--data", "TEXT"), 1, "wants a head for classes"),
     "choices where there are none": (
         ("MODEL", "--tasks", "problems", "--likelihood", "--limit", "3"), 1, "no choices whose likelihoods"),
+    "a task twice": (("MODEL", "--tasks", "problems,problems:size=1000"), 1, "'problems' is asked twice"),
     "examples without lm-eval": (("MODEL", "--tasks", "problems", "--fewshot", "2"), 1, "--fewshot is lm-eval's"),
     "a folder of something else": (("MODEL", "--text", "TEXT", "--out", "MODEL"), 2, "holds no evaluation"),
     "an unknown split": (("MODEL", "--tasks", "problems", "--split", "tset"), 1, "Did you mean 'test'"),

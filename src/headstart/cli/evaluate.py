@@ -76,7 +76,8 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Ask a model tasks, and print figures with 95 % intervals; cut off, the same command goes on."""
-    from headstart.evaluation.evaluate import TEXT, Asking, default_folder, evaluate, split_names
+    from headstart.evaluation.evaluate import TEXT, check_names, default_folder, evaluate, split_names
+    from headstart.evaluation.own import Asking
     from headstart.evaluation.target import find_target
     from headstart.progress import progress_bars
 
@@ -97,7 +98,7 @@ def eval_(
         run_code=allow_code_execution,
     )
     try:
-        asking.check(names)
+        check_names(names, asking)
     except TaskError as error:
         raise typer.BadParameter(str(error), param_hint="--tasks") from error
     what = find_target(target, base=base, dtype=dtype.value if dtype else None)

@@ -6,15 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from headstart.environment import environment
 from headstart.errors import CheckpointError, RunError, TaskError, nearest
 from headstart.evaluation.figures import Figure
 from headstart.evaluation.lm import UnfitError, built, measured
-from headstart.evaluation.own import Asker, Measured, classified, compared, generated, read_text, text_loss
+from headstart.evaluation.own import Asker, Asking, Measured, classified, compared, generated, read_text, text_loss
 from headstart.evaluation.sandbox import containment
 from headstart.evaluation.target import Target
 from headstart.files import sha256, write_json, write_whole
@@ -32,61 +32,6 @@ TEXT = "loss:"
 
 def silent_sentence(sentence: str) -> None:
     """Say nothing."""
-
-
-Engine = Literal["auto", "lm-eval", "headstart"]
-
-
-@dataclass(frozen=True)
-class Asking:
-    """How tasks are asked.
-
-    Attributes:
-        data: files, folders or names of the hub by task; ``""`` is for all that have none of their own.
-        split: the tasks' name of what is asked.
-        limit: the first so many items, or windows of a text; None for all.
-        fewshot: examples before each item, through lm-eval; None for as many as its task has.
-        engine: "auto" takes lm-eval wherever it has the task, asked as it asks.
-        likelihood: in headstart's own way, compare the likelihoods of choices in place of grading answers.
-        samples: answers to an item, in headstart's own way.
-        temperature: of the draws; None takes the likeliest tokens of one answer, and is 0.8 for several.
-        max_new_tokens: of an answer; None for the task's own.
-        max_length: of a window of text, in tokens; None for the model's, at most 2048.
-        seed: of the draws.
-        batch_size: items at a time.
-        run_code: whether generated programs may be run.
-    """
-
-    data: Mapping[str, str] = field(default_factory=dict)
-    split: str = "test"
-    limit: int | None = None
-    fewshot: int | None = None
-    engine: Engine = "auto"
-    likelihood: bool = False
-    samples: int = 1
-    temperature: float | None = None
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    seed: int = 0
-    batch_size: int = 16
-    run_code: bool = False
-
-    def check(self, names: Sequence[str]) -> None:
-        """Raise TaskError for what can be told from the names alone, before anything is read."""
-        if not names:
-            raise TaskError("no task is named: give --tasks, such as gsm8k,boolq, or --text PATH.")
-        tasks = [parse_task(name) for name in names if not name.startswith(TEXT)]
-        known = {task.name for task in tasks} | {str(task) for task in tasks}
-        for name in self.data:
-            if name and name not in known:
-                raise TaskError(f"--data names {name!r}, which is none of the tasks.{nearest(name, known)}")
-        for task in tasks:
-            if not task.metrics:
-                raise TaskError(f"task {task.name!r} has nothing to grade answers by.")
-            if task.runs_code and not self.run_code:
-                raise TaskError(
-                    f"task {task.name!r} runs programs that the model writes: allow it with --allow-code-execution."
-                )
 
 
 @dataclass(frozen=True)
@@ -158,10 +103,13 @@ def evaluate(
     """
     if asking.samples > 1 and asking.temperature is None:
         asking = replace(asking, temperature=0.8)
-    asking.check(tasks)
+    check_names(tasks, asking)
     _check_folder(folder)
     notes: list[str] = []
     jobs = [_planned(name, target, asking, notes) for name in dict.fromkeys(tasks)]
+    names = [job.name for job in jobs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise TaskError(f"{twice!r} is asked twice: leave one of them out, or give its file another name.")
     if any(job.task is not None and job.task.runs_code for job in jobs):
         notes += containment()
     for sentence in notes:
@@ -176,21 +124,10 @@ def evaluate(
         if own is None:
             loaded = loaded or target.load()
             place.mkdir(parents=True, exist_ok=True)
-            length = asking.max_length if job.texts else target.max_length
-            asker = Asker(
-                *loaded,
-                place,
-                asking.batch_size,
-                asking.max_new_tokens,
-                length,
-                asking.samples,
-                asking.temperature,
-                asking.seed,
-                show,
-            )
+            asker = Asker(*loaded, place, asking, target.max_length, show)
             if job.recipe:
                 write_whole(place / "task.yaml", job.recipe)
-            records, own = _asked(job, asker, asking)
+            records, own = _asked(job, asker)
             lines = (json.dumps({"item": number} | record, default=_plain) for number, record in enumerate(records))
             write_whole(place / "items.jsonl", "".join(line + "\n" for line in lines))
             write_json({name: asdict(figure) for name, figure in own.items()}, place / "figures.json")
@@ -199,6 +136,24 @@ def evaluate(
     result = Evaluation(target.name, figures, engines, notes, settings, environment())
     write_json({"schema": SCHEMA, **asdict(result)}, folder / "result.json")
     return result
+
+
+def check_names(names: Sequence[str], asking: Asking) -> None:
+    """Raise TaskError for what can be told from the names alone, before anything is read."""
+    if not names:
+        raise TaskError("no task is named: give --tasks, such as gsm8k,boolq, or --text PATH.")
+    tasks = [parse_task(name) for name in names if not name.startswith(TEXT)]
+    known = {task.name for task in tasks} | {str(task) for task in tasks}
+    for name in asking.data:
+        if name and name not in known:
+            raise TaskError(f"--data names {name!r}, which is none of the tasks.{nearest(name, known)}")
+    for task in tasks:
+        if not task.metrics:
+            raise TaskError(f"task {task.name!r} has nothing to grade answers by.")
+        if task.runs_code and not asking.run_code:
+            raise TaskError(
+                f"task {task.name!r} runs programs that the model writes: allow it with --allow-code-execution."
+            )
 
 
 def default_folder(target: Target, tasks: Sequence[str], asking: Asking) -> Path:
@@ -225,9 +180,12 @@ def _planned(name: str, target: Target, asking: Asking, notes: list[str]) -> _Jo
         path = Path(name.removeprefix(TEXT)).expanduser()
         if target.labels:
             raise TaskError(f"{target.name} is a classifier: it has no loss on a text.")
-        return _Job(f"{TEXT}{path.name}", "headstart", _digest([name]), texts=read_text(path))
+        texts = read_text(path)
+        return _Job(f"{TEXT}{path.name}", "headstart", _digest(texts), texts=texts)
     task = parse_task(name)
-    task.check()
+    classes = task.kind != "text"
+    if target.labels and (not classes or (len(task.labels) or 1) != target.labels):
+        raise TaskError(f"{target.name} tells {target.labels} classes, so task {name!r} can't be asked of it.")
     source = asking.data.get(name, asking.data.get(task.name, asking.data.get("")))
     draft = _Job(str(task), "lm-eval", None, task)
     reason = _own_reason(task, source, target, asking)
@@ -242,19 +200,17 @@ def _planned(name: str, target: Target, asking: Asking, notes: list[str]) -> _Jo
             reason = str(unfit)
     if reason and asking.engine == "lm-eval":
         raise TaskError(f"task {name!r} can't be asked through lm-eval: {reason}.")
-    classes = task.kind != "text"
     if classes and not target.labels:
         because = f" ({reason})" if reason else ""
         raise TaskError(
             f"task {task.name!r} wants a head for classes, and {target.name} is a language model{because}: "
             f"give the run of a classifier, or {task.name}:form=text."
         )
-    if target.labels and (not classes or (len(task.labels) or 1) != target.labels):
-        raise TaskError(f"{target.name} tells {target.labels} classes, so task {name!r} can't be asked of it.")
     if asking.fewshot is not None:
         raise TaskError(f"--fewshot is lm-eval's, which doesn't ask task {name!r} here: {reason or '--engine'}.")
     if reason and task.lm_eval and asking.engine == "auto":
         notes.append(f"{name}: {reason}, so headstart asks and grades it in its own way.")
+    task.check()
     examples = read(task, source, split=asking.split, limit=asking.limit).examples
     if asking.likelihood and not all(example.choices for example in examples):
         raise TaskError(f"task {name!r} has no choices whose likelihoods could be compared: leave --likelihood out.")
@@ -268,7 +224,7 @@ def _own_reason(task: Task, source: str | None, target: Target, asking: Asking) 
     """Return why lm-eval isn't the one to ask, as a clause; empty where nothing needs saying; None where it is."""
     if asking.engine == "headstart" or task.lm_eval is None:
         return f"it has no task {task.name!r}" if asking.engine == "lm-eval" else ""
-    if target.labels and task.kind != "text":
+    if target.labels:
         return "the model has a head for classes" if asking.engine == "lm-eval" else ""
     if task.runs_code:
         return "lm-eval runs programs unconfined" if asking.engine == "lm-eval" else ""
@@ -283,16 +239,15 @@ def _own_reason(task: Task, source: str | None, target: Target, asking: Asking) 
     return None
 
 
-def _asked(job: _Job, asker: Asker, asking: Asking) -> Measured:
+def _asked(job: _Job, asker: Asker) -> Measured:
     """Ask one task."""
-    if job.texts:
-        return text_loss(asker, job.texts, asking.limit)
-    assert job.task is not None
+    if job.task is None:
+        return text_loss(asker, job.texts)
     if job.tasks:
-        return measured(asker, job.task, job.tasks, asking.limit)
+        return measured(asker, job.tasks)
     if job.task.kind != "text":
         return classified(asker, job.task, job.examples)
-    return (compared if asking.likelihood else generated)(asker, job.task, job.examples)
+    return (compared if asker.asking.likelihood else generated)(asker, job.task, job.examples)
 
 
 def _settings(target: Target, jobs: Sequence[_Job], asking: Asking) -> dict[str, Any]:
@@ -300,7 +255,7 @@ def _settings(target: Target, jobs: Sequence[_Job], asking: Asking) -> dict[str,
     settings = asdict(asking)
     for name in ("data", "batch_size", "run_code"):
         del settings[name]
-    settings["target"] = {**asdict(target), "weights": target.digest()}
+    settings["target"] = {**asdict(replace(target, name="")), "weights": target.digest()}
     settings["tasks"] = {job.name: {"engine": job.engine, "data": job.digest} for job in jobs}
     return dict(json.loads(json.dumps(settings, default=str)))
 

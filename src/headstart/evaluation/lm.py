@@ -91,18 +91,19 @@ def built(task: Task, source: str | None, shots: int | None) -> tuple[list[Any],
     return tasks, recipe
 
 
-def measured(asker: Asker, task: Task, tasks: Sequence[Any], limit: int | None) -> Measured:
+def measured(asker: Asker, tasks: Sequence[Any]) -> Measured:
     """Ask lm-eval's tasks, and return records of the items and lm-eval's metrics."""
     with _quiet():
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        model = HFLM(pretrained=asker.model, tokenizer=asker.tokenizer, batch_size=asker.batch_size)
-        tokens = {} if asker.max_new_tokens is None else {"gen_kwargs": {"max_gen_toks": asker.max_new_tokens}}
+        model = HFLM(pretrained=asker.model, tokenizer=asker.tokenizer, batch_size=asker.asking.batch_size)
+        most = asker.asking.max_new_tokens
+        tokens = {} if most is None else {"gen_kwargs": {"max_gen_toks": most}}
         result: Any = lm_eval.simple_evaluate(
             model=model,
             tasks=list(tasks),
-            limit=limit,
+            limit=asker.asking.limit,
             use_cache=str(asker.folder / "cache"),
             log_samples=True,
             bootstrap_iters=0,

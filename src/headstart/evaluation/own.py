@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
@@ -23,6 +23,44 @@ Measured = tuple[list[dict[str, Any]], dict[str, Figure]]
 _WINDOW = 2048
 
 
+Engine = Literal["auto", "lm-eval", "headstart"]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How tasks are asked.
+
+    Attributes:
+        data: files, folders or names of the hub by task; ``""`` is for all that have none of their own.
+        split: the tasks' name of what is asked.
+        limit: the first so many items, or windows of a text; None for all.
+        fewshot: examples before each item, through lm-eval; None for as many as its task has.
+        engine: "auto" takes lm-eval wherever it has the task, asked as it asks.
+        likelihood: in headstart's own way, compare the likelihoods of choices in place of grading answers.
+        samples: answers to an item, in headstart's own way.
+        temperature: of the draws; None takes the likeliest tokens of one answer, and is 0.8 for several.
+        max_new_tokens: of an answer; None for the task's own.
+        max_length: of a window of text, in tokens; None for the model's, at most 2048.
+        seed: of the draws.
+        batch_size: items at a time.
+        run_code: whether generated programs may be run.
+    """
+
+    data: Mapping[str, str] = field(default_factory=dict)
+    split: str = "test"
+    limit: int | None = None
+    fewshot: int | None = None
+    engine: Engine = "auto"
+    likelihood: bool = False
+    samples: int = 1
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    seed: int = 0
+    batch_size: int = 16
+    run_code: bool = False
+
+
 @dataclass(frozen=True)
 class Asker:
     """A model and how it is asked.
@@ -30,24 +68,16 @@ class Asker:
     Attributes:
         model, tokenizer: loaded, on their device, in evaluation mode.
         folder: for what has been answered so far.
-        batch_size: items at a time.
-        max_new_tokens: of an answer; None for the task's own.
-        max_length: of a window of text, or of what a classifier is given; None for the model's.
-        samples: answers to an item.
-        temperature: of the draws; None takes the likeliest tokens.
-        seed: of the draws.
+        asking: how.
+        max_length: of what a classifier is given, in tokens; None for 512.
         show: draws progress.
     """
 
     model: Any
     tokenizer: Any
     folder: Path
-    batch_size: int
-    max_new_tokens: int | None
+    asking: Asking
     max_length: int | None
-    samples: int
-    temperature: float | None
-    seed: int
     show: Show
 
     @property
@@ -67,16 +97,16 @@ def generated(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured
     answers = answered(
         asker.model,
         asker.tokenizer,
-        [example for example in examples for _ in range(asker.samples)],
-        max_new_tokens=asker.max_new_tokens or task.max_new_tokens,
+        [example for example in examples for _ in range(asker.asking.samples)],
+        max_new_tokens=asker.asking.max_new_tokens or task.max_new_tokens,
         stop=task.stop,
-        temperature=asker.temperature,
-        seed=asker.seed,
-        batch_size=asker.batch_size,
+        temperature=asker.asking.temperature,
+        seed=asker.asking.seed,
+        batch_size=asker.asking.batch_size,
         path=asker.folder / "answers.jsonl",
         progress=lambda step, done, total: asker.show(f"{task.name}: {step}", done, total),
     )
-    outputs = [answers[start : start + asker.samples] for start in range(0, len(answers), asker.samples)]
+    outputs = [answers[start : start + asker.asking.samples] for start in range(0, len(answers), asker.asking.samples)]
     pairs = list(zip(examples, outputs, strict=True))
     if task.together:
         predictions = [task.prediction(texts[0]) for texts in outputs]
@@ -109,7 +139,7 @@ def compared(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured:
     scores: list[list[float]] = asked(
         lengths,
         answer,
-        batch_size=asker.batch_size,
+        batch_size=asker.asking.batch_size,
         path=asker.folder / "likelihoods.jsonl",
         progress=lambda _, done, total: asker.show(f"{task.name}: likelihoods", done, total),
     )
@@ -139,7 +169,7 @@ def classified(asker: Asker, task: Task, examples: Sequence[Example]) -> Measure
     outputs: list[list[float]] = asked(
         [len(example.prompt) + len(example.pair or "") for example in examples],
         answer,
-        batch_size=asker.batch_size,
+        batch_size=asker.asking.batch_size,
         path=asker.folder / "logits.jsonl",
         progress=lambda _, done, total: asker.show(f"{task.name}: classes", done, total),
     )
@@ -152,7 +182,7 @@ def classified(asker: Asker, task: Task, examples: Sequence[Example]) -> Measure
     return records, score_figures(task, guesses, labels)
 
 
-def text_loss(asker: Asker, texts: Sequence[str], limit: int | None = None) -> Measured:
+def text_loss(asker: Asker, texts: Sequence[str]) -> Measured:
     """Return the loss on running text, as nats a token and bits a byte; what an adapter has forgotten shows in it.
 
     Each text is cut into windows whose tokens are each predicted once, from those before it in the window. The first
@@ -161,9 +191,8 @@ def text_loss(asker: Asker, texts: Sequence[str], limit: int | None = None) -> M
     Args:
         asker: the model.
         texts: documents.
-        limit: the first so many windows; None for all.
     """
-    length = min(asker.max_length or _WINDOW, asker.positions)
+    length, limit = min(asker.asking.max_length or _WINDOW, asker.positions), asker.asking.limit
     windows: list[list[int]] = []
     sizes: list[int] = []
     for text in texts:
@@ -178,7 +207,7 @@ def text_loss(asker: Asker, texts: Sequence[str], limit: int | None = None) -> M
     nats: list[float] = asked(
         [len(window) for window in windows],
         lambda places: _nats(asker, [(windows[place], 1) for place in places]),
-        batch_size=max(1, asker.batch_size // 8),
+        batch_size=max(1, asker.asking.batch_size // 8),
         path=asker.folder / "losses.jsonl",
         progress=lambda _, done, total: asker.show("held-out text", done, total),
     )
@@ -226,6 +255,8 @@ def _windows(tokenizer: Any, text: str, length: int) -> list[tuple[list[int], in
     fast = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise DataError("the tokenizer has no token that begins or ends a text, so its first token can't be predicted.")
     ids = [first, *encoded["input_ids"]]
     count = len(ids) - 1
     begins = [start for start, _ in encoded["offset_mapping"]] if fast else []
