@@ -217,15 +217,21 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's and datasets' logs and notes to themselves."""
+    """Keep lm-eval's and datasets' logs, notes and bars of reading to themselves."""
+    import datasets
+
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
+        bars = datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
         try:
             yield
         finally:
+            if not bars:
+                datasets.enable_progress_bars()
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
