@@ -20,6 +20,7 @@ from headstart.evaluation.evaluate import split_names
 from headstart.evaluation.intervals import bootstrap, wilson
 from headstart.evaluation.target import find_target
 from headstart.runs.stages import execute
+from headstart.store.claims import alone_in
 from running import bert_folder, llama_folder, sentiments, small_run, sums, tokenizer
 
 
@@ -256,6 +257,14 @@ def test_the_command_prints_a_table_and_writes_a_result(model, adapter, data, tm
     assert written["environment"]["versions"]["torch"] and written["settings"]["target"]["base"] == str(model)
     code, err = refused(capsys, *arguments[1:], "--limit", "5", "--out", tmp_path / "out")
     assert code == 2 and "other settings or data (limit" in err
+
+
+def test_two_commands_do_not_work_in_one_folder(model, data, tmp_path):
+    own_way(model, data, tmp_path / "out")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"boolq", "loss_text.txt", "evaluation.json", "result.json"}
+    with alone_in(tmp_path / "out"), pytest.raises(RunError, match="is being worked on by process"):
+        own_way(model, data, tmp_path / "out")
 
 
 def test_other_weights_in_the_same_place_are_another_evaluation(model, data, tmp_path):

@@ -20,6 +20,7 @@ from headstart.evaluation.target import Target
 from headstart.files import sha256, write_json, write_whole
 from headstart.progress import Show, silent
 from headstart.settings import differing
+from headstart.store.claims import alone_in
 from headstart.tasks.base import Example, Task
 from headstart.tasks.registry import parse_task
 from headstart.tasks.rows import local_files, read
@@ -98,7 +99,7 @@ def evaluate(
     Raises:
         TaskError: a task is unknown, can't be asked of this model or in this way, or its grader isn't installed.
         DataError: the data can't be read.
-        RunError: the folder holds another evaluation.
+        RunError: the folder holds another evaluation, or a living process is at it.
         ModelError, CheckpointError: the target can't be loaded.
     """
     if asking.samples > 1 and asking.temperature is None:
@@ -116,22 +117,8 @@ def evaluate(
         say(sentence)
     settings = _settings(target, jobs, asking)
     _claim(settings, folder)
-    figures: dict[str, Figure] = {}
-    loaded: tuple[Any, Any] | None = None
-    for job in jobs:
-        place = folder / job.folder
-        own = _done(place)
-        if own is None:
-            loaded = loaded or target.load()
-            place.mkdir(parents=True, exist_ok=True)
-            asker = Asker(*loaded, place, asking, target.max_length, show)
-            if job.recipe:
-                write_whole(place / "task.yaml", job.recipe)
-            records, own = _asked(job, asker)
-            lines = (json.dumps({"item": number} | record, default=_plain) for number, record in enumerate(records))
-            write_whole(place / "items.jsonl", "".join(line + "\n" for line in lines))
-            write_json({name: asdict(figure) for name, figure in own.items()}, place / "figures.json")
-        figures |= {f"{job.name}/{name}": figure for name, figure in own.items()}
+    with alone_in(folder):
+        figures = _all_asked(target, jobs, asking, folder, show)
     engines = {job.name: job.engine for job in jobs}
     result = Evaluation(target.name, figures, engines, notes, settings, environment())
     write_json({"schema": SCHEMA, **asdict(result)}, folder / "result.json")
@@ -237,6 +224,27 @@ def _own_reason(task: Task, source: str | None, target: Target, asking: Asking) 
     if source is None and task.own_rows(asking.split) is not None:
         return ""
     return None
+
+
+def _all_asked(target: Target, jobs: Sequence[_Job], asking: Asking, folder: Path, show: Show) -> dict[str, Figure]:
+    """Ask what isn't done yet; the model is loaded where there is something."""
+    figures: dict[str, Figure] = {}
+    loaded: tuple[Any, Any] | None = None
+    for job in jobs:
+        place = folder / job.folder
+        own = _done(place)
+        if own is None:
+            loaded = loaded or target.load()
+            place.mkdir(parents=True, exist_ok=True)
+            asker = Asker(*loaded, place, asking, target.max_length, show)
+            if job.recipe:
+                write_whole(place / "task.yaml", job.recipe)
+            records, own = _asked(job, asker)
+            lines = (json.dumps({"item": number} | record, default=_plain) for number, record in enumerate(records))
+            write_whole(place / "items.jsonl", "".join(line + "\n" for line in lines))
+            write_json({name: asdict(figure) for name, figure in own.items()}, place / "figures.json")
+        figures |= {f"{job.name}/{name}": figure for name, figure in own.items()}
+    return figures
 
 
 def _asked(job: _Job, asker: Asker) -> Measured:

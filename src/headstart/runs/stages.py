@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
 
 from headstart.context import Clock, Memory, peak_resident
 from headstart.environment import environment
@@ -34,7 +32,7 @@ from headstart.runs.result import Result, read_result, write_result
 from headstart.runs.trainers import Watch, make_trainer, set_optimizer, truncated
 from headstart.runs.tree import Run
 from headstart.settings import differing
-from headstart.store.claims import lock_path, owner, take_lock
+from headstart.store.claims import alone_in
 from headstart.tasks.base import Example, Task
 from headstart.tasks.registry import parse_task
 from headstart.tasks.rows import Rows, read
@@ -79,7 +77,7 @@ def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
         _claim(run, folder)
     if result is not None and result.status != "failed":
         return result
-    with _alone(folder) if main else nullcontext():
+    with alone_in(folder) if main else nullcontext():
         try:
             return _executed(run, folder, show)
         except Exception as error:
@@ -307,22 +305,6 @@ def _claim(run: Run, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and holds no run: give another --out.")
     write_json(mine, path)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    try:
-        lock = take_lock(lock_path(folder, "run"))
-    except Timeout:
-        raise RunError(
-            f"{folder} is being worked on by {owner(lock_path(folder, 'run'))}: wait for it, or end it."
-        ) from None
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.release()
-            shutil.rmtree(lock_path(folder, "run").parent, ignore_errors=True)
 
 
 def _last_save(output: Path) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import sys
 import time
@@ -17,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from filelock import BaseFileLock, Timeout, UnixFileLock, WindowsFileLock
+
+from headstart.errors import RunError
 
 _FOLDER = "locks"
 _SUFFIX = ".lock"
@@ -60,6 +63,26 @@ def claims(folder: Path, names: Sequence[str], *, regardless: bool = False) -> I
         for lock in locks:
             with contextlib.suppress(OSError):
                 lock.release()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Work in a folder that no other process works in; nothing of the lock is left.
+
+    Raises:
+        RunError: a living process is at it.
+    """
+    path = lock_path(folder, "run")
+    try:
+        lock = take_lock(path)
+    except Timeout:
+        raise RunError(f"{folder} is being worked on by {owner(path)}: wait for it, or end it.") from None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def lock_path(folder: Path, name: str) -> Path:
