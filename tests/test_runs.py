@@ -70,6 +70,7 @@ WAYS = {
     "bfloat16": {"precision": "bfloat16"},
     "checkpointing": {"gradient_checkpointing": True},
     "best": {"evaluation": {"every": 2, "keep": "best"}, "schedule": {"kind": "constant"}},
+    "VeRA": {"adapter": {"kind": "vera", "alpha": 16}, "start": {"method": "pissa"}, "optimizer": {"lr": 0.1}},
     "epochs": {"schedule": {"steps": None, "epochs": 0.5}},
 }
 
@@ -218,6 +219,22 @@ def test_killed_at_any_stage_the_same_call_goes_on(stage, model, data, tmp_path)
     process = child(run, tmp_path / "cut", arrange)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL and read_result(tmp_path / "cut") is None
+    result = execute(run, tmp_path / "cut")
+    assert losses(result) == losses(whole) and result.metrics == whole.metrics
+
+
+def test_vera_goes_on_from_its_start_and_from_what_was_trained(model, data, tmp_path):
+    changes = {"adapter": {"kind": "vera", "alpha": 16}, "optimizer": {"lr": 0.1}}
+    run = small_run(model, data, start={"method": "pissa"}, **changes)
+    whole = execute(run, tmp_path / "whole")
+    for stage in ("_train", "_graded"):
+
+        def arrange(stage=stage):
+            setattr(stages, stage, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+
+        process = child(run, tmp_path / "cut", arrange)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
     result = execute(run, tmp_path / "cut")
     assert losses(result) == losses(whole) and result.metrics == whole.metrics
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import load_peft_weights, set_peft_model_state_dict
 
 from headstart.context import Clock, Memory, peak_resident
 from headstart.environment import environment
@@ -122,7 +123,7 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
             _save(trainer.model, tokenizer, run, folder / TRAINED)
             _write_notes(notes, folder / TRAINED)
     elif method is not None:
-        load_checkpoint(trainer.model, folder / TRAINED / "checkpoint", trainable=False)
+        _take(trainer.model, run, folder / TRAINED / "checkpoint")
     else:
         trainer.model.load_state_dict(_tensors(folder / TRAINED / "model"), strict=False)
     if notes.diverged is None and main:
@@ -169,7 +170,7 @@ def _begin(trainer: Any, method: Any, run: Run, folder: Path, notes: _Notes, clo
     if method is not None:
         place = folder / START / "checkpoint"
         if (place / "adapter_config.json").is_file():
-            load_checkpoint(model, place)
+            _take(model, run, place)
         else:
             with clock("start"):
                 report = initialize_(
@@ -191,7 +192,7 @@ def _begin(trainer: Any, method: Any, run: Run, folder: Path, notes: _Notes, clo
             }
             notes.warnings += list(report.warnings)
             if trainer.is_world_process_zero():
-                save_checkpoint(model, place)
+                _keep(model, run, place)
         if run.trains == "lora-fa":
             lora_fa_(model)
     notes.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -268,9 +269,28 @@ def _save(model: Any, tokenizer: Any, run: Run, place: Path) -> None:
         model.save_pretrained(place / "model")
         tokenizer.save_pretrained(place / "model")
         return
-    save_checkpoint(model, place / "checkpoint", force=True)
+    _keep(model, run, place / "checkpoint")
     if run.adapter.kind == "lora":
         save_lora(model, place / "adapter", force=True)
+    else:
+        model.save_pretrained(place / "adapter")
+
+
+def _keep(model: Any, run: Run, place: Path) -> None:
+    """Save an adapter to go on from; VeRA's are plain tensors, for which PEFT's own way is enough."""
+    if run.adapter.kind == "lora":
+        save_checkpoint(model, place, force=True)
+    else:
+        model.save_pretrained(place)
+
+
+def _take(model: Any, run: Run, place: Path) -> None:
+    """Give the model's adapter what was kept."""
+    if run.adapter.kind == "lora":
+        load_checkpoint(model, place)
+        return
+    device = next(model.parameters()).device
+    set_peft_model_state_dict(model, load_peft_weights(str(place), device=str(device)))
 
 
 def _about_data(run: Run, train: Rows, measured: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
