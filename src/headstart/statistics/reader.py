@@ -156,8 +156,6 @@ class Reader:
         sums.begin(masks)
         return masks
 
-    # Finding out how to read.
-
     def _find_way(self, samples: Samples) -> None:
         sample = self._sample_on_trial(samples)
         try:
