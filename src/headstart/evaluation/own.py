@@ -276,11 +276,13 @@ def _nats(asker: Asker, rows: Sequence[tuple[list[int], int]]) -> list[float]:
     width = max(len(ids) for ids, _ in rows)
     padded = [ids + [asker.tokenizer.pad_token_id or 0] * (width - len(ids)) for ids, _ in rows]
     mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]
-    batch = {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
-    logits = asker.model(**{name: value.to(asker.device) for name, value in batch.items()}).logits
+    ids_and_mask = {"input_ids": padded, "attention_mask": mask}
+    batch = {name: torch.tensor(part, dtype=torch.long, device=asker.device) for name, part in ids_and_mask.items()}
+    logits = asker.model(**batch).logits
     sums = []
     for row, (ids, start) in zip(logits, rows, strict=True):
-        predicted, wanted = row[start - 1 : len(ids) - 1].float(), torch.tensor(ids[start:], device=row.device)
+        predicted = row[start - 1 : len(ids) - 1].float()
+        wanted = torch.tensor(ids[start:], dtype=torch.long, device=row.device)
         sums.append(float(functional.cross_entropy(predicted, wanted, reduction="none").double().sum()))
     return sums
 
