@@ -15,15 +15,15 @@ _PACKAGES = ("headstart", "torch", "transformers", "peft", "trl", "accelerate", 
 
 def environment() -> dict[str, Any]:
     """Return the versions, the machine and the commit that a result was made with."""
-    found: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "versions": found,
+        "versions": versions,
         "python": sys.version.split()[0],
         "system": platform.system(),
         "machine": platform.machine(),

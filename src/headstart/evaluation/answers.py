@@ -97,7 +97,7 @@ def asked(
         answers |= new
         if path is not None:
             with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"item": place, "answer": each}) + "\n" for place, each in new.items())
+                file.writelines(json.dumps({"item": place, "answer": made}) + "\n" for place, made in new.items())
         progress("answers", len(answers), len(lengths))
     return [answers[place] for place in range(len(lengths))]
 

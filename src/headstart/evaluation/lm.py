@@ -78,8 +78,8 @@ def built(task: Task, source: str | None, shots: int | None) -> tuple[list[Any],
                 f"name a local file or folder with --data {task.name}=PATH."
             ) from error
         if shots is not None:
-            for each in tasks:  # those of a group, too
-                each.set_config(key="num_fewshot", value=shots)
+            for part in tasks:  # those of a group, too
+                part.set_config(key="num_fewshot", value=shots)
         if source is not None:
             _check_fields(tasks[0])
             wanted = tasks[0].config.num_fewshot or 0
@@ -110,7 +110,7 @@ def measured(asker: Asker, tasks: Sequence[Any]) -> Measured:
             task_manager=_manager(),
             **tokens,
         )
-    by_name = {each.config.task: each for each in tasks}
+    by_name = {part.config.task: part for part in tasks}
     records: list[dict[str, Any]] = []
     values: dict[str, list[Any]] = {}
     for name, samples in result["samples"].items():

@@ -70,9 +70,9 @@ def read_result(folder: Path) -> Result | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema"] > SCHEMA:
             raise CheckpointError(f"{path} was written by a later release of headstart: update it to read the file.")
-        known = {each.name for each in dataclasses.fields(Result)}
+        known = {field.name for field in dataclasses.fields(Result)}
         values = {name: value for name, value in content.items() if name in known}
-        figures = {each.name for each in dataclasses.fields(Figure)}
+        figures = {field.name for field in dataclasses.fields(Figure)}
         values["metrics"] = {
             name: Figure(**{key: part for key, part in figure.items() if key in figures})
             for name, figure in values.get("metrics", {}).items()

@@ -154,8 +154,8 @@ def load_examples(run: Run, task: Task) -> tuple[Rows, Rows]:
     wanted, data = max(run.data.held_out_examples, run.evaluation.graded_examples), run.data
     if data.train is not None and data.held_out is None and Path(data.train).expanduser().is_file():
         rows = read(task, data.train)
-        held = min(wanted, len(rows.examples) // 5)
-        cut = len(rows.examples) - held
+        last = min(wanted, len(rows.examples) // 5)
+        cut = len(rows.examples) - last
         learned = rows.examples[:cut][: data.train_examples]
         return replace(rows, examples=learned), replace(rows, examples=rows.examples[cut:], bad=[])
     train = read(task, data.train, limit=data.train_examples)
@@ -215,16 +215,17 @@ def _train(trainer: Any, folder: Path, notes: _Notes) -> None:
 
 def _measured(trainer: Any, task: Task, show: Show, when: str) -> dict[str, Figure]:
     """Return the held-out loss, and a classifier's metrics, with intervals over the items."""
-    found = held_out(trainer, regression=task.kind == "regression", progress=show, step=f"loss at the {when}")
-    figures = {f"loss/{when}": loss_figure(found.losses.tolist(), found.weights.tolist())}
+    measured = held_out(trainer, regression=task.kind == "regression", progress=show, step=f"loss at the {when}")
+    figures = {f"loss/{when}": loss_figure(measured.losses.tolist(), measured.weights.tolist())}
     if task.kind == "text":
         return figures
-    scores = score_figures(task, _predicted(found, task), [float(label) for label in found.labels])
+    scores = score_figures(task, _predicted(measured, task), [float(label) for label in measured.labels])
     return figures | {f"{name}/{when}": score for name, score in scores.items()}
 
 
-def _predicted(found: HeldOut, task: Task) -> list[float]:
-    outputs = found.logits.reshape(len(found.labels)) if task.kind == "regression" else found.logits.argmax(1)
+def _predicted(measured: HeldOut, task: Task) -> list[float]:
+    logits = measured.logits
+    outputs = logits.reshape(len(measured.labels)) if task.kind == "regression" else logits.argmax(1)
     return [float(value) for value in outputs]
 
 
@@ -312,19 +313,19 @@ def _about(rows: Rows) -> dict[str, Any]:
 def _claim(run: Run, folder: Path) -> None:
     """Note whose the folder is, or check that it is this run's."""
     path = folder / SETTINGS
-    mine: dict[str, Any] = {"key": run.key, "settings": run.model_dump(mode="json")}
+    own: dict[str, Any] = {"key": run.key, "settings": run.model_dump(mode="json")}
     if path.is_file():
         try:
             other = json.loads(path.read_text(encoding="utf-8"))
             if other["key"] == run.key:
                 return
-            changed = sorted(differing(mine["settings"], other["settings"]))
+            changed = sorted(differing(own["settings"], other["settings"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: remove it, or give another --out.") from error
         raise RunError(f"{folder} holds a run with other settings ({', '.join(changed)}): give another --out.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and holds no run: give another --out.")
-    write_json(mine, path)
+    write_json(own, path)
 
 
 def _last_save(output: Path) -> str | None:

@@ -55,7 +55,7 @@ def make_trainer(
             eval_dataset=_labelled(held_out, tokenizer, task, run.batch.max_length),
             data_collator=DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
-            compute_metrics=lambda found: task.score(_predictions(found.predictions, task), found.label_ids),
+            compute_metrics=lambda made: task.score(_predictions(made.predictions, task), made.label_ids),
         )
     # It prints a dictionary a step; the bar says the same in one line.
     trainer.remove_callback(PrinterCallback)

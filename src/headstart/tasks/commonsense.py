@@ -56,7 +56,7 @@ class Commonsense(Instructed):
             )
         made = [self.asked(instruction, more, f"the correct answer is {name}", reference=name) for name in names]
         right = made[names.index(answer)]
-        choices = tuple(each.completion for each in made)
+        choices = tuple(example.completion for example in made)
         return Example(right.prompt, right.completion, reference=answer, choices=choices)
 
     def grade(self, example: Example, output: str) -> dict[str, float]:
@@ -68,17 +68,17 @@ class Commonsense(Instructed):
     def _adapted(self, row: Row) -> Row:
         asked = {field: text_of(row, field) for field in re.findall(r"\{(\w+)\}", self.question)}
         question, (field, keys) = self.lead + self.question.format(**asked), self.label
-        names, held = [*self.choices], [*self.choices]
+        names, offered = [*self.choices], [*self.choices]
         if self.choices != ("true", "false"):
-            texts, held = self._offered(row, [*keys])
+            texts, offered = self._offered(row, [*keys])
             names = [f"{self.noun}{number}" for number in range(1, len(texts) + 1)]
             listed = (f"{name.capitalize()}: {text}" for name, text in zip(names, texts, strict=True))
             question += "\n\n" + self.between.join(listed)
         right = str(row.get(field)).lower()
-        if right not in held[: len(names)]:
+        if right not in offered[: len(names)]:
             raise DataError(f"field {field!r} is {row.get(field)!r}, which names none of the {len(names)} choices.")
         question += f"{' ' if self.noun == 'option' else chr(10) * 2}Answer format: {'/'.join(names)}"
-        return {"instruction": question, "answer": names[held.index(right)]}
+        return {"instruction": question, "answer": names[offered.index(right)]}
 
     def _offered(self, row: Row, keys: list[str]) -> tuple[list[str], list[str]]:
         """Return the choices and what the label holds for each of them."""
