@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gzip
 import json
 import os
+import platform
 import re
 import resource
 import signal
@@ -23,7 +25,19 @@ from headstart.errors import HeadstartError
 from headstart.evaluation import sandbox
 from headstart.evaluation.sandbox import containment, run_program, run_programs
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="the other platforms' kernels don't contain it")
+
+def kernel_lacks():
+    """What the kernel, or the container around it, doesn't offer of what contains programs; asked of it directly."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return "Linux on a processor whose system calls are known"
+    if not Path("/proc/sys/kernel/seccomp/actions_avail").is_file():
+        return "seccomp"
+    landlock_create_ruleset, its_version = 444, 1
+    offers = ctypes.CDLL(None, use_errno=True).syscall(landlock_create_ruleset, None, ctypes.c_size_t(0), its_version)
+    return "" if offers > 0 else "Landlock"
+
+
+linux = pytest.mark.skipif(bool(kernel_lacks()), reason=f"this kernel doesn't offer {kernel_lacks()}")
 
 # Prints DONE with whatever of a program's attempts the system let through; lines that aren't refused at once show too.
 PREFACE = """
