@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from headstart.training.data import Example, batches, load_examples, tokenize_examples
+from headstart.tasks.base import Example
+from headstart.training.data import batches, load_examples, tokenize_examples
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
@@ -95,8 +96,8 @@ def machine(precision: str = "float32") -> str:
 
 def gsm8k_or_problems(count: int) -> tuple[list[Example], str]:
     """Return training examples: GSM8K where the data folder is beside the checkout, else the built-in problems."""
+    from headstart.tasks.word_problems import generate_problems
     from headstart.training.data import example_from_record
-    from headstart.training.problems import generate_problems
 
     folder = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "gsm8k"
     if folder.is_dir():

@@ -25,7 +25,8 @@ from bench.study_claims import claims
 from bench.study_tables import TITLES, Run, arguments, measured, paragraphs, path_of, pooled, run_all, spelled, summary
 from headstart.methods import parse_method
 from headstart.statistics.batches import IGNORED
-from headstart.training.data import Example, batches, load_examples, tokenize_examples
+from headstart.tasks.base import Example
+from headstart.training.data import batches, load_examples, tokenize_examples
 from headstart.training.evaluate import evaluating
 from headstart.training.models import resolve_model
 from headstart.training.recipe import Recipe

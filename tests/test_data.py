@@ -13,16 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from headstart.errors import DataError
-from headstart.training.data import (
-    Example,
-    Message,
-    batches,
-    collate,
-    example_from_record,
-    load_examples,
-    render,
-    tokenize_examples,
-)
+from headstart.tasks.base import Example, Message
+from headstart.training.data import batches, collate, example_from_record, load_examples, render, tokenize_examples
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
@@ -61,8 +53,8 @@ def test_three_ways_to_write_an_example(tmp_path: Path) -> None:
     )
     assert load_examples(path) == [
         Example("2 + 2 =", " 4"),
-        Example("Question: How many?\nAnswer:", " 48/2 = 24 pens.\n#### 1,024", "1024"),
-        Example("Hi", "#### 5", "5", (Message("user", "Hi"), Message("assistant", "#### 5"))),
+        Example("Question: How many?\nAnswer:", " 48/2 = 24 pens.\n#### 1,024", reference="1024"),
+        Example("Hi", "#### 5", (Message("user", "Hi"), Message("assistant", "#### 5")), reference="5"),
     ]
     assert load_examples(str(path), limit=1) == [Example("2 + 2 =", " 4")]
 
@@ -116,7 +108,7 @@ GOOD = '{"prompt": "a", "completion": "b"}'
         ('{"messages": ["a"]}', r"messages\[0\] must be an object"),
         (
             '{"messages": [{"role": "user"}]}',
-            r"'content' of messages\[0\] must be text, but is of type NoneType",
+            r"'content' of messages\[0\] is missing; the row has 'role'",
         ),
         (
             '{"messages": [{"role": "user", "contents": "a"}]}',
@@ -167,7 +159,7 @@ def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list([{"question": "q", "answer": "#### 1", "id": 7}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    expected = [Example("Question: q\nAnswer:", " #### 1", "1")]
+    expected = [Example("Question: q\nAnswer:", " #### 1", reference="1")]
     assert load_examples("openai/gsm8k:main", split="test", limit=5) == expected
     assert load_examples("openai/gsm8k") == expected
     assert asked == [

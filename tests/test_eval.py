@@ -156,7 +156,7 @@ def test_answers_go_on_after_a_kill_and_nothing_is_asked_twice(model, data, tmp_
     settings = dict(data={"gsm8k": str(data / "sums.jsonl")}, engine="headstart", max_new_tokens=4, batch_size=4)
     whole, items = asked(model, ["gsm8k"], tmp_path / "whole", **settings)
     assert len(items) == 14 and all(len(item["outputs"]) == 1 for item in items)
-    plain = answers._left_padded
+    plain = answers.left_padded
 
     def watched(log, most=None):
         calls = []
@@ -174,11 +174,11 @@ def test_answers_go_on_after_a_kill_and_nothing_is_asked_twice(model, data, tmp_
         return pad
 
     def first():
-        answers._left_padded = watched(tmp_path / "first", most=2)
+        answers.left_padded = watched(tmp_path / "first", most=2)
         asked(model, ["gsm8k"], tmp_path / "cut", **settings)
 
     assert ended(forked(first)) == -signal.SIGKILL
-    monkeypatch.setattr(answers, "_left_padded", watched(tmp_path / "second"))
+    monkeypatch.setattr(answers, "left_padded", watched(tmp_path / "second"))
     cut, same = asked(model, ["gsm8k"], tmp_path / "cut", **settings)
     assert same == items and cut.metrics == whole.metrics
     assert len(read_lines(tmp_path / "first")) == 8 and len(read_lines(tmp_path / "second")) == 6

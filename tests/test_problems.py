@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.errors import DataError
-from headstart.training.models import resolve_model
-from headstart.training.problems import (
+from headstart.tasks.word_problems import (
     _ITEMS,
     _NAMES,
     _TEMPLATES,
@@ -22,6 +21,7 @@ from headstart.training.problems import (
     generate_problems,
     same_number,
 )
+from headstart.training.models import resolve_model
 
 SEEDS = st.integers(-(2**40), 2**40)
 SPLITS: st.SearchStrategy[Split] = st.sampled_from(["train", "test"])
@@ -89,15 +89,15 @@ def test_a_large_set_has_no_duplicates() -> None:
 
 
 def test_more_problems_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headstart.training.problems._TEMPLATES", _TEMPLATES[5:6])
-    monkeypatch.setattr("headstart.training.problems._NAMES", ("Ann", "Bob"))
+    monkeypatch.setattr("headstart.tasks.word_problems._TEMPLATES", _TEMPLATES[5:6])
+    monkeypatch.setattr("headstart.tasks.word_problems._NAMES", ("Ann", "Bob"))
     with pytest.raises(DataError, match=r"don't hold 5000 different ones in the split 'test'; ask for \d+ or fewer"):
         generate_problems(5000, seed=0, split="test")
 
 
 @pytest.mark.parametrize("template", _TEMPLATES, ids=lambda template: template.question[:30])
 def test_both_splits_have_enough_of_every_template(template: _Template, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headstart.training.problems._TEMPLATES", (template,))
+    monkeypatch.setattr("headstart.tasks.word_problems._TEMPLATES", (template,))
     for split in get_args(Split):
         assert len(generate_problems(50, seed=1, split=split)) == 50
 

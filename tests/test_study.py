@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import tiny_llama, word_tokenizer
 from headstart.study.tables import markdown, wilson
-from headstart.training.data import Example
+from headstart.tasks.base import Example
 from headstart.training.evaluate import exact_match, held_out_loss
 from headstart.training.run import Result
 
@@ -65,7 +65,7 @@ class Parrot(torch.nn.Module):
 
 
 def test_exact_match_grades_the_final_number(tokenizer):
-    examples = [Example(f"5 6 {i}", f"#### {i + 1}", str(i + 1)) for i in range(7)] + [Example("5", "6")]
+    examples = [Example(f"5 6 {i}", f"#### {i + 1}", reference=str(i + 1)) for i in range(7)] + [Example("5", "6")]
     answers = {str(i): f"7 8 #### {i + 1 if i % 2 else i}" for i in range(7)}
     answers["1"] = "2"  # the right number, but not marked as the answer
     graded = exact_match(Parrot(tokenizer, answers), tokenizer, examples, batch_size=3, max_new_tokens=9)
@@ -76,7 +76,7 @@ def test_exact_match_grades_the_final_number(tokenizer):
 
 def test_batched_answers_are_those_of_one_at_a_time(tokenizer):
     model = tiny_llama()
-    examples = [Example(" ".join(str(n) for n in range(1, 3 + i)), "#### 1", "1") for i in range(5)]
+    examples = [Example(" ".join(str(n) for n in range(1, 3 + i)), "#### 1", reference="1") for i in range(5)]
     alone = exact_match(model, tokenizer, examples, batch_size=1, max_new_tokens=6).texts
     assert exact_match(model, tokenizer, examples, batch_size=4, max_new_tokens=6).texts == alone
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from headstart.evaluation.held_out import evaluating
 from headstart.progress import Show, silent
 from headstart.tasks.base import Example
+from headstart.training.evaluate import evaluating, left_padded
 
 
 @torch.no_grad()
@@ -50,7 +49,7 @@ def answered(
         drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
     def answer(places: list[int]) -> list[str]:
-        ids, mask = _left_padded([prompts[place] for place in places], tokenizer.pad_token_id)
+        ids, mask = left_padded([prompts[place] for place in places], tokenizer.pad_token_id)
         with torch.random.fork_rng(enabled=temperature is not None):
             if temperature is not None:
                 torch.manual_seed(seed * 1_000_003 + places[0])
@@ -132,13 +131,3 @@ def _kept(path: Path | None) -> dict[int, Any]:
 def _cut(text: str, stop: Sequence[str]) -> str:
     places = [place for word in stop if (place := text.find(word)) >= 0]
     return text[: min(places)] if places else text
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long, device="cpu")
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long, device="cpu")
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from headstart.progress import Show, silent
 from headstart.statistics.batches import IGNORED
+from headstart.training.evaluate import evaluating
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,3 @@ def _batches(trainer: Any) -> Iterator[dict[str, Any]]:
     size = trainer.args.per_device_eval_batch_size
     for start in range(0, len(rows), size):
         yield dict(trainer.data_collator([rows[place] for place in range(start, min(start + size, len(rows)))]))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -12,8 +12,9 @@ from typing import Any
 from headstart.errors import DataError, HeadstartError
 from headstart.files import write_json
 from headstart.study.comparison import BUILT_IN, Comparison
-from headstart.training.data import Example, example_from_record, load_examples, token_ids, tokenize_examples
-from headstart.training.problems import generate_problems
+from headstart.tasks.base import Example
+from headstart.tasks.word_problems import generate_problems
+from headstart.training.data import example_from_record, load_examples, token_ids, tokenize_examples
 from headstart.training.run import Material, Result, method_of, read_result, remove_run, run
 
 # What the command line writes into a comparison's folder, beside its runs.
@@ -76,7 +77,7 @@ def prepare(comparison: Comparison, tokenizer: Any) -> Material:
     """
     train, held_out = _examples(comparison)
     length = comparison.recipe.max_length
-    graded = [example for example in held_out if example.answer is not None][: comparison.graded_examples]
+    graded = [example for example in held_out if example.reference is not None][: comparison.graded_examples]
     learned = tokenize_examples(train, tokenizer, max_length=length)
     measured = tokenize_examples(held_out[: comparison.held_out_examples], tokenizer, max_length=length)
     warnings = [

@@ -23,7 +23,7 @@ from headstart.tasks.base import Example, Row, reference_of, text_of
 from headstart.tasks.instructed import Instructed, instruction_of
 from headstart.tasks.registry import register, variant
 from headstart.tasks.text import without_annotations
-from headstart.training.problems import final_number, same_number
+from headstart.tasks.word_problems import final_number, same_number
 
 _MARK = re.compile(r"####|[Tt]he answer is:?|\\boxed\s*(?=\{)|\\boxed\s+(?=\w)")
 # A minus after a digit, a letter or a bracket takes away; a comma belongs to a number before three digits alone.

@@ -9,7 +9,7 @@ from typing import ClassVar, cast
 from headstart.tasks.base import Row
 from headstart.tasks.registry import register
 from headstart.tasks.text import Text
-from headstart.training.problems import Split, generate_problems
+from headstart.tasks.word_problems import Split, generate_problems
 
 
 @register("problems")
@@ -22,7 +22,7 @@ class Problems(Text):
         seed: which; the same seed gives the same, and a smaller size the first of a larger one's.
     """
 
-    source: ClassVar[str] = "headstart.training.problems; worked as GSM8K's are, ending in '#### N'"
+    source: ClassVar[str] = "generated here (headstart.tasks.word_problems); worked as GSM8K's are, ending in '#### N'"
     splits: ClassVar[Mapping[str, str]] = {"train": "train", "test": "test"}
     max_new_tokens: ClassVar[int] = 96
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 from headstart.errors import DataError, nearest
 from headstart.tasks.base import Example, Message, Row, Task, text_of
 from headstart.tasks.registry import register
-from headstart.training.problems import final_number, same_number
+from headstart.tasks.word_problems import final_number, same_number
 
 _LAYOUTS = (("prompt", "completion"), ("question", "answer"), ("messages",))
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,38 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from headstart.errors import DataError, nearest
+from headstart.errors import DataError
 from headstart.statistics.batches import IGNORED
-from headstart.training.problems import final_number
+from headstart.tasks.base import Example
+from headstart.tasks.text import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message of a chat: ``role`` is one that the template knows, such as system, user or assistant."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """What is given and what is to be learned.
-
-    Attributes:
-        prompt: The text before the completion. Of a chat, which only a tokenizer can render: its last message
-            before the completion.
-        completion: The text to learn. Of a chat: its last assistant message.
-        answer: The number to grade by, where the completion has a ``####`` line with one; else None.
-        messages: The chat up to and with its last assistant message; None (default) for plain text.
-    """
-
-    prompt: str
-    completion: str
-    answer: str | None = None
-    messages: tuple[Message, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,10 +145,7 @@ def _examples_of_hub(name: str, split: str, limit: int | None) -> list[Example]:
 
 
 def example_from_record(record: Mapping[str, object], *, where: str = "the record", strict: bool = True) -> Example:
-    """Make an example of a JSON object, or of a row of a table.
-
-    ``question`` and ``answer`` become the prompt ``"Question: …\\nAnswer:"`` and the completion ``" …"``,
-    without GSM8K's calculator annotations (``<<48/2=24>>``).
+    """Make an example of a JSON object, or of a row of a table: see :class:`headstart.tasks.text.Text`.
 
     Args:
         record: Holds ``prompt`` and ``completion``, or ``question`` and ``answer``, or ``messages``.
@@ -183,83 +155,12 @@ def example_from_record(record: Mapping[str, object], *, where: str = "the recor
     Raises:
         DataError: A field is missing, unknown, empty or not text, or the chat has no answer to learn.
     """
-    fields = _layout_of(record, where)
-    if strict and (further := [field for field in record if field not in fields]):
-        raise DataError(
-            f"{where}: unknown field {further[0]!r} beside {_listed(fields)}.{nearest(further[0], fields)} "
-            "Remove it, or rename it."
-        )
-    if fields == ("messages",):
-        return _example_of_chat(record["messages"], where)
-    prompt, completion = (_text(record[field], f"field {field!r}", where) for field in fields)
-    if fields == ("question", "answer"):
-        prompt = f"Question: {prompt.strip()}\nAnswer:"
-        completion = f" {_text(_ANNOTATION.sub('', completion), f'field {fields[1]!r}', where).strip()}"
-    return Example(prompt, completion, final_number(completion))
-
-
-_LAYOUTS = (("prompt", "completion"), ("question", "answer"), ("messages",))
-_ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-
-
-def _layout_of(record: Mapping[str, object], where: str) -> tuple[str, ...]:
-    """Return the one layout whose fields are all there; where none is, name what is missing."""
-    complete = [fields for fields in _LAYOUTS if all(field in record for field in fields)]
-    if len(complete) > 1:
-        raise DataError(f"{where}: has both {_listed(complete[0])} and {_listed(complete[1])}; keep one of them.")
-    if complete:
-        return complete[0]
-    all_fields = [field for fields in _LAYOUTS for field in fields]
-    for fields in _LAYOUTS:
-        missing = [field for field in fields if field not in record]
-        if len(missing) < len(fields):
-            further = [field for field in record if field not in all_fields]
-            guesses = (f" Did you mean it by {field!r}?" for field in further if nearest(field, missing))
-            raise DataError(f"{where}: field {missing[0]!r} is missing.{next(guesses, '')}")
-    guess = next((text for field in record if (text := nearest(field, all_fields))), "")
-    has = f"has {_listed(list(record)[:6])}" if record else "is empty"
-    raise DataError(
-        f"{where}: needs 'prompt' and 'completion', 'question' and 'answer', or 'messages', but {has}.{guess}"
-    )
-
-
-def _listed(fields: Iterable[object]) -> str:
-    return " and ".join(repr(field) for field in fields)
-
-
-def _text(value: object, what: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {what} must be text, but is of type {type(value).__name__}.")
-    if not value.strip():
-        raise DataError(f"{where}: {what} is empty.")
+    if not strict:
+        record = {field: value for field, value in record.items() if field in Text.fields}
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {what} holds half of a surrogate pair, which is no character.") from error
-    return value
-
-
-def _example_of_chat(value: object, where: str) -> Example:
-    if not isinstance(value, list):
-        raise DataError(f"{where}: field 'messages' must be a list, but is of type {type(value).__name__}.")
-    messages = []
-    for index, message in enumerate(value):
-        what = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise DataError(f"{where}: {what} must be an object with 'role' and 'content'.")
-        # A table gives every message every column: a further field that is None is no one's intent.
-        further = [key for key, entry in message.items() if key not in ("role", "content") and entry is not None]
-        if further:
-            hint = nearest(further[0], ("role", "content"))
-            raise DataError(f"{where}: {what} has the unknown field {further[0]!r}.{hint}")
-        role, content = (_text(message.get(key), f"{key!r} of {what}", where) for key in ("role", "content"))
-        messages.append(Message(role, content))
-    while messages and messages[-1].role != "assistant":
-        messages.pop()
-    if len(messages) < 2:
-        raise DataError(f"{where}: field 'messages' needs an assistant message, to be learned, after another one.")
-    completion = messages[-1].content
-    return Example(messages[-2].content, completion, final_number(completion), tuple(messages))
+        return Text().example(record)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

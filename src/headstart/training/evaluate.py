@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from headstart.statistics.batches import IGNORED
-from headstart.training.data import Example, batches, token_ids
-from headstart.training.problems import final_number, same_number
+from headstart.tasks.base import Example
+from headstart.tasks.word_problems import final_number, same_number
+from headstart.training.data import batches, token_ids
 
 Progress = Callable[[int, int], None]
 
@@ -72,7 +73,7 @@ def exact_match(
 
     Examples without such an answer are left out; all of them must not be.
     """
-    graded = [example for example in examples if example.answer is not None]
+    graded = [example for example in examples if example.reference is not None]
     if not graded:
         raise ValueError("no example has an answer to grade by")
     prompts = [token_ids(example, tokenizer)[0] for example in graded]
@@ -82,7 +83,7 @@ def exact_match(
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            ids, mask = _left_padded([prompts[index] for index in chunk], tokenizer.pad_token_id)
+            ids, mask = left_padded([prompts[index] for index in chunk], tokenizer.pad_token_id)
             written = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -96,7 +97,7 @@ def exact_match(
                 cut_off += len(tokens) >= max_new_tokens and tokenizer.eos_token_id not in tokens.tolist()
             if progress is not None:
                 progress(min(start + batch_size, len(order)), len(order))
-    right = sum(same_number(final_number(text), example.answer) for text, example in zip(texts, graded, strict=True))
+    right = sum(same_number(final_number(text), example.reference) for text, example in zip(texts, graded, strict=True))
     return Graded(right, len(graded), texts, cut_off)
 
 
@@ -111,7 +112,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens of prompts that end together, (prompts, width), and the mask of their padding."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)

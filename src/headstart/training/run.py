@@ -26,7 +26,8 @@ from headstart.methods import Training, parse_method
 from headstart.progress import Show, silent
 from headstart.report import Report
 from headstart.statistics.training import TrainingData
-from headstart.training.data import Example, batches, collate
+from headstart.tasks.base import Example
+from headstart.training.data import batches, collate
 from headstart.training.evaluate import exact_match, held_out_loss
 from headstart.training.recipe import Recipe
 from headstart.training.wrap import accelerator, wrap_lora
