@@ -15,16 +15,17 @@ from headstart.files import write_json
 SCHEMA = 1
 FILE = "result.json"
 
-Status = Literal["done", "diverged", "failed"]
+Status = Literal["begun", "done", "diverged", "failed"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """What came of a run.
+    """What came of a run, or has come so far.
 
     Attributes:
         key, settings: of the run.
-        status: "done", "diverged" (a loss that is no number) or "failed", with the ``reason`` in words.
+        status: "done", "diverged" (a loss that is no number) or "failed", with the ``reason`` in words; "begun" is kept
+            in the folders of a run's stages, so that what is known outlives a kill.
         metrics: by name; ``loss/start`` and ``loss/end`` are held-out losses before and after.
         series: by name, rows of (step, value), such as the training loss.
         trainable, parameters: how many numbers train, and how many the model has without an adapter.
@@ -38,7 +39,7 @@ class Result:
 
     key: str
     settings: dict[str, Any]
-    status: Status
+    status: Status = "begun"
     reason: str = ""
     metrics: dict[str, Figure] = field(default_factory=dict)
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
@@ -53,12 +54,12 @@ class Result:
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Write a result into a run's folder."""
+    """Write a result into the folder of a run, or of one of its stages."""
     write_json({"schema": SCHEMA, **dataclasses.asdict(result)}, folder / FILE)
 
 
 def read_result(folder: Path) -> Result | None:
-    """Return the result in a run's folder, None where there is none.
+    """Return the result in the folder of a run, or of one of its stages; None where there is none.
 
     Raises:
         CheckpointError: the file is damaged, or a later release wrote it in another way.
@@ -82,4 +83,4 @@ def read_result(folder: Path) -> Result | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is damaged: remove it, and the run is measured again.") from error
+        raise CheckpointError(f"{path} is damaged: remove {folder}, and what was in it is done again.") from error

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,6 @@ from headstart.tasks.rows import Rows, read
 SETTINGS, START, TRAINED, SAVES = "run.json", "start", "trained", "trainer"
 
 
-@dataclass
-class _Notes:
-    """What is known of the result so far; kept in the stages' folders, so that it outlives a kill."""
-
-    metrics: dict[str, Figure] = field(default_factory=dict)
-    series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    trainable: int = 0
-    parameters: int = 0
-    start: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    diverged: int | None = None
-
-
 def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
     """Do what is left of a run in its folder; return its result, at once where there is one.
 
@@ -84,8 +68,9 @@ def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
         except Exception as error:
             reason = str(error) or type(error).__name__
             if main:
-                settings = run.model_dump(mode="json")
-                write_result(Result(run.key, settings, "failed", reason, environment=environment()), folder)
+                failed = _begun(run)
+                failed.status, failed.reason = "failed", reason
+                write_result(failed, folder)
             if isinstance(error, HeadstartError):
                 raise
             raise HeadstartError(f"the run failed: {type(error).__name__}: {reason}") from error
@@ -104,37 +89,39 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     with clock("data"):
         trainer = make_trainer(run, task, model, tokenizer, train.examples, measured.examples, folder / SAVES, show)
     main = trainer.is_world_process_zero()
-    trained = _read_notes(folder / TRAINED)
-    notes = trained or _read_notes(folder / START) or _Notes(parameters=parameters)
+    trained = read_result(folder / TRAINED)
+    result = trained or read_result(folder / START) or _begun(run)
+    result.parameters = parameters
     # No process writes anything before all have read what there was.
     Processes.joined().gather(None)
-    if not notes.data:
-        notes.data, notes.warnings = _about_data(run, train, measured, tokenizer)
+    if not result.data:
+        result.data, result.warnings = _about_data(run, train, measured, tokenizer)
     if trained is None:
-        _begin(trainer, method, run, folder, notes, clock, show)
-        if measured.examples and "loss/start" not in notes.metrics:
+        _begin(trainer, method, run, folder, result, clock, show)
+        if measured.examples and "loss/start" not in result.metrics:
             with clock("measurement"):
-                notes.metrics |= _measured(trainer, task, show, "start")
+                result.metrics |= _measured(trainer, task, show, "start")
         if main:
-            _write_notes(notes, folder / START)
-        _train(trainer, folder, notes)
-        notes.memory = {"resident": peak_resident(), "device": memory.peak() if torch.cuda.is_available() else 0}
-        if notes.diverged is None and main:
+            write_result(result, folder / START)
+        _train(trainer, folder, result)
+        result.memory = {"resident": peak_resident(), "device": memory.peak() if torch.cuda.is_available() else 0}
+        if result.status == "begun" and main:
             _save(trainer.model, tokenizer, run, folder / TRAINED)
-            _write_notes(notes, folder / TRAINED)
+            write_result(result, folder / TRAINED)
     elif method is not None:
         _take(trainer.model, run, folder / TRAINED / "checkpoint")
     else:
         trainer.model.load_state_dict(_tensors(folder / TRAINED / "model"), strict=False)
-    if notes.diverged is None and main:
+    if result.status == "begun" and main:
         with clock("measurement"):
-            notes.metrics |= _measured(trainer, task, show, "end") if measured.examples else {}
-            notes.metrics |= _graded(trainer.model, tokenizer, run, task, measured.examples, folder, show)
+            result.metrics |= _measured(trainer, task, show, "end") if measured.examples else {}
+            result.metrics |= _graded(trainer.model, tokenizer, run, task, measured.examples, folder, show)
     for stage, seconds in clock.seconds.items():
-        notes.seconds[stage] = notes.seconds.get(stage, 0.0) + seconds
-    result = _result(run, notes)
+        result.seconds[stage] = result.seconds.get(stage, 0.0) + seconds
+    if result.status == "begun":
+        result.status = "done"
     if main:
-        if notes.diverged is None:
+        if result.status == "done":
             if run.merged and method is not None:
                 # Last of all: no adapter is left after it.
                 trainer.model.merge_and_unload().save_pretrained(folder / TRAINED / "merged")
@@ -143,6 +130,10 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
         write_result(result, folder)
         shutil.rmtree(folder / SAVES, ignore_errors=True)
     return result
+
+
+def _begun(run: Run) -> Result:
+    return Result(run.key, run.model_dump(mode="json"), environment=environment())
 
 
 def load_examples(run: Run, task: Task) -> tuple[Rows, Rows]:
@@ -164,7 +155,7 @@ def load_examples(run: Run, task: Task) -> tuple[Rows, Rows]:
     return train, read(task, data.held_out or data.train, split="test", limit=wanted)
 
 
-def _begin(trainer: Any, method: Any, run: Run, folder: Path, notes: _Notes, clock: Clock, show: Show) -> None:
+def _begin(trainer: Any, method: Any, run: Run, folder: Path, result: Result, clock: Clock, show: Show) -> None:
     """Give the trainer's model its start, the one that is kept where there is one."""
     model = trainer.model
     if method is not None:
@@ -182,7 +173,7 @@ def _begin(trainer: Any, method: Any, run: Run, folder: Path, notes: _Notes, clo
                     memory_budget=run.start.memory_budget,
                     progress=show,
                 )
-            notes.start = {
+            result.start = {
                 "method": report.method,
                 "form": report.form,
                 "seconds": report.seconds,
@@ -190,27 +181,28 @@ def _begin(trainer: Any, method: Any, run: Run, folder: Path, notes: _Notes, clo
                 "peak_memory": report.peak_memory,
                 "seconds_by_step": dict(report.seconds_by_step),
             }
-            notes.warnings += list(report.warnings)
+            result.warnings += list(report.warnings)
             if trainer.is_world_process_zero():
                 _keep(model, run, place)
         if run.trains == "lora-fa":
             lora_fa_(model)
-    notes.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    result.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     set_optimizer(trainer, run)
 
 
-def _train(trainer: Any, folder: Path, notes: _Notes) -> None:
+def _train(trainer: Any, folder: Path, result: Result) -> None:
     """Train to the end, from the last whole save where there is one."""
     watch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Watch))
     trainer.train(resume_from_checkpoint=_last_save(folder / SAVES))
     steps = trainer.state.global_step
     # Of a run that was cut off only the rest was timed, and is scaled to all.
-    notes.seconds["training"] = watch.seconds * steps / max(1, steps - watch.first)
-    notes.diverged = watch.diverged
+    result.seconds["training"] = watch.seconds * steps / max(1, steps - watch.first)
+    if watch.diverged is not None:
+        result.status, result.reason = "diverged", f"the loss of step {watch.diverged} is no number"
     for name, key in (("loss", "loss"), ("rate", "learning_rate"), ("held-out loss", "eval_loss")):
         rows = [(row["step"], float(row[key])) for row in trainer.state.log_history if key in row]
         if rows:
-            notes.series[name] = rows
+            result.series[name] = rows
 
 
 def _measured(trainer: Any, task: Task, show: Show, when: str) -> dict[str, Figure]:
@@ -254,15 +246,6 @@ def _graded(
     ]
     write_json(rows, folder / "items.json")
     return {name: figure([grade[name] for grade in grades]) for name in (grades[0] if grades else {})}
-
-
-def _result(run: Run, notes: _Notes) -> Result:
-    known = {name: value for name, value in vars(notes).items() if name != "diverged"}
-    settings = run.model_dump(mode="json")
-    if notes.diverged is None:
-        return Result(run.key, settings, "done", environment=environment(), **known)
-    reason = f"the loss of step {notes.diverged} is no number"
-    return Result(run.key, settings, "diverged", reason, environment=environment(), **known)
 
 
 def _save(model: Any, tokenizer: Any, run: Run, place: Path) -> None:
@@ -342,23 +325,6 @@ def _last_save(output: Path) -> str | None:
         if state["global_step"] < state["max_steps"]:
             return str(path)
     return None
-
-
-def _write_notes(notes: _Notes, stage: Path) -> None:
-    write_json(asdict(notes), stage / "notes.json")
-
-
-def _read_notes(stage: Path) -> _Notes | None:
-    path = stage / "notes.json"
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["metrics"] = {name: Figure(**value) for name, value in content["metrics"].items()}
-        content["series"] = {name: [tuple(row) for row in rows] for name, rows in content["series"].items()}
-        return _Notes(**content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: remove {stage}, and the stage is done again.") from error
 
 
 def _tensors(folder: Path) -> dict[str, Any]:
