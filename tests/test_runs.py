@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from headstart.errors import CheckpointError, HeadstartError, LayerError, RunError
+from headstart.errors import CheckpointError, DataError, HeadstartError, LayerError, RunError
 from headstart.runs import stages
 from headstart.runs.result import Result, read_result, write_result
 from headstart.runs.stages import execute
@@ -132,7 +132,7 @@ def test_the_adapter_and_the_merged_model_are_what_was_measured(model, data, tmp
         )
     items = json.loads((tmp_path / "run" / "items.json").read_text())
     assert len(items) == result.metrics["exact_match"].count == 3
-    assert all({"where", "reference", "answer", "exact_match"} <= item.keys() for item in items)
+    assert all({"where", "prompt", "reference", "outputs", "marks"} <= item.keys() for item in items)
 
 
 def test_the_card_is_one_that_a_hub_accepts(model, data, tmp_path):
@@ -227,7 +227,7 @@ def test_vera_goes_on_from_its_start_and_from_what_was_trained(model, data, tmp_
     changes = {"adapter": {"kind": "vera", "alpha": 16}, "optimizer": {"lr": 0.1}}
     run = small_run(model, data, start={"method": "pissa"}, **changes)
     whole = execute(run, tmp_path / "whole")
-    for stage in ("_train", "_graded"):
+    for stage in ("_train", "write_card"):
 
         def arrange(stage=stage):
             setattr(stages, stage, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
@@ -299,6 +299,14 @@ def test_what_cannot_be_run_is_one_sentence(changes, words, model, data, tmp_pat
     with pytest.raises(HeadstartError, match=words) as error:
         execute(small_run(model, data, **changes), tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_graded_is_said_before_training(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "load_base", pytest.fail)
+    prose = tmp_path / "prose.jsonl"
+    prose.write_text("".join(json.dumps({"prompt": f"{i}", "completion": " words"}) + "\n" for i in range(20)))
+    with pytest.raises(DataError, match="no held-out example has an answer to grade by"):
+        execute(small_run(model, prose, evaluation={"graded_examples": 2}), tmp_path / "run")
 
 
 def test_a_folder_of_another_run_is_left_alone(model, data, tmp_path):

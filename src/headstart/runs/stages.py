@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,10 +16,10 @@ from peft import load_peft_weights, set_peft_model_state_dict
 
 from headstart.context import Clock, Memory, peak_resident
 from headstart.environment import environment
-from headstart.errors import CheckpointError, HeadstartError, RunError
-from headstart.evaluation.answers import answered
-from headstart.evaluation.figures import Figure, figure, loss_figure, score_figures
+from headstart.errors import CheckpointError, DataError, HeadstartError, RunError
+from headstart.evaluation.figures import Figure, loss_figure, score_figures
 from headstart.evaluation.held_out import HeldOut, held_out
+from headstart.evaluation.own import Asker, Asking, generated
 from headstart.files import write_json
 from headstart.initialize import initialize_
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
@@ -81,6 +82,7 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     method = parse_method(run.start.method) if run.trains in ("adapter", "lora-fa") else None
     with clock("data"):
         train, measured = load_examples(run, task)
+        to_grade = _to_grade(run, task, measured.examples)
     with clock("model"):
         base, tokenizer = load_base(run, task)
         parameters = sum(parameter.numel() for parameter in base.parameters())
@@ -115,7 +117,8 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     if result.status == "begun" and main:
         with clock("measurement"):
             result.metrics |= _measured(trainer, task, show, "end") if measured.examples else {}
-            result.metrics |= _graded(trainer.model, tokenizer, run, task, measured.examples, folder, show)
+            if to_grade:
+                result.metrics |= _graded(trainer.model, tokenizer, run, task, to_grade, folder, show)
     for stage, seconds in clock.seconds.items():
         result.seconds[stage] = result.seconds.get(stage, 0.0) + seconds
     if result.status == "begun":
@@ -221,31 +224,34 @@ def _predicted(measured: HeldOut, task: Task) -> list[float]:
     return [float(value) for value in outputs]
 
 
-def _graded(
-    model: Any, tokenizer: Any, run: Run, task: Task, examples: list[Example], folder: Path, show: Show
-) -> dict[str, Figure]:
-    """Return the grades of the model's answers to held-out examples."""
-    chosen = [example for example in examples if example.reference is not None][: run.evaluation.graded_examples]
-    if task.kind != "text" or not chosen:
-        return {}
+def _to_grade(run: Run, task: Task, examples: Sequence[Example]) -> list[Example]:
+    """Return the held-out examples that are to be answered; whatever keeps them from it is said before training.
+
+    Raises:
+        TaskError: a package that grades is missing.
+        DataError: no example has an answer to grade by.
+    """
+    asked = run.evaluation.graded_examples
+    if task.kind != "text" or not asked:
+        return []
     task.check()
-    answers = answered(
-        model,
-        tokenizer,
-        chosen,
-        max_new_tokens=run.evaluation.max_new_tokens or task.max_new_tokens,
-        stop=task.stop,
-        batch_size=2 * run.batch.size,
-        path=folder / TRAINED / "answers.jsonl",
-        progress=show,
-    )
-    grades = [task.grade(example, answer) for example, answer in zip(chosen, answers, strict=True)]
-    rows = [
-        {"where": example.where, "reference": example.reference, "answer": answer, **grade}
-        for example, answer, grade in zip(chosen, answers, grades, strict=True)
-    ]
-    write_json(rows, folder / "items.json")
-    return {name: figure([grade[name] for grade in grades]) for name in (grades[0] if grades else {})}
+    chosen = [example for example in examples if example.reference is not None or example.label is not None][:asked]
+    if not chosen:
+        raise DataError(
+            f"evaluation.graded_examples={asked}: no held-out example has an answer to grade by; set it to 0."
+        )
+    return chosen
+
+
+def _graded(
+    model: Any, tokenizer: Any, run: Run, task: Task, chosen: Sequence[Example], folder: Path, show: Show
+) -> dict[str, Figure]:
+    """Return the grades of the model's answers, asked as ``headstart eval`` asks."""
+    asking = Asking(max_new_tokens=run.evaluation.max_new_tokens, batch_size=2 * run.batch.size)
+    asker = Asker(model, tokenizer, folder / TRAINED, asking, run.batch.max_length, show)
+    records, figures = generated(asker, task, chosen)
+    write_json(records, folder / "items.json")
+    return figures
 
 
 def _save(model: Any, tokenizer: Any, run: Run, place: Path) -> None:
