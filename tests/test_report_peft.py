@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from headstart.cli import main
 from headstart.errors import CheckpointError, HeadstartError, RunError, TaskError
+from headstart.progress import silent
+from headstart.runs import trainers
 from headstart.runs.method_comparison import export, exported
 from headstart.runs.read import read_run, tasks_of
 from headstart.runs.result import Result, read_result, write_result
@@ -338,6 +341,23 @@ def test_memory_over_the_steps():
     assert (first["reserved"], second["allocated"]) == (51.0, 75.5)
     assert first["evaluation_seconds"] == 3.0 and "evaluation_seconds" not in second
     assert reserved([{"loss": 1.0, "step": 1}]) == {} and windows([], 4) == []
+
+
+@pytest.mark.parametrize("between", ["on_evaluate", "on_save", None])
+def test_a_step_s_seconds_are_without_measurements_and_saves(between, monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(trainers, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    watch, state = Watch(silent), SimpleNamespace(global_step=0, max_steps=2, log_history=[])
+    watch.on_train_begin(None, state, None)
+    for seconds, tokens in ((2.0, 30), (3.0, 50)):
+        now[0] += seconds
+        state.log_history.append({"loss": 1.0})
+        watch.on_log(None, state, None, {"loss": 1.0, "num_tokens": tokens})
+        now[0] += 100.0
+        if between:
+            getattr(watch, between)(None, state, None)
+    costs = [(row["step_seconds"], row["step_tokens"]) for row in state.log_history]
+    assert costs == [(2.0, 30), (3.0 if between else 103.0, 20)]
 
 
 # What is refused.
