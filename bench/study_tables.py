@@ -24,7 +24,7 @@ import torch
 from bench.harness import table
 from headstart.errors import MethodError
 from headstart.methods import parse_method
-from headstart.study.tables import wilson
+from headstart.evaluation.intervals import wilson
 
 BASELINE = "lora"
 Run = dict[str, Any]

@@ -89,7 +89,9 @@ def init(
     from headstart.initialize import initialize_
     from headstart.layers.checkpoint import save_checkpoint
     from headstart.statistics.training import TrainingData
-    from headstart.training.data import batches, load_examples, tokenize_examples
+    from headstart.tasks.rows import read
+    from headstart.tasks.text import Text
+    from headstart.training.data import batches, tokenize_examples
     from headstart.training.models import resolve_model
     from headstart.training.wrap import accelerator, wrap_lora
 
@@ -97,7 +99,8 @@ def init(
     rows: list[dict[str, list[int]]] = []
     population = None
     if data is not None:
-        every = load_examples(data, limit=None if parsed.wants(probe).population else parsed.sample_count() or None)
+        limit = None if parsed.wants(probe).population else parsed.sample_count() or None
+        every = read(Text(), data, limit=limit).examples
         population = len(every)
         samples = parsed.sample_count(population) or None
         tokenized = tokenize_examples(every[:samples], tokenizer, max_length=max_length)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from headstart.progress import Show, silent
 from headstart.tasks.base import Example
-from headstart.training.evaluate import evaluating, left_padded
 
 
 @torch.no_grad()
@@ -111,6 +111,28 @@ def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()  # some tokenizers end every text, but this one goes on
     return ids
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens of prompts that end together, (prompts, width), and the mask of their padding."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long, device="cpu")
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long, device="cpu")
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
 
 
 def _kept(path: Path | None) -> dict[int, Any]:

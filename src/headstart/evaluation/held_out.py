@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from headstart.evaluation.answers import evaluating
 from headstart.progress import Show, silent
 from headstart.statistics.batches import IGNORED
-from headstart.training.evaluate import evaluating
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from headstart.store.claims import alone_in
 from headstart.tasks.base import Example, Task
 from headstart.tasks.rows import Rows, read
 
-SETTINGS, START, TRAINED, SAVES = "run.json", "start", "trained", "trainer"
+SETTINGS, START, TRAINED, SAVES, ITEMS = "run.json", "start", "trained", "trainer", "items.json"
 
 
 def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
@@ -191,6 +191,7 @@ def _begin(trainer: Any, method: Any, run: Run, folder: Path, result: Result, cl
                 "form": report.form,
                 "seconds": report.seconds,
                 "samples": report.samples,
+                "cached": report.cached,
                 "peak_memory": report.peak_memory,
                 "seconds_by_step": dict(report.seconds_by_step),
             }
@@ -264,7 +265,7 @@ def _graded(
     asking = Asking(max_new_tokens=run.evaluation.max_new_tokens, batch_size=2 * run.batch.size)
     asker = Asker(model, tokenizer, folder / TRAINED, asking, run.batch.max_length, show)
     records, figures = generated(asker, task, chosen)
-    write_json(records, folder / "items.json")
+    write_json(records, folder / ITEMS)
     return figures
 
 
