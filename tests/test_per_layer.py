@@ -16,11 +16,13 @@ import headstart as hs
 from conftest import all_factors, tiny_llama, token_batch, wrap
 from headstart.layers.core import core_of
 from headstart.layers.find import lora_layers
+from headstart.layers.vera import principal_directions
 from headstart.methods import parse_method
 from headstart.statistics import collect
 from test_processes import batches, together
 from test_refusals import Unread, dora, frozen
 from test_trainer_data import plain_trainer
+from test_variants import vera
 
 # Kinds of layers whole, as inilora's deviations are means over the layers of a kind.
 PATTERN = "q_proj|v_proj|down_proj"
@@ -297,6 +299,17 @@ def test_what_was_computed_alone_is_found_in_the_cache(tmp_path, monkeypatch):
     assert cached("milora") == 4
 
 
+def test_the_layers_of_vera_share_what_the_methods_find():
+    method = hs.PerLayer({"q_proj|v_proj": "lora-one:samples=4", "*": "pissa"})
+    found, _ = initialised(method, r=6, lora_alpha=6, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
+    expected = principal_directions([A for A, _ in all_factors(found).values()], torch.ones(6, 48))
+    model = vera(tiny_llama())
+    report = hs.initialize_(model, method, data=batches(), seed=3, progress=False)
+    shared = next(module for module in model.modules() if hasattr(module, "vera_lambda_b")).vera_A["default"]
+    assert torch.allclose(shared / shared.norm(), expected / expected.norm(), atol=1e-5)
+    assert report.form == "shared dictionary" and len({layer.method for layer in report.layers}) == 2
+
+
 # Refusals come before the first sample.
 
 REFUSED = {
@@ -350,11 +363,24 @@ def in_a_process(rank, text):
     return state(model), report.samples, report.form
 
 
-def test_two_processes_give_the_factors_of_one(tmp_path):
-    by_pattern = {"q_proj": "lora-one:samples=10", "v_proj": "pissa", "up_proj": "eva:samples=6,rho=1", "*": "lora-xs"}
+def sharded(rank, text):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = wrap(tiny_llama()), init_device_mesh("cpu", (2,))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    report = hs.initialize_(model, text, data=batches(), seed=3, progress=False)
+    return state(model), report.samples, report.form
+
+
+@pytest.mark.parametrize(("how", "last"), [(in_a_process, "lora-xs"), (sharded, "olora")])
+def test_two_processes_give_the_factors_of_one(tmp_path, how, last):
+    by_pattern = {"q_proj": "lora-one:samples=10", "v_proj": "pissa", "up_proj": "eva:samples=6,rho=1", "*": last}
     text = str(hs.PerLayer(by_pattern))
     model, report = initialised(text)
-    for made, samples, form in together(tmp_path, in_a_process, text):
+    for made, samples, form in together(tmp_path, how, text):
         assert (samples, form) == (report.samples, report.form)
         for name, (A, B, core, _) in state(model).items():
             A1, B1, core1, _ = made[name]

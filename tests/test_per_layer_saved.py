@@ -279,6 +279,11 @@ def test_init_takes_it_as_text(folder, data, tmp_path, capsys):
     assert code == 0 and "lora, lora-one:samples=4, pissa" in out
 
 
+def test_methods_shows_it(capsys):
+    code, out, _ = command(capsys, "methods", "per-layer")
+    assert code == 0 and "the first that matches wins" in " ".join(out.split())
+
+
 def test_init_streams_it(folder, tmp_path, capsys):
     text = 'per-layer:{"q_proj": "pissa", "*": "lora"}'
     code, _, error = command(capsys, "init", folder, "--stream", "--method", text, "--out", tmp_path / "start")
