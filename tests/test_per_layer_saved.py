@@ -25,6 +25,7 @@ from headstart.runs.read import flat_settings, read_run, validated
 from headstart.runs.stages import execute
 from headstart.runs.tree import Run
 from headstart.stream import load_residual, stream_start
+from oracles import relative
 from running import llama_folder, small_run, sums
 from test_cli import run as command
 from test_processes import batches
@@ -277,6 +278,26 @@ def test_init_takes_it_as_text(folder, data, tmp_path, capsys):
     assert code == 1 and "method 'lora-one' needs data" in error
     code, out, _ = command(capsys, "inspect", tmp_path / "start")
     assert code == 0 and "lora, lora-one:samples=4, pissa" in out
+
+
+def test_init_gives_each_method_the_samples_that_it_has_alone(folder, tmp_path, capsys):
+    data = tmp_path / "longest_first.jsonl"
+    rows = [{"question": "a" * (40 - row), "answer": f"b\n#### {row}"} for row in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def made(method, name):
+        out = tmp_path / name
+        code, _, error = command(capsys, "init", folder, "--method", method, "--data", data, "--out", out)
+        assert code == 0, error
+        return read_adapter(out).layers
+
+    few, many = "lora-one:samples=3", "lora-one:samples=20"
+    mixed = made(str(hs.PerLayer({"up_proj": few, "*": many})), "mixed")
+    own = {few: made(few, "few"), many: made(many, "many")}
+    for name, layer in mixed.items():
+        expected, other = (own[key][name] for key in ((few, many) if last(name) == "up_proj" else (many, few)))
+        assert relative(layer.B @ layer.A, expected.B @ expected.A) < 1e-4
+        assert relative(layer.B @ layer.A, other.B @ other.A) > 1e-2
 
 
 def test_methods_shows_it(capsys):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -103,10 +103,10 @@ def init(
     population = None
     if data is not None:
         counts_all = any(own.wants(probe).population for own in reading)
-        every = load_examples(data, limit=None if counts_all else _samples(reading))
+        every = load_examples(data, limit=None if counts_all else max(own.sample_count() for own in reading))
         population = len(every)
-        samples = _samples(reading, population)
-        tokenized = tokenize_examples(every[:samples], tokenizer, max_length=max_length)
+        counts = sorted(own.sample_count(population) for own in reading)
+        tokenized = tokenize_examples(every[: counts[-1]], tokenizer, max_length=max_length)
         if tokenized.dropped or tokenized.truncated:
             console.print(
                 f"warning: {tokenized.dropped} examples were left out and {tokenized.truncated} cut off at "
@@ -115,7 +115,9 @@ def init(
                 highlight=False,
             )
         rows = tokenized.rows
-        rows.sort(key=lambda row: len(row["input_ids"]))
+        # By length, but each method's own samples before what others read beyond them.
+        for begin, end in pairwise([0, *counts]):
+            rows[begin:end] = sorted(rows[begin:end], key=lambda row: len(row["input_ids"]))
     wrapped = wrap_lora(
         loaded.to(accelerator()),
         target_modules(targets),
@@ -140,11 +142,6 @@ def init(
     save_checkpoint(wrapped, out, force=force)
     output.print(report)
     output.print(f"wrote {out}", markup=False)
-
-
-def _samples(reading: Sequence[Method], population: int | None = None) -> int | None:
-    """Return how many samples the methods read at most, None for all."""
-    return max(own.sample_count(population) for own in reading) or None
 
 
 def _stream(
