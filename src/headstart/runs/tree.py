@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from headstart.layers.install import Subtracting
+from headstart.methods.per_layer import spelled
 
 # Raise where the meaning of a setting changes, so that earlier runs aren't taken for these.
 SCHEMA = 1
@@ -29,6 +30,15 @@ def _number(value: Any) -> Any:
 
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
+
+
+def _of_layers(value: Any) -> Any:
+    """Return methods by pattern as one text, which keeps their order, in which the first that fits wins."""
+    if not isinstance(value, dict):
+        return value
+    if odd := next((item for item in value.items() if not all(isinstance(part, str) for part in item)), None):
+        raise ValueError(f"{odd[0]!r} stands for {odd[1]!r}: write a pattern of layers and its method, as text")
+    return spelled(value)
 
 
 Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
@@ -103,12 +113,14 @@ class Start(Node):
     """How the factors start.
 
     Attributes:
-        method: its name with settings, such as ``pissa`` or ``lora-da:samples=64``; see ``headstart methods``.
+        method: its name with settings, such as ``pissa`` or ``lora-da:samples=64`` (see ``headstart methods``); or a
+            mapping of these by pattern of layers, such as ``{"q_proj|v_proj": pissa, "*": lora}``
+            (:class:`headstart.PerLayer`), which is held as text.
         form: of starts that must not change the model: "anchored" or "residual".
         memory_budget: for what a pass over the data sums, such as "6GiB"; None for half of what is free.
     """
 
-    method: str = "lora"
+    method: Annotated[str, BeforeValidator(_of_layers)] = "lora"
     form: Subtracting = "anchored"
     memory_budget: str | None = None
 
