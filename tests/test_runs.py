@@ -70,6 +70,8 @@ WAYS = {
     "bfloat16": {"precision": "bfloat16"},
     "checkpointing": {"gradient_checkpointing": True},
     "best": {"evaluation": {"every": 2, "keep": "best"}, "schedule": {"kind": "constant"}},
+    "best of epochs": {"evaluation": {"every": "epoch", "keep": "best"}, "schedule": {"steps": None, "epochs": 2}},
+    "each epoch": {"evaluation": {"every": "epoch"}, "schedule": {"steps": None, "epochs": 2}},
     "VeRA": {"adapter": {"kind": "vera", "alpha": 16}, "start": {"method": "pissa"}, "optimizer": {"lr": 0.1}},
     "epochs": {"schedule": {"steps": None, "epochs": 0.5}},
 }
@@ -86,6 +88,20 @@ def test_every_way_to_train_ends_in_a_result(way, model, data, tmp_path):
     assert 0 < result.trainable <= result.parameters
     assert result.memory["resident"] > 0 and result.seconds["training"] > 0
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "start", "trained", "result.json"}
+
+
+def test_the_best_of_the_epochs_is_kept(model, data, tmp_path):
+    run = small_run(
+        model,
+        data,
+        evaluation={"every": "epoch", "keep": "best"},
+        schedule={"steps": None, "epochs": 4, "kind": "constant"},
+        optimizer={"lr": 0.5},
+    )
+    result = execute(run, tmp_path / "run")
+    steps, measured = zip(*result.series["held-out loss"], strict=True)
+    assert steps == (14, 28, 42, 56) and min(measured) < measured[-1] - 2e-3
+    assert result.metrics["loss/end"].value == pytest.approx(min(measured), rel=2e-4)
 
 
 def test_biases_of_an_encoder(encoder, labelled, tmp_path):

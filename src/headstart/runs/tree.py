@@ -31,6 +31,12 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _steps_or_epoch(value: Any) -> Any:
+    if value in (None, "epoch") or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"{value!r} is neither a whole number of steps nor 'epoch'")
+
+
 Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 Amount = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_listed)]
@@ -178,13 +184,13 @@ class Evaluation(Node):
     """What is measured, and when.
 
     Attributes:
-        every: steps between held-out losses during training; None for none.
+        every: steps from one held-out loss to the next during training, or "epoch"; None for none.
         keep: the state after the last step, or that of the best held-out loss, or of a classifier the best metric.
         graded_examples: how many of the held-out examples are answered and graded at the end.
         max_new_tokens: for each answer; None for the task's own.
     """
 
-    every: Positive | None = None
+    every: Annotated[int | Literal["epoch"] | None, BeforeValidator(_steps_or_epoch)] = None
     keep: Literal["last", "best"] = "last"
     graded_examples: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Positive | None = None
@@ -240,6 +246,8 @@ class Run(Node):
             raise ValueError("model.dtype=float16 trains with precision=float16 alone, which scales the loss")
         if self.optimizer.name == "sgd" and self.optimizer.lora_plus is not None:
             raise ValueError("optimizer.lora_plus is made for adamw")
+        if self.evaluation.every is not None and not self.data.held_out_examples:
+            raise ValueError("evaluation.every has nothing to measure: give data.held_out_examples")
         return self
 
     @property
