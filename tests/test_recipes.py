@@ -107,7 +107,7 @@ def test_a_recipe_s_tasks_are_known(name: str) -> None:
     runs = [read_run(name)[0], *(read_run(name, overrides)[0] for overrides in spelled(name))]
     for run in runs:
         # What is held out of the task's own data must be a split that it has.
-        task = parse_task(run.data.task)
+        task = parse_task(run.data.held_out_task or run.data.task)
         wants = run.data.held_out_examples or run.evaluation.graded_examples
         assert not wants or run.data.train or not task.splits or "test" in task.splits or name.startswith("small/")
     for task in graded_by(name):

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from headstart.cli import main
+from headstart.runs.method_comparison import exported
 from headstart.runs.result import read_result
 from running import llama_folder, sums
 
@@ -70,6 +71,12 @@ def test_two_processes_train_as_one_does(accumulation, model, data, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     first, second = (read_result(tmp_path / name).metrics["loss/end"].value for name in ("one", "two"))
     assert first == pytest.approx(second, rel=1e-4)
+    # Costs are those of all processes.
+    windows = [read_result(tmp_path / name).windows for name in ("one", "two")]
+    first, second = ([[row["samples"], row["tokens"]] for row in rows] for rows in windows)
+    assert first == second and first[0][0] == 16
+    settings = [exported(tmp_path / name).content["run_info"]["train_config"] for name in ("one", "two")]
+    assert [setting["batch_size"] for setting in settings] == [4, 4]
 
 
 def test_train_prints_a_result_and_says_where_it_is(capsys, model, data, tmp_path):

@@ -99,6 +99,7 @@ ALPACA = (
         ("alpaca", ALPACA, "Two.\n#### 2"),
         ("alpaca-cot", f"{ALPACA} Let's think step by step.", " Two.\n#### 2"),
         ("plain", "Question: How many?\nAnswer:", " Two.\n#### 2"),
+        ("plain-cot", "Question: How many? Think step by step.\nAnswer:", "Two.\n#### 2"),
     ],
 )
 def test_the_prompts_of_the_papers(style, prompt, completion):

@@ -87,18 +87,18 @@ def tasks() -> None:
 
 
 def _check_names(run: Any) -> None:
-    """Look up the method and the task, before anything is loaded.
+    """Look up the method and the tasks, before anything is loaded.
 
     Raises:
         RunError: there is no such name or setting.
     """
     from headstart.errors import MethodError, RunError, TaskError
     from headstart.methods import parse_method
-    from headstart.tasks.registry import parse_task
+    from headstart.runs.read import tasks_of
 
     try:
         parse_method(run.start.method)
-        parse_task(run.data.task)
+        tasks_of(run)
     except (MethodError, TaskError) as error:
         raise RunError(str(error)) from error
 

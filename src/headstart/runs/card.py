@@ -24,6 +24,7 @@ def card(run: Run, result: Result) -> str:
     """Return the card's text, its head in the hub's own form."""
     name = f"{run.model.name.rstrip('/').rpartition('/')[2]}-{run.started_as.partition(':')[0]}"
     adapter = run.trains in ("adapter", "lora-fa")
+    measured = run.data.held_out_task or run.data.task
     data = ModelCardData(
         base_model=run.model.name,
         library_name="peft" if adapter else "transformers",
@@ -32,8 +33,8 @@ def card(run: Run, result: Result) -> str:
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=run.data.task.partition(":")[0],
-                dataset_name=run.data.task,
+                dataset_type=measured.partition(":")[0],
+                dataset_name=measured,
                 metric_type=metric.partition("/")[0],
                 metric_name=metric,
                 metric_value=round(figure.value, 6),

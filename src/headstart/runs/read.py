@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from headstart.errors import RunError, nearest
 from headstart.runs.tree import Run
+from headstart.tasks.base import Task
+from headstart.tasks.registry import parse_task
 
 # Shorthands on the command line: the name of a branch stands for its leading setting.
 _LEADING = {"model": "name", "data": "task", "start": "method"}
@@ -64,6 +66,25 @@ def validated(settings: Mapping[str, Any], where: str) -> Run:
         return Run.model_validate(settings)
     except ValidationError as error:
         raise RunError(f"{where}: {_sentence(error)}") from None
+
+
+def tasks_of(run: Run) -> tuple[Task, Task]:
+    """Return the task that a run learns, and that of what is held out, which is the same one by default.
+
+    Raises:
+        TaskError: there is no such task or setting.
+        RunError: two tasks are named that one head can't do.
+    """
+    task = parse_task(run.data.task)
+    if run.data.held_out_task is None:
+        return task, task
+    held_out = parse_task(run.data.held_out_task)
+    if {task.kind, held_out.kind} != {"text"}:
+        raise RunError(
+            f"data.held_out_task={run.data.held_out_task} goes with data.task={run.data.task} only where both are of "
+            "text: leave it out."
+        )
+    return task, held_out
 
 
 def find_recipe(source: str | Path) -> tuple[Path, str]:

@@ -24,14 +24,22 @@ class Result:
 
     Attributes:
         key, settings: of the run.
+        created_at: when it began, in UTC as ISO 8601 writes it.
         status: "done", "diverged" (a loss that is no number) or "failed", with the ``reason`` in words; "begun" is kept
             in the folders of a run's stages, so that what is known outlives a kill.
         metrics: by name; ``loss/start`` and ``loss/end`` are held-out losses before and after.
         series: by name, rows of (step, value), such as the training loss.
+        windows: of training, up to each held-out measurement and to the end: see
+            :func:`headstart.runs.trainers.windows`.
         trainable, parameters: how many numbers train, and how many the model has without an adapter.
+        total: how many the model has in training, with all that is frozen beside it.
+        revision: the commit of the pretrained model on the hub; None of a local one.
+        processes: that trained.
         start: the report of the start; empty where there is none.
         seconds: by stage.
-        memory: peak bytes: "resident" of the process, "device" of the accelerator.
+        memory: peak bytes: "resident" of the process, "device" of the accelerator; of what CUDA's allocator reserved,
+            "reserved" is the peak, "reserved_mean" and "reserved_99th" (percentile) are over the steps.
+        file_size: bytes of the weights that were trained, as saved: the plain adapter's, or the model's.
         data: digests and counts of what was learned and measured.
         environment: versions, machine, and the git commit of the working folder.
         warnings: sentences.
@@ -41,13 +49,19 @@ class Result:
     settings: dict[str, Any]
     status: Status = "begun"
     reason: str = ""
+    created_at: str = ""
     metrics: dict[str, Figure] = field(default_factory=dict)
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    windows: list[dict[str, float]] = field(default_factory=list)
     trainable: int = 0
     parameters: int = 0
+    total: int = 0
+    revision: str | None = None
+    processes: int = 1
     start: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    file_size: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

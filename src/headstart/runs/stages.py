@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ from headstart.processes import Processes
 from headstart.progress import Show, silent
 from headstart.runs.card import write_card
 from headstart.runs.model import load_base, made_ready
+from headstart.runs.read import tasks_of
 from headstart.runs.result import Result, read_result, write_result
-from headstart.runs.trainers import Watch, make_trainer, set_optimizer, truncated
+from headstart.runs.trainers import Watch, make_trainer, reserved, set_optimizer, truncated, windows
 from headstart.runs.tree import Run
 from headstart.settings import differing
 from headstart.store.claims import alone_in
 from headstart.tasks.base import Example, Task
-from headstart.tasks.registry import parse_task
 from headstart.tasks.rows import Rows, read
 
 SETTINGS, START, TRAINED, SAVES = "run.json", "start", "trained", "trainer"
@@ -78,11 +79,11 @@ def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
 
 
 def _executed(run: Run, folder: Path, show: Show) -> Result:
-    task, clock = parse_task(run.data.task), Clock()
+    (task, asked), clock = tasks_of(run), Clock()
     method = parse_method(run.start.method) if run.trains in ("adapter", "lora-fa") else None
     with clock("data"):
-        train, measured = load_examples(run, task)
-        to_grade = _to_grade(run, task, measured.examples)
+        train, measured = load_examples(run, task, asked)
+        to_grade = _to_grade(run, asked, measured.examples)
     with clock("model"):
         base, tokenizer = load_base(run, task)
         parameters = sum(parameter.numel() for parameter in base.parameters())
@@ -93,7 +94,8 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     main = trainer.is_world_process_zero()
     trained = read_result(folder / TRAINED)
     result = trained or read_result(folder / START) or _begun(run)
-    result.parameters = parameters
+    result.parameters, result.revision = parameters, getattr(base.config, "_commit_hash", None)
+    result.processes = trainer.args.world_size
     # No process writes anything before all have read what there was.
     Processes.joined().gather(None)
     if not result.data:
@@ -107,8 +109,11 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
             write_result(result, folder / START)
         _train(trainer, folder, result)
         result.memory = {"resident": peak_resident(), "device": memory.peak() if torch.cuda.is_available() else 0}
+        if torch.cuda.is_available():
+            result.memory |= {"reserved": torch.cuda.max_memory_reserved(), **reserved(trainer.state.log_history)}
         if result.status == "begun" and main:
             _save(trainer.model, tokenizer, run, folder / TRAINED)
+            result.file_size = _saved_bytes(folder / TRAINED)
             write_result(result, folder / TRAINED)
     elif method is not None:
         _take(trainer.model, run, folder / TRAINED / "checkpoint")
@@ -118,7 +123,7 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
         with clock("measurement"):
             result.metrics |= _measured(trainer, task, show, "end") if measured.examples else {}
             if to_grade:
-                result.metrics |= _graded(trainer.model, tokenizer, run, task, to_grade, folder, show)
+                result.metrics |= _graded(trainer.model, tokenizer, run, asked, to_grade, folder, show)
     for stage, seconds in clock.seconds.items():
         result.seconds[stage] = result.seconds.get(stage, 0.0) + seconds
     if result.status == "begun":
@@ -136,17 +141,21 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
 
 
 def _begun(run: Run) -> Result:
-    return Result(run.key, run.model_dump(mode="json"), environment=environment())
+    now = datetime.now(UTC).replace(microsecond=0).isoformat()
+    return Result(run.key, run.model_dump(mode="json"), created_at=now, environment=environment())
 
 
-def load_examples(run: Run, task: Task) -> tuple[Rows, Rows]:
+def load_examples(run: Run, task: Task, asked: Task) -> tuple[Rows, Rows]:
     """Return what is learned and what is held out: of a single file without a test split, its last rows.
+
+    ``asked`` is the task of what is held out.
 
     Raises:
         DataError: see :func:`headstart.tasks.rows.read`.
     """
     wanted, data = max(run.data.held_out_examples, run.evaluation.graded_examples), run.data
-    if data.train is not None and data.held_out is None and Path(data.train).expanduser().is_file():
+    others = data.held_out or data.held_out_task
+    if data.train is not None and not others and Path(data.train).expanduser().is_file():
         rows = read(task, data.train)
         last = min(wanted, len(rows.examples) // 5)
         cut = len(rows.examples) - last
@@ -155,7 +164,8 @@ def load_examples(run: Run, task: Task) -> tuple[Rows, Rows]:
     train = read(task, data.train, limit=data.train_examples)
     if not wanted:
         return train, replace(train, examples=[], bad=[])
-    return train, read(task, data.held_out or data.train, split="test", limit=wanted)
+    source = data.held_out if others else data.train
+    return train, read(asked, source, split="test", limit=wanted)
 
 
 def _begin(trainer: Any, method: Any, run: Run, folder: Path, result: Result, clock: Clock, show: Show) -> None:
@@ -190,6 +200,8 @@ def _begin(trainer: Any, method: Any, run: Run, folder: Path, result: Result, cl
         if run.trains == "lora-fa":
             lora_fa_(model)
     result.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    counted = getattr(model, "get_nb_trainable_parameters", None)  # which knows how 4 bits are packed
+    result.total = counted()[1] if counted else result.parameters
     set_optimizer(trainer, run)
 
 
@@ -206,6 +218,8 @@ def _train(trainer: Any, folder: Path, result: Result) -> None:
         rows = [(row["step"], float(row[key])) for row in trainer.state.log_history if key in row]
         if rows:
             result.series[name] = rows
+    samples = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    result.windows = windows(trainer.state.log_history, samples)
 
 
 def _measured(trainer: Any, task: Task, show: Show, when: str) -> dict[str, Figure]:
@@ -264,6 +278,12 @@ def _save(model: Any, tokenizer: Any, run: Run, place: Path) -> None:
         save_lora(model, place / "adapter", force=True)
     else:
         model.save_pretrained(place / "adapter")
+
+
+def _saved_bytes(trained: Path) -> int:
+    """Return the size of the adapter, or the model, that another program loads."""
+    places = [trained / "adapter", trained / "model"]
+    return sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
 
 
 def _keep(model: Any, run: Run, place: Path) -> None:

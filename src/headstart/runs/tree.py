@@ -70,6 +70,7 @@ class Data(Node):
     Attributes:
         task: its name with settings, such as ``gsm8k`` or ``gsm8k:prompt=alpaca-cot``; see ``headstart tasks``.
         train, held_out: files, folders or hub names in place of the task's own.
+        held_out_task: of what is held out, where it isn't the task that is learned: ``gsm8k`` after ``metamath``.
         train_examples: the first so many; None for all.
         held_out_examples: on which the loss is measured before and after; of a single file, its last ones.
     """
@@ -77,6 +78,7 @@ class Data(Node):
     task: str = "problems"
     train: str | None = None
     held_out: str | None = None
+    held_out_task: str | None = None
     train_examples: Positive | None = None
     held_out_examples: Annotated[int, Field(ge=0)] = 200
 
