@@ -88,7 +88,7 @@ def asked(
         path: a file of JSON lines, one an answer; what is in it is not asked again.
         progress: called with ("answers", done, all).
     """
-    answers = _kept(path)
+    answers = kept_answers(path)
     todo = sorted((place for place in range(len(lengths)) if place not in answers), key=lambda place: lengths[place])
     for start in range(0, len(todo), batch_size):
         places = todo[start : start + batch_size]
@@ -113,7 +113,7 @@ def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
     return ids
 
 
-def _kept(path: Path | None) -> dict[int, Any]:
+def kept_answers(path: Path | None) -> dict[int, Any]:
     """Return the answers that a file holds by place; a line that a kill has cut is left out."""
     answers: dict[int, Any] = {}
     if path is not None and path.is_file():

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from peft import VeraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 from headstart.errors import LayerError
 from headstart.runs.tree import Run
 from headstart.tasks.base import Task
-from headstart.training.models import Head, quantisation, resolve_model
-from headstart.training.wrap import accelerator, wrap_lora
+from headstart.training.models import Head
+from headstart.training.wrap import load_placed, wrap_lora
 
 _TASK_TYPES = {"text": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 
@@ -31,20 +30,20 @@ def load_base(run: Run, task: Task, *, progress: bool = True) -> tuple[Any, Any]
     Raises:
         ModelError: see :func:`headstart.training.models.resolve_model`; or bitsandbytes is needed and not installed.
     """
-    options: dict[str, Any] = {} if run.model.revision is None else {"revision": run.model.revision}
+    options: dict[str, Any] = {}
     if task.kind != "text":
         options["num_labels"] = 1 if task.kind == "regression" else len(task.labels)
         options["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
-    if run.model.bits != 16:
-        options["quantization_config"] = quantisation(run.model.bits, run.precision)
-        options["device_map"] = {"": accelerator()}
-    torch.manual_seed(run.seed)
-    model, tokenizer, _ = resolve_model(
-        run.model.name, dtype=getattr(torch, run.model.dtype), progress=progress, head=head_of(task), **options
+    model = run.model.model_dump(exclude={"name"})
+    return load_placed(
+        run.model.name,
+        **model,
+        compute=run.precision,
+        head=head_of(task),
+        seed=run.seed,
+        progress=progress,
+        **options,
     )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model if run.model.bits != 16 else model.to(accelerator()), tokenizer
 
 
 def made_ready(model: Any, run: Run, task: Task) -> Any:

@@ -29,6 +29,7 @@ from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import parse_method
 from headstart.processes import Processes
 from headstart.progress import Show, silent
+from headstart.runs.asked import asked_by
 from headstart.runs.card import write_card
 from headstart.runs.model import load_base, made_ready
 from headstart.runs.read import tasks_of
@@ -84,10 +85,15 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     with clock("data"):
         train, measured = load_examples(run, task, asked)
         to_grade = _to_grade(run, asked, measured.examples)
+        further = asked_by(run, task, folder)
     with clock("model"):
         base, tokenizer = load_base(run, task)
         parameters = sum(parameter.numel() for parameter in base.parameters())
         memory = Memory(next(base.parameters()).device)
+    if further.jobs and Processes.numbered().rank == 0 and read_result(folder / TRAINED) is None:
+        with clock("measurement"):
+            further.base(base, tokenizer, show)
+    with clock("model"):
         model = made_ready(base, run, task)
     with clock("data"):
         trainer = make_trainer(run, task, model, tokenizer, train.examples, measured.examples, folder / SAVES, show)
@@ -100,6 +106,7 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     Processes.joined().gather(None)
     if not result.data:
         result.data, result.warnings = _about_data(run, train, measured, tokenizer)
+        result.warnings += further.notes
     if trained is None:
         _begin(trainer, method, run, folder, result, clock, show)
         if measured.examples and "loss/start" not in result.metrics:
@@ -124,6 +131,8 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
             result.metrics |= _measured(trainer, task, show, "end") if measured.examples else {}
             if to_grade:
                 result.metrics |= _graded(trainer.model, tokenizer, run, asked, to_grade, folder, show)
+            if further.jobs:
+                result.metrics |= further.trained(trainer.model, tokenizer, show)
     for stage, seconds in clock.seconds.items():
         result.seconds[stage] = result.seconds.get(stage, 0.0) + seconds
     if result.status == "begun":

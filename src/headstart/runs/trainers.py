@@ -272,9 +272,14 @@ def _arguments(run: Run, task: Task, folder: Path) -> dict[str, Any]:
     if schedule.steps is not None:
         length = {"max_steps": schedule.steps}
     measured: dict[str, Any] = {"eval_strategy": "no"}
-    if evaluation.every is not None:
+    saves: dict[str, Any] = {"save_steps": max(10, math.ceil(schedule.steps / 10)) if schedule.steps else 200}
+    if evaluation.every == "epoch":
+        measured = {"eval_strategy": "epoch"}
+        # The best state can only be told where each that is measured is saved, and Transformers wants no others.
+        saves = {"save_strategy": "epoch"} if evaluation.keep == "best" else saves
+    elif evaluation.every is not None:
         measured = {"eval_strategy": "steps", "eval_steps": evaluation.every}
-    saves = evaluation.every or (max(10, math.ceil(schedule.steps / 10)) if schedule.steps else 200)
+        saves = {"save_steps": evaluation.every}
     checkpointing: dict[str, Any] = {}
     if run.gradient_checkpointing:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -291,7 +296,7 @@ def _arguments(run: Run, task: Task, folder: Path) -> dict[str, Any]:
         **length,
         **measured,
         **best,
-        "save_steps": saves,
+        **saves,
         "save_total_limit": 2,
         "per_device_train_batch_size": run.batch.size,
         "per_device_eval_batch_size": run.batch.size,
