@@ -234,7 +234,10 @@ def _all_asked(target: Target, jobs: Sequence[_Job], asking: Asking, folder: Pat
         place = folder / job.folder
         own = _done(place)
         if own is None:
-            loaded = loaded or target.load()
+            if loaded is None:
+                loaded = target.load()
+                if loaded[0].config.is_encoder_decoder and any(other.texts for other in jobs):
+                    raise TaskError(f"{target.name} is an encoder-decoder: it has no loss on a running text.")
             place.mkdir(parents=True, exist_ok=True)
             asker = Asker(*loaded, place, asking, target.max_length, show)
             if job.recipe:

@@ -9,18 +9,23 @@ import torch
 from peft import VeraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
-from headstart.errors import LayerError
+from headstart.errors import LayerError, RunError
 from headstart.runs.tree import Run
 from headstart.tasks.base import Task
 from headstart.training.models import Head, quantisation, resolve_model
 from headstart.training.wrap import accelerator, wrap_lora
 
-_TASK_TYPES = {"text": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
-
 
 def head_of(task: Task) -> Head:
     """Return the head that a task's model has; a regression is a classification with one output."""
     return "text" if task.kind == "text" else "classification"
+
+
+def _task_type(model: Any, task: Task) -> str:
+    """Return PEFT's word for what a model does: of text tasks, what its config says."""
+    if task.kind != "text":
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def load_base(run: Run, task: Task, *, progress: bool = True) -> tuple[Any, Any]:
@@ -52,7 +57,10 @@ def made_ready(model: Any, run: Run, task: Task) -> Any:
 
     Raises:
         LayerError: the adapter's targets aren't there, or there is no bias.
+        RunError: samples are to be packed, which an encoder-decoder can't tell apart.
     """
+    if run.batch.packing and model.config.is_encoder_decoder:
+        raise RunError(f"batch.packing is for causal language models, and {run.model.name} is an encoder-decoder.")
     if run.trains == "full":
         return model.requires_grad_(True)
     if run.trains == "bitfit":
@@ -66,7 +74,7 @@ def made_ready(model: Any, run: Run, task: Task) -> Any:
     if run.model.bits != 16:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=run.gradient_checkpointing)
     settings = run.adapter
-    common: dict[str, Any] = {"r": settings.r, "task_type": _TASK_TYPES[head_of(task)]}
+    common: dict[str, Any] = {"r": settings.r, "task_type": _task_type(model, task)}
     if settings.modules_to_save:
         common["modules_to_save"] = list(settings.modules_to_save)
     if settings.kind == "vera":
