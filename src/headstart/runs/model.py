@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,15 +67,17 @@ def made_ready(model: Any, run: Run, task: Task) -> Any:
         biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
         if not biases:
             raise LayerError("trains=bitfit: the model has no bias.")
-        for parameter in [*biases, *_head_parameters(model, task)]:
+        for parameter in [*biases, *_head_parameters(model, task).values()]:
             parameter.requires_grad_(True)
         return model
     if run.model.bits != 16:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=run.gradient_checkpointing)
     settings = run.adapter
     common: dict[str, Any] = {"r": settings.r, "task_type": _task_type(model, task)}
-    if settings.modules_to_save:
-        common["modules_to_save"] = list(settings.modules_to_save)
+    # Of heads, PEFT knows but the commonest names, which T5's and BART's have not.
+    saved = {*settings.modules_to_save, *(name.partition(".")[0] for name in _head_parameters(model, task))}
+    if saved:
+        common["modules_to_save"] = sorted(saved)
     if settings.kind == "vera":
         targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
         try:
@@ -96,8 +97,9 @@ def made_ready(model: Any, run: Run, task: Task) -> Any:
     )
 
 
-def _head_parameters(model: nn.Module, task: Task) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a classifier's head, which was never trained."""
-    if task.kind != "text":
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        yield from (parameter for name, parameter in model.named_parameters() if not name.startswith(prefix))
+def _head_parameters(model: nn.Module, task: Task) -> dict[str, nn.Parameter]:
+    """Return the parameters of a classifier's head, which was never trained, by name."""
+    if task.kind == "text":
+        return {}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(prefix)}
