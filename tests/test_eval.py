@@ -240,12 +240,12 @@ def test_answers_go_on_after_a_kill_and_nothing_is_asked_twice(model, data, tmp_
     settings = dict(data={"gsm8k": str(data / "sums.jsonl")}, engine="headstart", max_new_tokens=4, batch_size=4)
     whole, items = asked(model, ["gsm8k"], tmp_path / "whole", **settings)
     assert len(items) == 14 and all(len(item["outputs"]) == 1 for item in items)
-    plain = answers.left_padded
+    plain = answers.padded
 
     def watched(log, most=None):
         calls = []
 
-        def pad(prompts, *more):
+        def pad(prompts, *more, **side):
             if len(calls) == most:
                 with (tmp_path / "cut" / "gsm8k" / "answers.jsonl").open("a") as file:
                     file.write('{"item": 13, "ans')  # half a line
@@ -253,16 +253,16 @@ def test_answers_go_on_after_a_kill_and_nothing_is_asked_twice(model, data, tmp_
             calls.append(1)
             with log.open("a") as file:
                 file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
-            return plain(prompts, *more)
+            return plain(prompts, *more, **side)
 
         return pad
 
     def first():
-        answers.left_padded = watched(tmp_path / "first", most=2)
+        answers.padded = watched(tmp_path / "first", most=2)
         asked(model, ["gsm8k"], tmp_path / "cut", **settings)
 
     assert ended(forked(first)) == -signal.SIGKILL
-    monkeypatch.setattr(answers, "left_padded", watched(tmp_path / "second"))
+    monkeypatch.setattr(answers, "padded", watched(tmp_path / "second"))
     cut, same = asked(model, ["gsm8k"], tmp_path / "cut", **settings)
     assert same == items and cut.metrics == whole.metrics
     assert len(read_lines(tmp_path / "first")) == 8 and len(read_lines(tmp_path / "second")) == 6

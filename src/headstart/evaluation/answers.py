@@ -12,7 +12,7 @@ import torch
 
 from headstart.progress import Show, silent
 from headstart.tasks.base import Example
-from headstart.training.evaluate import evaluating, left_padded
+from headstart.training.evaluate import evaluating, padded
 
 
 @torch.no_grad()
@@ -22,6 +22,7 @@ def answered(
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
+    encoder: int | None = None,
     stop: Sequence[str] = (),
     temperature: float | None = None,
     seed: int = 0,
@@ -32,9 +33,10 @@ def answered(
     """Return the model's answers to the examples' prompts.
 
     Args:
-        model, tokenizer: a causal language model's.
+        model, tokenizer: a causal language model's, or an encoder-decoder's.
         examples: with prompts or chats; one that is there twice is asked twice.
         max_new_tokens: at most, for each.
+        encoder: see :func:`prompt_ids`.
         stop: an answer ends before any of these.
         temperature: draw each token from the whole distribution at it; None (default) takes the likeliest.
         seed: of the draws.
@@ -42,14 +44,14 @@ def answered(
         path: a file of JSON lines, one an answer; what is in it is not asked again.
         progress: called with (step, answers, examples).
     """
-    prompts = [prompt_ids(example, tokenizer) for example in examples]
+    prompts = [prompt_ids(example, tokenizer, encoder=encoder) for example in examples]
     device = next(model.parameters()).device
     drawing: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
         drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
     def answer(places: list[int]) -> list[str]:
-        ids, mask = left_padded([prompts[place] for place in places], tokenizer.pad_token_id)
+        ids, mask = padded([prompts[place] for place in places], tokenizer.pad_token_id, left=encoder is None)
         with torch.random.fork_rng(enabled=temperature is not None):
             if temperature is not None:
                 torch.manual_seed(seed * 1_000_003 + places[0])
@@ -63,7 +65,9 @@ def answered(
                 tokenizer=tokenizer if stop else None,
                 **drawing,
             )
-        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written[:, ids.shape[1] :]]
+        # A decoder begins with one token of its own, where a causal model goes on from the prompt.
+        answers = written[:, ids.shape[1] if encoder is None else 1 :]
+        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
         return [_cut(text, stop) for text in texts]
 
     lengths = [len(prompt) for prompt in prompts]
@@ -101,14 +105,22 @@ def asked(
     return [answers[place] for place in range(len(lengths))]
 
 
-def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
-    """Return the tokens before an example's completion, as training has them."""
+def prompt_ids(example: Example, tokenizer: Any, *, encoder: int | None = None) -> list[int]:
+    """Return the tokens before an example's completion, as training has them.
+
+    Args:
+        example: with a prompt or a chat.
+        tokenizer: the model's.
+        encoder: how many an encoder is given at most, which reads nothing else: they end as the tokenizer ends a
+            text. None (default) of a causal model, which goes on from them.
+    """
+    cut: dict[str, Any] = {} if encoder is None else {"truncation": True, "max_length": encoder}
     if example.messages is not None:
         chat = [{"role": message.role, "content": message.content} for message in example.messages]
         last = chat[:-1] if chat[-1]["role"] == "assistant" else chat
-        return list(tokenizer.apply_chat_template(last, add_generation_prompt=True, tokenize=True)["input_ids"])
-    ids = list(tokenizer(example.prompt)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id:
+        return list(tokenizer.apply_chat_template(last, add_generation_prompt=True, tokenize=True, **cut)["input_ids"])
+    ids = list(tokenizer(example.prompt, **cut)["input_ids"])
+    if encoder is None and ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()  # some tokenizers end every text, but this one goes on
     return ids
 

@@ -260,6 +260,7 @@ def _asked_of(target: Target, jobs: Sequence[Job], asking: Asking, folder: Path,
 
 def ask_base(jobs: Sequence[Job], loaded: tuple[Any, Any], asking: Asking, folder: Path, show: Show) -> None:
     """Measure and keep what :func:`all_asked` wants of the base model for those tasks that compare with it."""
+    _check_texts(loaded[0], jobs)
     for job in jobs:
         if job.name.startswith(FORGETTING):
             (folder / job.folder).mkdir(parents=True, exist_ok=True)
@@ -286,6 +287,7 @@ def all_asked(
     """
     figures: dict[str, Figure] = {}
     model, tokenizer = loaded or (None, None)
+    _check_texts(model, jobs)
     for job in jobs:
         place = folder / job.folder
         own = _done(place)
@@ -300,6 +302,11 @@ def all_asked(
             write_json({name: asdict(figure) for name, figure in own.items()}, place / "figures.json")
         figures |= {f"{job.name}/{name}": figure for name, figure in own.items()}
     return figures
+
+
+def _check_texts(model: Any, jobs: Sequence[Job]) -> None:
+    if model is not None and model.config.is_encoder_decoder and any(job.texts for job in jobs):
+        raise TaskError("the model is an encoder-decoder: it has no loss on a running text.")
 
 
 def _asked(job: Job, asker: Asker) -> Measured:

@@ -16,7 +16,9 @@ from headstart.evaluation.answers import answered, asked, prompt_ids
 from headstart.evaluation.figures import Figure, figure, score_figures
 from headstart.evaluation.sandbox import run_programs
 from headstart.progress import Show
+from headstart.statistics.batches import IGNORED
 from headstart.tasks.base import Example, Run, Task
+from headstart.training.evaluate import padded
 
 Measured = tuple[list[dict[str, Any]], dict[str, Figure]]
 
@@ -69,7 +71,7 @@ class Asker:
         model, tokenizer: loaded, on their device, in evaluation mode.
         folder: for what has been answered so far.
         asking: how.
-        max_length: of what a classifier is given, in tokens; None for 512.
+        max_length: of what a classifier or an encoder is given, in tokens; None for 512, and for all that it takes.
         show: draws progress.
     """
 
@@ -87,6 +89,11 @@ class Asker:
         return int(known or 2**30)
 
     @property
+    def encoder(self) -> int | None:
+        """The tokens that an encoder-decoder is given at most; None of a causal model."""
+        return min(self.max_length or 2**30, self.positions) if self.model.config.is_encoder_decoder else None
+
+    @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
         return next(iter(self.model.parameters())).device
@@ -99,6 +106,7 @@ def generated(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured
         asker.tokenizer,
         [example for example in examples for _ in range(asker.asking.samples)],
         max_new_tokens=asker.asking.max_new_tokens or task.max_new_tokens,
+        encoder=asker.encoder,
         stop=task.stop,
         temperature=asker.asking.temperature,
         seed=asker.asking.seed,
@@ -124,12 +132,14 @@ def compared(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured:
     without = next((example for example in examples if example.completion not in example.choices), None)
     if without is not None:
         raise DataError(f"{without.where}: task {task.name!r} has no choices there to compare.")
-    prompts = [prompt_ids(example, asker.tokenizer) for example in examples]
+    prompts = [prompt_ids(example, asker.tokenizer, encoder=asker.encoder) for example in examples]
 
     def answer(places: list[int]) -> list[list[float]]:
         rows, counts = [], []
         for place in places:
-            choices = [_plain_ids(asker, choice) for choice in examples[place].choices]
+            # Nothing precedes what a decoder writes, so no blank does.
+            texts = [choice if asker.encoder is None else choice.lstrip() for choice in examples[place].choices]
+            choices = [_plain_ids(asker, text) for text in texts]
             rows += [(prompts[place] + choice, len(prompts[place])) for choice in choices]
             counts.append(len(choices))
         sums = iter(nats_of(asker, rows))
@@ -185,11 +195,16 @@ def classified(asker: Asker, task: Task, examples: Sequence[Example]) -> Measure
 @torch.no_grad()
 def nats_of(asker: Asker, rows: Sequence[tuple[list[int], int]]) -> list[float]:
     """Return the negative log-likelihood of each row's tokens from a place on, which is at least 1."""
-    width = max(len(ids) for ids, _ in rows)
-    padded = [ids + [asker.tokenizer.pad_token_id or 0] * (width - len(ids)) for ids, _ in rows]
-    mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]
-    ids_and_mask = {"input_ids": padded, "attention_mask": mask}
-    batch = {name: torch.tensor(part, dtype=torch.long, device=asker.device) for name, part in ids_and_mask.items()}
+    pad, apart = asker.tokenizer.pad_token_id or 0, asker.encoder is not None
+    read, mask = padded([ids[:start] if apart else ids for ids, start in rows], pad, left=False)
+    batch = {"input_ids": read.to(asker.device), "attention_mask": mask.to(asker.device)}
+    if apart:
+        written, used = padded([ids[start:] for ids, start in rows], pad, left=False)
+        labels = written.masked_fill(used == 0, IGNORED).to(asker.device)
+        losses = functional.cross_entropy(
+            asker.model(**batch, labels=labels).logits.float().transpose(1, 2), labels, reduction="none"
+        )
+        return [float(loss) for loss in losses.double().sum(1)]
     logits = asker.model(**batch).logits
     sums = []
     for row, (ids, start) in zip(logits, rows, strict=True):

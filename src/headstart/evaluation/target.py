@@ -28,7 +28,7 @@ class Target:
         labels: how many classes a classifier's head has, 1 of a regression; 0 of a language model.
         dtype: of the weights in memory; ``bits`` below 16 load them quantised.
         revision: of the base model.
-        max_length: of what a classifier is given, in tokens.
+        max_length: of what a classifier or an encoder is given, in tokens.
         seed: of what a classifier's base model lacks and its adapter doesn't hold.
     """
 

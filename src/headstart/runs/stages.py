@@ -105,7 +105,7 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     # No process writes anything before all have read what there was.
     Processes.joined().gather(None)
     if not result.data:
-        result.data, result.warnings = _about_data(run, train, measured, tokenizer)
+        result.data, result.warnings = _about_data(run, train, measured, tokenizer, model)
         result.warnings += further.notes
     if trained is None:
         _begin(trainer, method, run, folder, result, clock, show)
@@ -312,13 +312,13 @@ def _take(model: Any, run: Run, place: Path) -> None:
     set_peft_model_state_dict(model, load_peft_weights(str(place), device=str(device)))
 
 
-def _about_data(run: Run, train: Rows, measured: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
+def _about_data(run: Run, train: Rows, measured: Rows, tokenizer: Any, model: Any) -> tuple[dict[str, Any], list[str]]:
     warnings = []
     for what, rows in (("training", train), ("held out", measured)):
         total = len(rows.examples) + len(rows.bad)
         if rows.bad:
             warnings.append(f"{what}: {len(rows.bad)} of {total} rows were left out, the first: {rows.bad[0]}")
-        if rows.examples and (lost := truncated(rows.examples, tokenizer, run.batch.max_length)):
+        if rows.examples and (lost := truncated(rows.examples, tokenizer, model, run.batch.max_length)):
             warnings.append(f"{what}: {lost} of {len(rows.examples)} lost what is beyond {run.batch.max_length} tokens")
     return {"train": _about(train), "held_out": _about(measured)}, warnings
 

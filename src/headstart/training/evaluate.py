@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from headstart.statistics.batches import IGNORED
 from headstart.tasks.base import Example
@@ -83,7 +84,7 @@ def exact_match(
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            ids, mask = left_padded([prompts[index] for index in chunk], tokenizer.pad_token_id)
+            ids, mask = padded([prompts[index] for index in chunk], tokenizer.pad_token_id)
             written = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -112,12 +113,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens of prompts that end together, (prompts, width), and the mask of their padding."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long, device="cpu")
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long, device="cpu")
-        mask[row, width - len(prompt) :] = 1
+def padded(prompts: Sequence[Sequence[int]], pad_token_id: int, *, left: bool = True) -> tuple[Tensor, Tensor]:
+    """Return prompts' tokens, (prompts, width), which end (or begin) together, and the mask of their padding."""
+    rows = [torch.tensor(prompt, dtype=torch.long, device="cpu") for prompt in prompts]
+    side = "left" if left else "right"
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     return ids, mask
