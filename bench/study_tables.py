@@ -23,8 +23,8 @@ import torch
 
 from bench.harness import table
 from headstart.errors import MethodError
-from headstart.methods import parse_method
 from headstart.evaluation.intervals import wilson
+from headstart.methods import parse_method
 
 BASELINE = "lora"
 Run = dict[str, Any]

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from conftest import tiny_llama
+from conftest import tiny_llama, tiny_t5
 from headstart.runs.tree import Run
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;?!'#+-*/=()\n"
 
 
-def tokenizer():
-    """One character a token."""
+def tokenizer(ended=False):
+    """One character a token; ``ended`` ends every text, as T5's does."""
     words = ["<pad>", "<eos>", "<unk>", *LETTERS]
     raw = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     raw.decoder = decoders.Fuse()
+    if ended:
+        raw.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
@@ -28,6 +30,15 @@ def llama_folder(path):
     torch.manual_seed(0)
     model = tiny_llama(eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
     assert model.config.vocab_size >= len(words)
+    model.save_pretrained(path)
+    words.save_pretrained(path)
+    return path
+
+
+def t5_folder(path):
+    """An encoder-decoder, whose tokenizer ends every text."""
+    words, model = tokenizer(ended=True), tiny_t5()
+    assert model.config.vocab_size >= len(words) and model.config.eos_token_id == words.eos_token_id
     model.save_pretrained(path)
     words.save_pretrained(path)
     return path

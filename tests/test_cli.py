@@ -181,7 +181,7 @@ def test_compare_goes_on_where_it_was_and_refuses_other_settings(tiny, sums, tmp
     assert run(capsys, *small(tiny, sums, out, "--methods", "lora,init-ab"))[0] == 0
     assert (out / "lora" / "result.json").stat().st_mtime_ns == finished
     code, _, err = run(capsys, *small(tiny, sums, out, "--methods", "lora", "--lr", "0.5"))
-    assert code == 1
+    assert code == 2
     assert "other settings (optimizer.lr)" in err
     code, _, err = run(capsys, *small(tiny, sums, out, "--methods", "lora", "--lr", "0.5", "--force"))
     assert code == 0
@@ -192,7 +192,7 @@ def test_compare_never_takes_over_a_folder_with_something_else(tiny, sums, tmp_p
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "precious").write_text("x")
     code, _, err = run(capsys, *small(tiny, sums, tmp_path / "c"))
-    assert code == 1
+    assert code == 2
     assert "holds something else" in err
     assert (tmp_path / "c" / "precious").exists()
 
@@ -283,11 +283,17 @@ def test_a_start_that_can_not_be_made_keeps_no_other_from_being_compared(tiny, s
     assert code == 1 and err.strip().count("\n") <= 3 and "Traceback" not in err
 
 
+def test_answers_that_are_cut_off_are_reported(tiny, sums, tmp_path, capsys):
+    code, _, err = run(capsys, *small(tiny, sums, tmp_path / "c", "--methods", "lora"))
+    assert code == 0
+    assert "2 of 2 answers were cut off after 3 tokens" in err
+
+
 def test_force_deletes_nothing_but_comparisons(tiny, sums, tmp_path, capsys):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "precious").write_text("x")
     code, _, err = run(capsys, *small(tiny, sums, tmp_path / "c", "--methods", "lora", "--force"))
-    assert code == 1
+    assert code == 2
     assert "nothing in it is touched" in err
     assert (tmp_path / "c" / "precious").exists()
     # A comparison is only deleted once the new one can be made.

@@ -15,7 +15,7 @@ from asking import adapter_folder, asked, read_lines, truths, write_lines
 from children import ended, forked
 from headstart.cli import main
 from headstart.errors import CheckpointError, DataError, ModelError, RunError, TaskError
-from headstart.evaluation import answers, own
+from headstart.evaluation import answers, own, texts
 from headstart.evaluation.evaluate import split_names
 from headstart.evaluation.intervals import bootstrap, wilson
 from headstart.evaluation.target import find_target
@@ -74,6 +74,90 @@ def test_a_run_its_adapter_and_its_merged_model_give_the_same(run, model, data, 
             assert other.get("log_likelihoods", 0) == pytest.approx(item.get("log_likelihoods", 0), rel=1e-4)
     forgotten = results["base"][0].metrics["loss:text.txt/loss"].value - expected.metrics["loss:text.txt/loss"].value
     assert abs(forgotten) > 1e-3
+
+
+def text_nats(model, tokens, length):
+    """The losses of a text's windows, by a dense float64 pass."""
+    sums = []
+    for start in range(0, len(tokens) - 1, length - 1):
+        window = tokens[start : start + length]
+        steps = dense(model, window)
+        sums.append(-sum(float(steps[place, window[place + 1]]) for place in range(len(window) - 1)))
+    return sums
+
+
+def test_forgetting_is_what_the_text_costs_more_than_it_cost_the_base(run, model, data, tmp_path):
+    text = (data / "text.txt").read_text()
+    ids = [tokenizer().eos_token_id, *tokenizer()(text)["input_ids"]]
+    before = text_nats(AutoModelForCausalLM.from_pretrained(model).double().eval(), ids, 64)[:5]
+    merged = AutoModelForCausalLM.from_pretrained(run / "trained" / "merged").double().eval()
+    after = text_nats(merged, ids, 64)[:5]
+    task = f"forgetting:{data / 'text.txt'}"
+    for number, place in enumerate((run, run / "trained" / "adapter")):
+        result, items = asked(place, [task], tmp_path / f"{number}", max_length=64, limit=5)
+        assert [item["nats_start"] for item in items] == pytest.approx(before, rel=1e-5)
+        assert [item["nats"] for item in items] == pytest.approx(after, rel=1e-5) and len(items) == 5
+        figures = {key.partition("/")[2]: figure for key, figure in result.metrics.items()}
+        tokens = sum(item["tokens"] for item in items)
+        assert figures["start"].value == pytest.approx(sum(before) / tokens, rel=1e-5)
+        assert figures["end"].value == pytest.approx(sum(after) / tokens, rel=1e-5)
+        rise = figures["difference"]
+        assert rise.value == pytest.approx((sum(after) - sum(before)) / tokens, rel=1e-3) and abs(rise.value) > 1e-3
+        # Pairs differ less than windows do.
+        assert rise.low < rise.value < rise.high and rise.high - rise.low < figures["end"].high - figures["end"].low
+        assert not any(figure.higher_is_better for figure in figures.values())
+    with pytest.raises(ModelError, match="whole model, which doesn't say what it was trained from"):
+        asked(run / "trained" / "merged", [task], tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"start": {"method": "pissa", "form": "residual"}},
+        {"trains": "full", "adapter": None},
+        {"adapter": {"kind": "vera", "alpha": 16}, "start": {"method": "pissa"}, "optimizer": {"lr": 0.1}},
+    ],
+    ids=["residual", "full", "vera"],
+)
+def test_the_base_of_what_is_forgotten_is_the_pretrained_model_whatever_was_trained(change, model, data, tmp_path):
+    execute(small_run(model, data / "sums.jsonl", **change), tmp_path / "run")
+    task = f"forgetting:{data / 'text.txt'}"
+    _, items = asked(tmp_path / "run", [task, f"loss:{data / 'text.txt'}"], tmp_path / "out", max_length=64)
+    _, base = asked(model, [f"loss:{data / 'text.txt'}"], tmp_path / "base", max_length=64)
+    compared, trained = items[: len(base)], items[len(base) :]
+    assert [item["nats_start"] for item in compared] == [item["nats"] for item in base]
+    assert [item["nats"] for item in compared] == [item["nats"] for item in trained]
+    assert max(abs(item["nats"] - item["nats_start"]) for item in compared) > 1e-3
+
+
+def test_what_is_forgotten_is_measured_on_after_a_cut(run, data, tmp_path, monkeypatch):
+    task = f"forgetting:{data / 'text.txt'}"
+    whole, items = asked(run, [task], tmp_path / "whole", max_length=32)
+    plain, calls = texts.nats_of, []
+
+    def cut(asker, rows):
+        calls.append(len(rows))
+        if len(calls) == 15:
+            raise KeyboardInterrupt
+        return plain(asker, rows)
+
+    monkeypatch.setattr(texts, "nats_of", cut)
+    with pytest.raises(KeyboardInterrupt):
+        asked(run, [task], tmp_path / "cut", max_length=32)
+    again, same = asked(run, [task], tmp_path / "cut", max_length=32)
+    assert same == items and again.metrics == whole.metrics
+    assert sum(calls) == 2 * len(items) + calls[14]
+
+
+def test_a_text_is_read_from_tables_too(tmp_path):
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    documents = ["One.", "", "Two\tthree."]
+    parquet.write_table(arrow.table({"text": documents, "id": [1, 2, 3]}), tmp_path / "text.parquet")
+    (tmp_path / "text.json").write_text(json.dumps([{"text": text} for text in documents]))
+    for name in ("text.parquet", "text.json"):
+        assert texts.read_texts(str(tmp_path / name), "test") == [documents[0], documents[2]]
 
 
 def dense(model, ids):
@@ -156,12 +240,12 @@ def test_answers_go_on_after_a_kill_and_nothing_is_asked_twice(model, data, tmp_
     settings = dict(data={"gsm8k": str(data / "sums.jsonl")}, engine="headstart", max_new_tokens=4, batch_size=4)
     whole, items = asked(model, ["gsm8k"], tmp_path / "whole", **settings)
     assert len(items) == 14 and all(len(item["outputs"]) == 1 for item in items)
-    plain = answers.left_padded
+    plain = answers.padded
 
     def watched(log, most=None):
         calls = []
 
-        def pad(prompts, *more):
+        def pad(prompts, *more, **side):
             if len(calls) == most:
                 with (tmp_path / "cut" / "gsm8k" / "answers.jsonl").open("a") as file:
                     file.write('{"item": 13, "ans')  # half a line
@@ -169,16 +253,16 @@ def test_answers_go_on_after_a_kill_and_nothing_is_asked_twice(model, data, tmp_
             calls.append(1)
             with log.open("a") as file:
                 file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
-            return plain(prompts, *more)
+            return plain(prompts, *more, **side)
 
         return pad
 
     def first():
-        answers.left_padded = watched(tmp_path / "first", most=2)
+        answers.padded = watched(tmp_path / "first", most=2)
         asked(model, ["gsm8k"], tmp_path / "cut", **settings)
 
     assert ended(forked(first)) == -signal.SIGKILL
-    monkeypatch.setattr(answers, "left_padded", watched(tmp_path / "second"))
+    monkeypatch.setattr(answers, "padded", watched(tmp_path / "second"))
     cut, same = asked(model, ["gsm8k"], tmp_path / "cut", **settings)
     assert same == items and cut.metrics == whole.metrics
     assert len(read_lines(tmp_path / "first")) == 8 and len(read_lines(tmp_path / "second")) == 6
@@ -285,7 +369,8 @@ REFUSALS = {
     "data of no task": (("MODEL", "--tasks", "boolq", "--data", "bolq=x"), 2, "Did you mean 'boolq'"),
     "nothing graded": (("MODEL", "--tasks", "metamath,sharegpt"), 2, "nothing to grade"),
     "missing file": (("MODEL", "--tasks", "svamp", "--data", "svamp=gone.json"), 1, "gone.json"),
-    "missing text": (("MODEL", "--text", "gone.txt"), 1, "gone.txt can't be read"),
+    "missing text": (("MODEL", "--text", "gone.txt"), 1, "'gone.txt' does not exist"),
+    "a base that isn't known": (("MODEL", "--forgetting", "TEXT"), 1, "which doesn't say what it was trained from"),
     "missing target": (("./gone", "--text", "TEXT"), 1, "./gone is no run, adapter or model"),
     "empty target": (("EMPTY", "--text", "TEXT"), 1, "is no run, adapter or model"),
     "base of a model": (("MODEL", "--base", "MODEL", "--text", "TEXT"), 1, "leave --base out"),
@@ -336,13 +421,18 @@ def test_targets_that_are_damaged_or_unfinished_are_named(model, adapter, tmp_pa
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("", "no text in it"), ('{"text": 3}', "line 1: there is no field 'text'"), ("{", "line 1: the line is not JSON")],
+    [
+        ("", "no rows in it"),
+        ('{"text": " "}', "no text in it"),
+        ('{"text": 3}', "line 1: there is no field 'text'"),
+        ("{", "line 1: the line is not JSON"),
+    ],
 )
 def test_texts_that_can_not_be_read_are_named(content, said, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=said):
-        own.read_text(path)
+        texts.read_texts(str(path), "test")
 
 
 def test_tasks_and_their_settings_are_told_apart():

@@ -10,6 +10,7 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig, RobertaConfig
 
 from headstart.methods import method_names, parse_method
 from headstart.runs.read import read_run, recipes
+from headstart.tasks import parse_task
 
 RECIPES = dict(recipes())
 PAPERS = {"inilora", "lora-da", "nonzero", "lora-sb", "peft"}
@@ -66,6 +67,16 @@ def test_a_recipe_is_named_titled_and_laid_out(name: str) -> None:
         assert not line.startswith("#  ") or OVERRIDES.fullmatch(line) or EVALUATION.fullmatch(line), line
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name.partition("/")[0] in ("inilora", "lora-da", "lora-sb")]
+)
+def test_what_a_paper_grades_is_graded_by_its_recipe(name: str) -> None:
+    run, _ = read_run(name)
+    # Programs are run where somebody allows it by name alone.
+    by_hand = "humaneval" in graded_by(name)
+    assert bool(run.evaluation.tasks) != bool(run.data.held_out_examples or by_hand)
+
+
 def test_no_recipe_differs_from_another_in_comments_alone() -> None:
     names_by_key: dict[str, list[str]] = {}
     for name in RECIPES:
@@ -102,16 +113,14 @@ def test_small_recipes_are_small_and_need_no_hub() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_s_tasks_are_known(name: str) -> None:
-    from headstart.tasks import parse_task
-
     runs = [read_run(name)[0], *(read_run(name, overrides)[0] for overrides in spelled(name))]
     for run in runs:
         # What is held out of the task's own data must be a split that it has.
         task = parse_task(run.data.held_out_task or run.data.task)
         wants = run.data.held_out_examples or run.evaluation.graded_examples
         assert not wants or run.data.train or not task.splits or "test" in task.splits or name.startswith("small/")
-    for task in graded_by(name):
-        assert parse_task(task).metrics, task
+    for text in [*graded_by(name), *(text for run in runs for text in run.evaluation.tasks)]:
+        assert parse_task(text).metrics, text
 
 
 LLAMA_3_2_3B = LlamaConfig(
@@ -224,6 +233,7 @@ def test_without_the_last_map_of_a_layer_roberta_would_have_another_count(tmp_pa
     [
         # q and v of 12 encoder layers, and of 12 decoder layers' two attentions.
         ("nonzero/figure4-t5-base-cola", T5_BASE, (12 + 2 * 12) * 2 * 16 * 2 * 768),
+        ("nonzero/figure11-t5-base-mrpc", T5_BASE, (12 + 2 * 12) * 2 * 16 * 2 * 768),
         ("peft/metamathqa-llama3.2-3b", LLAMA_3_2_3B, 28 * 32 * ((3072 + 3072) + (3072 + 1024))),
     ],
 )
@@ -249,3 +259,13 @@ def test_recipes_take_as_many_steps_as_the_papers(name: str, steps: int, tmp_pat
     config.save_pretrained(tmp_path)
     overrides = [f"model.name={tmp_path}", "adapter.r=2", "start=lora"]
     assert planned(read_run(name, overrides)[0]).steps == steps
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "t5-base" in name])
+def test_t5_is_trained_text_to_text_and_all_that_is_held_out_graded(name: str, tmp_path: Path) -> None:
+    for overrides in ([], *spelled(name)):
+        run, _ = read_run(name, overrides)
+        assert parse_task(run.data.task).kind == "text"
+        assert run.evaluation.graded_examples == run.data.held_out_examples > 400
+    _, head, parameters = counted(tmp_path, T5_BASE, name)
+    assert head == 0 and f"{parameters / 1e6:.0f}M" == "223M"

@@ -33,6 +33,16 @@ BAD = {
     "dtype": ("model: {dtype: fp32}", r"model.dtype='fp32' must be one of .* Did you mean"),
     "packing": ("batch: {packing: maybe}", "batch.packing='maybe' should be a valid boolean"),
     "best of nothing": ("evaluation: {keep: best}", "evaluation: keep=best needs a measurement"),
+    "no interval": (
+        "evaluation: {every: epok}",
+        "evaluation.every: 'epok' is neither a whole number of steps nor 'epoch'",
+    ),
+    "half a step": ("evaluation: {every: 0.5}", "evaluation.every: 0.5 is neither"),
+    "no step": ("evaluation: {every: 0}", "evaluation.every: 0 is neither"),
+    "nothing held out": (
+        "evaluation: {every: 5}\ndata: {held_out_examples: 0}",
+        "evaluation.every has nothing to measure",
+    ),
     "a start of no adapter": ("trains: full\nstart: pissa", "trains=full has no adapter, so no start"),
     "an adapter of no adapter": ("trains: bitfit\nadapter: {r: 4}", "trains=bitfit has no adapter: leave adapter out"),
     "two rates of one": ("trains: full\noptimizer: {lora_plus: 4}", "trains=full has no A and B"),

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from asking import asked, read_lines, truths
 from headstart.errors import CheckpointError, DataError, HeadstartError, LayerError, RunError
 from headstart.runs import stages
 from headstart.runs.result import Result, read_result, write_result
@@ -70,6 +71,8 @@ WAYS = {
     "bfloat16": {"precision": "bfloat16"},
     "checkpointing": {"gradient_checkpointing": True},
     "best": {"evaluation": {"every": 2, "keep": "best"}, "schedule": {"kind": "constant"}},
+    "best of epochs": {"evaluation": {"every": "epoch", "keep": "best"}, "schedule": {"steps": None, "epochs": 2}},
+    "each epoch": {"evaluation": {"every": "epoch"}, "schedule": {"steps": None, "epochs": 2}},
     "VeRA": {"adapter": {"kind": "vera", "alpha": 16}, "start": {"method": "pissa"}, "optimizer": {"lr": 0.1}},
     "epochs": {"schedule": {"steps": None, "epochs": 0.5}},
 }
@@ -86,6 +89,61 @@ def test_every_way_to_train_ends_in_a_result(way, model, data, tmp_path):
     assert 0 < result.trainable <= result.parameters
     assert result.memory["resident"] > 0 and result.seconds["training"] > 0
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "start", "trained", "result.json"}
+
+
+def test_a_run_asks_further_tasks_and_what_it_forgot_as_eval_does(model, data, tmp_path):
+    pytest.importorskip("math_verify")
+    problems = truths(tmp_path / "boolq.test.json")
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 30)
+    evaluation = {
+        "tasks": ["boolq", "gsm8k:prompt=plain"],
+        "data": {"boolq": str(problems), "gsm8k": str(data)},
+        "limit": 5,
+        "max_new_tokens": 4,
+        "forgetting": str(tmp_path / "text.txt"),
+        "forgetting_windows": 6,
+    }
+    run = small_run(model, data, start={"method": "pissa", "form": "residual"}, evaluation=evaluation)
+    result = execute(run, tmp_path / "run")
+    asking = dict(data=evaluation["data"], limit=5, windows=6, max_new_tokens=4, max_length=64)
+    tasks = [*evaluation["tasks"], f"forgetting:{evaluation['forgetting']}"]
+    by_hand, items = asked(tmp_path / "run", tasks, tmp_path / "by hand", **asking)
+    renamed = {key.replace(":text.txt", "").replace("/difference", ""): value for key, value in by_hand.metrics.items()}
+    figures = {key: figure for key, figure in result.metrics.items() if not key.startswith("loss/")}
+    assert figures.keys() == renamed.keys() > {"boolq/accuracy", "forgetting/start", "forgetting/end", "forgetting"}
+    for key, figure in figures.items():
+        assert figure.value == pytest.approx(renamed[key].value, rel=1e-5) and figure.count == renamed[key].count
+    assert figures["forgetting"].count == 6 and abs(figures["forgetting"].value) > 1e-4
+    kept = (tmp_path / "run" / "evaluation").glob("*/items.jsonl")
+    assert sum(len(read_lines(path)) for path in kept) == len(items) == 16
+
+
+def test_what_can_not_be_asked_is_said_before_training(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("headstart.runs.stages.load_base", None)
+    refused = (
+        ({"tasks": "gsm9k"}, "Did you mean 'gsm8k'"),
+        ({"tasks": "humaneval"}, "evaluation.allow_code_execution=true"),
+        ({"tasks": "svamp", "data": str(tmp_path / "gone.json")}, "gone.json"),
+        ({"tasks": "sst-2", "data": str(tmp_path)}, "wants a head for classes|no file of task"),
+        ({"forgetting": str(tmp_path / "gone.txt")}, "gone.txt"),
+    )
+    for number, (evaluation, said) in enumerate(refused):
+        with pytest.raises(HeadstartError, match=said):
+            execute(small_run(model, data, evaluation=evaluation), tmp_path / f"run-{number}")
+
+
+def test_the_best_of_the_epochs_is_kept(model, data, tmp_path):
+    run = small_run(
+        model,
+        data,
+        evaluation={"every": "epoch", "keep": "best"},
+        schedule={"steps": None, "epochs": 4, "kind": "constant"},
+        optimizer={"lr": 0.5},
+    )
+    result = execute(run, tmp_path / "run")
+    steps, measured = zip(*result.series["held-out loss"], strict=True)
+    assert steps == (14, 28, 42, 56) and min(measured) < measured[-1] - 2e-3
+    assert result.metrics["loss/end"].value == pytest.approx(min(measured), rel=2e-4)
 
 
 def test_biases_of_an_encoder(encoder, labelled, tmp_path):

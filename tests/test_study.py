@@ -45,7 +45,7 @@ def test_wilson_interval(total, data):
 def test_markdown_table():
     noted = Run(start={"method": "lora"}).model_dump(mode="json")
     figures = {"loss/start": Figure(1.5), "loss/end": Figure(0.5), "exact_match": Figure(0.75, 0.301, 0.954, 4)}
-    done = Result("k", noted, "done", "", figures, trainable=100, start={"seconds": 0.5}, seconds={"training": 2.0})
+    done = Result("k", noted, "done", metrics=figures, trainable=100, start={"seconds": 0.5}, seconds={"training": 2.0})
     found = dataclasses.replace(done, start={"seconds": 0.5, "cached": 7})
     diverged = dataclasses.replace(done, status="diverged", metrics={"loss/start": Figure(1.5)})
     lines = markdown([done, found, diverged]).splitlines()

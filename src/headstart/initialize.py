@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from headstart.context import Context, Memory, shown
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.adapters import find
 from headstart.layers.install import Subtracting, check_form
+from headstart.layers.parts import Part, by_layer, divide
 from headstart.layers.reach import left_out
 from headstart.layers.unwrap import looked_through, looks_through
 from headstart.layers.weights import model_device
@@ -30,6 +31,7 @@ from headstart.reporting import fallbacks, layer_report
 from headstart.solve import check, check_weights, settled, solve
 from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Reading, collect
+from headstart.statistics.gather import Statistics
 from headstart.statistics.plan import parse_bytes
 from headstart.statistics.runs import Loss
 from headstart.statistics.training import TrainingData
@@ -73,7 +75,8 @@ def initialize_(
             adapter get a common dictionary from what the method finds in each (:mod:`headstart.layers.vera`). Methods
             that train a core (lora-xs, lora-sb) or share ranks out (eva) have to come before DDP, FSDP2 and the
             optimizer.
-        method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``.
+        method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``; of different
+            layers different ones, ``hs.PerLayer({"q_proj|v_proj": hs.PiSSA(), "*": hs.LoRA()})``.
         data: for methods that read data: a trainer of Transformers or TRL, whose own data, collator, loss and schedule
             are used (:func:`headstart.statistics.trainer.from_trainer`); or an iterable of batches that the model
             accepts as keyword arguments and returns a loss for; or a tokenised dataset together with ``collator``.
@@ -114,45 +117,54 @@ def initialize_(
         raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
     check_form(form)
     reading = Reading(memory_budget, offload)
-    _check_wrappers(model, method)
+    _check_readable(model)
     context = Context(seed=seed, processes=Processes.joined())
     # Approximations hold a weight twice: as it is, and divided by the scaling.
     context.batch_bytes = None if memory_budget is None else parse_bytes(memory_budget, torch.device("cpu")) // 2
     with shown(progress, context.processes) as context.show:
         with context.clock("find"):
             target = find(model, adapter)
+            parts = divide(method, target.layers)
+            _check_early(model, parts)
             memory = Memory(model_device(model))
-            source = _source(data, method, collator, batch_size, loss, context)
-            check(method, target.layers, source.training)
-            check_weights(method, target.layers, form)
+            source = _source(data, parts, collator, batch_size, loss, context)
+            for part in parts:
+                check(part.method, part.layers, source.training)
+                check_weights(part.method, part.layers, form)
             kept = open_cache(cache, context.notes.append)
         starts: dict[str, Factors] = {}
-        for statistics in context.timed("collect", collect(model, target.layers, method, source, reading, context)):
+        read: dict[str, Statistics] = {}
+        for part, statistics in context.timed("collect", collect(model, parts, source, reading, context)):
             with context.clock("solve"):
-                starts |= solve(method, target.layers, statistics, context, source.training, kept)
+                starts |= solve(part.method, part.layers, statistics, context, source.training, kept)
+            read |= {str(part.method): statistics} if statistics.plan else {}
     with context.clock("solve"):
-        starts = settled(method, target.layers, starts)
+        for part in parts:
+            starts |= settled(part.method, part.layers, {layer.name: starts[layer.name] for layer in part.layers})
     notes = [*fallbacks(starts, strict), *context.notes]
+    part_of = by_layer(parts)
     pairs = [(layer, starts[layer.name]) for layer in target.layers]
-    live_form = form if method.form == "anchored" else method.form
     with context.clock("report"):
-        reports = [layer_report(layer, factors, live_form, context) for layer, factors in pairs]
+        reports = []
+        for layer, factors in pairs:
+            own = part_of[layer.name]
+            reports.append(layer_report(layer, factors, own.method, own.form(form), context))
     with context.clock("install"):
-        target.install(pairs, live_form, method, seed)
+        target.install(pairs, parts, form, seed)
     for sentence in notes:
         warnings.warn(sentence, HeadstartWarning, stacklevel=3)  # over looks_through
     return Report(
         method=str(method),
-        form=target.form or live_form,
+        form=target.form or " and ".join(dict.fromkeys(layer.form for layer in reports)),
         adapter=target.name,
         seed=seed,
         layers=reports,
         seconds=context.clock.total(),
         seconds_by_step=context.clock.seconds,
         peak_memory=memory.peak(),
-        samples=statistics.samples,
-        tokens=statistics.tokens,
-        plan=statistics.plan,
+        samples=max((statistics.samples for statistics in read.values()), default=0),
+        tokens=max((statistics.tokens for statistics in read.values()), default=0),
+        plan="; ".join(f"{name}: {own.plan}" if len(read) > 1 else own.plan for name, own in read.items()),
         cached=kept.served if kept else 0,
         trainable=sum(layer.trainable for layer in target.layers),
         left_out=left_out(model, target.layers),
@@ -161,7 +173,12 @@ def initialize_(
 
 
 def _source(
-    data: object, method: Method, collator: Collator | None, batch_size: int, loss: Loss | None, context: Context
+    data: object,
+    parts: Sequence[Part],
+    collator: Collator | None,
+    batch_size: int,
+    loss: Loss | None,
+    context: Context,
 ) -> TrainingData:
     """Return what was given as data, a trainer's included."""
     if isinstance(data, TrainingData) and (collator is not None or loss is not None):
@@ -174,18 +191,24 @@ def _source(
 
     if collator is not None or loss is not None:
         raise DataError("a trainer given as data brings its own collator and loss: leave collator= and loss= out.")
-    if data.optimizer is not None and (does := _new_parameters(method)):
+    if data.optimizer is not None and (does := _new_parameters(parts)):
         raise LayerError(
-            f"method {method.name!r} {does}, which the trainer's optimizer would not know of: initialise the model "
-            "before the optimizer is made."
+            f"{does}, which the trainer's optimizer would not know of: initialise the model before the optimizer is "
+            "made."
         )
-    reads = method.wants(ANY_LAYER).data
-    samples = method.sample_count(known_training(data).population) if reads else 0
+    reading = [part.method for part in parts if _reads(part)]
+    population = known_training(data).population
+    samples = max((method.sample_count(population) for method in reading), default=0)
     return from_trainer(data, samples, context.seed)
 
 
-def _check_wrappers(model: nn.Module, method: Method) -> None:
-    """Raise LayerError where layers can't be read, or a core would come too late."""
+def _reads(part: Part) -> bool:
+    """Return whether a part's method reads data, in general or for one of its layers."""
+    return any(part.method.wants(layer).data for layer in (ANY_LAYER, *(layer.facts() for layer in part.layers)))
+
+
+def _check_readable(model: nn.Module) -> None:
+    """Raise LayerError where layers can't be read."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
     ):
@@ -193,16 +216,23 @@ def _check_wrappers(model: nn.Module, method: Method) -> None:
             "the model is sharded by FSDP1 or DeepSpeed, whose parts can't be read layer by layer: initialise it "
             "before that, or use FSDP2."
         )
+
+
+def _check_early(model: nn.Module, parts: Sequence[Part]) -> None:
+    """Raise LayerError where new parameters would come too late."""
     distributed = any(isinstance(wrapper, DistributedDataParallel) for wrapper in looked_through())
-    if (does := _new_parameters(method)) and (distributed or is_sharded(model)):
+    if (distributed or is_sharded(model)) and (does := _new_parameters(parts)):
         raise LayerError(
-            f"method {method.name!r} {does}, which DistributedDataParallel and FSDP2 would not know of: initialise the "
-            "model before it is wrapped."
+            f"{does}, which DistributedDataParallel and FSDP2 would not know of: initialise the model before it is "
+            "wrapped."
         )
 
 
-def _new_parameters(method: Method) -> str:
-    """Return in words how a method makes parameters that weren't there before; empty where it makes none."""
-    if method.form == "core":
-        return "adds a parameter to each layer"
-    return "gives layers parameters of other ranks" if method.shares_ranks else ""
+def _new_parameters(parts: Sequence[Part]) -> str:
+    """Return in words how a method makes parameters that weren't there before; empty where none does."""
+    for method in (part.method for part in parts):
+        if method.form == "core":
+            return f"method {method.name!r} adds a parameter to each layer"
+        if method.shares_ranks:
+            return f"method {method.name!r} gives layers parameters of other ranks"
+    return ""

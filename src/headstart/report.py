@@ -29,6 +29,7 @@ class LayerReport:
         repair: what was done to make its arithmetic safe, else empty.
         form: how the start lives in the layer: "kept", "anchored", "residual" or "core".
         history: of a descent, [step, mean squared error] on the way; empty for all else.
+        method: the method that started it, with the settings that differ from its defaults.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LayerReport:
     repair: str = ""
     form: str = "kept"
     history: list[list[float]] = field(default_factory=list)
+    method: str = ""
 
     @property
     def relative_product(self) -> float:
@@ -81,15 +83,16 @@ class Report:
 
     Attributes:
         method: the method with the settings that differ from its defaults.
-        form: how the starts live in their layers: "kept" (plain LoRA), "anchored", "residual" or "core"; of a VeRA
-            adapter "shared dictionary".
+        form: how the starts live in their layers: "kept" (plain LoRA), "anchored", "residual" or "core", or several of
+            these, as "anchored and kept"; of a VeRA adapter "shared dictionary".
         adapter: the adapter's name.
         seed: as given.
         layers: one report a layer, in the model's order.
         seconds: in all; ``seconds_by_step`` splits them.
         peak_memory: bytes; on an accelerator the most that was allocated there, else the process's peak resident set.
-        samples, tokens: read from the data; padding is not counted.
-        plan: passes over the data, the bytes that they held and the seconds that were expected, in words.
+        samples, tokens: read from the data, of several methods the most that one of them read; padding is not counted.
+        plan: passes over the data, the bytes that they held and the seconds that were expected, in words; of several
+            methods that read them, one plan each.
         cached: layers whose factors were found in the cache.
         trainable: parameters of the adapter's layers that train; heads beside it (modules_to_save) are not counted.
         left_out: what of the model the adapter doesn't reach.
@@ -163,13 +166,15 @@ class Report:
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        for title in ("kind", "layers", "shape", "r", "|A|", "|B|", "|sBA|/|W|", "error/bound", "seconds"):
-            table.add_column(title, justify="left" if title == "kind" else "right")
-        kinds: dict[tuple[str, int, int, int], list[LayerReport]] = {}
+        several = len({layer.method for layer in self.layers}) > 1
+        titles = ["kind", "layers", "shape", "r", "|A|", "|B|", "|sBA|/|W|", "error/bound", "seconds"]
+        for title in [*titles, "method"] if several else titles:
+            table.add_column(title, justify="left" if title in ("kind", "method") else "right")
+        kinds: dict[tuple[str, int, int, int, str], list[LayerReport]] = {}
         for layer in self.layers:
-            key = (kind_of(layer.name), layer.d_out, layer.d_in, layer.r)
+            key = (kind_of(layer.name), layer.d_out, layer.d_in, layer.r, layer.method)
             kinds.setdefault(key, []).append(layer)
-        for (kind, d_out, d_in, r), group in kinds.items():
+        for (kind, d_out, d_in, r, method), group in kinds.items():
             ratios = [layer.info["error"] / layer.info["bound"] for layer in group if layer.info.get("bound", 0) > 0]
             table.add_row(
                 kind,
@@ -181,6 +186,7 @@ class Report:
                 _known(fmean([layer.relative_product for layer in group])),
                 f"{max(ratios):.6f}" if ratios else "",
                 f"{sum(layer.seconds for layer in group):.2f}",
+                *([method] if several else []),
             )
         return table
 

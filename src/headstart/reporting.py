@@ -15,11 +15,13 @@ from headstart.layers.formats import unreadable
 from headstart.layers.install import LayerForm
 from headstart.layers.weights import dense
 from headstart.linalg.norms import squared_norm
-from headstart.methods.base import Factors
+from headstart.methods.base import Factors, Method
 from headstart.report import LayerReport
 
 
-def layer_report(layer: TargetLayer, factors: Factors, form: LayerForm, context: Context) -> LayerReport:
+def layer_report(
+    layer: TargetLayer, factors: Factors, method: Method, form: LayerForm, context: Context
+) -> LayerReport:
     """Return a layer's line in the report: the norms of its start and of its weight, before that is installed."""
     base = layer.module.get_base_layer()
     norm_weight = None if unreadable(base) else math.sqrt(squared_norm(dense(base)))
@@ -39,6 +41,7 @@ def layer_report(layer: TargetLayer, factors: Factors, form: LayerForm, context:
         note=factors.note,
         repair=factors.repair,
         form=form,
+        method=str(method),
         history=[list(point) for point in factors.history],
     )
 

@@ -70,7 +70,7 @@ def export(
     if rank is not None or uniform:
         option = "--uniform" if rank is None else "--rank"
         raise CheckpointError(f"{option} does not go with --to merged: a merged model holds the whole update.")
-    base, tokenizer, _ = resolve_model(_base_name(model, saved.config.base_model_name_or_path, adapter))
+    base, tokenizer, _ = resolve_model(_base_name(model, saved.config.base_model_name_or_path, adapter), head="text")
     with warnings_said():
         merged = load_checkpoint(base, adapter, trainable=False)
     write_merged(merged, tokenizer, out, force=force)
@@ -114,7 +114,7 @@ def inspect(
         output.print(table)
     if model is not None:
         with warnings_said():
-            load_checkpoint(resolve_model(model)[0], adapter, trainable=False)
+            load_checkpoint(resolve_model(model, head="text")[0], adapter, trainable=False)
         output.print(f"it fits {model}", markup=False)
 
 

@@ -37,7 +37,11 @@ def eval_(
     target: Annotated[str, typer.Argument(metavar="MODEL|ADAPTER|RUN", help="A model, or the folder of one of these.")],
     tasks: Annotated[str, typer.Option("--tasks", "-t", help="Such as gsm8k,boolq,loss:text.txt.")] = "",
     text: Annotated[
-        list[Path] | None, typer.Option("--text", help="Measure the loss on a text: what was forgotten shows there.")
+        list[str] | None, typer.Option("--text", help="Measure the loss on a text, a file or a hub dataset.")
+    ] = None,
+    forgetting: Annotated[
+        list[str] | None,
+        typer.Option("--forgetting", metavar="TEXT", help="Measure the base model's, too, and what training has cost."),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -48,7 +52,9 @@ def eval_(
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="The base model, if not the adapter's own.")] = None,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Of the weights; by default the run's.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first so many items of a task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="The first so many items of a task, or windows of a text.")
+    ] = None,
     split: Annotated[str, typer.Option("--split", help="What is asked.")] = "test",
     fewshot: Annotated[
         int | None, typer.Option("--fewshot", min=0, help="Examples before each item; by default as lm-eval has it.")
@@ -76,12 +82,13 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Ask a model tasks, and print figures with 95 % intervals; cut off, the same command goes on."""
-    from headstart.evaluation.evaluate import TEXT, check_names, default_folder, evaluate, split_names
+    from headstart.evaluation.evaluate import FORGETTING, TEXT, check_names, default_folder, evaluate, split_names
     from headstart.evaluation.own import Asking
     from headstart.evaluation.target import find_target
     from headstart.progress import progress_bars
 
-    names = [*split_names(tasks), *(f"{TEXT}{path}" for path in text or ())]
+    names = [*split_names(tasks), *(f"{TEXT}{place}" for place in text or ())]
+    names += [f"{FORGETTING}{place}" for place in forgetting or ()]
     asking = Asking(
         data=_sources(data or ()),
         split=split,

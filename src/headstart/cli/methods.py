@@ -13,7 +13,7 @@ from rich.table import Table
 
 from headstart.cli.app import app
 from headstart.cli.console import output
-from headstart.methods import ANY_LAYER, method_class, method_names
+from headstart.methods import ANY_LAYER, PerLayer, method_class, method_names
 
 _HEAD = """\
 # The methods
@@ -23,7 +23,8 @@ _HEAD = """\
 What each is given of a layer (`needs`), whether it reads fine-tuning data for that (`data`), what it costs, its
 settings with their defaults, and where it comes from. `headstart methods NAME` shows one in full, with its formula. A
 setting that differs from its default goes in brackets in Python, `hs.InitAB(beta=4)`, and after a colon in text,
-`init-ab:beta=4`. [How to choose](choosing.md).
+`init-ab:beta=4`. Different layers may take [different methods](choosing.md#different-layers). [How to
+choose](choosing.md).
 
 | name | class | needs | data | cost | settings | source |
 |---|---|---|---|---|---|---|"""
@@ -36,6 +37,9 @@ def methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page that docs/methods.md is.")] = False,
 ) -> None:
     """List the methods, or show one."""
+    if name == PerLayer.name:
+        output.print(f"{name}\n\n{inspect.getdoc(PerLayer)}", markup=False, highlight=False, soft_wrap=True)
+        return
     if name is not None:
         cls = method_class(name)
         row = describe(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -28,12 +29,14 @@ from headstart.errors import DataError, LayerError
 from headstart.files import check_free
 from headstart.methods import ANY_LAYER, Method, Training, parse_method
 
+_METHOD = """Such as pissa or lora-one:samples=64; by layers, per-layer:{"q_proj|v_proj": "pissa", "*": "lora"}."""
+
 
 @app.command("init")
 def init(
     context: typer.Context,
     model: Model,
-    method: Annotated[str, typer.Option("--method", "-m", help="Such as pissa or lora-one:samples=64.")],
+    method: Annotated[str, typer.Option("--method", "-m", help=_METHOD)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     data: Annotated[str | None, typer.Option("--data", help="JSONL file, folder or hub name; see the README.")] = None,
     rank: Rank = 8,
@@ -77,11 +80,13 @@ def init(
 
     check_free(out, ADAPTER_FOLDER, force)
     probe = replace(ANY_LAYER, training=Training(None, lr))
-    with suppress(LayerError):  # of a setting that is missing; what is wrong with layers, the verb finds
-        parsed.check(probe)
-    reads = parsed.wants(probe).data
+    for own in parsed.methods:
+        with suppress(LayerError):  # of a setting that is missing; what is wrong with layers, the verb finds
+            own.check(probe)
+    reading = [own for own in parsed.methods if own.wants(probe).data]
+    reads = bool(reading)
     if reads and data is None:
-        raise DataError(f"method {parsed.name!r} needs data: give a JSONL file with --data.")
+        raise DataError(f"method {reading[0].name!r} needs data: give a JSONL file with --data.")
     if data is not None and not reads:
         console.print(f"note: method {parsed.name!r} reads no data, so --data is left unread", markup=False)
         data = None
@@ -99,11 +104,12 @@ def init(
     rows: list[dict[str, list[int]]] = []
     population = None
     if data is not None:
-        limit = None if parsed.wants(probe).population else parsed.sample_count() or None
+        counts_all = any(own.wants(probe).population for own in reading)
+        limit = None if counts_all else max(own.sample_count() for own in reading)
         every = read(Text(), data, limit=limit).examples
         population = len(every)
-        samples = parsed.sample_count(population) or None
-        tokenized = tokenize_examples(every[:samples], tokenizer, max_length=max_length)
+        counts = sorted(own.sample_count(population) for own in reading)
+        tokenized = tokenize_examples(every[: counts[-1]], tokenizer, max_length=max_length)
         if tokenized.dropped or tokenized.truncated:
             console.print(
                 f"warning: {tokenized.dropped} examples were left out and {tokenized.truncated} cut off at "
@@ -112,7 +118,9 @@ def init(
                 highlight=False,
             )
         rows = tokenized.rows
-        rows.sort(key=lambda row: len(row["input_ids"]))
+        # By length, but each method's own samples before what others read beyond them.
+        for begin, end in pairwise([0, *counts]):
+            rows[begin:end] = sorted(rows[begin:end], key=lambda row: len(row["input_ids"]))
     wrapped = wrap_lora(
         loaded.to(accelerator()),
         target_modules(targets),

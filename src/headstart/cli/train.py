@@ -99,6 +99,12 @@ def _check_names(run: Any) -> None:
     try:
         parse_method(run.start.method)
         tasks_of(run)
+        if run.evaluation.tasks:
+            from headstart.evaluation.evaluate import check_names
+            from headstart.evaluation.own import Asking
+
+            asking = Asking(data=run.evaluation.data, run_code=run.evaluation.allow_code_execution)
+            check_names(run.evaluation.tasks, asking)
     except (MethodError, TaskError) as error:
         raise RunError(str(error)) from error
 

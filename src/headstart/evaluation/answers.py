@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import StoppingCriteriaList, StopStringCriteria
 
+from headstart.errors import HeadstartWarning
 from headstart.progress import Show, silent
 from headstart.tasks.base import Example
 
@@ -22,6 +26,7 @@ def answered(
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
+    encoder: int | None = None,
     stop: Sequence[str] = (),
     temperature: float | None = None,
     seed: int = 0,
@@ -32,9 +37,10 @@ def answered(
     """Return the model's answers to the examples' prompts.
 
     Args:
-        model, tokenizer: a causal language model's.
+        model, tokenizer: a causal language model's, or an encoder-decoder's.
         examples: with prompts or chats; one that is there twice is asked twice.
         max_new_tokens: at most, for each.
+        encoder: see :func:`prompt_ids`.
         stop: an answer ends before any of these.
         temperature: draw each token from the whole distribution at it; None (default) takes the likeliest.
         seed: of the draws.
@@ -42,14 +48,16 @@ def answered(
         path: a file of JSON lines, one an answer; what is in it is not asked again.
         progress: called with (step, answers, examples).
     """
-    prompts = [prompt_ids(example, tokenizer) for example in examples]
+    prompts = [prompt_ids(example, tokenizer, encoder=encoder) for example in examples]
     device = next(model.parameters()).device
     drawing: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
         drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
-    def answer(places: list[int]) -> list[str]:
-        ids, mask = left_padded([prompts[place] for place in places], tokenizer.pad_token_id)
+    criteria = _stops(tokenizer, stop)
+
+    def answer(places: list[int]) -> list[tuple[str, bool]]:
+        ids, mask = padded([prompts[place] for place in places], tokenizer.pad_token_id, left=encoder is None)
         with torch.random.fork_rng(enabled=temperature is not None):
             if temperature is not None:
                 torch.manual_seed(seed * 1_000_003 + places[0])
@@ -59,16 +67,27 @@ def answered(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
-                stop_strings=list(stop) or None,
-                tokenizer=tokenizer if stop else None,
+                stopping_criteria=criteria,
                 **drawing,
             )
-        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written[:, ids.shape[1] :]]
-        return [_cut(text, stop) for text in texts]
+        # A decoder begins with one token of its own, where a causal model goes on from the prompt.
+        answers = written[:, ids.shape[1] if encoder is None else 1 :]
+        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+        cut = [_cut(text, stop) for text in texts]
+        ended = [(tokens == tokenizer.eos_token_id).any() for tokens in answers]
+        short = answers.shape[1] < max_new_tokens
+        return [
+            (part, not (short or end or len(part) < len(text)))
+            for part, text, end in zip(cut, texts, ended, strict=True)
+        ]
 
     lengths = [len(prompt) for prompt in prompts]
     with evaluating(model):
-        return asked(lengths, answer, batch_size=batch_size, path=path, progress=progress)
+        made = asked(lengths, answer, batch_size=batch_size, path=path, progress=progress)
+    if lost := sum(unfinished for _, unfinished in made):
+        text = f"{lost} of {len(made)} answers were cut off after {max_new_tokens} tokens (max_new_tokens)."
+        warnings.warn(text, HeadstartWarning, stacklevel=2)
+    return [text for text, _ in made]
 
 
 def asked(
@@ -88,7 +107,7 @@ def asked(
         path: a file of JSON lines, one an answer; what is in it is not asked again.
         progress: called with ("answers", done, all).
     """
-    answers = _kept(path)
+    answers = kept_answers(path)
     todo = sorted((place for place in range(len(lengths)) if place not in answers), key=lambda place: lengths[place])
     for start in range(0, len(todo), batch_size):
         places = todo[start : start + batch_size]
@@ -101,14 +120,22 @@ def asked(
     return [answers[place] for place in range(len(lengths))]
 
 
-def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
-    """Return the tokens before an example's completion, as training has them."""
+def prompt_ids(example: Example, tokenizer: Any, *, encoder: int | None = None) -> list[int]:
+    """Return the tokens before an example's completion, as training has them.
+
+    Args:
+        example: with a prompt or a chat.
+        tokenizer: the model's.
+        encoder: how many an encoder is given at most, which reads nothing else: they end as the tokenizer ends a
+            text. None (default) of a causal model, which goes on from them.
+    """
+    cut: dict[str, Any] = {} if encoder is None else {"truncation": True, "max_length": encoder}
     if example.messages is not None:
         chat = [{"role": message.role, "content": message.content} for message in example.messages]
         last = chat[:-1] if chat[-1]["role"] == "assistant" else chat
-        return list(tokenizer.apply_chat_template(last, add_generation_prompt=True, tokenize=True)["input_ids"])
-    ids = list(tokenizer(example.prompt)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id:
+        return list(tokenizer.apply_chat_template(last, add_generation_prompt=True, tokenize=True, **cut)["input_ids"])
+    ids = list(tokenizer(example.prompt, **cut)["input_ids"])
+    if encoder is None and ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()  # some tokenizers end every text, but this one goes on
     return ids
 
@@ -124,18 +151,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens of prompts that end together, (prompts, width), and the mask of their padding."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long, device="cpu")
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long, device="cpu")
-        mask[row, width - len(prompt) :] = 1
+def padded(prompts: Sequence[Sequence[int]], pad_token_id: int, *, left: bool = True) -> tuple[Tensor, Tensor]:
+    """Return prompts' tokens, (prompts, width), which end (or begin) together, and the mask of their padding."""
+    rows = [torch.tensor(prompt, dtype=torch.long, device="cpu") for prompt in prompts]
+    side = "left" if left else "right"
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     return ids, mask
 
 
-def _kept(path: Path | None) -> dict[int, Any]:
+def kept_answers(path: Path | None) -> dict[int, Any]:
     """Return the answers that a file holds by place; a line that a kill has cut is left out."""
     answers: dict[int, Any] = {}
     if path is not None and path.is_file():
@@ -148,6 +173,16 @@ def _kept(path: Path | None) -> dict[int, Any]:
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
     return answers
+
+
+def _stops(tokenizer: Any, stop: Sequence[str]) -> StoppingCriteriaList | None:
+    """Return what ends an answer early; None for nothing, or of a tokenizer whose tokens Transformers can't join."""
+    if not stop:
+        return None
+    try:
+        return StoppingCriteriaList([StopStringCriteria(tokenizer, list(stop))])
+    except ValueError:
+        return None
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

@@ -14,9 +14,10 @@ from headstart.environment import environment
 from headstart.errors import CheckpointError, RunError, TaskError, nearest
 from headstart.evaluation.figures import Figure
 from headstart.evaluation.lm import UnfitError, built, measured
-from headstart.evaluation.own import Asker, Asking, Measured, classified, compared, generated, read_text, text_loss
+from headstart.evaluation.own import Asker, Asking, Measured, classified, compared, generated
 from headstart.evaluation.sandbox import containment
 from headstart.evaluation.target import Target
+from headstart.evaluation.texts import forgotten, measure_starts, read_texts, text_loss
 from headstart.files import sha256, write_json, write_whole
 from headstart.progress import Show, silent
 from headstart.settings import differing
@@ -27,8 +28,8 @@ from headstart.tasks.rows import local_files, read
 
 SCHEMA = 1
 SETTINGS = "evaluation.json"
-TEXT = "loss:"
-"""What a task's name begins with that is the loss on a text; the text's path follows."""
+TEXT, FORGETTING = "loss:", "forgetting:"
+"""What a task's name begins with that is the loss on a text, or what it has risen by; the text's place follows."""
 
 
 def silent_sentence(sentence: str) -> None:
@@ -57,7 +58,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One task, checked and read."""
 
     name: str
@@ -71,6 +72,7 @@ class _Job:
 
     @property
     def folder(self) -> str:
+        """The name of its folder."""
         return "".join(sign if sign.isalnum() or sign in "-.=" else "_" for sign in self.name)[-100:]
 
 
@@ -90,7 +92,8 @@ def evaluate(
 
     Args:
         target: what is asked, of :func:`headstart.evaluation.target.find_target`.
-        tasks: names with settings, or ``loss:PATH`` for the loss on a text.
+        tasks: names with settings, ``loss:TEXT`` for the loss on a text, or ``forgetting:TEXT`` for the base model's
+            beside it; of a file or a dataset of the hub.
         asking: how.
         folder: of this evaluation and no other; made if need be.
         show: draws progress.
@@ -104,8 +107,27 @@ def evaluate(
     """
     if asking.samples > 1 and asking.temperature is None:
         asking = replace(asking, temperature=0.8)
-    check_names(tasks, asking)
     _check_folder(folder)
+    jobs, notes = planned(target, tasks, asking)
+    for sentence in notes:
+        say(sentence)
+    settings = _settings(target, jobs, asking)
+    _claim(settings, folder)
+    with alone_in(folder):
+        figures = _asked_of(target, jobs, asking, folder, show)
+    engines = {job.name: job.engine for job in jobs}
+    result = Evaluation(target.name, figures, engines, notes, settings, environment())
+    write_json({"schema": SCHEMA, **asdict(result)}, folder / "result.json")
+    return result
+
+
+def planned(target: Target, tasks: Sequence[str], asking: Asking) -> tuple[list[Job], list[str]]:
+    """Return tasks checked and read, and in sentences what isn't done as asked for; no model is loaded.
+
+    Raises:
+        TaskError, DataError, ModelError: see :func:`evaluate`.
+    """
+    check_names(tasks, asking)
     notes: list[str] = []
     jobs = [_planned(name, target, asking, notes) for name in dict.fromkeys(tasks)]
     names = [job.name for job in jobs]
@@ -113,23 +135,14 @@ def evaluate(
         raise TaskError(f"{twice!r} is asked twice: leave one of them out, or give its file another name.")
     if any(job.task is not None and job.task.runs_code for job in jobs):
         notes += containment()
-    for sentence in notes:
-        say(sentence)
-    settings = _settings(target, jobs, asking)
-    _claim(settings, folder)
-    with alone_in(folder):
-        figures = _all_asked(target, jobs, asking, folder, show)
-    engines = {job.name: job.engine for job in jobs}
-    result = Evaluation(target.name, figures, engines, notes, settings, environment())
-    write_json({"schema": SCHEMA, **asdict(result)}, folder / "result.json")
-    return result
+    return jobs, notes
 
 
 def check_names(names: Sequence[str], asking: Asking) -> None:
     """Raise TaskError for what can be told from the names alone, before anything is read."""
     if not names:
         raise TaskError("no task is named: give --tasks, such as gsm8k,boolq, or --text PATH.")
-    tasks = [parse_task(name) for name in names if not name.startswith(TEXT)]
+    tasks = [parse_task(name) for name in names if not name.startswith((TEXT, FORGETTING))]
     known = {task.name for task in tasks} | {str(task) for task in tasks}
     for name in asking.data:
         if name and name not in known:
@@ -139,7 +152,8 @@ def check_names(names: Sequence[str], asking: Asking) -> None:
             raise TaskError(f"task {task.name!r} has nothing to grade answers by.")
         if task.runs_code and not asking.run_code:
             raise TaskError(
-                f"task {task.name!r} runs programs that the model writes: allow it with --allow-code-execution."
+                f"task {task.name!r} runs programs that the model writes: allow it with --allow-code-execution, "
+                "in a run with evaluation.allow_code_execution=true."
             )
 
 
@@ -161,20 +175,23 @@ def split_names(text: str) -> list[str]:
     return names
 
 
-def _planned(name: str, target: Target, asking: Asking, notes: list[str]) -> _Job:
+def _planned(name: str, target: Target, asking: Asking, notes: list[str]) -> Job:
     """Return a task checked and read: through lm-eval where it asks what is wanted, else in headstart's own way."""
-    if name.startswith(TEXT):
-        path = Path(name.removeprefix(TEXT)).expanduser()
-        if target.labels:
-            raise TaskError(f"{target.name} is a classifier: it has no loss on a text.")
-        texts = read_text(path)
-        return _Job(f"{TEXT}{path.name}", "headstart", _digest(texts), texts=texts)
+    for prefix in (TEXT, FORGETTING):
+        if name.startswith(prefix):
+            if target.labels:
+                raise TaskError(f"{target.name} is a classifier: it has no loss on a text.")
+            if prefix == FORGETTING:
+                target.untrained()
+            text = name.removeprefix(prefix)
+            texts = read_texts(text, asking.split)
+            return Job(f"{prefix}{Path(text).name}", "headstart", _digest(texts), texts=texts)
     task = parse_task(name)
     classes = task.kind != "text"
     if target.labels and (not classes or (len(task.labels) or 1) != target.labels):
         raise TaskError(f"{target.name} tells {target.labels} classes, so task {name!r} can't be asked of it.")
     source = asking.data.get(name, asking.data.get(task.name, asking.data.get("")))
-    draft = _Job(str(task), "lm-eval", None, task)
+    draft = Job(str(task), "lm-eval", None, task)
     reason = _own_reason(task, source, target, asking)
     if reason is None:
         try:
@@ -226,17 +243,57 @@ def _own_reason(task: Task, source: str | None, target: Target, asking: Asking) 
     return None
 
 
-def _all_asked(target: Target, jobs: Sequence[_Job], asking: Asking, folder: Path, show: Show) -> dict[str, Figure]:
+def _asked_of(target: Target, jobs: Sequence[Job], asking: Asking, folder: Path, show: Show) -> dict[str, Figure]:
     """Ask what isn't done yet; the model is loaded where there is something."""
+    todo = [job for job in jobs if _done(folder / job.folder) is None]
+    if not todo:
+        return all_asked(jobs, None, asking, folder, target.max_length, show)
+    if not any(job.name.startswith(FORGETTING) for job in todo):
+        return all_asked(jobs, target.load(), asking, folder, target.max_length, show)
+    base, tokenizer = target.untrained().load()
+    ask_base(todo, (base, tokenizer), asking, folder, show)
+    if target.adapter is not None:
+        return all_asked(jobs, (target.adapted(base), tokenizer), asking, folder, target.max_length, show)
+    del base
+    return all_asked(jobs, target.load(), asking, folder, target.max_length, show)
+
+
+def ask_base(jobs: Sequence[Job], loaded: tuple[Any, Any], asking: Asking, folder: Path, show: Show) -> None:
+    """Measure and keep what :func:`all_asked` wants of the base model for those tasks that compare with it."""
+    _check_texts(loaded[0], jobs)
+    for job in jobs:
+        if job.name.startswith(FORGETTING):
+            (folder / job.folder).mkdir(parents=True, exist_ok=True)
+            measure_starts(Asker(*loaded, folder / job.folder, asking, None, show), job.texts)
+
+
+def all_asked(
+    jobs: Sequence[Job],
+    loaded: tuple[Any, Any] | None,
+    asking: Asking,
+    folder: Path,
+    max_length: int | None = None,
+    show: Show = silent,
+) -> dict[str, Figure]:
+    """Return figures by "task/metric", of tasks that are done and of those that are asked now.
+
+    Args:
+        jobs: of :func:`planned`.
+        loaded: the model, in evaluation mode, and its tokenizer; None where all is done.
+        asking: how.
+        folder: gets a folder for each task.
+        max_length: of what a classifier is given, in tokens.
+        show: draws progress.
+    """
     figures: dict[str, Figure] = {}
-    loaded: tuple[Any, Any] | None = None
+    model, tokenizer = loaded or (None, None)
+    _check_texts(model, jobs)
     for job in jobs:
         place = folder / job.folder
         own = _done(place)
         if own is None:
-            loaded = loaded or target.load()
             place.mkdir(parents=True, exist_ok=True)
-            asker = Asker(*loaded, place, asking, target.max_length, show)
+            asker = Asker(model, tokenizer, place, asking, max_length, show)
             if job.recipe:
                 write_whole(place / "task.yaml", job.recipe)
             records, own = _asked(job, asker)
@@ -247,10 +304,15 @@ def _all_asked(target: Target, jobs: Sequence[_Job], asking: Asking, folder: Pat
     return figures
 
 
-def _asked(job: _Job, asker: Asker) -> Measured:
+def _check_texts(model: Any, jobs: Sequence[Job]) -> None:
+    if model is not None and model.config.is_encoder_decoder and any(job.texts for job in jobs):
+        raise TaskError("the model is an encoder-decoder: it has no loss on a running text.")
+
+
+def _asked(job: Job, asker: Asker) -> Measured:
     """Ask one task."""
     if job.task is None:
-        return text_loss(asker, job.texts)
+        return (forgotten if job.name.startswith(FORGETTING) else text_loss)(asker, job.texts)
     if job.tasks:
         return measured(asker, job.tasks)
     if job.task.kind != "text":
@@ -258,7 +320,7 @@ def _asked(job: _Job, asker: Asker) -> Measured:
     return (compared if asker.asking.likelihood else generated)(asker, job.task, job.examples)
 
 
-def _settings(target: Target, jobs: Sequence[_Job], asking: Asking) -> dict[str, Any]:
+def _settings(target: Target, jobs: Sequence[Job], asking: Asking) -> dict[str, Any]:
     """Return what the figures depend on, as JSON has it."""
     settings = asdict(asking)
     for name in ("data", "batch_size", "run_code"):

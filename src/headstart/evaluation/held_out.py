@@ -14,6 +14,7 @@ from torch.nn import functional
 from headstart.evaluation.answers import evaluating
 from headstart.progress import Show, silent
 from headstart.statistics.batches import IGNORED
+from headstart.statistics.losses import predicted
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def held_out(
         step: see there.
     """
     model, device = trainer.model, next(trainer.model.parameters()).device
+    encoder_decoder = model.config.is_encoder_decoder
     losses: list[Tensor] = []
     weights: list[Tensor] = []
     logits: list[Tensor] = []
@@ -64,14 +66,17 @@ def held_out(
         for batch in _batches(trainer):
             moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
             wanted = moved.pop("labels")
+            # An encoder-decoder makes its decoder's input of the labels.
+            given = moved | ({"labels": wanted} if encoder_decoder else {})
             with trainer.accelerator.autocast():
-                outputs = model(**moved).logits.float()
+                outputs = model(**given).logits.float()
             if outputs.dim() == 3:
+                targets = predicted(wanted, shifted=not encoder_decoder)
                 tokens = functional.cross_entropy(
-                    outputs[:, :-1].flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+                    outputs.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
                 ).reshape(len(wanted), -1)
                 losses.append(tokens.sum(1).cpu())
-                weights.append((wanted[:, 1:] != IGNORED).sum(1).cpu())
+                weights.append((targets != IGNORED).sum(1).cpu())
             else:
                 losses.append(_labelled_losses(outputs, wanted, regression).cpu())
                 weights.append(torch.ones(len(wanted), dtype=torch.long, device="cpu"))

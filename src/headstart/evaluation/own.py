@@ -1,8 +1,7 @@
-"""What is asked in headstart's own way: answers, likelihoods of choices, classes, and held-out loss of a text."""
+"""What is asked in headstart's own way: answers, likelihoods of choices, and classes."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +12,14 @@ import torch
 from torch.nn import functional
 
 from headstart.errors import DataError
-from headstart.evaluation.answers import answered, asked, prompt_ids
-from headstart.evaluation.figures import Figure, figure, loss_figure, score_figures
+from headstart.evaluation.answers import answered, asked, padded, prompt_ids
+from headstart.evaluation.figures import Figure, figure, score_figures
 from headstart.evaluation.sandbox import run_programs
 from headstart.progress import Show
+from headstart.statistics.batches import IGNORED
 from headstart.tasks.base import Example, Run, Task
 
 Measured = tuple[list[dict[str, Any]], dict[str, Figure]]
-_WINDOW = 2048
 
 
 Engine = Literal["auto", "lm-eval", "headstart"]
@@ -33,7 +32,8 @@ class Asking:
     Attributes:
         data: files, folders or names of the hub by task; ``""`` is for all that have none of their own.
         split: the tasks' name of what is asked.
-        limit: the first so many items, or windows of a text; None for all.
+        limit: the first so many items; None for all.
+        windows: the first so many windows of a text; None for ``limit``.
         fewshot: examples before each item, through lm-eval; None for as many as its task has.
         engine: "auto" takes lm-eval wherever it has the task, asked as it asks.
         likelihood: in headstart's own way, compare the likelihoods of choices in place of grading answers.
@@ -49,6 +49,7 @@ class Asking:
     data: Mapping[str, str] = field(default_factory=dict)
     split: str = "test"
     limit: int | None = None
+    windows: int | None = None
     fewshot: int | None = None
     engine: Engine = "auto"
     likelihood: bool = False
@@ -69,7 +70,7 @@ class Asker:
         model, tokenizer: loaded, on their device, in evaluation mode.
         folder: for what has been answered so far.
         asking: how.
-        max_length: of what a classifier is given, in tokens; None for 512.
+        max_length: of what a classifier or an encoder is given, in tokens; None for 512, and for all that it takes.
         show: draws progress.
     """
 
@@ -87,6 +88,11 @@ class Asker:
         return int(known or 2**30)
 
     @property
+    def encoder(self) -> int | None:
+        """The tokens that an encoder-decoder is given at most; None of a causal model."""
+        return min(self.max_length or 2**30, self.positions) if self.model.config.is_encoder_decoder else None
+
+    @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
         return next(iter(self.model.parameters())).device
@@ -99,6 +105,7 @@ def generated(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured
         asker.tokenizer,
         [example for example in examples for _ in range(asker.asking.samples)],
         max_new_tokens=asker.asking.max_new_tokens or task.max_new_tokens,
+        encoder=asker.encoder,
         stop=task.stop,
         temperature=asker.asking.temperature,
         seed=asker.asking.seed,
@@ -124,15 +131,17 @@ def compared(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured:
     without = next((example for example in examples if example.completion not in example.choices), None)
     if without is not None:
         raise DataError(f"{without.where}: task {task.name!r} has no choices there to compare.")
-    prompts = [prompt_ids(example, asker.tokenizer) for example in examples]
+    prompts = [prompt_ids(example, asker.tokenizer, encoder=asker.encoder) for example in examples]
 
     def answer(places: list[int]) -> list[list[float]]:
         rows, counts = [], []
         for place in places:
-            choices = [_plain_ids(asker, choice) for choice in examples[place].choices]
+            # Nothing precedes what a decoder writes, so no blank does.
+            texts = [choice if asker.encoder is None else choice.lstrip() for choice in examples[place].choices]
+            choices = [_plain_ids(asker, text) for text in texts]
             rows += [(prompts[place] + choice, len(prompts[place])) for choice in choices]
             counts.append(len(choices))
-        sums = iter(_nats(asker, rows))
+        sums = iter(nats_of(asker, rows))
         return [[-next(sums) for _ in range(count)] for count in counts]
 
     lengths = [len(prompt) for prompt in prompts]
@@ -182,102 +191,19 @@ def classified(asker: Asker, task: Task, examples: Sequence[Example]) -> Measure
     return records, score_figures(task, guesses, labels)
 
 
-def text_loss(asker: Asker, texts: Sequence[str]) -> Measured:
-    """Return the loss on running text, as nats a token and bits a byte; what an adapter has forgotten shows in it.
-
-    Each text is cut into windows whose tokens are each predicted once, from those before it in the window. The first
-    of a text is predicted from the token that begins one, or, of a tokenizer without it, that ends one.
-
-    Args:
-        asker: the model.
-        texts: documents.
-    """
-    length, limit = min(asker.asking.max_length or _WINDOW, asker.positions), asker.asking.limit
-    windows: list[list[int]] = []
-    sizes: list[int] = []
-    for text in texts:
-        for ids, size in _windows(asker.tokenizer, text, length):
-            windows.append(ids)
-            sizes.append(size)
-        if limit is not None and len(windows) >= limit:
-            break
-    windows, sizes = windows[:limit], sizes[:limit]
-    if not windows:
-        raise DataError("the tokenizer makes no token of the held-out text.")
-    nats: list[float] = asked(
-        [len(window) for window in windows],
-        lambda places: _nats(asker, [(windows[place], 1) for place in places]),
-        batch_size=max(1, asker.asking.batch_size // 8),
-        path=asker.folder / "losses.jsonl",
-        progress=lambda _, done, total: asker.show("held-out text", done, total),
-    )
-    tokens = [len(window) - 1 for window in windows]
-    records = [
-        {"tokens": count, "bytes": size, "nats": loss} for count, size, loss in zip(tokens, sizes, nats, strict=True)
-    ]
-    bits = [loss / math.log(2) for loss in nats]
-    return records, {"loss": loss_figure(nats, tokens), "bits_per_byte": loss_figure(bits, sizes)}
-
-
-def read_text(path: Path) -> list[str]:
-    """Return the documents of a file: of JSON lines each row's ``text``, of any other the whole.
-
-    Raises:
-        DataError: it can't be read, is empty, or a line has no text.
-    """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"the text {path} can't be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8.") from error
-    texts = [content]
-    if path.suffix == ".jsonl":
-        texts = []
-        for number, line in enumerate(content.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: the line is not JSON ({error}).") from error
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise DataError(f"{path}, line {number}: there is no field 'text' with a text in it.")
-            texts.append(row["text"])
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise DataError(f"{path}: there is no text in it.")
-    return texts
-
-
-def _windows(tokenizer: Any, text: str, length: int) -> list[tuple[list[int], int]]:
-    """Return a text's windows of tokens, each beginning with the last of the one before, and the bytes they predict."""
-    fast = bool(getattr(tokenizer, "is_fast", False))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
-        raise DataError("the tokenizer has no token that begins or ends a text, so its first token can't be predicted.")
-    ids = [first, *encoded["input_ids"]]
-    count = len(ids) - 1
-    begins = [start for start, _ in encoded["offset_mapping"]] if fast else []
-    if not fast:  # as if all tokens were of one length
-        begins = [len(text) * place // count for place in range(count)]
-    borders = [0, *begins[1:], len(text)]
-    cuts = range(0, count, length - 1)
-    return [
-        (ids[cut : cut + length], len(text[borders[cut] : borders[min(cut + length - 1, count)]].encode()))
-        for cut in cuts
-    ]
-
-
 @torch.no_grad()
-def _nats(asker: Asker, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+def nats_of(asker: Asker, rows: Sequence[tuple[list[int], int]]) -> list[float]:
     """Return the negative log-likelihood of each row's tokens from a place on, which is at least 1."""
-    width = max(len(ids) for ids, _ in rows)
-    padded = [ids + [asker.tokenizer.pad_token_id or 0] * (width - len(ids)) for ids, _ in rows]
-    mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]
-    ids_and_mask = {"input_ids": padded, "attention_mask": mask}
-    batch = {name: torch.tensor(part, dtype=torch.long, device=asker.device) for name, part in ids_and_mask.items()}
+    pad, apart = asker.tokenizer.pad_token_id or 0, asker.encoder is not None
+    read, mask = padded([ids[:start] if apart else ids for ids, start in rows], pad, left=False)
+    batch = {"input_ids": read.to(asker.device), "attention_mask": mask.to(asker.device)}
+    if apart:
+        written, used = padded([ids[start:] for ids, start in rows], pad, left=False)
+        labels = written.masked_fill(used == 0, IGNORED).to(asker.device)
+        losses = functional.cross_entropy(
+            asker.model(**batch, labels=labels).logits.float().transpose(1, 2), labels, reduction="none"
+        )
+        return [float(loss) for loss in losses.double().sum(1)]
     logits = asker.model(**batch).logits
     sums = []
     for row, (ids, start) in zip(logits, rows, strict=True):

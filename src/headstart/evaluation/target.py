@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ class Target:
         labels: how many classes a classifier's head has, 1 of a regression; 0 of a language model.
         dtype: of the weights in memory; ``bits`` below 16 load them quantised.
         revision: of the base model.
-        max_length: of what a classifier is given, in tokens.
+        max_length: of what a classifier or an encoder is given, in tokens.
         seed: of what a classifier's base model lacks and its adapter doesn't hold.
     """
 
@@ -65,27 +65,30 @@ class Target:
         Raises:
             ModelError, CheckpointError: something isn't there, is damaged, or doesn't fit.
         """
-        import torch
+        from headstart.training.wrap import load_placed
+
+        options: dict[str, Any] = {"num_labels": self.labels} if self.labels else {}
+        model, tokenizer = load_placed(
+            self.base,
+            dtype=self.dtype,
+            bits=self.bits,
+            revision=self.revision,
+            seed=self.seed,
+            head="classification" if self.labels else "text",
+            **options,
+        )
+        return self.adapted(model), tokenizer
+
+    def adapted(self, model: Any) -> Any:
+        """Return the base model, loaded, with the adapter on it where there is one.
+
+        Raises:
+            CheckpointError: the adapter is damaged, or doesn't fit.
+        """
         from peft import PeftModel
 
         from headstart.layers.checkpoint import load_checkpoint
-        from headstart.training.models import quantisation, resolve_model
-        from headstart.training.wrap import accelerator
 
-        options: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
-        if self.labels:
-            options["num_labels"] = self.labels
-        if self.bits != 16:
-            options |= {"quantization_config": quantisation(self.bits, self.dtype), "device_map": {"": accelerator()}}
-        torch.manual_seed(self.seed)
-        model: Any
-        model, tokenizer, _ = resolve_model(
-            self.base, dtype=getattr(torch, self.dtype), head="classification" if self.labels else "text", **options
-        )
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
-        if self.bits == 16:
-            model = model.to(accelerator())
         if self.adapter is not None and (self.adapter / RECORD).is_file():
             model = load_checkpoint(model, self.adapter, trainable=False)
         elif self.adapter is not None:
@@ -94,7 +97,23 @@ class Target:
             except (RuntimeError, ValueError, KeyError) as error:
                 reason = str(error).strip().split("\n")[-1].strip().rstrip(".")
                 raise CheckpointError(f"{self.adapter} can't be put on {self.base}: {reason}.") from error
-        return model.eval(), tokenizer
+        return model.eval()
+
+    def untrained(self) -> Target:
+        """Return the model that training began from, which a run and an adapter name.
+
+        Raises:
+            ModelError: this is a whole model, which doesn't say.
+        """
+        if self.adapter is not None:
+            return replace(self, kind="model", adapter=None)
+        if self.kind == "model":
+            raise ModelError(
+                f"{self.name} is a whole model, which doesn't say what it was trained from: give its run or adapter, "
+                "or measure --text of this model and of its base."
+            )
+        model = _settings_of(Path(self.name).expanduser())[1]["model"]
+        return replace(self, kind="model", base=str(model["name"]), revision=model["revision"])
 
 
 def find_target(name: str, *, base: str | None = None, dtype: str | None = None) -> Target:
@@ -132,14 +151,13 @@ def find_target(name: str, *, base: str | None = None, dtype: str | None = None)
 
 
 def _of_run(name: str, folder: Path, base: str | None, dtype: str | None) -> Target:
-    path = folder / "run.json"
+    path, settings = _settings_of(folder)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
         model, trains, seed = settings["model"], settings["trains"], int(settings["seed"])
         task, max_length = settings["data"]["task"], int(settings["batch"]["max_length"])
         given = {"bits": int(model["bits"]), "revision": model["revision"]}
         pretrained, precision = str(model["name"]), dtype or str(model["dtype"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: it holds no run's settings.") from error
     asked = parse_task(task)
     labels = 0 if asked.kind == "text" else len(asked.labels) or 1
@@ -151,6 +169,14 @@ def _of_run(name: str, folder: Path, base: str | None, dtype: str | None) -> Tar
     if adapter:
         return Target(name, "run", base or pretrained, trained, **common, **({} if base else given))
     return Target(name, "run", str(trained), **common)
+
+
+def _settings_of(folder: Path) -> tuple[Path, dict[str, Any]]:
+    path = folder / "run.json"
+    try:
+        return path, dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: it holds no run's settings.") from error
 
 
 def _labels(folder: Path) -> int:

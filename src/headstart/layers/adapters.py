@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
-from headstart.layers.install import LayerForm, install, start_note
+from headstart.layers.install import Subtracting, install, start_note
+from headstart.layers.parts import Part, by_layer
 from headstart.layers.ranks import Starts, set_ranks
 from headstart.layers.vera import find_vera_layers, install_dictionary, vera_adapter
-from headstart.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,14 @@ class Adapter:
     layers: list[TargetLayer]
     form: str | None = None
 
-    def install(self, starts: Starts, form: LayerForm, method: Method, seed: int) -> None:
+    def install(self, starts: Starts, parts: Sequence[Part], subtracting: Subtracting, seed: int) -> None:
         """Put the starts into the layers, and give these the starts' ranks: all of them, or none."""
+        part_of = by_layer(parts)
+        forms = {name: part.form(subtracting) for name, part in part_of.items()}
+        notes = {name: start_note(part.method, seed) for name, part in part_of.items()}
         with ExitStack() as undo:
             starts = set_ranks(self.model, self.name, starts, undo)
-            install(self.model, starts, form, start_note(method, seed))
+            install(self.model, starts, forms, notes)
             undo.pop_all()
 
 
@@ -45,7 +49,7 @@ class VeraAdapter(Adapter):
 
     form: str | None = "shared dictionary"
 
-    def install(self, starts: Starts, form: LayerForm, method: Method, seed: int) -> None:
+    def install(self, starts: Starts, parts: Sequence[Part], subtracting: Subtracting, seed: int) -> None:
         """Put the principal directions of all starts into the dictionary."""
         install_dictionary(starts)
 

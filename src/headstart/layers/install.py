@@ -45,27 +45,31 @@ def check_form(form: str) -> None:
 
 @torch.no_grad()
 def install(
-    model: Any, starts: Sequence[tuple[TargetLayer, Factors]], form: LayerForm, note: dict[str, object]
+    model: Any,
+    starts: Sequence[tuple[TargetLayer, Factors]],
+    forms: Mapping[str, LayerForm],
+    notes: Mapping[str, Mapping[str, object]],
 ) -> None:
     """Install every layer's factors; whatever goes wrong, Ctrl-C included, the model is put back as it was.
 
     Args:
         model: the PEFT model that holds the layers; its config is marked where layers get anchors.
         starts: the layers with their factors.
-        form: "kept", "core", "anchored", which leaves the frozen weights alone, or "residual", which subtracts s B A
-            from them: then the old weights are held until all layers are done, so that they can be put back.
-        note: of :func:`start_note` (see :func:`headstart.layers.find.set_record`).
+        forms: by layer, "kept", "core", "anchored", which leaves the frozen weight alone, or "residual", which
+            subtracts s B A from it: then the old weights are held until all layers are done, so that they can be put
+            back.
+        notes: by layer, of :func:`start_note` (see :func:`headstart.layers.find.set_record`).
     """
     with ExitStack() as undo:
         for target, factors in starts:
             sample = fingerprint(target.module.get_base_layer())
             with full_precision([target.module]):
-                _install_one(target, factors, form, undo)
+                _install_one(target, factors, forms[target.name], undo)
             undo.callback(set_record, target, None)
             frozen = {"frozen": list(factors.frozen)} if factors.frozen else {}
             weight = {} if sample is None else {"weight": sample}
-            set_record(target, {**note, "form": form, **weight, **frozen})
-        if form != "kept":
+            set_record(target, {**notes[target.name], "form": forms[target.name], **weight, **frozen})
+        if any(forms[target.name] != "kept" for target, _ in starts):
             mark_config(model, starts[0][0].adapter, undo)
         undo.pop_all()
 

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 
 from headstart.methods.base import ANY_LAYER, Factors, Form, Layer, Method, Moments, Training, Wants
+from headstart.methods.per_layer import PerLayer
 from headstart.methods.registry import get_method, method_class, method_names, methods_by_class, parse_method, register
 
 # The order of the tables: random, spectral, approximation, inputs, gradient. A file that is not named comes last.
@@ -26,6 +27,7 @@ __all__ = [
     "Layer",
     "Method",
     "Moments",
+    "PerLayer",
     "Training",
     "Wants",
     "get_method",

@@ -151,6 +151,15 @@ class Method(ABC):
         return [self.factors(layer) for layer in layers]
 
     @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that start layers: itself, unless it holds others (:class:`headstart.PerLayer`)."""
+        return (self,)
+
+    def divided(self, names: Sequence[str]) -> list[tuple[Method, list[str]]]:
+        """Return which of ``methods`` starts which of an adapter's layers: itself all of them, by default."""
+        return [(self, list(names))]
+
+    @property
     def shares_ranks(self) -> bool:
         """Whether :meth:`settle` may give layers other ranks than they have."""
         return False

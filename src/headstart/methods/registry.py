@@ -92,10 +92,16 @@ def get_method(name: str, **settings: object) -> Method:
 def parse_method(text: str) -> Method:
     """Make a method from ``name`` or ``name:setting=value,setting=value``, as the command line writes it.
 
-    Values are read as bool, int, float or None where they look like one, else as text.
+    Values are read as bool, int, float or None where they look like one, else as text. Several methods by pattern of
+    layers are ``per-layer:`` and a JSON object: see :class:`headstart.PerLayer`.
 
     Raises:
         MethodError: see :func:`get_method`; also for a part that is not ``setting=value``.
     """
+    name, _, rest = text.strip().partition(":")
+    if name == "per-layer":
+        from headstart.methods.per_layer import PerLayer  # which parses its methods here
+
+        return PerLayer.parse(rest)
     name, settings = parse(text, method_class, MethodError, "init-ab:beta=2")
     return get_method(name, **settings)

@@ -167,7 +167,7 @@ def _train_config(result: Result, run: Run) -> dict[str, Any]:
         "batch_size": run.batch.size * run.batch.accumulation * result.processes,
         "batch_size_eval": 2 * run.batch.size,
         "max_steps": schedule.steps or (steps[-1] if steps else None),
-        "eval_steps": run.evaluation.every,
+        "eval_steps": run.evaluation.every if isinstance(run.evaluation.every, int) else None,
         "compile": False,
         "use_gc": run.gradient_checkpointing,
         "query_template": task.asked("{query}", "", "").prompt if isinstance(task, Instructed) else None,
@@ -215,7 +215,8 @@ def _metrics(result: Result, run: Run) -> list[dict[str, Any]]:
         row |= {"mem allocated avg": window.get("allocated"), "mem reserved avg": window.get("reserved")}
         rows.append(row | {"elapsed time": elapsed})
     if result.status == "done":
-        losses = result.series.get("loss", [])[-(run.evaluation.every or _STEPS) :]
+        every = run.evaluation.every
+        losses = result.series.get("loss", [])[-(every if isinstance(every, int) else _STEPS) :]
         counts = [window["tokens"] for window in windows if "tokens" in window]
         row = {"step": losses[-1][0] if losses else None}
         row |= {"test accuracy": _value(result, "exact_match", "accuracy/end")}

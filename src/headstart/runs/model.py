@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from peft import VeraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
-from headstart.errors import LayerError
+from headstart.errors import LayerError, RunError
 from headstart.runs.tree import Run
 from headstart.tasks.base import Task
-from headstart.training.models import Head, quantisation, resolve_model
-from headstart.training.wrap import accelerator, wrap_lora
-
-_TASK_TYPES = {"text": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+from headstart.training.models import Head
+from headstart.training.wrap import load_placed, wrap_lora
 
 
 def head_of(task: Task) -> Head:
     """Return the head that a task's model has; a regression is a classification with one output."""
     return "text" if task.kind == "text" else "classification"
+
+
+def _task_type(model: Any, task: Task) -> str:
+    """Return PEFT's word for what a model does: of text tasks, what its config says."""
+    if task.kind != "text":
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def load_base(run: Run, task: Task, *, progress: bool = True) -> tuple[Any, Any]:
@@ -31,20 +34,20 @@ def load_base(run: Run, task: Task, *, progress: bool = True) -> tuple[Any, Any]
     Raises:
         ModelError: see :func:`headstart.training.models.resolve_model`; or bitsandbytes is needed and not installed.
     """
-    options: dict[str, Any] = {} if run.model.revision is None else {"revision": run.model.revision}
+    options: dict[str, Any] = {}
     if task.kind != "text":
         options["num_labels"] = 1 if task.kind == "regression" else len(task.labels)
         options["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
-    if run.model.bits != 16:
-        options["quantization_config"] = quantisation(run.model.bits, run.precision)
-        options["device_map"] = {"": accelerator()}
-    torch.manual_seed(run.seed)
-    model, tokenizer, _ = resolve_model(
-        run.model.name, dtype=getattr(torch, run.model.dtype), progress=progress, head=head_of(task), **options
+    model = run.model.model_dump(exclude={"name"})
+    return load_placed(
+        run.model.name,
+        **model,
+        compute=run.precision,
+        head=head_of(task),
+        seed=run.seed,
+        progress=progress,
+        **options,
     )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model if run.model.bits != 16 else model.to(accelerator()), tokenizer
 
 
 def made_ready(model: Any, run: Run, task: Task) -> Any:
@@ -52,7 +55,10 @@ def made_ready(model: Any, run: Run, task: Task) -> Any:
 
     Raises:
         LayerError: the adapter's targets aren't there, or there is no bias.
+        RunError: samples are to be packed, which an encoder-decoder can't tell apart.
     """
+    if run.batch.packing and model.config.is_encoder_decoder:
+        raise RunError(f"batch.packing is for causal language models, and {run.model.name} is an encoder-decoder.")
     if run.trains == "full":
         return model.requires_grad_(True)
     if run.trains == "bitfit":
@@ -60,15 +66,17 @@ def made_ready(model: Any, run: Run, task: Task) -> Any:
         biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
         if not biases:
             raise LayerError("trains=bitfit: the model has no bias.")
-        for parameter in [*biases, *_head_parameters(model, task)]:
+        for parameter in [*biases, *_head_parameters(model, task).values()]:
             parameter.requires_grad_(True)
         return model
     if run.model.bits != 16:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=run.gradient_checkpointing)
     settings = run.adapter
-    common: dict[str, Any] = {"r": settings.r, "task_type": _TASK_TYPES[head_of(task)]}
-    if settings.modules_to_save:
-        common["modules_to_save"] = list(settings.modules_to_save)
+    common: dict[str, Any] = {"r": settings.r, "task_type": _task_type(model, task)}
+    # Of heads, PEFT knows but the commonest names, which T5's and BART's have not.
+    saved = {*settings.modules_to_save, *(name.partition(".")[0] for name in _head_parameters(model, task))}
+    if saved:
+        common["modules_to_save"] = sorted(saved)
     if settings.kind == "vera":
         targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
         try:
@@ -88,8 +96,9 @@ def made_ready(model: Any, run: Run, task: Task) -> Any:
     )
 
 
-def _head_parameters(model: nn.Module, task: Task) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a classifier's head, which was never trained."""
-    if task.kind != "text":
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        yield from (parameter for name, parameter in model.named_parameters() if not name.startswith(prefix))
+def _head_parameters(model: nn.Module, task: Task) -> dict[str, nn.Parameter]:
+    """Return the parameters of a classifier's head, which was never trained, by name."""
+    if task.kind == "text":
+        return {}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(prefix)}

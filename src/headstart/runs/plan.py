@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from headstart.layers.find import lora_layers
+from headstart.layers.parts import divide
 from headstart.methods import Training, parse_method
 from headstart.runs.model import head_of, made_ready
 from headstart.runs.tree import Run
@@ -80,11 +81,12 @@ def planned(run: Run) -> Plan:
         targets = list(lora_layers(model, "default"))
         shapes.update((target.d_out, target.d_in) for target in targets)
         method = parse_method(run.start.method)
-        check(method, targets, Training(first_lr=run.optimizer.lr))
-        if method.form == "core":
-            trainable = head + sum(target.r**2 for target in targets)
-        elif run.trains == "lora-fa":
-            trainable -= sum(count for name, count in names if "lora_A" in name)
+        for part in divide(method, targets) if targets else []:  # a VeRA adapter has none of LoRA's
+            check(part.method, part.layers, Training(first_lr=run.optimizer.lr))
+            if part.method.form == "core":
+                trainable += sum(target.r**2 - target.trainable for target in part.layers)
+            elif run.trains == "lora-fa":
+                trainable -= sum(target.r * target.d_in for target in part.layers)
     width = run.model.bits / 8 if run.model.bits != 16 else _BYTES[run.model.dtype]
     states = 8 if run.optimizer.name == "adamw" else 4 * bool(run.optimizer.momentum)
     memory = {

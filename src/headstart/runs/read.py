@@ -12,12 +12,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from headstart.errors import RunError, nearest
+from headstart.methods import PerLayer
 from headstart.runs.tree import Run
 from headstart.tasks.base import Task
 from headstart.tasks.registry import parse_task
 
 # Shorthands on the command line: the name of a branch stands for its leading setting.
 _LEADING = {"model": "name", "data": "task", "start": "method"}
+
+# Mappings that are one value.
+_METHOD = "start.method"
 
 
 def read_run(source: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Run, dict[str, str]]:
@@ -47,9 +51,9 @@ def read_run(source: str | Path | None, overrides: Sequence[str] = ()) -> tuple[
         if len(parts) == 1 and key in _LEADING and not isinstance(value, Mapping):
             parts.append(_LEADING[key])
         _set(settings, parts, value, override)
-        dotted = ".".join(parts)
+        dotted = ".".join(parts[:2] if parts[:2] == _METHOD.split(".") else parts)
         origins = {known: origin for known, origin in origins.items() if not f"{known}.".startswith(f"{dotted}.")}
-        origins |= {dotted if not deeper else f"{dotted}.{deeper}": override for deeper in _flat_or_self(value)}
+        origins |= dict.fromkeys(_flat({dotted: value}), override)
     return validated(settings, str(source or "the settings")), origins
 
 
@@ -158,6 +162,8 @@ def _yaml_reason(error: Exception) -> str:
 
 
 def _value_of(text: str, override: str) -> Any:
+    if text.startswith(f"{PerLayer.name}:"):
+        return text
     try:
         return yaml.load(text, Loader=_Loader) if text.strip() else None
     except (yaml.YAMLError, RecursionError) as error:
@@ -186,17 +192,13 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in settings.items():
         dotted = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value and not dotted.endswith("_pattern"):
+        if isinstance(value, Mapping) and value and not dotted.endswith(("_pattern", _METHOD)):
             values |= _flat(value, f"{dotted}.")
         elif not prefix and key in _LEADING:
             values[f"{key}.{_LEADING[key]}"] = value
         else:
             values[dotted] = value
     return values
-
-
-def _flat_or_self(value: Any) -> list[str]:
-    return list(_flat(value)) if isinstance(value, Mapping) and value else [""]
 
 
 def _sentence(error: ValidationError) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 
 from headstart.context import Clock, Memory, peak_resident
 from headstart.environment import environment
-from headstart.errors import CheckpointError, DataError, HeadstartError, RunError
+from headstart.errors import CheckpointError, DataError, HeadstartError, HeadstartWarning, RunError
 from headstart.evaluation.figures import Figure, loss_figure, score_figures
 from headstart.evaluation.held_out import HeldOut, held_out
 from headstart.evaluation.own import Asker, Asking, generated
@@ -29,6 +30,7 @@ from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import parse_method
 from headstart.processes import Processes
 from headstart.progress import Show, silent
+from headstart.runs.asked import asked_by
 from headstart.runs.card import write_card
 from headstart.runs.model import load_base, made_ready
 from headstart.runs.read import tasks_of
@@ -84,10 +86,15 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     with clock("data"):
         train, measured = load_examples(run, task, asked)
         to_grade = _to_grade(run, asked, measured.examples)
+        further = asked_by(run, task, folder)
     with clock("model"):
         base, tokenizer = load_base(run, task)
         parameters = sum(parameter.numel() for parameter in base.parameters())
         memory = Memory(next(base.parameters()).device)
+    if further.jobs and Processes.numbered().rank == 0 and read_result(folder / TRAINED) is None:
+        with clock("measurement"):
+            further.base(base, tokenizer, show)
+    with clock("model"):
         model = made_ready(base, run, task)
     with clock("data"):
         trainer = make_trainer(run, task, model, tokenizer, train.examples, measured.examples, folder / SAVES, show)
@@ -99,7 +106,8 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     # No process writes anything before all have read what there was.
     Processes.joined().gather(None)
     if not result.data:
-        result.data, result.warnings = _about_data(run, train, measured, tokenizer)
+        result.data, result.warnings = _about_data(run, train, measured, tokenizer, model)
+        result.warnings += further.notes
     if trained is None:
         _begin(trainer, method, run, folder, result, clock, show)
         if measured.examples and "loss/start" not in result.metrics:
@@ -120,10 +128,12 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     else:
         trainer.model.load_state_dict(_tensors(folder / TRAINED / "model"), strict=False)
     if result.status == "begun" and main:
-        with clock("measurement"):
+        with clock("measurement"), _noting(result.warnings):
             result.metrics |= _measured(trainer, task, show, "end") if measured.examples else {}
             if to_grade:
                 result.metrics |= _graded(trainer.model, tokenizer, run, asked, to_grade, folder, show)
+            if further.jobs:
+                result.metrics |= further.trained(trainer.model, tokenizer, show)
     for stage, seconds in clock.seconds.items():
         result.seconds[stage] = result.seconds.get(stage, 0.0) + seconds
     if result.status == "begun":
@@ -269,6 +279,19 @@ def _graded(
     return figures
 
 
+@contextmanager
+def _noting(sentences: list[str]) -> Iterator[None]:
+    """Add what headstart warns of within the block to the sentences."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", HeadstartWarning)
+        yield
+    for warning in said:
+        if issubclass(warning.category, HeadstartWarning):
+            sentences.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
 def _save(model: Any, tokenizer: Any, run: Run, place: Path) -> None:
     if run.trains not in ("adapter", "lora-fa"):
         model.save_pretrained(place / "model")
@@ -304,13 +327,13 @@ def _take(model: Any, run: Run, place: Path) -> None:
     set_peft_model_state_dict(model, load_peft_weights(str(place), device=str(device)))
 
 
-def _about_data(run: Run, train: Rows, measured: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
+def _about_data(run: Run, train: Rows, measured: Rows, tokenizer: Any, model: Any) -> tuple[dict[str, Any], list[str]]:
     warnings = []
     for what, rows in (("training", train), ("held out", measured)):
         total = len(rows.examples) + len(rows.bad)
         if rows.bad:
             warnings.append(f"{what}: {len(rows.bad)} of {total} rows were left out, the first: {rows.bad[0]}")
-        if rows.examples and (lost := truncated(rows.examples, tokenizer, run.batch.max_length)):
+        if rows.examples and (lost := truncated(rows.examples, tokenizer, model, run.batch.max_length)):
             warnings.append(f"{what}: {lost} of {len(rows.examples)} lost what is beyond {run.batch.max_length} tokens")
     return {"train": _about(train), "held_out": _about(measured)}, warnings
 

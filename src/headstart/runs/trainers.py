@@ -1,4 +1,4 @@
-"""The trainer of a run: TRL's SFTTrainer for text, Transformers' Trainer for classes and numbers."""
+"""The trainer of a run: TRL's SFTTrainer for causal models of text, Transformers' Trainer for all others."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from headstart.errors import DataError, RunError
+from headstart.evaluation.answers import prompt_ids
 from headstart.progress import Show
 from headstart.runs.tree import Run
+from headstart.statistics.batches import IGNORED
 from headstart.tasks.base import Example, Task
 from headstart.training.wrap import accelerator
+
+# Tokens, more than any example has.
+_ALL = 2**30
 
 
 def make_trainer(
@@ -46,10 +57,22 @@ def make_trainer(
         DataError: nothing is left to learn.
     """
     settings = _arguments(run, task, folder)
-    if task.kind == "text":
+    if task.kind == "text" and tokenizer.eos_token is None:
+        raise DataError("the tokenizer has no eos_token; set one, or the model never learns where an answer ends.")
+    if task.kind == "text" and model.config.is_encoder_decoder:
+        trainer: Any = WeightedTrainer(
+            model,
+            TrainingArguments(**settings),
+            train_dataset=_two_sided(train, tokenizer, run.batch.max_length),
+            eval_dataset=_two_sided(held_out, tokenizer, run.batch.max_length),
+            # Without the model, which makes the decoder's input of the labels itself.
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+            processing_class=tokenizer,
+        )
+    elif task.kind == "text":
         trainer = _text_trainer(run, model, tokenizer, train, held_out, settings)
     else:
-        trainer = Trainer(
+        trainer = WeightedTrainer(
             model,
             TrainingArguments(**settings),
             train_dataset=_labelled(train, tokenizer, task, run.batch.max_length),
@@ -82,8 +105,11 @@ def set_optimizer(trainer: Any, run: Run) -> None:
     )
 
 
-def truncated(examples: Sequence[Example], tokenizer: Any, max_length: int) -> int:
-    """Return how many examples are longer than ``max_length`` tokens."""
+def truncated(examples: Sequence[Example], tokenizer: Any, model: Any, max_length: int) -> int:
+    """Return how many examples are longer than ``max_length`` tokens, of an encoder-decoder on either side."""
+    if model.config.is_encoder_decoder and examples[0].completion:
+        sides = [(prompt_ids(one, tokenizer, encoder=_ALL), _target_ids(one, tokenizer)) for one in examples]
+        return sum(max(map(len, both)) > max_length for both in sides)
     chats = [example for example in examples if example.messages is not None]
     plain = [example for example in examples if example.messages is None]
     lengths = [len(tokenizer.apply_chat_template(_chat(example), tokenize=True)["input_ids"]) for example in chats]
@@ -94,6 +120,34 @@ def truncated(examples: Sequence[Example], tokenizer: Any, max_length: int) -> i
         # The end of the sequence is a token, too.
         lengths += [len(row) + bool(example.completion) for row, example in zip(ids, plain, strict=True)]
     return sum(length > max_length for length in lengths)
+
+
+class WeightedTrainer(Trainer):
+    """Weights each batch's mean loss by its share of the labels that a step sees, in all batches and processes.
+
+    Transformers leaves that to the model wherever its forward takes further arguments; encoder-decoders and
+    classifiers take them and return the batch's own mean nevertheless, whose sum would count as the step's loss.
+
+    Attributes:
+        loss_of_the_model: the model's own loss is what is weighted, so that starts may read it as the model's.
+    """
+
+    loss_of_the_model = True
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.model_accepts_loss_kwargs = True  # so that the labels are counted, whatever the model takes
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the batch's share of the step's mean; its own mean where ``num_items_in_batch`` is None."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if num_items_in_batch is not None:
+            # Gradients are averaged over processes, each of which has counted the labels of all.
+            own = (inputs["labels"] != IGNORED).sum() * self.accelerator.num_processes
+            loss = loss * (own / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
 
 class Watch(TrainerCallback):
@@ -212,8 +266,6 @@ def _text_trainer(
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
         raise RunError('training on text needs TRL: pip install "headstart[train]".') from error
-    if tokenizer.eos_token is None:
-        raise DataError("the tokenizer has no eos_token; set one, or the model never learns where an answer ends.")
     arguments = SFTConfig(
         **settings,
         max_length=run.batch.max_length,
@@ -256,6 +308,22 @@ def _chat(example: Example) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in example.messages or ()]
 
 
+def _two_sided(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Dataset | None:
+    """Return what an encoder reads and what its decoder is to write, each of at most ``max_length`` tokens."""
+    if not examples:
+        return None
+    sources = [prompt_ids(example, tokenizer, encoder=max_length) for example in examples]
+    targets = [_target_ids(example, tokenizer)[:max_length] for example in examples]
+    masks = [[1] * len(source) for source in sources]
+    return Dataset.from_dict({"input_ids": sources, "attention_mask": masks, "labels": targets})
+
+
+def _target_ids(example: Example, tokenizer: Any) -> list[int]:
+    """Return a decoder's tokens: the completion without the blank before it, which nothing precedes, and its end."""
+    ids = list(tokenizer(text_target=example.completion.lstrip())["input_ids"])
+    return ids if tokenizer.eos_token_id in ids else [*ids, tokenizer.eos_token_id]
+
+
 def _labelled(examples: Sequence[Example], tokenizer: Any, task: Task, max_length: int) -> Dataset | None:
     if not examples:
         return None
@@ -277,9 +345,14 @@ def _arguments(run: Run, task: Task, folder: Path) -> dict[str, Any]:
     if schedule.steps is not None:
         length = {"max_steps": schedule.steps}
     measured: dict[str, Any] = {"eval_strategy": "no"}
-    if evaluation.every is not None:
+    saves: dict[str, Any] = {"save_steps": max(10, math.ceil(schedule.steps / 10)) if schedule.steps else 200}
+    if evaluation.every == "epoch":
+        measured = {"eval_strategy": "epoch"}
+        # The best state can only be told where each that is measured is saved, and Transformers wants no others.
+        saves = {"save_strategy": "epoch"} if evaluation.keep == "best" else saves
+    elif evaluation.every is not None:
         measured = {"eval_strategy": "steps", "eval_steps": evaluation.every}
-    saves = evaluation.every or (max(10, math.ceil(schedule.steps / 10)) if schedule.steps else 200)
+        saves = {"save_steps": evaluation.every}
     checkpointing: dict[str, Any] = {}
     if run.gradient_checkpointing:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -296,7 +369,7 @@ def _arguments(run: Run, task: Task, folder: Path) -> dict[str, Any]:
         **length,
         **measured,
         **best,
-        "save_steps": saves,
+        **saves,
         "save_total_limit": 2,
         "per_device_train_batch_size": run.batch.size,
         "per_device_eval_batch_size": run.batch.size,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from headstart.layers.install import Subtracting
+from headstart.methods.per_layer import spelled
 
 # Raise where the meaning of a setting changes, so that earlier runs aren't taken for these.
 SCHEMA = 1
@@ -29,6 +30,25 @@ def _number(value: Any) -> Any:
 
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
+
+
+def _of_layers(value: Any) -> Any:
+    """Return methods by pattern as one text, which keeps their order, in which the first that fits wins."""
+    if not isinstance(value, dict):
+        return value
+    if odd := next((item for item in value.items() if not all(isinstance(part, str) for part in item)), None):
+        raise ValueError(f"{odd[0]!r} stands for {odd[1]!r}: write a pattern of layers and its method, as text")
+    return spelled(value)
+
+
+def _for_all(value: Any) -> Any:
+    return {"": value} if isinstance(value, str) else value
+
+
+def _steps_or_epoch(value: Any) -> Any:
+    if value in (None, "epoch") or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"{value!r} is neither a whole number of steps nor 'epoch'")
 
 
 Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
@@ -103,12 +123,14 @@ class Start(Node):
     """How the factors start.
 
     Attributes:
-        method: its name with settings, such as ``pissa`` or ``lora-da:samples=64``; see ``headstart methods``.
+        method: its name with settings, such as ``pissa`` or ``lora-da:samples=64`` (see ``headstart methods``); or a
+            mapping of these by pattern of layers, such as ``{"q_proj|v_proj": pissa, "*": lora}``
+            (:class:`headstart.PerLayer`), which is held as text.
         form: of starts that must not change the model: "anchored" or "residual".
         memory_budget: for what a pass over the data sums, such as "6GiB"; None for half of what is free.
     """
 
-    method: str = "lora"
+    method: Annotated[str, BeforeValidator(_of_layers)] = "lora"
     form: Subtracting = "anchored"
     memory_budget: str | None = None
 
@@ -180,16 +202,28 @@ class Evaluation(Node):
     """What is measured, and when.
 
     Attributes:
-        every: steps between held-out losses during training; None for none.
+        every: steps from one held-out loss to the next during training, or "epoch"; None for none.
         keep: the state after the last step, or that of the best held-out loss, or of a classifier the best metric.
         graded_examples: how many of the held-out examples are answered and graded at the end.
+        tasks: what else is graded at the end, as ``headstart eval`` does; figures are named "task/metric".
+        data: files, folders or hub names in place of these tasks' own, by task; a name alone is for all of them.
+        limit: of these tasks' items the first so many; None for all.
+        forgetting: a text, a file or a hub name, whose loss is measured of the base model and at the end.
+        forgetting_windows: its first so many windows of ``batch.max_length`` tokens.
         max_new_tokens: for each answer; None for the task's own.
+        allow_code_execution: run programs that the model writes, confined, for tasks that grade such.
     """
 
-    every: Positive | None = None
+    every: Annotated[int | Literal["epoch"] | None, BeforeValidator(_steps_or_epoch)] = None
     keep: Literal["last", "best"] = "last"
     graded_examples: Annotated[int, Field(ge=0)] = 0
+    tasks: Words = ()
+    data: Annotated[dict[str, str], BeforeValidator(_for_all)] = {}
+    limit: Positive | None = None
+    forgetting: str | None = None
+    forgetting_windows: Positive = 256
     max_new_tokens: Positive | None = None
+    allow_code_execution: bool = False
 
     @model_validator(mode="after")
     def _measured(self) -> Evaluation:
@@ -242,6 +276,8 @@ class Run(Node):
             raise ValueError("model.dtype=float16 trains with precision=float16 alone, which scales the loss")
         if self.optimizer.name == "sgd" and self.optimizer.lora_plus is not None:
             raise ValueError("optimizer.lora_plus is made for adamw")
+        if self.evaluation.every and not (self.data.held_out_examples or self.evaluation.graded_examples):
+            raise ValueError("evaluation.every has nothing to measure: give data.held_out_examples")
         return self
 
     @property

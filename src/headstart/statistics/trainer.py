@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 from transformers import Trainer
 
 from headstart.errors import DataError
@@ -100,18 +100,22 @@ def _chosen(dataset: Any, samples: int, seed: int) -> Iterable[Any]:
         return islice(iter(dataset), samples)
     generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator, dtype=torch.int64, device="cpu")[:samples].tolist()
-    return (dataset[place] for place in order)  # type: ignore[index] # a map-style data set
+    # Of several methods each reads them from the beginning.
+    places: Any = dataset
+    chosen: Any = Subset(places, order)
+    return cast("Iterable[Any]", chosen)
 
 
 def _loss(trainer: Any) -> Loss | None:
     """Return the trainer's loss, None where that is the model's own."""
     custom = trainer.compute_loss_func is not None or trainer.label_smoother is not None
-    if type(trainer).compute_loss is Trainer.compute_loss and not custom:
+    plain = getattr(trainer, "loss_of_the_model", type(trainer).compute_loss is Trainer.compute_loss)
+    if plain and not custom:
         return None
     sft = any(cls.__name__ == "SFTTrainer" for cls in type(trainer).__mro__)
     own_compute = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
-    plain = sft and own_compute.__name__ == "SFTTrainer" and not custom
-    if plain and trainer.args.loss_type in _PLAIN_LOSSES and not getattr(trainer, "aux_loss_enabled", False):
+    plain_sft = sft and own_compute.__name__ == "SFTTrainer" and not custom
+    if plain_sft and trainer.args.loss_type in _PLAIN_LOSSES and not getattr(trainer, "aux_loss_enabled", False):
         return None
 
     def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:

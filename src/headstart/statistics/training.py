@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field, replace
+from itertools import tee
 from typing import Any
 
 from headstart.errors import MethodError
@@ -51,6 +52,12 @@ class TrainingData:
         batches: Any = data
         training = Training(_known_length(batches, collator, processes))
         return cls(batches, collator, batch_size, loss, training=training)
+
+    def copies(self, count: int) -> list[TrainingData]:
+        """Return so many of itself, each of which reads all of the data, even where they can be iterated once only."""
+        if count == 1 or not isinstance(self.batches, Iterator):
+            return [self] * count
+        return [replace(self, batches=batches) for batches in tee(self.batches, count)]
 
 
 def _known_length(data: Iterable[Any] | None, collator: object, processes: Processes) -> int | None:

@@ -42,11 +42,13 @@ def assemble(maker: Maker, work: Work, out: Path, finished: Finished, force: boo
         digest = write_file(staged / WEIGHTS, planned, {"format": "pt"})
         model = maker.skeleton.model
         with ExitStack() as undo:
-            if maker.form != "kept":
-                mark_config(model, ADAPTER, undo, dict.fromkeys(names, maker.form))
+            if set(maker.forms.values()) != {"kept"}:
+                # A kept layer is a plain one.
+                plain = {name: None if form == "kept" else form for name, form in maker.forms.items()}
+                mark_config(model, ADAPTER, undo, plain)
             save_config(portable_config(model, ADAPTER), staged)
         write_record(staged, digest, dict(zip(names, records, strict=True)))
-        if maker.form == "residual":
+        if maker.residual:
             base = staged / FOLDER
             base.mkdir()
             move_model(work, maker.source.folder, finished.shards, base)

