@@ -17,7 +17,10 @@ from typing import Any
 import torch
 
 from headstart.tasks.base import Example
-from headstart.training.data import batches, load_examples, tokenize_examples
+from headstart.tasks.registry import parse_task
+from headstart.tasks.rows import read
+from headstart.tasks.text import Text
+from headstart.training.data import batches, tokenize_examples
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
@@ -96,13 +99,10 @@ def machine(precision: str = "float32") -> str:
 
 def gsm8k_or_problems(count: int) -> tuple[list[Example], str]:
     """Return training examples: GSM8K where the data folder is beside the checkout, else the built-in problems."""
-    from headstart.tasks.word_problems import generate_problems
-    from headstart.training.data import example_from_record
-
     folder = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "gsm8k"
     if folder.is_dir():
-        return load_examples(folder, limit=count), "GSM8K"
-    return [example_from_record(problem) for problem in generate_problems(count, seed=0)], "built-in problems"
+        return read(Text(), folder, limit=count).examples, "GSM8K"
+    return read(parse_task(f"problems:size={count}")).examples, "built-in problems"
 
 
 def token_batches(count: int, batch_size: int, tokenizer: Any) -> tuple[list[dict[str, torch.Tensor]], str]:

@@ -26,8 +26,8 @@ from bench.harness import write
 from bench.study_claims import claims
 from bench.study_tables import TITLES as STUDIES
 from bench.study_tables import Run, arguments, measured, paragraphs, read_runs, run_all, spelled, summary
+from headstart.evaluation.answers import evaluating
 from headstart.methods import parse_method
-from headstart.training.evaluate import evaluating
 from headstart.training.wrap import accelerator, wrap_lora
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "glue"

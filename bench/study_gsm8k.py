@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from headstart.training.recipe import Recipe
+from headstart.training.run import Material
+from headstart.training.run import run as run_method
 from transformers.utils import logging
 
 import headstart as hs
 from bench.harness import table, write
 from bench.study_claims import claims
 from bench.study_tables import TITLES, Run, arguments, measured, paragraphs, path_of, pooled, run_all, spelled, summary
+from headstart.evaluation.answers import evaluating
 from headstart.methods import parse_method
 from headstart.statistics.batches import IGNORED
 from headstart.tasks.base import Example
 from headstart.training.data import batches, load_examples, tokenize_examples
-from headstart.training.evaluate import evaluating
 from headstart.training.models import resolve_model
-from headstart.training.recipe import Recipe
-from headstart.training.run import Material
-from headstart.training.run import run as run_method
 from headstart.training.wrap import accelerator
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "gsm8k"

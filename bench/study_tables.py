@@ -23,8 +23,8 @@ import torch
 
 from bench.harness import table
 from headstart.errors import MethodError
+from headstart.evaluation.intervals import wilson
 from headstart.methods import parse_method
-from headstart.study.tables import wilson
 
 BASELINE = "lora"
 Run = dict[str, Any]

@@ -1,20 +1,19 @@
 from __future__ import annotations
 
-import builtins
+import dataclasses
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from headstart.errors import DataError
+from headstart.errors import DataError, HeadstartWarning
 from headstart.tasks.base import Example, Message
-from headstart.training.data import batches, collate, example_from_record, load_examples, render, tokenize_examples
+from headstart.tasks.rows import read
+from headstart.tasks.text import Text
+from headstart.training.data import batches, collate, render, tokenize_examples
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
@@ -51,31 +50,12 @@ def test_three_ways_to_write_an_example(tmp_path: Path) -> None:
             ]
         },
     )
-    assert load_examples(path) == [
+    examples = [dataclasses.replace(example, where="") for example in read(Text(), path).examples]
+    assert examples == [
         Example("2 + 2 =", " 4"),
         Example("Question: How many?\nAnswer:", " 48/2 = 24 pens.\n#### 1,024", reference="1024"),
         Example("Hi", "#### 5", (Message("user", "Hi"), Message("assistant", "#### 5")), reference="5"),
     ]
-    assert load_examples(str(path), limit=1) == [Example("2 + 2 =", " 4")]
-
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5), st.booleans(), st.booleans())
-def test_what_is_written_is_read(tmp_path: Path, pairs: list[tuple[str, str]], ascii_only: bool, crlf: bool) -> None:
-    end = "\r\n" if crlf else "\n"
-    lines = (json.dumps({"prompt": p, "completion": c}, ensure_ascii=ascii_only) for p, c in pairs)
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(end.join(lines).encode())
-    assert [(example.prompt, example.completion) for example in load_examples(path)] == pairs
-
-
-def test_blank_lines_and_a_byte_order_mark_are_no_trouble(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf\n{"prompt": "a", "completion": "b"}\n\n')
-    assert load_examples(path) == [Example("a", "b")]
 
 
 GOOD = '{"prompt": "a", "completion": "b"}'
@@ -119,72 +99,10 @@ GOOD = '{"prompt": "a", "completion": "b"}'
 def test_a_bad_line_is_named_with_its_file_and_number(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n", encoding="utf-8")
-    with pytest.raises(DataError, match=message) as caught:
-        load_examples(path)
-    assert str(caught.value).startswith(f"{path}, line 3: ")
-    assert load_examples(path, limit=1)
-
-
-def test_other_bad_files(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(DataError, match="line 1: the line is not UTF-8"):
-        load_examples(path)
-    path.write_bytes(b"\n\n")
-    with pytest.raises(DataError, match=r"data\.jsonl: there are no examples in it"):
-        load_examples(path)
-    with pytest.raises(DataError, match="at least 1, not 0"):
-        load_examples(path, limit=0)
-    for absent in (tmp_path / "absent.jsonl", "data/absent.jsonl", "./absent", "absent.json", Path("a/b")):
-        with pytest.raises(DataError, match="does not exist"):
-            load_examples(absent)
-
-
-def test_the_split_chooses_the_file_of_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no train\.jsonl for the split 'train'; it holds no \.jsonl file at all"):
-        load_examples(tmp_path)
-    write(tmp_path / "train.jsonl", {"prompt": "a", "completion": "b"})
-    write(tmp_path / "test.jsonl", {"prompt": "c", "completion": "d"})
-    assert load_examples(tmp_path) == [Example("a", "b")]
-    assert load_examples(tmp_path, split="test") == [Example("c", "d")]
-    with pytest.raises(DataError, match=r"no dev\.jsonl .*it holds test\.jsonl, train\.jsonl"):
-        load_examples(tmp_path, split="dev")
-
-
-def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load_dataset(*args: object, **options: object) -> datasets.Dataset:
-        asked.append((args, options))
-        return datasets.Dataset.from_list([{"question": "q", "answer": "#### 1", "id": 7}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    expected = [Example("Question: q\nAnswer:", " #### 1", reference="1")]
-    assert load_examples("openai/gsm8k:main", split="test", limit=5) == expected
-    assert load_examples("openai/gsm8k") == expected
-    assert asked == [
-        (("openai/gsm8k", "main"), {"split": "test[:5]"}),
-        (("openai/gsm8k", None), {"split": "train"}),
-    ]
-
-
-def test_a_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **options: object) -> None:
-        raise ConnectionError("no network\nlong advice")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError, match=r"no file or folder 'a/b', and .*split 'train' \(no network\)\.$"):
-        load_examples("a/b")
-    real = builtins.__import__
-
-    def without_datasets(name: str, *args: object) -> object:
-        if name == "datasets":
-            raise ImportError(name)
-        return real(name, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", without_datasets)
-    with pytest.raises(DataError, match=r'pip install "headstart\[study\]"'):
-        load_examples("a/b")
+    with pytest.warns(HeadstartWarning, match=message) as caught:
+        rows = read(Text(), path)
+    assert str(caught[0].message).startswith(f"{path}: 1 of 3 rows are left out: {path}, line 3: ")
+    assert len(rows.examples) == 2
 
 
 def test_only_completion_and_end_are_learned(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -234,7 +152,7 @@ CHAT = {
 
 
 def test_of_a_chat_the_last_assistant_message_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
-    example = example_from_record(CHAT)
+    example = Text().example(CHAT)
     with pytest.raises(DataError, match="no chat template"):
         tokenize_examples([example], tokenizer, max_length=99)
     tokenizer.chat_template = TEMPLATE
@@ -249,7 +167,7 @@ def test_of_a_chat_the_last_assistant_message_is_learned(tokenizer: PreTrainedTo
 
 
 def test_templates_that_will_not_do(tokenizer: PreTrainedTokenizerBase) -> None:
-    example = example_from_record(CHAT)
+    example = Text().example(CHAT)
     tokenizer.chat_template = "{{ messages | length }}"
     with pytest.raises(DataError, match="changes the prompt"):
         render(example, tokenizer)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import pytest
 from peft import LoraConfig
 
 from conftest import logits, tiny_llama
-from headstart.errors import HeadstartError
+from headstart.errors import RunError
+from headstart.runs.tree import Run
 from headstart.stream import load_residual, stream_start
-from headstart.study.compare import compare, start_over
-from headstart.study.comparison import Comparison
-from headstart.training.run import Result
+from headstart.study.compare import compare, runs_of, start_over
 
 
 @pytest.fixture(scope="module")
@@ -52,35 +50,23 @@ def test_a_streamed_start_replaces_a_streamed_start(others, folder, tmp_path, ba
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out"]
 
 
-def result(folder, method):
-    folder.mkdir(parents=True)
-    found = Result(method, 1.0, 0.5, 10, 0.1, 0.2, 0)
-    (folder / "result.json").write_text(json.dumps(asdict(found)))
-    return found
-
-
 def test_a_comparison_that_starts_over_deletes_its_runs_alone(tmp_path):
-    earlier = Comparison(model="a", methods=("lora", "pissa"))
-    (tmp_path / "comparison.json").write_text(json.dumps(asdict(earlier)))
-    for method in earlier.methods:
-        result(tmp_path / method, method)
-    result(tmp_path / "olora", "olora")  # of a comparison before that one
-    result(tmp_path / "another", "lora")  # of no comparison here: it has another name than its method
-    (tmp_path / "milora").mkdir()
-    (tmp_path / "lora" / "checkpoint").mkdir()
-    (tmp_path / "lora" / "checkpoint" / "adapter_config.json").write_text("{}")
-    (tmp_path / "pissa" / "checkpoint").mkdir()
-    (tmp_path / "pissa" / "checkpoint" / "notes").write_text("mine")
-    (tmp_path / "pissa" / "trainer" / "checkpoint-10").mkdir(parents=True)
+    base = Run()
+    for name, run in runs_of(base, ("lora", "pissa")).items():
+        place = tmp_path / name
+        (place / "trained" / "checkpoint").mkdir(parents=True)
+        for file in ("result.json", "items.json", "trained/checkpoint/adapter_config.json"):
+            (place / file).write_text("{}")
+        noted = {"key": run.key, "settings": run.model_dump(mode="json")}
+        (place / "run.json").write_text(json.dumps(noted))
+    (tmp_path / "pissa" / "notes").write_text("mine")
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "result.json").write_text("of no run")
     for name in ("table.md", "report.html", "notes"):
         (tmp_path / name).write_text("")
-    later = Comparison(model="b", methods=("milora",))
-    with pytest.raises(HeadstartError, match="other settings"):
-        compare(later, tmp_path, lambda: pytest.fail("it is refused"))
-    start_over(tmp_path, later)
-    assert names(tmp_path) == ["another/result.json", "comparison.json", "notes", "pissa/checkpoint/notes"]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["another", "milora", "pissa"]
-    assert json.loads((tmp_path / "comparison.json").read_text())["model"] == "b"
-    (tmp_path / "milora").rmdir()
-    found = result(tmp_path / "milora", "milora")
-    assert compare(later, tmp_path, lambda: pytest.fail("all is done")) == [found]
+    later = base.model_copy(update={"seed": 1})
+    with pytest.raises(RunError, match=r"other settings \(seed\)"):
+        compare(later, ("milora",), tmp_path)
+    start_over(tmp_path)
+    assert names(tmp_path) == ["another/result.json", "notes", "pissa/notes"]
+    assert not (tmp_path / "lora").exists()

@@ -21,7 +21,7 @@ from children import ended, forked
 from conftest import perturb, tiny_llama, word_tokenizer
 from headstart.cli import main
 from headstart.layers import files
-from headstart.training.run import _last_save
+from headstart.runs.stages import _last_save
 from programs import train as program
 from programs.train import FORMS
 
@@ -95,7 +95,7 @@ def test_a_comparison_that_is_killed_goes_on(small, tmp_path):
     process = subprocess.Popen([*small, str(cut)], env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     # It saves every ten of its 40 steps: once the second method has a save, the end of its training is not far.
     deadline = time.monotonic() + 240
-    while not _last_save(cut / "lora-xs_std=0.01" / "trainer", 40) and time.monotonic() < deadline:
+    while not _last_save(cut / "lora-xs_std=0.01" / "trainer") and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(chance.uniform(0, 0.2))
     process.send_signal(signal.SIGKILL)
@@ -108,18 +108,18 @@ def test_a_comparison_that_is_killed_goes_on(small, tmp_path):
     main([*small[3:], str(tmp_path / "uncut")])
     for method in ("pissa", "lora-xs_std=0.01"):
         mine, theirs = (json.loads((out / method / "result.json").read_text()) for out in (cut, tmp_path / "uncut"))
-        assert len(theirs["losses"]) == 40
-        for key in ("losses", "start_loss", "final_loss", "right"):
+        assert len(theirs["series"]["loss"]) == 40
+        for key in ("series", "metrics"):
             assert mine[key] == theirs[key], key
 
 
 def test_a_save_that_was_cut_short_is_passed_over(tmp_path):
     """The Trainer's state is the last file of a save, and a kill may leave half of it."""
-    for step, state in ((10, "{}"), (20, '{"best_metric": nul'), (30, None)):
+    for step, state in ((10, '{"global_step": 10, "max_steps": 40}'), (20, '{"best_metric": nul'), (30, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert _last_save(tmp_path, 40) == str(tmp_path / "checkpoint-10")
+    assert _last_save(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that is killed is forked")

@@ -24,15 +24,9 @@ from headstart.cli.options import (
 )
 from headstart.files import write_whole
 from headstart.progress import progress_bars
-from headstart.study.comparison import Comparison
-from headstart.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from headstart.training.run import Result
-
-# The defaults are those of the two dataclasses, so that a comparison made in Python is the same.
-_COMPARISON = Comparison(model="smollm2")
-_RECIPE = _COMPARISON.recipe
+    from headstart.runs.result import Result
 
 
 @app.command()
@@ -40,98 +34,93 @@ def compare(
     model: Model = "smollm2",
     methods: Annotated[
         str, typer.Option("--methods", "-m", help="Separated by commas or blanks, settings after a colon.")
-    ] = ",".join(_COMPARISON.methods),
+    ] = "lora,init-ab,pissa,lora-one:samples=64",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task", help="See `headstart tasks`; text where there are --data, else problems.", show_default=False
+        ),
+    ] = None,
     data: Annotated[
-        str, typer.Option("--data", help="JSONL file, folder with train.jsonl and test.jsonl, hub name, or problems.")
-    ] = _COMPARISON.data,
+        str | None, typer.Option("--data", help="A file, a folder with train and test files, or a hub name.")
+    ] = None,
     held_out: Annotated[
         str | None, typer.Option("--held-out", help="Held-out examples, where --data has none.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; the same folder goes on.")] = Path(
         "runs/compare"
     ),
-    steps: Annotated[int, typer.Option("--steps", min=1)] = _RECIPE.steps,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = _RECIPE.batch_size,
-    lr: Annotated[float, typer.Option("--lr", help="AdamW's rate, the same for all methods.")] = _RECIPE.lr,
-    rank: Rank = _RECIPE.r,
-    alpha: Alpha = _RECIPE.lora_alpha,
+    steps: Annotated[int, typer.Option("--steps", min=1)] = 20,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    lr: Annotated[float, typer.Option("--lr", help="AdamW's rate, the same for all methods.")] = 1e-3,
+    rank: Rank = 8,
+    alpha: Alpha = 16,
     rslora: RsLora = False,
     targets: Targets = "all-linear",
     seed: Seed = 0,
     form: Form = SubtractingForm.ANCHORED,
-    train_examples: Annotated[int, typer.Option("--train-examples", min=1)] = _COMPARISON.train_examples,
-    held_out_examples: Annotated[int, typer.Option("--held-out-examples", min=1)] = _COMPARISON.held_out_examples,
-    graded_examples: Annotated[
-        int, typer.Option("--graded-examples", min=0, help="Answers to grade; 0: none.")
-    ] = _COMPARISON.graded_examples,
-    max_length: MaxLength = _RECIPE.max_length,
+    train_examples: Annotated[int, typer.Option("--train-examples", min=1)] = 2_000,
+    held_out_examples: Annotated[int, typer.Option("--held-out-examples", min=1)] = 48,
+    graded_examples: Annotated[int, typer.Option("--graded-examples", min=0, help="Answers to grade; 0: none.")] = 48,
+    max_length: MaxLength = 512,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            "--max-new-tokens", min=1, help="For a graded answer; by default as long as the longest held out."
-        ),
+        typer.Option("--max-new-tokens", min=1, help="For a graded answer; by default as many as the task allows."),
     ] = None,
     force: Force = False,
 ) -> None:
     """Fine-tune from several starts with the same seed and data order; resumes where it was cut off."""
-    comparison = Comparison(
-        model=model,
-        methods=split_methods(methods),
-        data=data,
-        held_out=held_out,
-        train_examples=train_examples,
-        held_out_examples=held_out_examples,
-        graded_examples=graded_examples,
-        recipe=Recipe(
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            seed=seed,
-            r=rank,
-            lora_alpha=alpha,
-            use_rslora=rslora,
-            target_modules=target_modules(targets),
-            form=form.word,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-        ),
-    )
-    comparison.check()
-
+    from headstart.runs.read import tasks_of, validated
+    from headstart.runs.stages import load_examples
     from headstart.study.compare import compare as run_all
-    from headstart.study.compare import described, prepare, start_over
+    from headstart.study.compare import described, runs_of, start_over
     from headstart.study.page import check_plotly, write_page
-    from headstart.study.tables import markdown, rich_table
-    from headstart.training.models import resolve_model
+    from headstart.study.tables import markdown, method_of, rich_table
 
+    settings: dict[str, Any] = {
+        "model": model,
+        "data": {
+            "task": task or ("text" if data is not None else "problems"),
+            "train": data,
+            "held_out": held_out,
+            "train_examples": train_examples,
+            "held_out_examples": held_out_examples,
+        },
+        "adapter": {"r": rank, "alpha": alpha, "rslora": rslora, "targets": target_modules(targets)},
+        "start": {"form": form.word},
+        "optimizer": {"lr": lr},
+        "schedule": {"steps": steps, "warmup": 0.1},
+        "batch": {"size": batch_size, "max_length": max_length},
+        "evaluation": {"graded_examples": graded_examples, "max_new_tokens": max_new_tokens},
+        "seed": seed,
+    }
+    base = validated(settings, "the options")
+    named = split_methods(methods)
+    runs_of(base, named)
+    tasks = tasks_of(base)
     check_plotly()
-
-    def load() -> tuple[Any, Any]:
-        loaded, tokenizer, _ = resolve_model(model)
-        return loaded, tokenizer
 
     def keep(results: list[Result]) -> None:
         write_whole(out / "table.md", markdown(results))
-        write_page(out / "report.html", "Starts compared", described(comparison, results), results)
+        write_page(out / "report.html", "Starts compared", described(base, results), results)
 
     if force:
-        # Only once it is known that the new comparison can be made.
-        prepare(comparison, load()[1])
-        start_over(out, comparison)
+        # Only once it is known that the new comparison has data.
+        load_examples(base, *tasks)
+        start_over(out)
     with progress_bars(console) as show:
-        results = run_all(
-            comparison,
-            out,
-            load,
-            progress=lambda method, step, done, total: show(f"{method}: {step}", done, total),
-            finished=keep,
-        )
-    output.print(described(comparison, results), markup=False, highlight=False)
+        results = run_all(base, named, out, show=show, finished=keep)
+    output.print(described(base, results), markup=False, highlight=False)
     output.print(rich_table(results))
     for result in results:
         for warning in result.warnings:
-            console.print(f"warning: {result.method}: {warning}", markup=False)
+            console.print(f"warning: {method_of(result)}: {warning}", markup=False)
     output.print(f"page: {out / 'report.html'}", markup=False, highlight=False)
+    ended = [result for result in results if result.status != "done"]
+    for result in ended:
+        console.print(f"{method_of(result)} {result.status}: {result.reason}", markup=False, highlight=False)
+    if ended:
+        raise typer.Exit(1)
 
 
 def split_methods(text: str) -> tuple[str, ...]:

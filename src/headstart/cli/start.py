@@ -94,7 +94,9 @@ def init(
     from headstart.initialize import initialize_
     from headstart.layers.checkpoint import save_checkpoint
     from headstart.statistics.training import TrainingData
-    from headstart.training.data import batches, load_examples, tokenize_examples
+    from headstart.tasks.rows import read
+    from headstart.tasks.text import Text
+    from headstart.training.data import batches, tokenize_examples
     from headstart.training.models import resolve_model
     from headstart.training.wrap import accelerator, wrap_lora
 
@@ -103,7 +105,8 @@ def init(
     population = None
     if data is not None:
         counts_all = any(own.wants(probe).population for own in reading)
-        every = load_examples(data, limit=None if counts_all else max(own.sample_count() for own in reading))
+        limit = None if counts_all else max(own.sample_count() for own in reading)
+        every = read(Text(), data, limit=limit).examples
         population = len(every)
         counts = sorted(own.sample_count(population) for own in reading)
         tokenized = tokenize_examples(every[: counts[-1]], tokenizer, max_length=max_length)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import StoppingCriteriaList, StopStringCriteria
 
+from headstart.errors import HeadstartWarning
 from headstart.progress import Show, silent
 from headstart.tasks.base import Example
-from headstart.training.evaluate import evaluating, padded
 
 
 @torch.no_grad()
@@ -50,7 +54,9 @@ def answered(
     if temperature is not None:
         drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
-    def answer(places: list[int]) -> list[str]:
+    criteria = _stops(tokenizer, stop)
+
+    def answer(places: list[int]) -> list[tuple[str, bool]]:
         ids, mask = padded([prompts[place] for place in places], tokenizer.pad_token_id, left=encoder is None)
         with torch.random.fork_rng(enabled=temperature is not None):
             if temperature is not None:
@@ -61,18 +67,27 @@ def answered(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
-                stop_strings=list(stop) or None,
-                tokenizer=tokenizer if stop else None,
+                stopping_criteria=criteria,
                 **drawing,
             )
         # A decoder begins with one token of its own, where a causal model goes on from the prompt.
         answers = written[:, ids.shape[1] if encoder is None else 1 :]
         texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
-        return [_cut(text, stop) for text in texts]
+        cut = [_cut(text, stop) for text in texts]
+        ended = [(tokens == tokenizer.eos_token_id).any() for tokens in answers]
+        short = answers.shape[1] < max_new_tokens
+        return [
+            (part, not (short or end or len(part) < len(text)))
+            for part, text, end in zip(cut, texts, ended, strict=True)
+        ]
 
     lengths = [len(prompt) for prompt in prompts]
     with evaluating(model):
-        return asked(lengths, answer, batch_size=batch_size, path=path, progress=progress)
+        made = asked(lengths, answer, batch_size=batch_size, path=path, progress=progress)
+    if lost := sum(unfinished for _, unfinished in made):
+        text = f"{lost} of {len(made)} answers were cut off after {max_new_tokens} tokens (max_new_tokens)."
+        warnings.warn(text, HeadstartWarning, stacklevel=2)
+    return [text for text, _ in made]
 
 
 def asked(
@@ -125,6 +140,26 @@ def prompt_ids(example: Example, tokenizer: Any, *, encoder: int | None = None) 
     return ids
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def padded(prompts: Sequence[Sequence[int]], pad_token_id: int, *, left: bool = True) -> tuple[Tensor, Tensor]:
+    """Return prompts' tokens, (prompts, width), which end (or begin) together, and the mask of their padding."""
+    rows = [torch.tensor(prompt, dtype=torch.long, device="cpu") for prompt in prompts]
+    side = "left" if left else "right"
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    return ids, mask
+
+
 def kept_answers(path: Path | None) -> dict[int, Any]:
     """Return the answers that a file holds by place; a line that a kill has cut is left out."""
     answers: dict[int, Any] = {}
@@ -138,6 +173,16 @@ def kept_answers(path: Path | None) -> dict[int, Any]:
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
     return answers
+
+
+def _stops(tokenizer: Any, stop: Sequence[str]) -> StoppingCriteriaList | None:
+    """Return what ends an answer early; None for nothing, or of a tokenizer whose tokens Transformers can't join."""
+    if not stop:
+        return None
+    try:
+        return StoppingCriteriaList([StopStringCriteria(tokenizer, list(stop))])
+    except ValueError:
+        return None
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

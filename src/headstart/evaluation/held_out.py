@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from headstart.evaluation.answers import evaluating
 from headstart.progress import Show, silent
 from headstart.statistics.batches import IGNORED
 from headstart.statistics.losses import predicted
-from headstart.training.evaluate import evaluating
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ import torch
 from torch.nn import functional
 
 from headstart.errors import DataError
-from headstart.evaluation.answers import answered, asked, prompt_ids
+from headstart.evaluation.answers import answered, asked, padded, prompt_ids
 from headstart.evaluation.figures import Figure, figure, score_figures
 from headstart.evaluation.sandbox import run_programs
 from headstart.progress import Show
 from headstart.statistics.batches import IGNORED
 from headstart.tasks.base import Example, Run, Task
-from headstart.training.evaluate import padded
 
 Measured = tuple[list[dict[str, Any]], dict[str, Figure]]
 

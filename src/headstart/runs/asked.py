@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headstart.evaluation.answers import evaluating
 from headstart.evaluation.evaluate import FORGETTING, Job, all_asked, ask_base, planned
 from headstart.evaluation.figures import Figure
 from headstart.evaluation.own import Asking
@@ -14,7 +15,6 @@ from headstart.evaluation.target import Target
 from headstart.progress import Show
 from headstart.runs.tree import Run
 from headstart.tasks.base import Task
-from headstart.training.evaluate import evaluating
 
 
 @dataclass(frozen=True)

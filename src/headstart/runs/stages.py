@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 
 from headstart.context import Clock, Memory, peak_resident
 from headstart.environment import environment
-from headstart.errors import CheckpointError, DataError, HeadstartError, RunError
+from headstart.errors import CheckpointError, DataError, HeadstartError, HeadstartWarning, RunError
 from headstart.evaluation.figures import Figure, loss_figure, score_figures
 from headstart.evaluation.held_out import HeldOut, held_out
 from headstart.evaluation.own import Asker, Asking, generated
@@ -41,7 +42,7 @@ from headstart.store.claims import alone_in
 from headstart.tasks.base import Example, Task
 from headstart.tasks.rows import Rows, read
 
-SETTINGS, START, TRAINED, SAVES = "run.json", "start", "trained", "trainer"
+SETTINGS, START, TRAINED, SAVES, ITEMS = "run.json", "start", "trained", "trainer", "items.json"
 
 
 def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
@@ -127,7 +128,7 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     else:
         trainer.model.load_state_dict(_tensors(folder / TRAINED / "model"), strict=False)
     if result.status == "begun" and main:
-        with clock("measurement"):
+        with clock("measurement"), _noting(result.warnings):
             result.metrics |= _measured(trainer, task, show, "end") if measured.examples else {}
             if to_grade:
                 result.metrics |= _graded(trainer.model, tokenizer, run, asked, to_grade, folder, show)
@@ -200,6 +201,7 @@ def _begin(trainer: Any, method: Any, run: Run, folder: Path, result: Result, cl
                 "form": report.form,
                 "seconds": report.seconds,
                 "samples": report.samples,
+                "cached": report.cached,
                 "peak_memory": report.peak_memory,
                 "seconds_by_step": dict(report.seconds_by_step),
             }
@@ -273,8 +275,21 @@ def _graded(
     asking = Asking(max_new_tokens=run.evaluation.max_new_tokens, batch_size=2 * run.batch.size)
     asker = Asker(model, tokenizer, folder / TRAINED, asking, run.batch.max_length, show)
     records, figures = generated(asker, task, chosen)
-    write_json(records, folder / "items.json")
+    write_json(records, folder / ITEMS)
     return figures
+
+
+@contextmanager
+def _noting(sentences: list[str]) -> Iterator[None]:
+    """Add what headstart warns of within the block to the sentences."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", HeadstartWarning)
+        yield
+    for warning in said:
+        if issubclass(warning.category, HeadstartWarning):
+            sentences.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _save(model: Any, tokenizer: Any, run: Run, place: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
@@ -274,6 +274,8 @@ def _text_trainer(
         completion_only_loss=True,
         eos_token=tokenizer.eos_token,
     )
+    bars = are_progress_bars_disabled()
+    disable_progress_bars()  # six short ones, which say nothing that a user waits for
     try:
         trainer = SFTTrainer(
             model,
@@ -284,6 +286,9 @@ def _text_trainer(
         )
     except StopIteration:  # TRL looks at the first row of what it has dropped all rows of
         trainer = None
+    finally:
+        if not bars:
+            enable_progress_bars()
     if trainer is None or not len(trainer.train_dataset):
         raise DataError(
             f"nothing is left to learn within batch.max_length={run.batch.max_length} tokens: the prompts alone are "

@@ -9,8 +9,8 @@ from typing import Any
 
 from headstart.errors import HeadstartError
 from headstart.files import write_whole
-from headstart.study.tables import TITLES, rows
-from headstart.training.run import Result
+from headstart.runs.result import Result
+from headstart.study.tables import LOSS, method_of, rows, titles
 
 _COLOURS = (
     "#4269d0",
@@ -51,9 +51,10 @@ def write_page(path: Path, title: str, conditions: str, results: Sequence[Result
             f"<h1>{html.escape(title)}</h1>",
             f'<p class="conditions">{html.escape(conditions)}</p>',
             f'<div class="wide">{_table(results)}</div>',
-            '<p class="note">Losses are nats a completion token on held-out examples, before and after training. '
-            "The interval is Wilson&#8217;s, of the accuracy; where two overlap, this comparison does not tell them "
-            "apart. One seed: another one moves every number.</p>",
+            '<p class="note">Losses are of held-out examples, before and after training, of text in nats a '
+            "completion token. The interval is that of the score beside it, over items (Wilson&#8217;s of a share, "
+            "else the bootstrap&#8217;s); where two overlap, this comparison does not tell them apart. One seed: "
+            "another one moves every number.</p>",
             "<h2>Training loss</h2>",
             _curves(results),
             '<p class="note">All methods see the same batches in the same order. Thin: each step. Thick: mean of the '
@@ -70,15 +71,21 @@ def write_page(path: Path, title: str, conditions: str, results: Sequence[Result
 
 
 def _table(results: Sequence[Result]) -> str:
-    best = min(range(len(results)), key=lambda index: results[index].final_loss)
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in TITLES)
+    losses = {
+        index: result.metrics["loss/end"].value
+        for index, result in enumerate(results)
+        if result.status == "done" and "loss/end" in result.metrics
+    }
+    best = min(losses, key=lambda index: losses[index], default=None)
+    heads = titles(results)
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in heads)
     lines = []
     for index, row in enumerate(rows(results)):
         cells = "".join(
             f'<td class="best">{html.escape(cell)}</td>'
-            if index == best and title == "final loss"
+            if index == best and title == LOSS
             else f"<td>{html.escape(cell)}</td>"
-            for title, cell in zip(TITLES, row, strict=True)
+            for title, cell in zip(heads, row, strict=True)
         )
         lines.append(f"<tr>{cells}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -89,25 +96,24 @@ def _curves(results: Sequence[Result]) -> str:
     figure = go.Figure()
     for index, result in enumerate(results):
         colour = _COLOURS[index % len(_COLOURS)]
-        steps = list(range(1, len(result.losses) + 1))
-        shared: dict[str, Any] = {"x": steps, "mode": "lines", "legendgroup": result.method}
+        method, series = method_of(result), result.series.get("loss", [])
+        losses = [loss for _, loss in series]
+        shared: dict[str, Any] = {"x": [step for step, _ in series], "mode": "lines", "legendgroup": method}
         figure.add_scatter(
-            y=result.losses,
+            y=losses,
             line={"color": colour, "width": 1},
             opacity=0.3,
             showlegend=False,
             hoverinfo="skip",
             **shared,
         )
-        figure.add_scatter(
-            y=_smoothed(result.losses), line={"color": colour, "width": 2.5}, name=result.method, **shared
-        )
+        figure.add_scatter(y=_smoothed(losses), line={"color": colour, "width": 2.5}, name=method, **shared)
     figure.update_layout(
         template="plotly_white",
         height=440,
         margin={"l": 60, "r": 20, "t": 20, "b": 50},
         xaxis_title="step",
-        yaxis_title="loss (nats a token)",
+        yaxis_title="training loss",
         hovermode="x unified",
         legend={"orientation": "h", "y": 1.08},
     )
@@ -123,9 +129,9 @@ def _smoothed(losses: Sequence[float], window: int = 5) -> list[float]:
 
 def _warnings(results: Sequence[Result]) -> list[str]:
     items = [
-        f"<li>{html.escape(result.method)}: {html.escape(warning)}</li>"
+        f"<li>{html.escape(method_of(result))}: {html.escape(warning)}</li>"
         for result in results
-        for warning in result.warnings
+        for warning in ([f"{result.status}: {result.reason}"] if result.reason else []) + result.warnings
     ]
     return ["<h2>Warnings</h2>", f"<ul>{''.join(items)}</ul>"] if items else []
 
