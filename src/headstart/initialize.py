@@ -26,7 +26,7 @@ from headstart.methods.registry import parse_method
 from headstart.processes import Processes, is_sharded
 from headstart.progress import Show
 from headstart.report import Report
-from headstart.reporting import fallbacks, layer_report
+from headstart.reporting import fallbacks, layer_reports
 from headstart.solve import check, check_weights, settled, solve
 from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Reading, collect
@@ -136,7 +136,7 @@ def initialize_(
     pairs = [(layer, starts[layer.name]) for layer in target.layers]
     live_form = form if method.form == "anchored" else method.form
     with context.clock("report"):
-        reports = [layer_report(layer, factors, live_form, context) for layer, factors in pairs]
+        reports = layer_reports(pairs, live_form, context)
     with context.clock("install"):
         target.install(pairs, live_form, method, seed)
     for sentence in notes:
