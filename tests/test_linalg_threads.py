@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from headstart.linalg.threads import one_thread_each
+from headstart.linalg.precision import one_thread_each
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -17,7 +17,7 @@ from headstart.layers.formats import unreadable
 from headstart.layers.install import LayerForm
 from headstart.layers.weights import dense
 from headstart.linalg.norms import squared_norm
-from headstart.linalg.threads import one_thread_each
+from headstart.linalg.precision import one_thread_each
 from headstart.methods.base import Factors
 from headstart.report import LayerReport
 

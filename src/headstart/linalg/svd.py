@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from headstart.linalg.norms import squared_norm
-from headstart.linalg.precision import double, solving_device
-from headstart.linalg.threads import one_thread_each
+from headstart.linalg.precision import double, one_thread_each, solving_device
 
 Which = Literal["largest", "smallest"]
 
