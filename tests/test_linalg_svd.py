@@ -125,6 +125,19 @@ def test_one_entry_matrix_and_its_sign() -> None:
     assert (float(svd.U), float(svd.S), float(svd.V)) == (1.0, 2.0, -1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+@pytest.mark.parametrize("condition", [3, 1e3, 1e6, 1e9])
+def test_what_the_gram_matrix_hides_is_found_in_the_matrix(condition: float, which: str, dtype: torch.dtype) -> None:
+    S = torch.logspace(0, -math.log10(condition), 200, dtype=torch.float64)
+    W = from_spectrum(220, 200, S).to(dtype)
+    exact = torch.linalg.svdvals(W.double())
+    expected = exact[:8] if which == "largest" else exact[-8:]
+    svd = truncated_svd(W, 8, which=which)  # type: ignore[arg-type]
+    assert svd.residual <= 1e-5 and svd.exact
+    torch.testing.assert_close(svd.S.double(), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
 def test_smallest_triplets(shape: tuple[int, int]) -> None:
     S = torch.logspace(0, -6, 40, dtype=torch.float64)

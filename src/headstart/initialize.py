@@ -27,7 +27,7 @@ from headstart.methods.registry import parse_method
 from headstart.processes import Processes, is_sharded
 from headstart.progress import Show
 from headstart.report import Report
-from headstart.reporting import fallbacks, layer_report
+from headstart.reporting import fallbacks, layer_reports
 from headstart.solve import check, check_weights, settled, solve
 from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Reading, collect
@@ -145,10 +145,8 @@ def initialize_(
     part_of = by_layer(parts)
     pairs = [(layer, starts[layer.name]) for layer in target.layers]
     with context.clock("report"):
-        reports = []
-        for layer, factors in pairs:
-            own = part_of[layer.name]
-            reports.append(layer_report(layer, factors, own.method, own.form(form), context))
+        methods = [(part_of[layer.name].method, part_of[layer.name].form(form)) for layer, _ in pairs]
+        reports = layer_reports(pairs, methods, context)
     with context.clock("install"):
         target.install(pairs, parts, form, seed)
     for sentence in notes:

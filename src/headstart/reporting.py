@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from headstart.context import Context
 from headstart.errors import LayerError, not_finite
@@ -15,8 +17,28 @@ from headstart.layers.formats import unreadable
 from headstart.layers.install import LayerForm
 from headstart.layers.weights import dense
 from headstart.linalg.norms import squared_norm
+from headstart.linalg.precision import one_thread_each
 from headstart.methods.base import Factors, Method
 from headstart.report import LayerReport
+
+
+def layer_reports(
+    pairs: Sequence[tuple[TargetLayer, Factors]], methods: Sequence[tuple[Method, LayerForm]], context: Context
+) -> list[LayerReport]:
+    """Return the report's lines of several layers, in their order; see :func:`layer_report`."""
+
+    def line(row: tuple[tuple[TargetLayer, Factors], tuple[Method, LayerForm]]) -> LayerReport:
+        return layer_report(*row[0], *row[1], context)
+
+    rows = list(zip(pairs, methods, strict=True))
+    # What is gathered from all processes is so in one order; what is fetched or on an accelerator gains nothing.
+    at_hand = all(_at_hand(layer.module.get_base_layer()) for layer, _ in pairs)
+    return one_thread_each(line, rows) if at_hand else [line(row) for row in rows]
+
+
+def _at_hand(base: nn.Module) -> bool:
+    weight = getattr(base, "weight", None)
+    return isinstance(weight, Tensor) and not isinstance(weight, DTensor) and weight.device.type == "cpu"
 
 
 def layer_report(

@@ -90,6 +90,9 @@ class Start(nn.Linear):
         super().__init__(value.shape[1], value.shape[0], bias=False, device="meta")
         self.weight = nn.Parameter(value, requires_grad=False)
 
+    def reset_parameters(self) -> None:
+        """Leave the factor as it is: there is nothing to draw."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the product with x (..., d_in), in the factor's own precision; under autocast, in that one's."""
         # Detached, because programs that unfreeze whatever is called lora_ would train it.

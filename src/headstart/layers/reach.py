@@ -34,7 +34,6 @@ def left_out(model: nn.Module, layers: Sequence[TargetLayer]) -> LeftOut:
     total, missed, experts = 0, 0, dict[str, int]()
     counted: set[int] = set()
     for path, module in model.named_modules():
-        holder = _experts(path.removeprefix(BASE_PREFIX), module)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in added or id(parameter) in counted:
                 continue
@@ -46,7 +45,7 @@ def left_out(model: nn.Module, layers: Sequence[TargetLayer]) -> LeftOut:
             if id(parameter) in reached or parameter.requires_grad:
                 continue
             missed += size
-            if holder:
+            if holder := _experts(path.removeprefix(BASE_PREFIX), module):
                 experts[holder] = experts.get(holder, 0) + size
     return LeftOut(missed, total, experts)
 

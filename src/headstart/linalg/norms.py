@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from headstart.linalg.precision import double
@@ -22,4 +23,4 @@ def in_double(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def squared_norm(matrix: Tensor) -> float:
     """Return the sum of the squared entries of a matrix."""
-    return float(sum(float(part.square_().sum()) for _, part in in_double(matrix)))
+    return float(sum(float(torch.dot(part.flatten(), part.flatten())) for _, part in in_double(matrix)))

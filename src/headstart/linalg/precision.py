@@ -1,18 +1,23 @@
 """Where and in what arithmetic factors are solved for: IEEE float32 and float64, on a device that has both.
 
 A program's autocast, TF32 and determinism are meant for its model. What is solved here, compared with bounds and kept
-in a cache must not depend on them, nor on whether the model's device knows float64.
+in a cache must not depend on them, nor on whether the model's device knows float64. What is many and
+small takes a thread each, and so doesn't depend on their number either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 # What torch.set_float32_matmul_precision's words stand for on CUDA and in oneDNN.
 _WORDS = {"highest": ("ieee", "ieee"), "high": ("tf32", "tf32"), "medium": ("tf32", "bf16")}
@@ -69,6 +74,27 @@ def full_precision(devices: Iterable[torch.device | str] = ()) -> Iterator[None]
         )
         torch.use_deterministic_algorithms(False)
         yield
+
+
+def one_thread_each(function: Callable[[Given], Result], items: Sequence[Given]) -> list[Result]:
+    """Return what ``function`` gives for each item, in their order; it must not depend on the order of the calls.
+
+    Operations on tensors that are too small for several threads spend more time waiting for them than they save. A
+    result is the same bit for bit whatever items come with it and however many threads there are.
+
+    Args:
+        function: computes on the CPU.
+        items: one for each call.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not items:
+        return [function(item) for item in items]
+    try:
+        with ThreadPoolExecutor(min(threads, len(items)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, items))
+    finally:
+        # The workers' setting is also what threads started later would begin with.
+        torch.set_num_threads(threads)
 
 
 def _float32_products(stack: ExitStack) -> None:
