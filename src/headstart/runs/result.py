@@ -28,6 +28,7 @@ class Result:
             in the folders of a run's stages, so that what is known outlives a kill.
         metrics: by name; ``loss/start`` and ``loss/end`` are held-out losses before and after.
         series: by name, rows of (step, value), such as the training loss.
+        processes: how many trained together; ``batch.size`` is of each.
         trainable, parameters: how many numbers train, and how many the model has without an adapter.
         start: the report of the start; empty where there is none.
         seconds: by stage.
@@ -43,6 +44,7 @@ class Result:
     reason: str = ""
     metrics: dict[str, Figure] = field(default_factory=dict)
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    processes: int = 1
     trainable: int = 0
     parameters: int = 0
     start: dict[str, Any] = field(default_factory=dict)

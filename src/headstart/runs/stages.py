@@ -19,19 +19,19 @@ from headstart.environment import environment
 from headstart.errors import CheckpointError, DataError, HeadstartError, RunError
 from headstart.evaluation.figures import Figure, loss_figure, score_figures
 from headstart.evaluation.held_out import HeldOut, held_out
-from headstart.evaluation.own import Asker, Asking, generated
+from headstart.evaluation.own import Asker, Asking, graded, written
 from headstart.files import write_json
 from headstart.initialize import initialize_
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
 from headstart.layers.export import save_lora
 from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import parse_method
-from headstart.processes import Processes
+from headstart.processes import Processes, is_sharded, together
 from headstart.progress import Show, silent
 from headstart.runs.card import write_card
 from headstart.runs.model import load_base, made_ready
-from headstart.runs.result import Result, read_result, write_result
-from headstart.runs.trainers import Watch, make_trainer, set_optimizer, truncated
+from headstart.runs.result import FILE, Result, read_result, write_result
+from headstart.runs.trainers import Watch, check_launcher, make_trainer, set_optimizer, truncated
 from headstart.runs.tree import Run
 from headstart.settings import differing
 from headstart.store.claims import alone_in
@@ -54,18 +54,21 @@ def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
         show: draws progress.
 
     Raises:
-        RunError: the folder is another run's, or a living process is at it.
+        RunError: the folder is another run's, a living process is at it, or it was begun by other processes, or more.
         HeadstartError: the run failed; the result says so, too. The same call tries again.
     """
+    check_launcher()
     result = read_result(folder) if folder.is_dir() else None
-    main = Processes.numbered().rank == 0
+    processes = Processes.numbered()
+    main = processes.rank == 0
     if main:
         _claim(run, folder)
+    _check_count(folder, processes.count)
     if result is not None and result.status != "failed":
         return result
     with alone_in(folder) if main else nullcontext():
         try:
-            return _executed(run, folder, show)
+            return _executed(run, folder, show if main else silent)
         except Exception as error:
             reason = str(error) or type(error).__name__
             if main:
@@ -90,15 +93,16 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
         model = made_ready(base, run, task)
     with clock("data"):
         trainer = make_trainer(run, task, model, tokenizer, train.examples, measured.examples, folder / SAVES, show)
-    main = trainer.is_world_process_zero()
+    main, processes = trainer.is_world_process_zero(), Processes.joined()
     trained = read_result(folder / TRAINED)
     result = trained or read_result(folder / START) or _begun(run)
     result.parameters = parameters
     # No process writes anything before all have read what there was.
-    Processes.joined().gather(None)
+    processes.gather(None)
     if not result.data:
         result.data, result.warnings = _about_data(run, train, measured, tokenizer)
     if trained is None:
+        result.processes = processes.count
         _begin(trainer, method, run, folder, result, clock, show)
         if measured.examples and "loss/start" not in result.metrics:
             with clock("measurement"):
@@ -107,14 +111,15 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
             write_result(result, folder / START)
         _train(trainer, folder, result)
         result.memory = {"resident": peak_resident(), "device": memory.peak() if torch.cuda.is_available() else 0}
-        if result.status == "begun" and main:
-            _save(trainer.model, tokenizer, run, folder / TRAINED)
-            write_result(result, folder / TRAINED)
-    elif method is not None:
-        _take(trainer.model, run, folder / TRAINED / "checkpoint")
+        if result.status == "begun":
+            _save(trainer, tokenizer, run, folder / TRAINED, result)
+            if is_sharded(trainer.model):
+                # Answering and merging take whole weights: what was saved is loaded as by a run that goes on here.
+                trainer.model = made_ready(load_base(run, task)[0], run, task)
+                _take_trained(trainer.model, run, folder / TRAINED)
     else:
-        trainer.model.load_state_dict(_tensors(folder / TRAINED / "model"), strict=False)
-    if result.status == "begun" and main:
+        _take_trained(trainer.model, run, folder / TRAINED)
+    if result.status == "begun":
         with clock("measurement"):
             result.metrics |= _measured(trainer, task, show, "end") if measured.examples else {}
             if to_grade:
@@ -246,24 +251,42 @@ def _to_grade(run: Run, task: Task, examples: Sequence[Example]) -> list[Example
 def _graded(
     model: Any, tokenizer: Any, run: Run, task: Task, chosen: Sequence[Example], folder: Path, show: Show
 ) -> dict[str, Figure]:
-    """Return the grades of the model's answers, asked as ``headstart eval`` asks."""
+    """Return the grades of the model's answers, asked as ``headstart eval`` asks; each process asks for its share."""
+    processes, place = Processes.joined(), folder / TRAINED
+    if processes.several:
+        place /= f"answers-{processes.rank}-of-{processes.count}"
+        place.mkdir(exist_ok=True)
     asking = Asking(max_new_tokens=run.evaluation.max_new_tokens, batch_size=2 * run.batch.size)
-    asker = Asker(model, tokenizer, folder / TRAINED, asking, run.batch.max_length, show)
-    records, figures = generated(asker, task, chosen)
+    asker = Asker(model, tokenizer, place, asking, run.batch.max_length, show)
+    with together(processes):
+        share = written(asker, task, processes.share(chosen))
+    shares = processes.gather(share)
+    if processes.rank:
+        return {}
+    outputs = [shares[item % processes.count][item // processes.count] for item in range(len(chosen))]
+    records, figures = graded(task, chosen, outputs, show)
     write_json(records, folder / "items.json")
     return figures
 
 
-def _save(model: Any, tokenizer: Any, run: Run, place: Path) -> None:
-    if run.trains not in ("adapter", "lora-fa"):
-        model.save_pretrained(place / "model")
-        tokenizer.save_pretrained(place / "model")
-        return
-    _keep(model, run, place / "checkpoint")
-    if run.adapter.kind == "lora":
+def _save(trainer: Any, tokenizer: Any, run: Run, place: Path, result: Result) -> None:
+    """Save what was trained: of a sharded model every process gathers, and one writes, for which the others wait."""
+    model, main, processes = trainer.model, trainer.is_world_process_zero(), Processes.joined()
+    lora = run.trains in ("adapter", "lora-fa") and run.adapter.kind == "lora"
+    state = None if lora else trainer.accelerator.get_state_dict(model)
+    if lora and (main or is_sharded(model)):
+        _keep(model, run, place / "checkpoint")
         save_lora(model, place / "adapter", force=True)
-    else:
-        model.save_pretrained(place / "adapter")
+    with together(processes):
+        if not main:
+            return
+        if run.trains not in ("adapter", "lora-fa"):
+            model.save_pretrained(place / "model", state_dict=state)
+            tokenizer.save_pretrained(place / "model")
+        elif not lora:
+            for name in ("checkpoint", "adapter"):
+                model.save_pretrained(place / name, state_dict=state)
+        write_result(result, place)
 
 
 def _keep(model: Any, run: Run, place: Path) -> None:
@@ -281,6 +304,14 @@ def _take(model: Any, run: Run, place: Path) -> None:
         return
     device = next(model.parameters()).device
     set_peft_model_state_dict(model, load_peft_weights(str(place), device=str(device)))
+
+
+def _take_trained(model: Any, run: Run, place: Path) -> None:
+    """Give the model what ``_save`` wrote."""
+    if run.trains in ("adapter", "lora-fa"):
+        _take(model, run, place / "checkpoint")
+    else:
+        model.load_state_dict(_tensors(place / "model"), strict=False)
 
 
 def _about_data(run: Run, train: Rows, measured: Rows, tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
@@ -315,6 +346,18 @@ def _claim(run: Run, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and holds no run: give another --out.")
     write_json(own, path)
+
+
+def _check_count(folder: Path, count: int) -> None:
+    """Raise RunError where training would go on in another number of processes: its steps would see other batches."""
+    begun = read_result(folder / START)
+    if begun is None or begun.processes == count or (folder / TRAINED / FILE).is_file():
+        return
+    if _last_save(folder / SAVES) is not None:
+        raise RunError(
+            f"{folder} was trained so far by a number of {begun.processes} processes, and a step of {count} would see "
+            f"other samples: go on with {begun.processes}, or give another --out."
+        )
 
 
 def _last_save(output: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,21 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Watch(show))
     return trainer
+
+
+def check_launcher() -> None:
+    """Check how ``accelerate launch`` was told to divide the model, before anything is loaded.
+
+    Raises:
+        RunError: DeepSpeed or FSDP1, whose parts can't be read layer by layer.
+    """
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    fsdp1 = os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION", "1") != "2"
+    if deepspeed or fsdp1:
+        raise RunError(
+            f"a run doesn't train under {'DeepSpeed' if deepspeed else 'FSDP1'}, whose parts can't be read layer by "
+            "layer: take FSDP2 (fsdp_version: 2) in the config of accelerate, or --multi_gpu."
+        )
 
 
 def set_optimizer(trainer: Any, run: Run) -> None:
@@ -245,6 +261,8 @@ def _arguments(run: Run, task: Task, folder: Path) -> dict[str, Any]:
         "use_cpu": accelerator().type == "cpu",
         "bf16": run.precision == "bfloat16",
         "fp16": run.precision == "float16",
+        # The default, but the losses of several processes rest on it: a step's loss is divided by all their tokens.
+        "average_tokens_across_devices": True,
         "seed": run.seed,
         "data_seed": run.seed,
         "report_to": list(run.report_to),
