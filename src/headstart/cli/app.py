@@ -11,7 +11,7 @@ import typer
 
 from headstart.cli.console import console
 
-_PATIENCE = 4.0
+_PATIENCE = 10.0
 
 app = typer.Typer(
     name="headstart",
