@@ -58,6 +58,9 @@ def make_trainer(
             processing_class=tokenizer,
             compute_metrics=lambda made: task.score(_predictions(made.predictions, task), made.label_ids),
         )
+        # By their signatures the Trainer takes models with a head for labels to divide by num_items_in_batch. They
+        # return a batch's mean, which would be summed over accumulated batches and processes.
+        trainer.model_accepts_loss_kwargs = False
     # It prints a dictionary a step; the bar says the same in one line.
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Watch(show))
@@ -65,7 +68,7 @@ def make_trainer(
 
 
 def check_launcher() -> None:
-    """Check how ``accelerate launch`` was told to divide the model, before anything is loaded.
+    """Check how ``accelerate launch`` was told to divide the model, before anything is loaded; have all of it loaded.
 
     Raises:
         RunError: DeepSpeed or FSDP1, whose parts can't be read layer by layer.
@@ -77,6 +80,8 @@ def check_launcher() -> None:
             f"a run doesn't train under {'DeepSpeed' if deepspeed else 'FSDP1'}, whose parts can't be read layer by "
             "layer: take FSDP2 (fsdp_version: 2) in the config of accelerate, or --multi_gpu."
         )
+    # It would leave the weights of all processes but one on the meta device, and a start reads them in each.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def set_optimizer(trainer: Any, run: Run) -> None:
