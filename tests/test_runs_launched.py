@@ -58,7 +58,7 @@ def recipes(tmp_path_factory):
         "adapter": {"r": 2, "alpha": 4, "targets": ["query", "value"]},
         "evaluation": {"every": 2},
     }
-    full = {**classes, "trains": "full", "optimizer": {"lr": 1e-3}}
+    full = {**text, "trains": "full", "optimizer": {"lr": 1e-3}}
     del full["adapter"]
     for name, settings in (("text", text), ("classes", classes), ("full", full)):
         for count, size in ((1, 4), (2, 2)):
