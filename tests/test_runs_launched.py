@@ -107,10 +107,11 @@ def alone(recipes, folder, name, *words):
 def same(result, expected):
     """Compare losses step by step, and what was measured at both ends."""
     found, wanted = ([loss for _, loss in each.series["loss"]] for each in (result, expected))
-    assert found == pytest.approx(wanted, rel=2e-4) and wanted[0] != pytest.approx(wanted[-1], rel=1e-3)
+    # A mean of the processes' own means would be off by 1e-4: tokens of this model are all about as likely.
+    assert found == pytest.approx(wanted, rel=5e-6) and wanted[0] != pytest.approx(wanted[-1], rel=1e-3)
     assert result.metrics.keys() == expected.metrics.keys()
     for name, figure in expected.metrics.items():
-        assert result.metrics[name].value == pytest.approx(figure.value, rel=2e-4), name
+        assert result.metrics[name].value == pytest.approx(figure.value, rel=5e-6), name
         assert result.metrics[name].count == figure.count, name
     assert (result.status, result.processes) == ("done", 2)
 
