@@ -21,7 +21,7 @@ from children import ended, forked
 from conftest import perturb, tiny_llama, word_tokenizer
 from headstart.cli import main
 from headstart.layers import files
-from headstart.runs.stages import _last_save
+from headstart.runs.folder import last_save
 from programs import train as program
 from programs.train import FORMS
 
@@ -95,7 +95,7 @@ def test_a_comparison_that_is_killed_goes_on(small, tmp_path):
     process = subprocess.Popen([*small, str(cut)], env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     # It saves every ten of its 40 steps: once the second method has a save, the end of its training is not far.
     deadline = time.monotonic() + 240
-    while not _last_save(cut / "lora-xs_std=0.01" / "trainer") and time.monotonic() < deadline:
+    while not last_save(cut / "lora-xs_std=0.01" / "trainer") and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(chance.uniform(0, 0.2))
     process.send_signal(signal.SIGKILL)
@@ -119,7 +119,7 @@ def test_a_save_that_was_cut_short_is_passed_over(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert _last_save(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_save(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that is killed is forked")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 
 import typer
 
 from headstart.cli.console import console
+
+_PATIENCE = 10.0
 
 app = typer.Typer(
     name="headstart",
@@ -39,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         # Commands return nothing: a number is the exit code of --help, or of an interrupt that Typer caught.
         code = app(arguments, standalone_mode=False)
     except HeadstartError as error:
+        _let_the_first_speak()
         _say(f"error: {error}")
         # Settings that are none are wrong usage.
         sys.exit(2 if isinstance(error, RunError) else 1)
@@ -51,12 +55,22 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
         if os.environ.get("HEADSTART_DEBUG"):
             raise
+        _let_the_first_speak()
         _say(f"error: {type(error).__name__}: {error} (unexpected; HEADSTART_DEBUG=1 shows where)")
         sys.exit(1)
     if code == 130:
         console.print("interrupted: what was finished is kept, and nothing is half-written.", markup=False)
     if code:
         sys.exit(code)
+
+
+def _let_the_first_speak() -> None:
+    """Wait, in other processes than the first, for the launcher to end them: the first mostly failed for the same.
+
+    Where it didn't, the failure is this process's own, and said a little later.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_PATIENCE)
 
 
 def _say(message: str) -> None:

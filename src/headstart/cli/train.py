@@ -31,8 +31,11 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune from a start, measure, and write the result; cut off, the same command goes on."""
+    from headstart.processes import Processes
     from headstart.runs.read import flat_settings, read_run
 
+    # Of several processes the first one speaks.
+    output.quiet = Processes.numbered().rank > 0
     words = list(overrides or [])
     if source is not None and "=" in source and not Path(source).is_file():
         words = [source, *words]
@@ -57,6 +60,10 @@ def train(
     from headstart.runs.stages import execute
 
     folder = out or Path("runs") / run.folder_name
+    if output.quiet:
+        _silence()
+        execute(run, folder)
+        return
     with progress_bars() as draw:
         result = execute(run, folder, show=draw)
     _print_result(result, folder)
@@ -84,6 +91,19 @@ def tasks() -> None:
         cls = task_class(name)
         table.add_row(name, ", ".join(cls.metrics) or "held-out loss", cls.hub or "your own files", cls.source)
     output.print(table)
+
+
+def _silence() -> None:
+    """Leave the bars and warnings of the libraries to the first process."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def _check_names(run: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from headstart.evaluation.answers import evaluating
+from headstart.processes import Processes, together
 from headstart.progress import Show, silent
 from headstart.statistics.batches import IGNORED
 from headstart.statistics.losses import predicted
@@ -49,21 +51,23 @@ def held_out(
 ) -> HeldOut:
     """Measure a trainer's model on the trainer's evaluation data, through the trainer's own collator.
 
+    Processes that train together share the batches, and all get what all of them found.
+
     Args:
         trainer: with an eval_dataset.
         regression: the labels are numbers.
         progress: called with (step, samples done, samples).
         step: see there.
     """
-    model, device = trainer.model, next(trainer.model.parameters()).device
+    model, device, processes = trainer.model, next(trainer.model.parameters()).device, Processes.joined()
     encoder_decoder = model.config.is_encoder_decoder
     losses: list[Tensor] = []
     weights: list[Tensor] = []
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     total, done = len(trainer.eval_dataset), 0
-    with evaluating(model):
-        for batch in _batches(trainer):
+    with together(processes), evaluating(model):
+        for batch in _batches(trainer, processes):
             moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
             wanted = moved.pop("labels")
             # An encoder-decoder makes its decoder's input of the labels.
@@ -82,10 +86,12 @@ def held_out(
                 weights.append(torch.ones(len(wanted), dtype=torch.long, device="cpu"))
                 logits.append(outputs.cpu())
                 labels.append(wanted.cpu())
-            done += len(wanted)
+            done = min(total, done + processes.count * len(wanted))
             progress(step, done, total)
     empty = [torch.zeros(0, dtype=torch.float32, device="cpu")]
-    return HeldOut(*(torch.cat(rows or empty).double().numpy() for rows in (losses, weights, logits, labels)))
+    shares = processes.gather([losses, weights, logits, labels])
+    every = [_in_turn([share[part] for share in shares]) for part in range(4)]
+    return HeldOut(*(torch.cat(rows or empty).double().numpy() for rows in every))
 
 
 def _labelled_losses(outputs: Tensor, wanted: Tensor, regression: bool) -> Tensor:
@@ -94,9 +100,14 @@ def _labelled_losses(outputs: Tensor, wanted: Tensor, regression: bool) -> Tenso
     return functional.cross_entropy(outputs, wanted, reduction="none")
 
 
-def _batches(trainer: Any) -> Iterator[dict[str, Any]]:
-    """Yield the whole evaluation set in the trainer's batches, in every process: a small set isn't worth sharing."""
+def _in_turn(shares: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the processes' batches in the order of the data."""
+    return [rows for batch in zip_longest(*shares) for rows in batch if rows is not None]
+
+
+def _batches(trainer: Any, processes: Processes) -> Iterator[dict[str, Any]]:
+    """Yield this process's share of the evaluation set, in the trainer's batches."""
     rows = trainer._remove_unused_columns(trainer.eval_dataset, description="evaluation")
     size = trainer.args.per_device_eval_batch_size
-    for start in range(0, len(rows), size):
+    for start in processes.share(range(0, len(rows), size)):
         yield dict(trainer.data_collator([rows[place] for place in range(start, min(start + size, len(rows)))]))

@@ -100,6 +100,11 @@ class Asker:
 
 def generated(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured:
     """Have every item answered, and return records and metrics."""
+    return graded(task, examples, written(asker, task, examples), asker.show)
+
+
+def written(asker: Asker, task: Task, examples: Sequence[Example]) -> list[list[str]]:
+    """Return the model's answers to each item."""
     answers = answered(
         asker.model,
         asker.tokenizer,
@@ -113,14 +118,18 @@ def generated(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured
         path=asker.folder / "answers.jsonl",
         progress=lambda step, done, total: asker.show(f"{task.name}: {step}", done, total),
     )
-    outputs = [answers[start : start + asker.asking.samples] for start in range(0, len(answers), asker.asking.samples)]
+    return [answers[start : start + asker.asking.samples] for start in range(0, len(answers), asker.asking.samples)]
+
+
+def graded(task: Task, examples: Sequence[Example], outputs: Sequence[list[str]], show: Show) -> Measured:
+    """Return records and metrics of the answers to each item."""
     pairs = list(zip(examples, outputs, strict=True))
     if task.together:
         predictions = [task.prediction(texts[0]) for texts in outputs]
         marks = [{"prediction": None if math.isnan(guess) else guess} for guess in predictions]
         figures = score_figures(task, predictions, [float(example.label or 0) for example in examples])
     else:
-        run = _programs(task, pairs, asker.show) if task.runs_code else None
+        run = _programs(task, pairs, show) if task.runs_code else None
         marks = [task.grade_samples(example, texts, run) for example, texts in pairs]  # type: ignore[misc]
         figures = {name: figure([float(mark[name] or 0) for mark in marks]) for name in marks[0]}
     return [task.record(e, texts, mark) for (e, texts), mark in zip(pairs, marks, strict=True)], figures  # type: ignore[arg-type]

@@ -30,11 +30,11 @@ class Result:
         metrics: by name; ``loss/start`` and ``loss/end`` are held-out losses before and after.
         series: by name, rows of (step, value), such as the training loss.
         windows: of training, up to each held-out measurement and to the end: see
-            :func:`headstart.runs.trainers.windows`.
+            :func:`headstart.runs.watch.windows`.
         trainable, parameters: how many numbers train, and how many the model has without an adapter.
         total: how many the model has in training, with all that is frozen beside it.
         revision: the commit of the pretrained model on the hub; None of a local one.
-        processes: that trained.
+        processes: how many trained together; ``batch.size`` is of each.
         start: the report of the start; empty where there is none.
         seconds: by stage.
         memory: peak bytes: "resident" of the process, "device" of the accelerator; of what CUDA's allocator reserved,

@@ -14,35 +14,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import load_peft_weights, set_peft_model_state_dict
 
 from headstart.context import Clock, Memory, peak_resident
 from headstart.environment import environment
-from headstart.errors import CheckpointError, DataError, HeadstartError, HeadstartWarning, RunError
+from headstart.errors import DataError, HeadstartError, HeadstartWarning
 from headstart.evaluation.figures import Figure, loss_figure, score_figures
 from headstart.evaluation.held_out import HeldOut, held_out
-from headstart.evaluation.own import Asker, Asking, generated
+from headstart.evaluation.own import Asker, Asking, graded, written
 from headstart.files import write_json
 from headstart.initialize import initialize_
-from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
-from headstart.layers.export import save_lora
 from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import parse_method
-from headstart.processes import Processes
+from headstart.processes import Processes, is_sharded, together
 from headstart.progress import Show, silent
 from headstart.runs.asked import asked_by
 from headstart.runs.card import write_card
+from headstart.runs.folder import (
+    ITEMS,
+    SAVES,
+    START,
+    TRAINED,
+    check_count,
+    claim,
+    keep,
+    last_save,
+    save_trained,
+    take,
+    take_trained,
+)
 from headstart.runs.model import load_base, made_ready
 from headstart.runs.read import tasks_of
 from headstart.runs.result import Result, read_result, write_result
-from headstart.runs.trainers import Watch, make_trainer, reserved, set_optimizer, truncated, windows
+from headstart.runs.trainers import check_launcher, make_trainer, set_optimizer, truncated
 from headstart.runs.tree import Run
-from headstart.settings import differing
+from headstart.runs.watch import Watch, reserved, windows
 from headstart.store.claims import alone_in
 from headstart.tasks.base import Example, Task
 from headstart.tasks.rows import Rows, read
-
-SETTINGS, START, TRAINED, SAVES, ITEMS = "run.json", "start", "trained", "trainer", "items.json"
 
 
 def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
@@ -57,18 +65,21 @@ def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
         show: draws progress.
 
     Raises:
-        RunError: the folder is another run's, or a living process is at it.
+        RunError: the folder is another run's, a living process is at it, or it was begun by other processes, or more.
         HeadstartError: the run failed; the result says so, too. The same call tries again.
     """
+    check_launcher()
     result = read_result(folder) if folder.is_dir() else None
-    main = Processes.numbered().rank == 0
+    processes = Processes.numbered()
+    main = processes.rank == 0
     if main:
-        _claim(run, folder)
+        claim(run, folder)
+    check_count(folder, processes.count)
     if result is not None and result.status != "failed":
         return result
     with alone_in(folder) if main else nullcontext():
         try:
-            return _executed(run, folder, show)
+            return _executed(run, folder, show if main else silent)
         except Exception as error:
             reason = str(error) or type(error).__name__
             if main:
@@ -98,17 +109,17 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
         model = made_ready(base, run, task)
     with clock("data"):
         trainer = make_trainer(run, task, model, tokenizer, train.examples, measured.examples, folder / SAVES, show)
-    main = trainer.is_world_process_zero()
+    main, processes = trainer.is_world_process_zero(), Processes.joined()
     trained = read_result(folder / TRAINED)
     result = trained or read_result(folder / START) or _begun(run)
     result.parameters, result.revision = parameters, getattr(base.config, "_commit_hash", None)
-    result.processes = trainer.args.world_size
     # No process writes anything before all have read what there was.
-    Processes.joined().gather(None)
+    processes.gather(None)
     if not result.data:
         result.data, result.warnings = _about_data(run, train, measured, tokenizer, model)
         result.warnings += further.notes
     if trained is None:
+        result.processes = processes.count
         _begin(trainer, method, run, folder, result, clock, show)
         if measured.examples and "loss/start" not in result.metrics:
             with clock("measurement"):
@@ -119,21 +130,22 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
         result.memory = {"resident": peak_resident(), "device": memory.peak() if torch.cuda.is_available() else 0}
         if torch.cuda.is_available():
             result.memory |= {"reserved": torch.cuda.max_memory_reserved(), **reserved(trainer.state.log_history)}
-        if result.status == "begun" and main:
-            _save(trainer.model, tokenizer, run, folder / TRAINED)
-            result.file_size = _saved_bytes(folder / TRAINED)
-            write_result(result, folder / TRAINED)
-    elif method is not None:
-        _take(trainer.model, run, folder / TRAINED / "checkpoint")
+        if result.status == "begun":
+            save_trained(trainer, tokenizer, run, folder / TRAINED, result)
+            if is_sharded(trainer.model):
+                # Answering and merging take whole weights: what was saved is loaded as by a run that goes on here.
+                trainer.model = made_ready(load_base(run, task)[0], run, task)
+                take_trained(trainer.model, run, folder / TRAINED)
     else:
-        trainer.model.load_state_dict(_tensors(folder / TRAINED / "model"), strict=False)
-    if result.status == "begun" and main:
+        take_trained(trainer.model, run, folder / TRAINED)
+    if result.status == "begun":
         with clock("measurement"), _noting(result.warnings):
             result.metrics |= _measured(trainer, task, show, "end") if measured.examples else {}
             if to_grade:
                 result.metrics |= _graded(trainer.model, tokenizer, run, asked, to_grade, folder, show)
             if further.jobs:
-                result.metrics |= further.trained(trainer.model, tokenizer, show)
+                with together(processes):
+                    result.metrics |= further.trained(trainer.model, tokenizer, show) if main else {}
     for stage, seconds in clock.seconds.items():
         result.seconds[stage] = result.seconds.get(stage, 0.0) + seconds
     if result.status == "begun":
@@ -184,7 +196,7 @@ def _begin(trainer: Any, method: Any, run: Run, folder: Path, result: Result, cl
     if method is not None:
         place = folder / START / "checkpoint"
         if (place / "adapter_config.json").is_file():
-            _take(model, run, place)
+            take(model, run, place)
         else:
             with clock("start"):
                 report = initialize_(
@@ -207,7 +219,7 @@ def _begin(trainer: Any, method: Any, run: Run, folder: Path, result: Result, cl
             }
             result.warnings += list(report.warnings)
             if trainer.is_world_process_zero():
-                _keep(model, run, place)
+                keep(model, run, place)
         if run.trains == "lora-fa":
             lora_fa_(model)
     result.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -219,7 +231,7 @@ def _begin(trainer: Any, method: Any, run: Run, folder: Path, result: Result, cl
 def _train(trainer: Any, folder: Path, result: Result) -> None:
     """Train to the end, from the last whole save where there is one."""
     watch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Watch))
-    trainer.train(resume_from_checkpoint=_last_save(folder / SAVES))
+    trainer.train(resume_from_checkpoint=last_save(folder / SAVES))
     steps = trainer.state.global_step
     # Of a run that was cut off only the rest was timed, and is scaled to all.
     result.seconds["training"] = watch.seconds * steps / max(1, steps - watch.first)
@@ -271,10 +283,20 @@ def _to_grade(run: Run, task: Task, examples: Sequence[Example]) -> list[Example
 def _graded(
     model: Any, tokenizer: Any, run: Run, task: Task, chosen: Sequence[Example], folder: Path, show: Show
 ) -> dict[str, Figure]:
-    """Return the grades of the model's answers, asked as ``headstart eval`` asks."""
+    """Return the grades of the model's answers, asked as ``headstart eval`` asks; each process asks for its share."""
+    processes, place = Processes.joined(), folder / TRAINED
+    if processes.several:
+        place /= f"answers-{processes.rank}-of-{processes.count}"
+        place.mkdir(exist_ok=True)
     asking = Asking(max_new_tokens=run.evaluation.max_new_tokens, batch_size=2 * run.batch.size)
-    asker = Asker(model, tokenizer, folder / TRAINED, asking, run.batch.max_length, show)
-    records, figures = generated(asker, task, chosen)
+    asker = Asker(model, tokenizer, place, asking, run.batch.max_length, show)
+    with together(processes):
+        share = written(asker, task, processes.share(chosen))
+    shares = processes.gather(share)
+    if processes.rank:
+        return {}
+    outputs = [shares[item % processes.count][item // processes.count] for item in range(len(chosen))]
+    records, figures = graded(task, chosen, outputs, show)
     write_json(records, folder / ITEMS)
     return figures
 
@@ -292,41 +314,6 @@ def _noting(sentences: list[str]) -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _save(model: Any, tokenizer: Any, run: Run, place: Path) -> None:
-    if run.trains not in ("adapter", "lora-fa"):
-        model.save_pretrained(place / "model")
-        tokenizer.save_pretrained(place / "model")
-        return
-    _keep(model, run, place / "checkpoint")
-    if run.adapter.kind == "lora":
-        save_lora(model, place / "adapter", force=True)
-    else:
-        model.save_pretrained(place / "adapter")
-
-
-def _saved_bytes(trained: Path) -> int:
-    """Return the size of the adapter, or the model, that another program loads."""
-    places = [trained / "adapter", trained / "model"]
-    return sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
-
-
-def _keep(model: Any, run: Run, place: Path) -> None:
-    """Save an adapter to go on from; VeRA's are plain tensors, for which PEFT's own way is enough."""
-    if run.adapter.kind == "lora":
-        save_checkpoint(model, place, force=True)
-    else:
-        model.save_pretrained(place)
-
-
-def _take(model: Any, run: Run, place: Path) -> None:
-    """Give the model's adapter what was kept."""
-    if run.adapter.kind == "lora":
-        load_checkpoint(model, place)
-        return
-    device = next(model.parameters()).device
-    set_peft_model_state_dict(model, load_peft_weights(str(place), device=str(device)))
-
-
 def _about_data(run: Run, train: Rows, measured: Rows, tokenizer: Any, model: Any) -> tuple[dict[str, Any], list[str]]:
     warnings = []
     for what, rows in (("training", train), ("held out", measured)):
@@ -341,43 +328,3 @@ def _about_data(run: Run, train: Rows, measured: Rows, tokenizer: Any, model: An
 def _about(rows: Rows) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps([asdict(example) for example in rows.examples]).encode()).hexdigest()
     return {"where": rows.where, "examples": len(rows.examples), "bad": len(rows.bad), "sha256": digest}
-
-
-def _claim(run: Run, folder: Path) -> None:
-    """Note whose the folder is, or check that it is this run's."""
-    path = folder / SETTINGS
-    own: dict[str, Any] = {"key": run.key, "settings": run.model_dump(mode="json")}
-    if path.is_file():
-        try:
-            other = json.loads(path.read_text(encoding="utf-8"))
-            if other["key"] == run.key:
-                return
-            changed = sorted(differing(own["settings"], other["settings"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: remove it, or give another --out.") from error
-        raise RunError(f"{folder} holds a run with other settings ({', '.join(changed)}): give another --out.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} exists and holds no run: give another --out.")
-    write_json(own, path)
-
-
-def _last_save(output: Path) -> str | None:
-    """Return the last whole save to go on from: the Trainer writes its state last, and a kill may leave half of it.
-
-    That of the last step is none: the Trainer would make another step from it.
-    """
-    saves = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in saves:
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if state["global_step"] < state["max_steps"]:
-            return str(path)
-    return None
-
-
-def _tensors(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

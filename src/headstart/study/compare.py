@@ -11,8 +11,9 @@ from pathlib import Path
 from headstart.errors import HeadstartError, MethodError, RunError
 from headstart.methods import parse_method
 from headstart.progress import Show, silent
+from headstart.runs.folder import ITEMS, SAVES, SETTINGS, START, TRAINED
 from headstart.runs.result import FILE, Result, read_result
-from headstart.runs.stages import ITEMS, SAVES, SETTINGS, START, TRAINED, execute
+from headstart.runs.stages import execute
 from headstart.runs.tree import Run
 from headstart.settings import differing
 
