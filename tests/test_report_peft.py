@@ -18,7 +18,7 @@ from headstart.runs.method_comparison import export, exported
 from headstart.runs.read import read_run, tasks_of
 from headstart.runs.result import Result, read_result, write_result
 from headstart.runs.stages import execute
-from headstart.runs.trainers import Watch, reserved, windows
+from headstart.runs.watch import Watch, reserved, windows
 from running import llama_folder, small_run, sums, tokenizer
 
 NUMBER = (int, float)

@@ -236,7 +236,7 @@ def killing_after(steps):
     """Let the process be killed when so many steps are done."""
 
     def arrange():
-        from headstart.runs.trainers import Watch
+        from headstart.runs.watch import Watch
 
         plain = Watch.on_step_end
 

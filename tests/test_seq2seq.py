@@ -245,7 +245,7 @@ def test_cut_off_it_ends_with_the_losses_of_the_uncut_run(model, data, tmp_path)
     whole = execute(run, tmp_path / "whole")
 
     def killed():
-        from headstart.runs.trainers import Watch
+        from headstart.runs.watch import Watch
 
         torch.set_num_threads(1)
         plain = Watch.on_step_end

@@ -16,7 +16,7 @@ from accelerate import state
 from accelerate.utils import DistributedType
 
 from headstart.cli import main
-from headstart.runs.trainers import Watch
+from headstart.runs.watch import Watch
 
 
 def shard_on_cpu():
