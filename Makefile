@@ -18,6 +18,7 @@ CAPPED := peft transformers
 
 demo: $(VENV)/.demo
 	$(BIN)/headstart compare smollm2 --out runs/demo
+	$(BIN)/headstart eval runs/demo/lora-one_samples=64 --tasks problems --limit 96
 
 test: check
 	$(BIN)/python -m pytest -n 2
