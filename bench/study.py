@@ -131,9 +131,9 @@ def conditions(chosen: argparse.Namespace) -> list[str]:
     )
     if chosen.data == "gsm8k":
         first = [
-            f"SmolLM2-135M-Instruct, {'q_proj and v_proj' if few else 'all seven linear kinds'}, {adapter}, no dropout. "
-            f"GSM8K: {chosen.steps} steps; {recipe}. A seed sets the factors, the order of the data and the samples of "
-            "the gradient methods, alike for every method."
+            f"SmolLM2-135M-Instruct, {'q_proj and v_proj' if few else 'all seven linear kinds'}, {adapter}, no "
+            f"dropout. GSM8K: {chosen.steps} steps; {recipe}. A seed sets the factors, the order of the data and the "
+            "samples of the gradient methods, alike for every method."
         ]
         what = f"of the first {chosen.held_out} test examples, in nats a completion token"
         if chosen.graded:
@@ -146,7 +146,8 @@ def conditions(chosen: argparse.Namespace) -> list[str]:
             "factors, the head, the dropout, the order of the data and the samples of the gradient methods, alike for "
             "every method.",
             "The head is random at the start, so gradients are taken through a random head (the same for all methods "
-            "of a seed): what they say of the weights is what moves that head's two outputs apart.",
+            "of a seed): what they say of the weights is what moves that head's two outputs apart. The head's "
+            "parameters are among those that are counted.",
         ]
         what = f"and accuracy are of {chosen.held_out} fixed rows (SST-2: the dev set; MRPC: the first of the test set)"
     rates = (

@@ -66,7 +66,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def spelled(label: str) -> tuple[str, dict[str, Any]]:
-    """Return the method of a label and the settings of the adapter that it changes: "lora-xs r=16" has rank 16, s = 1."""
+    """Return a label's method and the settings of the adapter that it changes: "lora-xs r=16" has rank 16 and s = 1."""
     method, _, rank = label.partition(" r=")
     return method, {"r": int(rank), "alpha": int(rank), "rslora": False} if rank else {}
 
@@ -186,12 +186,12 @@ def run_all(plan: Sequence[Planned], limit_minutes: float) -> list[Row]:
         if time.monotonic() - began >= 60 * limit_minutes:
             print("time is up", flush=True)
             break
+        started = time.monotonic()
         try:
             item.do()
             row = item.row()
-            said = (
-                f"loss {row['start_loss']:.4f} -> {row['final_loss']:.4f}, {row['run_seconds']:.0f} s" if row else "-"
-            )
+            losses = f"loss {row['start_loss']:.4f} -> {row['final_loss']:.4f}" if row else "no figures"
+            said = f"{losses}, {time.monotonic() - started:.0f} s"
         except HeadstartError as error:
             said = str(error)
         print(f"[{number}/{len(plan)}] {item.task} {item.label} seed {item.run.seed}: {said}", flush=True)
