@@ -14,7 +14,7 @@ import torch
 
 import headstart as hs
 from bench.harness import interleave, paired_ratio, paragraph, shared_copy, table, token_batches, write
-from bench.study_tables import BASELINE, planned
+from bench.study_tables import BASELINE, Planned
 from headstart.runs.model import load_base, made_ready
 from headstart.runs.read import tasks_of
 from headstart.tasks.rows import read
@@ -27,7 +27,7 @@ Batch = dict[str, torch.Tensor]
 
 def prepared(task: str) -> tuple[dict[str, Any], Batch, str]:
     """Return a study's model with each method's layers, a batch of the study's size, and what it is."""
-    runs = {label: planned(task, label, Path("runs"), seed=0, lr=1e-5, steps=1).run for label in METHODS}
+    runs = {label: Planned.of(task, label, Path("runs"), seed=0, lr=1e-5, steps=1, held_out=1).run for label in METHODS}
     first = runs[BASELINE]
     learned, _ = tasks_of(first)
     base, tokenizer = load_base(first, learned)
@@ -38,10 +38,12 @@ def prepared(task: str) -> tuple[dict[str, Any], Batch, str]:
     size = first.batch.size
     if task == "gsm8k":
         data, what = token_batches(size, size, tokenizer)
-        return models, data[0], what
-    rows = read(learned, first.data.train, limit=size).examples
-    texts = tokenizer([row.prompt for row in rows], padding=True, truncation=True, return_tensors="pt")
-    return models, {**texts, "labels": torch.tensor([row.label for row in rows])}, f"{size} rows of SST-2"
+        batch = data[0]
+    else:
+        rows, what = read(learned, first.data.train, limit=size).examples, f"{size} rows of SST-2"
+        batch = dict(tokenizer([row.prompt for row in rows], padding=True, return_tensors="pt"))
+        batch["labels"] = torch.tensor([row.label for row in rows])
+    return models, {key: value.to(base.device) for key, value in batch.items()}, what
 
 
 def lines_of(title: str, models: dict[str, Any], batch: Batch, what: str, rounds: int) -> list[str]:

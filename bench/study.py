@@ -11,6 +11,7 @@ import itertools
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from bench.harness import write
 from bench.study_claims import claims
@@ -23,20 +24,15 @@ from bench.study_tables import (
     Planned,
     measured,
     paragraphs,
-    planned,
     quiet,
     run_all,
     shared_arguments,
-    spelled,
     summary,
 )
-from headstart.errors import MethodError, RunError
-from headstart.methods import parse_method
 from headstart.tasks.registry import parse_task
 from headstart.tasks.rows import read
 
 STUDIES = {"lora_da": "LoRA-DA", "core": "LoRA-SB and LoRA-XS", "inilora": "IniLoRA's path and its closed form"}
-TITLES = {"gsm8k": "GSM8K", "sst-2": "SST-2", "mrpc": "MRPC"}
 # IniLoRA's paper adapts these two.
 QUERY_VALUE = {"gsm8k": r".*\.(q|v)_proj", "glue": r".*\.attention\.self\.(query|value)"}
 
@@ -60,7 +56,7 @@ def methods_of(study: str, samples: int) -> list[str]:
 
 
 def arguments() -> argparse.Namespace:
-    """Read the command line, and refuse unknown methods before anything is run."""
+    """Read the command line; what isn't given is as fits the data."""
     parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
     add = parser.add_argument
     add("data", choices=["gsm8k", "glue"], help="what is learned, and so by which model")
@@ -75,31 +71,24 @@ def arguments() -> argparse.Namespace:
     add("--graded", type=int, default=0, help="GSM8K's answers to generate and grade a run (default none: slow)")
     shared_arguments(parser)
     chosen = parser.parse_args()
-    text = chosen.data == "gsm8k"
-    if text:
+    page = f"{chosen.study}_{chosen.data}"
+    usual: dict[str, Any] = {"samples": 64, "rates": [5e-4, 1e-3], "steps": 40, "held_out": 872}
+    if chosen.data == "gsm8k":
+        usual = {"samples": 32, "rates": [3e-4], "steps": 20, "held_out": 48}
         chosen.tasks = ["gsm8k"]
-    chosen.methods = chosen.methods or methods_of(chosen.study, chosen.samples or (32 if text else 64))
-    chosen.rates = chosen.rates or ([3e-4] if text else [5e-4, 1e-3])
-    chosen.steps = chosen.steps or (20 if text else 40)
-    chosen.held_out = chosen.held_out or (48 if text else 872)
-    chosen.page = chosen.page or f"{chosen.study}_{chosen.data}"
-    chosen.out = chosen.out or Path("runs") / f"{chosen.study}_{chosen.data}"
-    if chosen.graded and not text:
+    elif chosen.graded:
         parser.error("--graded is for gsm8k: GLUE's rows are all graded.")
+    for name, value in {**usual, "page": page, "out": Path("runs") / page}.items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, value)
+    chosen.methods = chosen.methods or methods_of(chosen.study, chosen.samples)
     return chosen
 
 
 def plan_of(chosen: argparse.Namespace) -> list[Planned]:
-    """Return the runs, seeds outermost: what a time limit leaves is whole for the seeds that are done.
-
-    Raises:
-        MethodError: a method is unknown.
-        RunError: a setting is none.
-    """
-    for label in chosen.methods:
-        parse_method(spelled(label)[0])
+    """Return the runs, seeds outermost: what a time limit leaves is whole for the seeds that are done."""
     return [
-        planned(
+        Planned.of(
             task,
             label,
             chosen.out,
@@ -124,6 +113,7 @@ def conditions(chosen: argparse.Namespace) -> list[str]:
     """Say what was done, and how its figures are to be read."""
     common = TASKS[chosen.tasks[0]]
     few, batch = chosen.study == "inilora", common["batch"]
+    what = f"and accuracy are of {chosen.held_out} fixed rows (SST-2: the dev set; MRPC: the first of the test set)"
     adapter = f"rank {ADAPTER['r']}, alpha {ADAPTER['alpha']}, rsLoRA (core layers: their rank as named, s = 1)"
     recipe = (
         f"AdamW without weight decay, batches of {batch['size']}, cut at {batch['max_length']} tokens, cosine with "
@@ -135,7 +125,7 @@ def conditions(chosen: argparse.Namespace) -> list[str]:
             f"dropout. GSM8K: {chosen.steps} steps; {recipe}. A seed sets the factors, the order of the data and the "
             "samples of the gradient methods, alike for every method."
         ]
-        what = f"of the first {chosen.held_out} test examples, in nats a completion token"
+        what = f"is of the first {chosen.held_out} test examples, in nats a completion token"
         if chosen.graded:
             what += f"; accuracy is of {chosen.graded} written answers, by exact match"
     else:
@@ -149,18 +139,14 @@ def conditions(chosen: argparse.Namespace) -> list[str]:
             "of a seed): what they say of the weights is what moves that head's two outputs apart. The head's "
             "parameters are among those that are counted.",
         ]
-        what = f"and accuracy are of {chosen.held_out} fixed rows (SST-2: the dev set; MRPC: the first of the test set)"
-    rates = (
-        "A method's best rate is that of its least mean final loss, chosen on these same rows for each alike."
-        if len(chosen.rates) > 1
-        else "There is one rate for all methods, which was tuned for none of them."
-    )
+    rates = "A method's best rate is that of its least mean final loss, chosen on these same rows for each alike."
+    if len(chosen.rates) == 1:
+        rates = "There is one rate for all methods, which was tuned for none of them."
     return paragraphs(
         *first,
-        f"Loss is {what}." if chosen.data == "gsm8k" else f"Loss {what}.",
-        "Start loss is before training, training loss the mean over all steps: the lower, the faster. ± is half of the "
-        "95 % interval over seeds (Student); it says nothing of other rows. Wilson's takes all seeds' answers for "
-        f"independent, but they are on the same rows, so it is too narrow. {rates}",
+        f"Loss {what}. Start loss is before training, training loss the mean over all steps: the lower, the faster. ± "
+        "is half of the 95 % interval over seeds (Student); it says nothing of other rows. Wilson's takes all seeds' "
+        f"answers for independent, but they are on the same rows, so it is too narrow. {rates}",
     )
 
 
@@ -169,10 +155,7 @@ def main() -> None:
     if not DATA.is_dir():
         sys.exit(f"there is no {DATA}")
     quiet(chosen.threads)
-    try:
-        plan = plan_of(chosen)
-    except (MethodError, RunError) as error:
-        sys.exit(str(error))
+    plan = plan_of(chosen)
     rows = run_all(plan, chosen.limit_minutes)
     lines = conditions(chosen)
     for task in chosen.tasks:
@@ -181,12 +164,12 @@ def main() -> None:
         done = measured(of_task, len(asked))
         if task != "gsm8k":
             share = f"The commoner label is {100 * majority(task, chosen.held_out):.1f} % of the rows."
-            lines += [f"## {TITLES[task]}", "", f"{done} {asked[0].run.schedule.steps} steps each. {share}", ""]
+            lines += [f"## {task.upper()}", "", f"{done} {asked[0].run.schedule.steps} steps each. {share}", ""]
         else:
             lines += [done, ""]
         lines += [*summary(of_task, chosen.methods), ""] if of_task else []
         lines += claims(of_task, chosen.methods) if chosen.study == "core" else []
-    write(chosen.page, f"{STUDIES[chosen.study]} on {'GSM8K' if chosen.data == 'gsm8k' else 'GLUE'}", lines)
+    write(chosen.page, f"{STUDIES[chosen.study]} on {chosen.data.upper()}", lines)
 
 
 if __name__ == "__main__":

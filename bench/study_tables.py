@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from scipy.stats import t as student
@@ -26,6 +26,7 @@ from transformers.utils import logging
 from bench.harness import table
 from headstart.errors import HeadstartError
 from headstart.evaluation.intervals import CONFIDENCE, wilson
+from headstart.methods import parse_method
 from headstart.runs.read import validated
 from headstart.runs.result import read_result
 from headstart.runs.stages import execute
@@ -87,6 +88,39 @@ class Planned:
     run: Run
     out: Path
 
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        label: str,
+        out: Path,
+        *,
+        seed: int,
+        lr: float,
+        steps: int,
+        held_out: int,
+        graded: int = 0,
+        targets: str | None = None,
+    ) -> Self:
+        """Return a run of a study, on the task's own targets where none are given; end the program if it can't be."""
+        method, changes = spelled(label)
+        common = TASKS[task]
+        settings = {
+            **common,
+            "data": {**common["data"], "held_out_examples": held_out},
+            "adapter": {**ADAPTER, "targets": targets or common["adapter"]["targets"], **changes},
+            "start": {"method": method},
+            "optimizer": {"lr": lr, "max_grad_norm": 0.0},
+            "schedule": {"steps": steps, "warmup": WARMUP},
+            "evaluation": {"graded_examples": graded, "max_new_tokens": 192},
+            "seed": seed,
+        }
+        try:
+            parse_method(method)
+            return cls(task, label, validated(settings, f"{label} on {task}"), out)
+        except HeadstartError as error:
+            sys.exit(str(error))
+
     @property
     def folder(self) -> Path:
         """The run's own folder."""
@@ -127,36 +161,6 @@ class Planned:
         return row
 
 
-def planned(
-    task: str, label: str, out: Path, *, seed: int, lr: float, steps: int, targets: str | None = None, **evaluated: int
-) -> Planned:
-    """Return a run of a study.
-
-    Args:
-        task, label, out: see :class:`Planned`.
-        seed, lr, steps: of the run.
-        targets: in place of the task's.
-        evaluated: ``held_out`` and ``graded``, how many examples.
-
-    Raises:
-        RunError: a setting is none.
-    """
-    method, changes = spelled(label)
-    common = TASKS[task]
-    adapter = {**common["adapter"], **ADAPTER, **changes}
-    settings = {
-        **common,
-        "data": {**common["data"], "held_out_examples": evaluated.get("held_out", 0)},
-        "adapter": adapter if targets is None else {**adapter, "targets": targets},
-        "start": {"method": method},
-        "optimizer": {"lr": lr, "max_grad_norm": 0.0},
-        "schedule": {"steps": steps, "warmup": WARMUP},
-        "evaluation": {"graded_examples": evaluated.get("graded", 0), "max_new_tokens": 192},
-        "seed": seed,
-    }
-    return Planned(task, label, validated(settings, f"{label} on {task}"), out)
-
-
 def shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every study is told."""
     add = parser.add_argument
@@ -195,11 +199,6 @@ def run_all(plan: Sequence[Planned], limit_minutes: float) -> list[Row]:
         except HeadstartError as error:
             said = str(error)
         print(f"[{number}/{len(plan)}] {item.task} {item.label} seed {item.run.seed}: {said}", flush=True)
-    return rows_of(plan)
-
-
-def rows_of(plan: Sequence[Planned]) -> list[Row]:
-    """Return the rows of what is done."""
     return [row for item in plan if (row := item.row()) is not None]
 
 
@@ -384,4 +383,5 @@ def measured(runs: Sequence[Row], asked: int) -> str:
     devices = " or ".join(sorted({run["device"] for run in runs}))
     seconds = statistics.median(run["run_seconds"] for run in runs)
     on = f"threads: {threads}, {devices}; a run took {seconds:.0f} s in the median"
-    return f"{len(runs)} of {asked} runs are done; {on}."
+    said = " ".join(dict.fromkeys(warning for run in runs for warning in run["warnings"]))
+    return f"{len(runs)} of {asked} runs are done; {on}." + (f" Warnings: {said}" if said else "")

@@ -9,7 +9,6 @@ import argparse
 import copy
 import itertools
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,16 +32,13 @@ from bench.study_tables import (
     mean_of,
     measured,
     paragraphs,
-    planned,
     quiet,
     run_all,
     shared_arguments,
 )
-from headstart.errors import MethodError
 from headstart.evaluation.answers import evaluating
 from headstart.evaluation.own import Asker, Asking, classified
 from headstart.files import write_json
-from headstart.methods import parse_method
 from headstart.progress import silent
 from headstart.runs.model import load_base
 from headstart.runs.read import tasks_of
@@ -154,48 +150,36 @@ def ranks_table(runs: Sequence[Row], methods: Sequence[str]) -> list[str]:
                 "" if method == BASELINE and whole else minus(figures["loss"], baseline["loss"]).text(plus="+"),
             ]
         )
-    titles = [
-        "method",
-        "rank",
-        "error %",
-        "loss",
-        "minus exact",
-        "accuracy %",
-        "minus exact",
-        f"loss minus `{BASELINE}`",
-    ]
-    return table(titles, rows)
+    titles = ["method", "rank", "error %", "loss", "minus exact", "accuracy %", "minus exact"]
+    return table([*titles, f"loss minus `{BASELINE}`"], rows)
 
 
 def sentences(runs: Sequence[Row], methods: Sequence[str]) -> list[str]:
     """Say what follows from the runs."""
     apart = max(abs(run["written"]["exact"]["loss"] - run["final_loss"]) for run in runs)
     lines = [f"- Loaded by PEFT, the exact adapter's loss is the trained model's own within {apart:.1e} in every run."]
-    groups: dict[str, list[str]] = {}
-    for share in SHARES:
-        if share == "exact":
-            continue
-        groups = {}
-        for method in methods:
-            lost = minus(values(runs, method, share, "loss"), values(runs, method, "exact", "loss"))
-            kind = {1: "a higher loss", -1: "a lower loss", 0: "not told apart"}[lost.sign]
-            groups.setdefault("one seed" if lost.half is None else kind, []).append(f"`{method}` ({lost.value:+.4f})")
-        said = "; ".join(f"{kind}: {', '.join(named)}" for kind, named in groups.items())
-        lines.append(f"- At {share} of the exact rank, against the exact adapter: {said}.")
-    groups = {}
-    for method in methods:
-        change = minus(values(runs, method, "1/2", "loss"), values(runs, BASELINE, "exact", "loss"))
-        if method != BASELINE and change.half is not None:
-            kind = {-1: "below", 1: "above", 0: "not told apart from"}[change.sign]
-            groups.setdefault(kind, []).append(f"`{method}`")
-    if groups:
-        said = "; ".join(f"{kind} it: {', '.join(named)}" for kind, named in groups.items())
-        lines.append(f"- Truncated to r, loss against that of `{BASELINE}`, which has rank r by itself: {said}.")
+    for share in ("3/4", "1/2"):
+        lost = {m: minus(values(runs, m, share, "loss"), values(runs, m, "exact", "loss")) for m in methods}
+        told = grouped(lost, "a lower loss", "a higher loss", "not told apart")
+        lines.append(f"- At {share} of the exact rank, against the exact adapter: {told}.")
+    plain = values(runs, BASELINE, "exact", "loss")
+    changes = {m: minus(values(runs, m, "1/2", "loss"), plain) for m in methods if m != BASELINE}
+    if plain and changes:
+        told = grouped(changes, "below it", "above it", "not told apart from it")
+        lines.append(f"- Truncated to r, loss against that of `{BASELINE}`, which has rank r by itself: {told}.")
     return lines
 
 
-def arguments() -> argparse.Namespace:
-    """Read the command line, and refuse before anything is run what this study can't do."""
+def grouped(changes: Mapping[str, Mean], below: str, above: str, neither: str) -> str:
+    """Return the methods by what their interval says."""
+    groups: dict[str, list[str]] = {}
+    for method, change in changes.items():
+        kind = "one seed" if change.half is None else {-1: below, 1: above, 0: neither}[change.sign]
+        groups.setdefault(kind, []).append(f"`{method}` ({change.value:+.4f})")
+    return "; ".join(f"{kind}: {', '.join(named)}" for kind, named in groups.items())
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.truncation", description=__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=STEPS, help=f"of training (default {STEPS})")
@@ -204,32 +188,11 @@ def arguments() -> argparse.Namespace:
     add("--held-out", type=int, default=872, help="rows that are measured on (default 872, all)")
     shared_arguments(parser)
     chosen = parser.parse_args()
-    for text in chosen.methods:
-        try:
-            parse_method(text)
-        except MethodError as error:
-            sys.exit(str(error))
-    return chosen
-
-
-def main() -> None:
-    chosen = arguments()
     quiet(chosen.threads)
+    out, common = chosen.out or Path("runs/truncation"), {"steps": chosen.steps, "held_out": chosen.held_out}
     # Seeds outermost: what a time limit leaves is whole for the seeds that are done.
     plan = [
-        Truncated(
-            **vars(
-                planned(
-                    TASK,
-                    method,
-                    chosen.out or Path("runs/truncation"),
-                    seed=seed,
-                    lr=OWN_RATES.get(method, chosen.rate),
-                    steps=chosen.steps,
-                    held_out=chosen.held_out,
-                )
-            )
-        )
+        Truncated.of(TASK, method, out, seed=seed, lr=OWN_RATES.get(method, chosen.rate), **common)
         for seed, method in itertools.product(chosen.seeds, chosen.methods)
     ]
     runs = run_all(plan, chosen.limit_minutes)
@@ -238,10 +201,9 @@ def main() -> None:
         "The encoder all-MiniLM-L6-v2 with a random two-way head on SST-2. LoRA on query, key, value and the dense "
         f"layers, rank r = {ADAPTER['r']}, alpha {ADAPTER['alpha']}, rsLoRA; {chosen.steps} AdamW steps of "
         f"{TASKS[TASK]['batch']['size']} examples at a rate of {chosen.rate:g}{own}, cosine with {100 * WARMUP:g} % "
-        "warm-up, the head trained along. "
-        "The trained adapter is written with `save_lora`: exactly, which takes rank 2 r after a start that is "
-        "subtracted and rank r after plain LoRA, and truncated to three quarters and to half of that by SVD. Each is "
-        "loaded on the untouched encoder with PEFT alone and measured.",
+        "warm-up, the head trained along. The trained adapter is written with `save_lora`: exactly, which takes rank "
+        "2 r after a start that is subtracted and rank r after plain LoRA, and truncated to three quarters and to half "
+        "of that by SVD. Each is loaded on the untouched encoder with PEFT alone and measured.",
         "Error is what `save_lora` returns: the Frobenius norm of what is missing over that of the whole update, all "
         f"layers together. Loss (nats) and accuracy are of {chosen.held_out} rows of the dev set. ± is half of the "
         "95 % interval over seeds (Student); differences are taken seed by seed.",
@@ -249,17 +211,11 @@ def main() -> None:
     methods = [method for method in chosen.methods if any(run["method"] == method for run in runs)]
     lines += [measured(runs, len(plan)), ""]
     if runs:
-        lines += [*ranks_table(runs, methods), "", *start_line(runs, methods), *sentences(runs, methods)]
+        by_method = {method: [run for run in runs if run["method"] == method] for method in methods}
+        starts = ", ".join(f"`{name}` {mean(group, 'start_loss').text()}" for name, group in by_method.items())
+        lines += [*ranks_table(runs, methods), "", *paragraphs(f"Before training the loss was: {starts}.")]
+        lines += sentences(runs, methods)
     write(chosen.page or "truncation", "What truncation loses", lines)
-
-
-def start_line(runs: Sequence[Row], methods: Sequence[str]) -> list[str]:
-    """Return the loss before training, by method."""
-    starts = [
-        f"`{method}` {mean([run for run in runs if run['method'] == method], 'start_loss').text()}"
-        for method in methods
-    ]
-    return paragraphs(f"Before training the loss was: {', '.join(starts)}.")
 
 
 if __name__ == "__main__":
