@@ -7,17 +7,17 @@ each other, so that their seconds say little.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import headstart as hs
-from bench import study_glue, study_gsm8k
 from bench.harness import interleave, paired_ratio, paragraph, shared_copy, table, token_batches, write
-from bench.study_glue import fresh_model
-from bench.study_tables import BASELINE, spelled
-from headstart.training.models import resolve_model
-from headstart.training.wrap import wrap_lora
+from bench.study_tables import BASELINE, Planned
+from headstart.runs.model import load_base, made_ready
+from headstart.runs.read import tasks_of
+from headstart.tasks.rows import read
 
 # LoRA-SB's layers are LoRA-XS's: only where they start is another.
 METHODS = (BASELINE, "lora-xs r=16", "lora-xs r=32", "lora-xs r=64")
@@ -25,29 +25,25 @@ ROUNDS = 12
 Batch = dict[str, torch.Tensor]
 
 
-def smollm2() -> tuple[dict[str, Any], Batch, str]:
-    """Return SmolLM2 with each method's layers, a batch of the study's size, and what it is."""
-    base, tokenizer, _ = resolve_model("smollm2")
-    recipe, models = study_gsm8k.RECIPE, {}
-    for label in METHODS:
-        method, changes = spelled(label)
-        settings = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "use_rslora": recipe.use_rslora} | changes
-        models[label] = wrap_lora(shared_copy(base), recipe.target_modules, task_type="CAUSAL_LM", **settings)
-        hs.initialize_(models[label], method, progress=False, cache=False)
-    data, what = token_batches(recipe.batch_size, recipe.batch_size, tokenizer)
-    return models, data[0], what
-
-
-def minilm() -> tuple[dict[str, Any], Batch, str]:
-    """Return MiniLM with each method's layers, a batch of the study's size, and what it is."""
-    base, tokenizer = study_glue.load_encoder()
+def prepared(task: str) -> tuple[dict[str, Any], Batch, str]:
+    """Return a study's model with each method's layers, a batch of the study's size, and what it is."""
+    runs = {label: Planned.of(task, label, Path("runs"), seed=0, lr=1e-5, steps=1, held_out=1).run for label in METHODS}
+    first = runs[BASELINE]
+    learned, _ = tasks_of(first)
+    base, tokenizer = load_base(first, learned)
     models = {}
-    for label in METHODS:
-        method, changes = spelled(label)
-        models[label] = fresh_model(base, 0, **changes)
-        hs.initialize_(models[label], method, progress=False, cache=False)
-    rows = study_glue.read_task("sst2", "train", tokenizer)[: study_glue.BATCH]
-    return models, study_glue.collate(rows, tokenizer.pad_token_id), f"{study_glue.BATCH} rows of SST-2"
+    for label, run in runs.items():
+        models[label] = made_ready(shared_copy(base), run, learned)
+        hs.initialize_(models[label], run.start.method, progress=False, cache=False)
+    size = first.batch.size
+    if task == "gsm8k":
+        data, what = token_batches(size, size, tokenizer)
+        batch = data[0]
+    else:
+        rows, what = read(learned, first.data.train, limit=size).examples, f"{size} rows of SST-2"
+        batch = dict(tokenizer([row.prompt for row in rows], padding=True, return_tensors="pt"))
+        batch["labels"] = torch.tensor([row.label for row in rows])
+    return models, {key: value.to(base.device) for key, value in batch.items()}, what
 
 
 def lines_of(title: str, models: dict[str, Any], batch: Batch, what: str, rounds: int) -> list[str]:
@@ -92,8 +88,8 @@ def main(rounds: int = ROUNDS) -> None:
         "LoRA-XS's and LoRA-SB's alike (they differ in where they start). The ratio is the median of the rounds'."
     )
     lines.append("")
-    lines += lines_of("SmolLM2-135M, all seven linear kinds", *smollm2(), rounds)
-    lines += lines_of("all-MiniLM-L6-v2, all linear layers", *minilm(), rounds)
+    lines += lines_of("SmolLM2-135M, all seven linear kinds", *prepared("gsm8k"), rounds)
+    lines += lines_of("all-MiniLM-L6-v2, all linear layers", *prepared("sst-2"), rounds)
     write("core_steps", "LoRA-SB and LoRA-XS: what a step takes", lines)
 
 

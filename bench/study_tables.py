@@ -1,4 +1,4 @@
-"""What the two studies share: the files of their runs, the loop over them, and the summary over seeds.
+"""What the studies share: their runs, the loop over them, and the summary over seeds.
 
 Intervals over seeds are Student's t at 95 %; a difference to ``lora`` is taken seed by seed, so what a seed brings to
 all methods alike (head, data order, samples) drops out of it. What a page says in words is computed from its numbers.
@@ -7,154 +7,202 @@ all methods alike (head, data order, samples) drops out of it. What a page says 
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import os
 import statistics
 import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from scipy.stats import t as student
+from transformers.utils import logging
 
 from bench.harness import table
-from headstart.errors import MethodError
-from headstart.evaluation.intervals import wilson
+from headstart.errors import HeadstartError
+from headstart.evaluation.intervals import CONFIDENCE, wilson
 from headstart.methods import parse_method
+from headstart.runs.read import validated
+from headstart.runs.result import read_result
+from headstart.runs.stages import execute
+from headstart.runs.tree import Run
 
 BASELINE = "lora"
-Run = dict[str, Any]
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+TARGETS = r".*\.layer\.\d+\.(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
+ADAPTER: dict[str, Any] = {"r": 8, "alpha": 16, "rslora": True}
+WARMUP = 0.03
+Row = dict[str, Any]
 
 
-def methods_of(study: str, samples: int) -> list[str]:
-    """Return what a study compares.
-
-    ``lora_da``: the baseline, LoRA-One, and LoRA-DA whole and with each of its parts left out. ``core``: the baseline,
-    and both methods of core layers at three ranks. ``inilora``: the baseline, PiSSA (the balanced gauge), and IniLoRA
-    by its path, by the path stopped early, and in closed form in the other gauges.
-    """
-    if study == "inilora":
-        closed = (f"inilora:solver=svd,gauge={gauge}" for gauge in ("aligned", "flow", "random"))
-        return [BASELINE, "pissa", "inilora", "inilora:tolerance=0.001", *closed]
-    if study == "core":
-        cores = ("lora-xs", f"lora-sb:samples={samples}")
-        return [BASELINE, *(f"{method} r={rank}" for method in cores for rank in (16, 32, 64))]
-    whole = f"lora-da:samples={samples}"
-    parts = ("", ",bias=0", ",variance=0", ",variance=0,fisher=none")
-    return [BASELINE, f"lora-one:samples={samples}", *(whole + part for part in parts)]
+def _glue(task: str, train: str, held_out: str) -> dict[str, Any]:
+    data = {"task": task, "train": str(DATA / "glue" / train), "held_out": str(DATA / "glue" / held_out)}
+    return {
+        "model": {"name": "minilm"},
+        "data": data,
+        "adapter": {"targets": TARGETS},
+        "batch": {"size": 32, "max_length": 128},
+    }
 
 
-TITLES = {"lora_da": "LoRA-DA", "core": "LoRA-SB and LoRA-XS", "inilora": "IniLoRA's path and its closed form"}
+# What the runs of a task have in common.
+TASKS: dict[str, dict[str, Any]] = {
+    "gsm8k": {
+        "model": {"name": "smollm2"},
+        "data": {"task": "text", "train": str(DATA / "gsm8k")},
+        "adapter": {"targets": "all-linear"},
+        "batch": {"size": 4, "max_length": 512},
+    },
+    "sst-2": _glue("sst-2", "sst2/train.tsv", "sst2/dev.tsv"),
+    "mrpc": _glue("mrpc", "mrpc/train.txt", "mrpc/test.txt"),
+}
+
+
+# The runs.
 
 
 def spelled(label: str) -> tuple[str, dict[str, Any]]:
-    """Return the method of a label and the settings of LoRA that it changes: "lora-xs r=16" has rank 16 and s = 1."""
+    """Return a label's method and the settings of the adapter that it changes: "lora-xs r=16" has rank 16 and s = 1."""
     method, _, rank = label.partition(" r=")
-    return method, {"r": int(rank), "lora_alpha": int(rank), "use_rslora": False} if rank else {}
+    return method, {"r": int(rank), "alpha": int(rank), "rslora": False} if rank else {}
 
 
-# The runs and their files.
+@dataclass(frozen=True)
+class Planned:
+    """A run of a study.
+
+    Attributes:
+        task: of :data:`TASKS`.
+        label: what tables call its start; see :func:`spelled`.
+        run: the settings.
+        out: the folder of the study, in which the run has one of its own.
+    """
+
+    task: str
+    label: str
+    run: Run
+    out: Path
+
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        label: str,
+        out: Path,
+        *,
+        seed: int,
+        lr: float,
+        steps: int,
+        held_out: int,
+        graded: int = 0,
+        targets: str | None = None,
+    ) -> Self:
+        """Return a run of a study, on the task's own targets where none are given; end the program if it can't be."""
+        method, changes = spelled(label)
+        common = TASKS[task]
+        settings = {
+            **common,
+            "data": {**common["data"], "held_out_examples": held_out},
+            "adapter": {**ADAPTER, "targets": targets or common["adapter"]["targets"], **changes},
+            "start": {"method": method},
+            "optimizer": {"lr": lr, "max_grad_norm": 0.0},
+            "schedule": {"steps": steps, "warmup": WARMUP},
+            "evaluation": {"graded_examples": graded, "max_new_tokens": 192},
+            "seed": seed,
+        }
+        try:
+            parse_method(method)
+            return cls(task, label, validated(settings, f"{label} on {task}"), out)
+        except HeadstartError as error:
+            sys.exit(str(error))
+
+    @property
+    def folder(self) -> Path:
+        """The run's own folder."""
+        return self.out / self.run.folder_name
+
+    def do(self) -> None:
+        """Do what is left of the run; raise HeadstartError where it fails."""
+        execute(self.run, self.folder)
+
+    def row(self) -> Row | None:
+        """Return the figures that the tables are made of; None where the run isn't done."""
+        result = read_result(self.folder)
+        if result is None or result.status not in ("done", "diverged"):
+            return None
+        if result.start["cached"]:
+            sys.exit(f"{self.folder} has a start from the cache, so what it takes isn't known: give another --out.")
+        losses = [loss for _, loss in result.series["loss"]]
+        diverged = result.status == "diverged"
+        row: Row = {
+            "task": self.task,
+            "method": self.label,
+            "seed": self.run.seed,
+            "lr": self.run.optimizer.lr,
+            "start_loss": result.metrics["loss/start"].value,
+            "final_loss": math.inf if diverged else result.metrics["loss/end"].value,
+            "training_loss": sum(losses) / len(losses),
+            "trainable": result.trainable,
+            "startup_seconds": result.start["seconds"],
+            "run_seconds": sum(result.seconds.values()),
+            "threads": result.environment["threads"],
+            "device": result.environment["device"],
+            "warnings": result.warnings,
+        }
+        if self.task != "gsm8k" or self.run.evaluation.graded_examples:
+            name = "exact_match" if self.task == "gsm8k" else "accuracy/end"
+            score = result.metrics.get(name)
+            row |= {"accuracy": score.value if score else math.inf, "total": score.count if score else 0}
+        return row
 
 
-def arguments(
-    parser: argparse.ArgumentParser, *, data: str, steps: int, samples: int, rates: Sequence[float]
-) -> argparse.Namespace:
-    """Read the command line that both studies have, and refuse unknown methods before anything is run."""
+def shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every study is told."""
     add = parser.add_argument
-    add("--study", choices=list(TITLES), default="lora_da", help="which methods are compared (default lora_da)")
-    add("--out", type=Path, help="one JSON file a run; a run that is there is not redone (default runs/STUDY_DATA)")
-    add("--steps", type=int, default=steps, help=f"of training, for every method (default {steps})")
+    add("--out", type=Path, help="gets a folder for each run; what is done is not done again (default runs/PAGE)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    add("--methods", nargs="+", help="in place of the study's; such as lora, or lora-xs at a rank: 'lora-xs r=16'")
-    add("--samples", type=int, default=samples, help=f"the samples of the default methods (default {samples})")
-    add("--rates", type=float, nargs="+", default=list(rates), help="learning rates; each method is judged at its best")
     add("--threads", type=int, default=1, help="of PyTorch; two processes with other --seeds do more than two")
-    add("--limit-minutes", type=float, default=math.inf, help="start no run after that long; 0 only writes the tables")
+    add("--limit-minutes", type=float, default=math.inf, help="start no run after that long; 0 only writes the page")
     add("--page", help="the page in docs/results, or a path without .md")
-    chosen = parser.parse_args()
-    chosen.methods = chosen.methods or methods_of(chosen.study, chosen.samples)
-    chosen.page = chosen.page or f"{chosen.study}_{data}"
-    chosen.out = chosen.out or Path("runs") / f"{chosen.study}_{data}"
-    try:
-        for method in chosen.methods:
-            parse_method(spelled(method)[0])
-    except MethodError as error:
-        sys.exit(str(error))
-    torch.set_num_threads(chosen.threads)
-    warnings.simplefilter("ignore", FutureWarning)  # between PEFT and Transformers, at every model
-    return chosen
 
 
-def path_of(out: Path, settings: Run) -> Path:
-    """Return the file of a run: its name says all that tells it from the others of its study."""
-    name = "__".join(value if isinstance(value, str) else f"{key}{value:g}" for key, value in settings.items())
-    return out / (
-        "".join(character if character.isalnum() or character in "-.=," else "_" for character in name) + ".json"
-    )
+def quiet(threads: int) -> None:
+    """Set PyTorch's threads, and silence what other libraries say at every model."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # What a start takes is shown, so none may be looked up.
+    os.environ["HEADSTART_CACHE_LIMIT"] = "0"
 
 
-def read_runs(out: Path, plan: Iterable[Run]) -> list[Run]:
-    """Return the finished runs of a plan."""
-    paths = (path_of(out, settings) for settings in plan)
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-
-
-def write_json(content: Run, path: Path) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
-def run_all(plan: Sequence[Run], out: Path, limit_minutes: float, measure: Callable[[Run], Run]) -> list[Run]:
-    """Run what has no file yet, a printed line each, until the time is up; return all finished runs of the plan."""
+def run_all(plan: Sequence[Planned], limit_minutes: float) -> list[Row]:
+    """Do what isn't done, a printed line each, until the time is up; return the rows of all that is done."""
     began = time.monotonic()
-    for number, settings in enumerate(plan, start=1):
-        path = path_of(out, settings)
-        if path.is_file():
+    for number, item in enumerate(plan, start=1):
+        if item.row() is not None:
             continue
         if time.monotonic() - began >= 60 * limit_minutes:
-            print(f"time is up: {len(read_runs(out, plan))} of {len(plan)} runs are done", flush=True)
+            print("time is up", flush=True)
             break
-        started, worked = time.monotonic(), time.process_time()
-        run = {**settings, **measure(settings), "threads": torch.get_num_threads()}
-        run |= {"run_seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - worked}
-        write_json(run, path)
-        what = " ".join(value if isinstance(value, str) else f"{name} {value:g}" for name, value in settings.items())
-        print(
-            f"[{number}/{len(plan)}] {what}: loss {run['start_loss']:.4f} -> {run['final_loss']:.4f}, "
-            f"accuracy {100 * run['right'] / run['total']:.1f} %, {run['run_seconds']:.0f} s",
-            flush=True,
-        )
-    return read_runs(out, plan)
+        started = time.monotonic()
+        try:
+            item.do()
+            row = item.row()
+            losses = f"loss {row['start_loss']:.4f} -> {row['final_loss']:.4f}" if row else "no figures"
+            said = f"{losses}, {time.monotonic() - started:.0f} s"
+        except HeadstartError as error:
+            said = str(error)
+        print(f"[{number}/{len(plan)}] {item.task} {item.label} seed {item.run.seed}: {said}", flush=True)
+    return [row for item in plan if (row := item.row()) is not None]
 
 
 # Statistics.
-
-
-def t_quantile(degrees: int, probability: float = 0.975) -> float:
-    """Return Student's t quantile above one half, from the closed form of its distribution for whole degrees."""
-
-    def inside(t: float) -> float:
-        """The probability of -t to t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-        angle = math.atan(t / math.sqrt(degrees))
-        odd = degrees % 2
-        term, total = (math.cos(angle) if odd else 1.0), 0.0
-        for k in range(2 + odd, degrees + 1, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * (k - 1) / k
-        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 2 * probability - 1 else (low, middle)
-    return high
 
 
 @dataclass(frozen=True)
@@ -186,16 +234,17 @@ def mean_of(values: Sequence[float]) -> Mean:
         return Mean(math.inf, None, len(values))
     half = None
     if len(values) > 1:
-        half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return Mean(statistics.fmean(values), half, len(values))
 
 
-def mean(runs: Sequence[Run], key: str) -> Mean:
+def mean(runs: Sequence[Row], key: str) -> Mean:
     """Return the mean of one figure of the runs."""
     return mean_of([run[key] for run in runs])
 
 
-def difference(runs: Sequence[Run], others: Sequence[Run], key: str) -> Mean:
+def difference(runs: Sequence[Row], others: Sequence[Row], key: str) -> Mean:
     """Return the mean over the seeds that both have of the difference in one figure."""
     by_seed = {run["seed"]: run[key] for run in others}
     return mean_of([run[key] - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed])
@@ -214,11 +263,11 @@ class Figure:
     digits: int = 4
     higher_is_better: bool = False
 
-    def of(self, runs: Sequence[Run]) -> str:
+    def of(self, runs: Sequence[Row]) -> str:
         """Return its mean over the runs, written."""
         return mean(runs, self.key).text(self.scale, self.digits)
 
-    def against(self, runs: Sequence[Run], others: Sequence[Run]) -> str:
+    def against(self, runs: Sequence[Row], others: Sequence[Row]) -> str:
         """Return its difference, written."""
         return difference(runs, others, self.key).text(self.scale, self.digits, "+")
 
@@ -230,55 +279,66 @@ FIGURES = (LOSS, CURVE, ACCURACY)
 FIRST = ("method", "rate", "seeds")
 
 
-def at_rates(runs: Sequence[Run], method: str) -> dict[float, list[Run]]:
+def figures_of(runs: Sequence[Row]) -> list[Figure]:
+    """Return the figures that all runs have: texts have an accuracy only where answers are graded."""
+    return [figure for figure in FIGURES if all(figure.key in run for run in runs)]
+
+
+def at_rates(runs: Sequence[Row], method: str) -> dict[float, list[Row]]:
     """Return a method's runs by learning rate."""
     of_method = [run for run in runs if run["method"] == method]
     return {rate: [run for run in of_method if run["lr"] == rate] for rate in sorted({run["lr"] for run in of_method})}
 
 
-def best(runs: Sequence[Run], method: str) -> list[Run]:
+def best(runs: Sequence[Row], method: str) -> list[Row]:
     """Return a method's runs at its best rate: most seeds done first, then the least mean final loss."""
     groups = at_rates(runs, method).values()
     return min(groups, key=lambda group: (-len(group), mean(group, LOSS.key).value), default=[])
 
 
-def summary(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
+def summary(runs: Sequence[Row], methods: Sequence[str]) -> list[str]:
     """Return the tables of one task, and the sentences that follow from them."""
     chosen = {method: at_best for method in methods if (at_best := best(runs, method))}
+    figures = figures_of(runs)
+    graded = ACCURACY in figures
+    names = [figure.name for figure in figures]
     rows, every = [], []
     for method, at_best in chosen.items():
-        figures = [mean(at_best, "start_loss").text(), *(figure.of(at_best) for figure in FIGURES)]
-        seconds = f"{mean(at_best, 'startup_seconds').value:.2f}"
-        size = f"{at_best[0]['trainable']:,}" if "trainable" in at_best[0] else "-"
-        rows.append([*_first(method, at_best), size, *figures, pooled(at_best, "right", "total"), seconds])
+        size, seconds = f"{at_best[0]['trainable']:,}", f"{mean(at_best, 'startup_seconds').value:.2f}"
+        scores = [mean(at_best, "start_loss").text(), *(figure.of(at_best) for figure in figures)]
+        rows.append([*_first(method, at_best), size, *scores, *([pooled(at_best)] if graded else []), seconds])
         for rate, group in at_rates(runs, method).items():
             others = at_rates(runs, BASELINE).get(rate, []) if method != BASELINE else []
-            every.append([*_first(method, group), *(f.of(group) for f in FIGURES), LOSS.against(group, others)])
-    titles = [*FIRST, "parameters", "start loss", *(figure.name for figure in FIGURES), "pooled (Wilson)", "start-up s"]
+            every.append([*_first(method, group), *(f.of(group) for f in figures), LOSS.against(group, others)])
+    titles = [*FIRST, "parameters", "start loss", *names, *(["pooled (Wilson)"] if graded else []), "start-up s"]
     lines = ["Each method at its best rate:", "", *table(titles, rows), ""]
     whole = next((method for method in chosen if method.startswith("lora-da") and not _ablated(method)), None)
     references = [method for method in (BASELINE, whole, "inilora") if method in chosen]
     for reference in references or [BASELINE]:
-        lines += compared(chosen, reference)
-    titles = [*FIRST, *(figure.name for figure in FIGURES), f"final loss minus `{BASELINE}`'s at this rate"]
+        lines += compared(chosen, reference, figures)
+    titles = [*FIRST, *names, f"final loss minus `{BASELINE}`'s at this rate"]
     return [*lines, "Every rate:", "", *table(titles, every)]
 
 
-def pooled(runs: Sequence[Run], right: str, total: str) -> str:
-    """Return Wilson's interval of the counts of all seeds together."""
-    low, high = wilson(sum(run[right] for run in runs), sum(run[total] for run in runs))
-    return f"{100 * max(low, 0):.1f} to {100 * high:.1f} %"
+def pooled(runs: Sequence[Row]) -> str:
+    """Return Wilson's interval of the answers of all seeds together."""
+    finite = [run for run in runs if math.isfinite(run["accuracy"])]
+    if not finite:
+        return "-"
+    right = sum(round(run["accuracy"] * run["total"]) for run in finite)
+    low, high = wilson(right, sum(run["total"] for run in finite))
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
 def _ablated(method: str) -> bool:
     return any(part in method for part in ("bias=", "variance=", "fisher="))
 
 
-def _first(method: str, runs: Sequence[Run]) -> list[str]:
+def _first(method: str, runs: Sequence[Row]) -> list[str]:
     return [method, f"{runs[0]['lr']:g}", str(len(runs))]
 
 
-def compared(chosen: dict[str, list[Run]], reference: str) -> list[str]:
+def compared(chosen: dict[str, list[Row]], reference: str, figures: Sequence[Figure]) -> list[str]:
     """Return every other method minus the reference, and what that says."""
     others = {method: runs for method, runs in chosen.items() if method != reference}
     if reference not in chosen or not others:
@@ -287,11 +347,11 @@ def compared(chosen: dict[str, list[Run]], reference: str) -> list[str]:
     rows = []
     for method, runs in others.items():
         seeds = str(difference(runs, base, LOSS.key).count)
-        rows.append([method, f"{runs[0]['lr']:g}", seeds, *(f.against(runs, base) for f in FIGURES)])
+        rows.append([method, f"{runs[0]['lr']:g}", seeds, *(f.against(runs, base) for f in figures)])
     lines = [f"Minus `{reference}`, each at its best rate, seed by seed:", ""]
-    lines += [*table([*FIRST, *(figure.name for figure in FIGURES)], rows), ""]
-    differences = [{method: difference(runs, base, f.key) for method, runs in others.items()} for f in FIGURES]
-    verdicts = [_verdict(by_method, figure, reference) for by_method, figure in zip(differences, FIGURES, strict=True)]
+    lines += [*table([*FIRST, *(figure.name for figure in figures)], rows), ""]
+    differences = [{method: difference(runs, base, f.key) for method, runs in others.items()} for f in figures]
+    verdicts = [_verdict(by_method, figure, reference) for by_method, figure in zip(differences, figures, strict=True)]
     count = sum(change.half is not None for by_method in differences for change in by_method.values())
     chance = f"Of {count} intervals, {0.05 * count:.1f} would exclude zero by chance if no method differed."
     ending = [chance, ""] if count else []
@@ -315,12 +375,13 @@ def paragraphs(*texts: str) -> list[str]:
     return [line for text in texts for line in (*textwrap.wrap(text, 118), "")]
 
 
-def measured(runs: Sequence[Run], asked: int) -> str:
+def measured(runs: Sequence[Row], asked: int) -> str:
     """Return how much of the plan is done, and on what."""
     if not runs:
         return f"None of {asked} runs is done."
     threads = " or ".join(str(count) for count in sorted({run["threads"] for run in runs}))
     devices = " or ".join(sorted({run["device"] for run in runs}))
-    seconds, worked = (statistics.median(run[key] for run in runs) for key in ("run_seconds", "cpu_seconds"))
-    on = f"threads: {threads}, {devices}; a run took {seconds:.0f} s, {worked:.0f} s of a core, in the median"
-    return f"{len(runs)} of {asked} runs are done; {on}."
+    seconds = statistics.median(run["run_seconds"] for run in runs)
+    on = f"threads: {threads}, {devices}; a run took {seconds:.0f} s in the median"
+    said = " ".join(dict.fromkeys(warning for run in runs for warning in run["warnings"]))
+    return f"{len(runs)} of {asked} runs are done; {on}." + (f" Warnings: {said}" if said else "")

@@ -8,39 +8,45 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import math
-import random
-import sys
+import json
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn import functional
 
 import headstart as hs
 from bench.harness import table, write
-from bench.study_glue import (
-    BATCH,
-    EVALUATED,
-    LORA,
+from bench.study_tables import (
+    ADAPTER,
+    BASELINE,
+    TASKS,
     WARMUP,
-    Study,
-    cut,
-    fresh_model,
-    measure,
-    shuffled,
-    train,
-    training_batches,
+    Mean,
+    Planned,
+    Row,
+    mean,
+    mean_of,
+    measured,
+    paragraphs,
+    quiet,
+    run_all,
+    shared_arguments,
 )
-from bench.study_tables import BASELINE, Mean, Run, mean, mean_of, measured, paragraphs, run_all
-from headstart.errors import MethodError
-from headstart.methods import parse_method
-from headstart.training.wrap import accelerator
+from headstart.evaluation.answers import evaluating
+from headstart.evaluation.own import Asker, Asking, classified
+from headstart.files import write_json
+from headstart.progress import silent
+from headstart.runs.model import load_base
+from headstart.runs.read import tasks_of
+from headstart.runs.stages import TRAINED
+from headstart.tasks.base import Example
+from headstart.tasks.rows import read
 
-TASK = "sst2"
+TASK = "sst-2"
 RATE, STEPS = 3e-4, 120
 # Where factors have entries near one, a step of AdamW moves the weight that much further.
 OWN_RATES = {"inilora-alpha": 3e-5, "inilora-beta": 1e-4}
@@ -60,59 +66,61 @@ METHODS = (
 SHARES = {"exact": 1.0, "3/4": 0.75, "1/2": 0.5}
 
 
-class Truncation(Study):
-    """The model and the rows, read once, and the runs on them."""
+class Truncated(Planned):
+    """A run whose trained adapter is written at each rank, and measured as PEFT alone computes with it."""
 
-    def run(self, settings: Run) -> Run:
-        """Start, train, write at each rank, and measure what PEFT alone computes with each."""
-        seed, steps = settings["seed"], settings["steps"]
-        draw = random.Random(seed)
-        order = shuffled(self._train[TASK], steps * BATCH, draw)
-        data = training_batches(order, steps, self._padding, draw)
-        model = fresh_model(self._base, seed)
-        method, population = parse_method(settings["method"]), len(self._train[TASK])
-        samples = cut(order[: method.sample_count(population) or 1], self._padding)
-        hs.initialize_(
-            model,
-            method,
-            data=hs.TrainingData(samples, training=hs.Training(population)),
-            seed=seed,
-            cache=False,
-            progress=False,
-        )
-        start = measure(model, self._dev[TASK])[0]
-        losses = train(model, data, settings["lr"], seed)
-        loss, right, total = measure(model, self._dev[TASK])
-        written = {"exact": self._written(model, None)}
-        exact = written["exact"]["rank"]
-        written |= {name: self._written(model, round(share * exact)) for name, share in SHARES.items() if share < 1}
-        return {
-            "start_loss": start,
-            "final_loss": loss,
-            "right": right,
-            "total": total,
-            "losses": losses,
-            "written": written,
-            "device": str(accelerator()),
-        }
+    @property
+    def _written(self) -> Path:
+        return self.folder / "written.json"
 
-    def _written(self, model: Any, rank: int | None) -> Run:
-        """Write the adapter, load it with PEFT on the untouched encoder, and measure that."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "adapter"
-            error = hs.save_lora(model, path, rank)
-            plain = PeftModel.from_pretrained(copy.deepcopy(self._base).to(accelerator()), path)
-        ranks = {parameter.shape[0] for name, parameter in plain.named_parameters() if ".lora_A." in name}
-        if len(ranks) != 1:
-            raise RuntimeError(f"the written adapter's layers have ranks {sorted(ranks)}; they should have one.")
-        loss, right, total = measure(plain, self._dev[TASK])
-        return {"rank": ranks.pop(), "error": error, "loss": loss, "accuracy": right / total}
+    def do(self) -> None:
+        """Train, write and measure; what is done isn't done again."""
+        super().do()
+        if (self.folder / TRAINED / "checkpoint").is_dir() and not self._written.is_file():
+            write_json(self._measured(), self._written)
+
+    def row(self) -> Row | None:
+        """Return the run's figures and those of what was written; None where there are none."""
+        row = super().row() if self._written.is_file() else None
+        return row and row | {"written": json.loads(self._written.read_text(encoding="utf-8"))}
+
+    def _measured(self) -> dict[str, Row]:
+        task, _ = tasks_of(self.run)
+        base, tokenizer = load_base(self.run, task)
+        model = hs.load_checkpoint(copy.deepcopy(base), self.folder / TRAINED / "checkpoint", trainable=False)
+        examples = read(task, self.run.data.held_out, limit=self.run.data.held_out_examples).examples
+        written: dict[str, Row] = {}
+        for name, share in SHARES.items():
+            rank = None if name == "exact" else round(share * written["exact"]["rank"])
+            with tempfile.TemporaryDirectory() as folder:
+                error = hs.save_lora(model, Path(folder) / "adapter", rank)
+                plain = PeftModel.from_pretrained(copy.deepcopy(base), Path(folder) / "adapter")
+                written[name] = {"rank": rank_of(plain), "error": error}
+                written[name] |= self._scored(plain, tokenizer, examples, Path(folder))
+        return written
+
+    def _scored(self, model: Any, tokenizer: Any, examples: Sequence[Example], folder: Path) -> dict[str, float]:
+        """Return the loss and the accuracy of a model."""
+        asker = Asker(model, tokenizer, folder, Asking(batch_size=64), self.run.batch.max_length, silent)
+        with evaluating(model):
+            records, figures = classified(asker, tasks_of(self.run)[0], examples)
+        logits = torch.tensor([record["logits"] for record in records], dtype=torch.float64)
+        labels = torch.tensor([int(record["label"]) for record in records])
+        return {"loss": float(functional.cross_entropy(logits, labels)), "accuracy": figures["accuracy"].value}
+
+
+def rank_of(model: Any) -> int:
+    """Return the rank of an adapter whose layers have one."""
+    ranks = {parameter.shape[0] for name, parameter in model.named_parameters() if ".lora_A." in name}
+    if len(ranks) != 1:
+        raise RuntimeError(f"the written adapter's layers have ranks {sorted(ranks)}; they should have one.")
+    return int(ranks.pop())
 
 
 Values = Mapping[int, float]  # by seed
 
 
-def values(runs: Sequence[Run], method: str, share: str, key: str) -> Values:
+def values(runs: Sequence[Row], method: str, share: str, key: str) -> Values:
     """Return one figure of a method's written adapters, by seed."""
     return {run["seed"]: run["written"][share][key] for run in runs if run["method"] == method}
 
@@ -122,7 +130,7 @@ def minus(scores: Values, reference: Values) -> Mean:
     return mean_of([scores[seed] - reference[seed] for seed in scores if seed in reference])
 
 
-def ranks_table(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
+def ranks_table(runs: Sequence[Row], methods: Sequence[str]) -> list[str]:
     """Return one row for each method and rank: what is lost against the exact adapter, and against plain LoRA."""
     rows = []
     baseline = {key: values(runs, BASELINE, "exact", key) for key in ("loss", "accuracy")}
@@ -142,102 +150,72 @@ def ranks_table(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
                 "" if method == BASELINE and whole else minus(figures["loss"], baseline["loss"]).text(plus="+"),
             ]
         )
-    titles = [
-        "method",
-        "rank",
-        "error %",
-        "loss",
-        "minus exact",
-        "accuracy %",
-        "minus exact",
-        f"loss minus `{BASELINE}`",
-    ]
-    return table(titles, rows)
+    titles = ["method", "rank", "error %", "loss", "minus exact", "accuracy %", "minus exact"]
+    return table([*titles, f"loss minus `{BASELINE}`"], rows)
 
 
-def sentences(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
+def sentences(runs: Sequence[Row], methods: Sequence[str]) -> list[str]:
     """Say what follows from the runs."""
     apart = max(abs(run["written"]["exact"]["loss"] - run["final_loss"]) for run in runs)
     lines = [f"- Loaded by PEFT, the exact adapter's loss is the trained model's own within {apart:.1e} in every run."]
-    groups: dict[str, list[str]] = {}
-    for share in SHARES:
-        if share == "exact":
-            continue
-        groups = {}
-        for method in methods:
-            lost = minus(values(runs, method, share, "loss"), values(runs, method, "exact", "loss"))
-            kind = {1: "a higher loss", -1: "a lower loss", 0: "not told apart"}[lost.sign]
-            groups.setdefault("one seed" if lost.half is None else kind, []).append(f"`{method}` ({lost.value:+.4f})")
-        said = "; ".join(f"{kind}: {', '.join(named)}" for kind, named in groups.items())
-        lines.append(f"- At {share} of the exact rank, against the exact adapter: {said}.")
-    groups = {}
-    for method in methods:
-        change = minus(values(runs, method, "1/2", "loss"), values(runs, BASELINE, "exact", "loss"))
-        if method != BASELINE and change.half is not None:
-            kind = {-1: "below", 1: "above", 0: "not told apart from"}[change.sign]
-            groups.setdefault(kind, []).append(f"`{method}`")
-    if groups:
-        said = "; ".join(f"{kind} it: {', '.join(named)}" for kind, named in groups.items())
-        lines.append(f"- Truncated to r, loss against that of `{BASELINE}`, which has rank r by itself: {said}.")
+    for share in ("3/4", "1/2"):
+        lost = {m: minus(values(runs, m, share, "loss"), values(runs, m, "exact", "loss")) for m in methods}
+        told = grouped(lost, "a lower loss", "a higher loss", "not told apart")
+        lines.append(f"- At {share} of the exact rank, against the exact adapter: {told}.")
+    plain = values(runs, BASELINE, "exact", "loss")
+    changes = {m: minus(values(runs, m, "1/2", "loss"), plain) for m in methods if m != BASELINE}
+    if plain and changes:
+        told = grouped(changes, "below it", "above it", "not told apart from it")
+        lines.append(f"- Truncated to r, loss against that of `{BASELINE}`, which has rank r by itself: {told}.")
     return lines
 
 
-def arguments() -> argparse.Namespace:
-    """Read the command line, and refuse before anything is run what this study can't do."""
-    parser = argparse.ArgumentParser(prog="python -m bench.truncation", description=__doc__)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/truncation"), help="one JSON file a run; what is there is not redone")
-    add("--steps", type=int, default=STEPS, help=f"of training (default {STEPS})")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    add("--rate", type=float, default=RATE, help=f"of AdamW at its highest (default {RATE:g})")
-    add("--methods", nargs="+", default=list(METHODS), help="what the runs start from")
-    add("--limit-minutes", type=float, default=math.inf, help="start no run after that long; 0 only writes the page")
-    add("--page", default="truncation", help="the page in docs/results, or a path without .md")
-    chosen = parser.parse_args()
-    for text in chosen.methods:
-        try:
-            parse_method(text)
-        except MethodError as error:
-            sys.exit(str(error))
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)  # between PEFT and Transformers, at every model
-    return chosen
+def grouped(changes: Mapping[str, Mean], below: str, above: str, neither: str) -> str:
+    """Return the methods by what their interval says."""
+    groups: dict[str, list[str]] = {}
+    for method, change in changes.items():
+        kind = "one seed" if change.half is None else {-1: below, 1: above, 0: neither}[change.sign]
+        groups.setdefault(kind, []).append(f"`{method}` ({change.value:+.4f})")
+    return "; ".join(f"{kind}: {', '.join(named)}" for kind, named in groups.items())
 
 
 def main() -> None:
-    chosen = arguments()
+    parser = argparse.ArgumentParser(prog="python -m bench.truncation", description=__doc__)
+    add = parser.add_argument
+    add("--steps", type=int, default=STEPS, help=f"of training (default {STEPS})")
+    add("--rate", type=float, default=RATE, help=f"of AdamW at its highest (default {RATE:g})")
+    add("--methods", nargs="+", default=list(METHODS), help="what the runs start from")
+    add("--held-out", type=int, default=872, help="rows that are measured on (default 872, all)")
+    shared_arguments(parser)
+    chosen = parser.parse_args()
+    quiet(chosen.threads)
+    out, common = chosen.out or Path("runs/truncation"), {"steps": chosen.steps, "held_out": chosen.held_out}
     # Seeds outermost: what a time limit leaves is whole for the seeds that are done.
     plan = [
-        {"method": method, "seed": seed, "lr": OWN_RATES.get(method, chosen.rate), "steps": chosen.steps}
+        Truncated.of(TASK, method, out, seed=seed, lr=OWN_RATES.get(method, chosen.rate), **common)
         for seed, method in itertools.product(chosen.seeds, chosen.methods)
     ]
-    runs = run_all(plan, chosen.out, chosen.limit_minutes, Truncation(chosen.out, plan).run)
+    runs = run_all(plan, chosen.limit_minutes)
     own = "".join(f", {rate:g} for `{method}`" for method, rate in OWN_RATES.items() if method in chosen.methods)
     lines = paragraphs(
         "The encoder all-MiniLM-L6-v2 with a random two-way head on SST-2. LoRA on query, key, value and the dense "
-        f"layers, rank r = {LORA['r']}, alpha {LORA['lora_alpha']}, rsLoRA; {chosen.steps} AdamW steps of {BATCH} "
-        f"examples at a rate of {chosen.rate:g}{own}, cosine with {100 * WARMUP:g} % warm-up, the head trained along. "
-        "The trained adapter is written with `save_lora`: exactly, which takes rank 2 r after a start that is "
-        "subtracted and rank r after plain LoRA, and truncated to three quarters and to half of that by SVD. Each is "
-        "loaded on the untouched encoder with PEFT alone and measured.",
+        f"layers, rank r = {ADAPTER['r']}, alpha {ADAPTER['alpha']}, rsLoRA; {chosen.steps} AdamW steps of "
+        f"{TASKS[TASK]['batch']['size']} examples at a rate of {chosen.rate:g}{own}, cosine with {100 * WARMUP:g} % "
+        "warm-up, the head trained along. The trained adapter is written with `save_lora`: exactly, which takes rank "
+        "2 r after a start that is subtracted and rank r after plain LoRA, and truncated to three quarters and to half "
+        "of that by SVD. Each is loaded on the untouched encoder with PEFT alone and measured.",
         "Error is what `save_lora` returns: the Frobenius norm of what is missing over that of the whole update, all "
-        f"layers together. Loss (nats) and accuracy are of the {EVALUATED} rows of the dev set. ± is half of the 95 % "
-        "interval over seeds (Student); differences are taken seed by seed.",
+        f"layers together. Loss (nats) and accuracy are of {chosen.held_out} rows of the dev set. ± is half of the "
+        "95 % interval over seeds (Student); differences are taken seed by seed.",
     )
     methods = [method for method in chosen.methods if any(run["method"] == method for run in runs)]
     lines += [measured(runs, len(plan)), ""]
     if runs:
-        lines += [*ranks_table(runs, methods), "", *start_line(runs, methods), *sentences(runs, methods)]
-    write(chosen.page, "What truncation loses", lines)
-
-
-def start_line(runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
-    """Return the loss before training, by method."""
-    starts = [
-        f"`{method}` {mean([run for run in runs if run['method'] == method], 'start_loss').text()}"
-        for method in methods
-    ]
-    return paragraphs(f"Before training the loss was: {', '.join(starts)}.")
+        by_method = {method: [run for run in runs if run["method"] == method] for method in methods}
+        starts = ", ".join(f"`{name}` {mean(group, 'start_loss').text()}" for name, group in by_method.items())
+        lines += [*ranks_table(runs, methods), "", *paragraphs(f"Before training the loss was: {starts}.")]
+        lines += sentences(runs, methods)
+    write(chosen.page or "truncation", "What truncation loses", lines)
 
 
 if __name__ == "__main__":
