@@ -40,9 +40,9 @@ from headstart.evaluation.answers import evaluating
 from headstart.evaluation.own import Asker, Asking, classified
 from headstart.files import write_json
 from headstart.progress import silent
+from headstart.runs.folder import TRAINED
 from headstart.runs.model import load_base
 from headstart.runs.read import tasks_of
-from headstart.runs.stages import TRAINED
 from headstart.tasks.base import Example
 from headstart.tasks.rows import read
 
