@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 
 import headstart as hs
 from children import ended, forked
-from conftest import perturb, tiny_llama, word_tokenizer
-from headstart.cli import main
+from conftest import perturb, tiny_llama
 from headstart.layers import files
 from headstart.runs.folder import last_save
 from programs import train as program
@@ -70,47 +69,6 @@ def test_a_trainer_that_is_killed_goes_on(tmp_path):
         assert found.keys() == expected.keys()
         for name, value in found.items():
             assert torch.equal(value, expected[name]), name
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A tiny model with a tokenizer, questions with answers, and the arguments of a comparison on them."""
-
-    folder = tmp_path_factory.mktemp("small")
-    tiny_llama(max_position_embeddings=128).save_pretrained(folder / "tiny")
-    words = ["<pad>", "<eos>", "<unk>", "Question", "Answer", *"#+=.:?", *(str(number) for number in range(70))]
-    word_tokenizer(words).save_pretrained(folder / "tiny")
-    rows = [{"question": f"{i} + {i} ?", "answer": f"{i} + {i} = {2 * i} .\n#### {2 * i}"} for i in range(30)]
-    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return [
-        sys.executable, "-c", "from headstart.cli import main; main()", "compare", str(folder / "tiny"),
-        "--data", str(folder / "sums.jsonl"), "--methods", "pissa,lora-xs:std=0.01", "--steps", "40",
-        "--batch-size", "4", "--rank", "2", "--held-out-examples", "4", "--graded-examples", "2",
-        "--max-new-tokens", "3", "--out",
-    ]  # fmt: skip
-
-
-def test_a_comparison_that_is_killed_goes_on(small, tmp_path):
-    cut, chance = tmp_path / "cut", random.Random(SEEDS[0])
-    process = subprocess.Popen([*small, str(cut)], env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    # It saves every ten of its 40 steps: once the second method has a save, the end of its training is not far.
-    deadline = time.monotonic() + 240
-    while not last_save(cut / "lora-xs_std=0.01" / "trainer") and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(chance.uniform(0, 0.2))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert (cut / "pissa" / "result.json").exists()
-    assert not (cut / "lora-xs_std=0.01" / "result.json").exists()
-    done = subprocess.run([*small, str(cut)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    main([*small[3:], str(tmp_path / "uncut")])
-    for method in ("pissa", "lora-xs_std=0.01"):
-        mine, theirs = (json.loads((out / method / "result.json").read_text()) for out in (cut, tmp_path / "uncut"))
-        assert len(theirs["series"]["loss"]) == 40
-        for key in ("series", "metrics"):
-            assert mine[key] == theirs[key], key
 
 
 def test_a_save_that_was_cut_short_is_passed_over(tmp_path):

@@ -13,7 +13,6 @@ import pytest
 from headstart.cli import main
 from headstart.errors import CheckpointError, HeadstartError, RunError, TaskError
 from headstart.progress import silent
-from headstart.runs import trainers
 from headstart.runs.method_comparison import export, exported
 from headstart.runs.read import read_run, tasks_of
 from headstart.runs.result import Result, read_result, write_result
@@ -346,7 +345,7 @@ def test_memory_over_the_steps():
 @pytest.mark.parametrize("between", ["on_evaluate", "on_save", None])
 def test_a_step_s_seconds_are_without_measurements_and_saves(between, monkeypatch):
     now = [10.0]
-    monkeypatch.setattr(trainers, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("headstart.runs.watch.time", SimpleNamespace(perf_counter=lambda: now[0]))
     watch, state = Watch(silent), SimpleNamespace(global_step=0, max_steps=2, log_history=[])
     watch.on_train_begin(None, state, None)
     for seconds, tokens in ((2.0, 30), (3.0, 50)):
