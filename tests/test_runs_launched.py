@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from headstart.errors import RunError
+from headstart.runs.method_comparison import exported
 from headstart.runs.read import read_run
 from headstart.runs.result import read_result
 from headstart.runs.stages import execute
@@ -134,6 +135,13 @@ def test_in_two_processes_a_run_is_cut_off_and_ends_as_one_process_does(recipes,
     same(read_result(tmp_path / "classes"), alone(recipes, tmp_path / "other", "classes", "start=pissa"))
     items, expected = (json.loads((tmp_path / name / "items.json").read_text()) for name in ("text", "one"))
     assert items == expected and len(items) == 5
+    # Costs are those of all processes.
+    windows = [
+        [[row["samples"], row["tokens"]] for row in read_result(tmp_path / name).windows] for name in ("text", "one")
+    ]
+    assert windows[0] == windows[1] and sum(samples for samples, _ in windows[0]) == 40
+    settings = [exported(tmp_path / name).content["run_info"]["train_config"] for name in ("text", "one")]
+    assert [setting["batch_size"] for setting in settings] == [8, 8]
 
 
 def test_sharded_a_failing_process_ends_all_and_the_run_goes_on(recipes, tmp_path):

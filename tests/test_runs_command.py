@@ -1,15 +1,12 @@
-"""The command in two processes, and what the command line says of settings and results."""
+"""What the command line says of settings and results."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from headstart.cli import main
-from headstart.runs.method_comparison import exported
 from headstart.runs.result import read_result
 from running import llama_folder, sums
 
@@ -47,35 +44,6 @@ def run(capsys, *arguments):
         code = leaving.code
     captured = capsys.readouterr()
     return code, captured.out + captured.err
-
-
-def losses(folder):
-    return [loss for _, loss in read_result(folder).series["loss"]]
-
-
-def test_two_processes_train_as_one_does(model, data, tmp_path):
-    """Samples weigh by their tokens, in whichever process and batch they are."""
-    one = recipe(tmp_path / "one.yaml", model, data, size=2, accumulation=2)
-    two = recipe(tmp_path / "two.yaml", model, data, size=1, accumulation=2)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command, path in (([sys.executable], one), (launch, two)):
-        out = path.with_suffix("")
-        done = subprocess.run(
-            [*command, "-m", "headstart.cli", "train", str(path), "--out", str(out)],
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    first, second = (read_result(tmp_path / name).metrics["loss/end"].value for name in ("one", "two"))
-    assert first == pytest.approx(second, rel=1e-4)
-    # Costs are those of all processes.
-    windows = [read_result(tmp_path / name).windows for name in ("one", "two")]
-    first, second = ([[row["samples"], row["tokens"]] for row in rows] for rows in windows)
-    assert first == second and first[0][0] == 16
-    settings = [exported(tmp_path / name).content["run_info"]["train_config"] for name in ("one", "two")]
-    assert [setting["batch_size"] for setting in settings] == [4, 4]
 
 
 def test_train_prints_a_result_and_says_where_it_is(capsys, model, data, tmp_path):
