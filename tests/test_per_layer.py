@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import re
 
 import pytest
@@ -188,7 +187,11 @@ def test_the_rest_may_be_none():
 # Each start is the method's own.
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.permutations(METHODS, 2))
+# Each in both places, beside two others.
+PAIRS = [(METHODS[i], METHODS[(i + shift) % len(METHODS)]) for shift in (1, 5) for i in range(len(METHODS))]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_every_layer_starts_as_its_method_alone_would_start_it(first, second):
     model, report = initialised(hs.PerLayer({PATTERN: parse_method(first), "*": second}))
     layers = {layer.name: layer for layer in report.layers}
