@@ -20,8 +20,9 @@ demo: $(VENV)/.demo
 	$(BIN)/headstart compare smollm2 --out runs/demo
 	$(BIN)/headstart eval runs/demo/lora-one_samples=64 --tasks problems --limit 96
 
+# Three workers: many tests wait for programs that they start.
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3
 
 # The same with the newest releases, beyond the caps too; first of all it says what has moved. torch stays, as it is the
 # CPU build by name: TORCH=torch takes the newest, with several GB of CUDA libraries.

@@ -28,7 +28,6 @@ def extended():
 """
 ORDERS = {
     "before": "import peft\nimport headstart",
-    "after": "import headstart\nimport peft",
     "a part of it, after": "import headstart\nfrom peft.tuners.lora.layer import LoraLayer",
     "by headstart": "from headstart import initialize_",
 }

@@ -266,9 +266,7 @@ def test_cut_in_three_the_losses_are_those_of_the_uncut_run(model, data, tmp_pat
     assert len(set(starts)) == 1 and result.start["method"] == "lora-one:samples=8"
 
 
-@pytest.mark.parametrize(
-    "stage", ["_begin", "_measured", "_train", "save_trained", "_graded", "write_card", "write_result"]
-)
+@pytest.mark.parametrize("stage", ["_begin", "_train", "save_trained", "_graded", "write_result"])
 def test_killed_at_any_stage_the_same_call_goes_on(stage, model, data, tmp_path):
     run = small_run(model, data, start={"method": "pissa"}, evaluation={"graded_examples": 2})
     whole = execute(run, tmp_path / "whole")
