@@ -77,7 +77,9 @@ def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
     check_count(folder, processes.count)
     if result is not None and result.status != "failed":
         return result
-    with alone_in(folder) if main else nullcontext():
+    with alone_in(folder) if main else nullcontext(), warnings.catch_warnings():
+        # At every save PEFT looks up a model's config on the hub, which has no GGUF file's and no packaged model's.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.utils\.(save_and_load|other)")
         try:
             return _executed(run, folder, show if main else silent)
         except Exception as error:
