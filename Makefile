@@ -17,8 +17,8 @@ CAPPED := peft transformers
 .PHONY: demo test test-latest constraints check bench docs clean
 
 demo: $(VENV)/.demo
-	$(BIN)/headstart compare smollm2 --out runs/demo
-	$(BIN)/headstart eval runs/demo/lora-one_samples=64 --tasks problems --limit 96
+	$(BIN)/headstart compare smollm2 --steps 10 --graded-examples 32 --out runs/demo
+	$(BIN)/headstart eval runs/demo/lora-one_samples=64 --tasks problems --limit 32
 
 # Three workers: many tests wait for programs that they start.
 test: check
