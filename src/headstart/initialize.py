@@ -22,7 +22,7 @@ from headstart.layers.parts import Part, by_layer, divide
 from headstart.layers.reach import left_out
 from headstart.layers.unwrap import looked_through, looks_through
 from headstart.layers.weights import model_device
-from headstart.methods.base import ANY_LAYER, Factors, Method
+from headstart.methods.base import Factors, Method
 from headstart.methods.registry import parse_method
 from headstart.processes import Processes, is_sharded
 from headstart.progress import Show
@@ -202,7 +202,7 @@ def _source(
 
 def _reads(part: Part) -> bool:
     """Return whether a part's method reads data, in general or for one of its layers."""
-    return any(part.method.wants(layer).data for layer in (ANY_LAYER, *(layer.facts() for layer in part.layers)))
+    return part.method.reads_data or any(part.method.wants(layer.facts()).data for layer in part.layers)
 
 
 def _check_readable(model: nn.Module) -> None:

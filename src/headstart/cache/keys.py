@@ -35,7 +35,7 @@ def cacheable(method: Method) -> bool:
     wants = method.wants(ANY_LAYER)
     versioned = _is_ours(type(method)) or getattr(method, "arithmetic_version", None) is not None
     plain = all(value is None or isinstance(value, bool | int | float | str) for value in method.settings().values())
-    return wants.weight and not wants.original and not wants.data and versioned and plain
+    return wants.weight and not wants.original and not method.reads_data and versioned and plain
 
 
 def layer_key(

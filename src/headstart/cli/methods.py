@@ -86,7 +86,7 @@ def describe(name: str) -> dict[str, str]:
         "name": name,
         "class": cls.__name__,
         "needs": str(wants),
-        "data": "yes" if wants.data else "no",
+        "data": "yes" if cls().reads_data else "no",
         "cost": cls.cost,
         "source": cls.source,
         "settings": settings,

@@ -28,6 +28,7 @@ from headstart.cli.options import (
 from headstart.errors import DataError, LayerError
 from headstart.files import check_free
 from headstart.methods import ANY_LAYER, Method, Training, parse_method
+from headstart.methods.given import BOTH_KINDS
 
 _METHOD = """Such as pissa or lora-one:samples=64; by layers, per-layer:{"q_proj|v_proj": "pissa", "*": "lora"}."""
 
@@ -83,11 +84,10 @@ def init(
     for own in parsed.methods:
         with suppress(LayerError):  # of a setting that is missing; what is wrong with layers, the verb finds
             own.check(probe)
-    reading = [own for own in parsed.methods if own.wants(probe).data]
-    reads = bool(reading)
-    if reads and data is None:
+    reading = [own for own in parsed.methods if own.reads_data]
+    if reading and data is None:
         raise DataError(f"method {reading[0].name!r} needs data: give a JSONL file with --data.")
-    if data is not None and not reads:
+    if data is not None and not reading:
         console.print(f"note: method {parsed.name!r} reads no data, so --data is left unread", markup=False)
         data = None
 
@@ -104,7 +104,7 @@ def init(
     rows: list[dict[str, list[int]]] = []
     population = None
     if data is not None:
-        counts_all = any(own.wants(probe).population for own in reading)
+        counts_all = any(own.wants(layer).population for own in reading for layer in BOTH_KINDS)
         limit = None if counts_all else max(own.sample_count() for own in reading)
         every = read(Text(), data, limit=limit).examples
         population = len(every)

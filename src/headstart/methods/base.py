@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
-from headstart.methods.given import ANY_LAYER, Kronecker, Layer, Moments, Training, Wants
+from headstart.methods.given import ANY_LAYER, BOTH_KINDS, Kronecker, Layer, Moments, Training, Wants
 from headstart.progress import Show, silent
 from headstart.settings import check_types, spell
 
@@ -112,6 +112,11 @@ class Method(ABC):
     def wants(self, layer: Layer) -> Wants:
         """Return what the method must be given about a layer; by default its shape alone."""
         return Wants()
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether it wants data in general, be it for some kinds of layers alone."""
+        return any(self.wants(layer).data for layer in BOTH_KINDS)
 
     def check(self, layer: Layer) -> None:
         """Refuse a layer that the method can't start, before any data are read; subclasses go on with this one.

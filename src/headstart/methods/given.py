@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -191,3 +191,5 @@ class Layer:
 
 # Any layer will do to ask a method what it wants in general, as tables do.
 ANY_LAYER = Layer("model.layers.0.self_attn.q_proj", 64, 64, 2, 1.0)
+# A method may be for layers of attention, or for the others, alone.
+BOTH_KINDS = (ANY_LAYER, replace(ANY_LAYER, name="model.layers.0.mlp.up_proj"))

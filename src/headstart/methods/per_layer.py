@@ -93,6 +93,11 @@ class PerLayer(Method):
             )
         return [(method, taken[pattern]) for pattern, method in self.by_pattern if taken[pattern]]
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether one of the methods does."""
+        return any(method.reads_data for method in self.methods)
+
     def wants(self, layer: Layer) -> Wants:
         """Return what the layer's method wants."""
         return self._of(layer).wants(layer)

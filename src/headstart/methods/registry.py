@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from headstart.errors import HeadstartWarning, MethodError, nearest
-from headstart.methods.base import ANY_LAYER, Method
+from headstart.methods.base import Method
 from headstart.settings import make, parse
 
 _METHODS: dict[str, type[Method]] = {}
@@ -31,7 +31,7 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
         settings = dataclasses.fields(cls)
         # One without defaults for all its settings can't be asked yet.
         complete = all(setting.default is not dataclasses.MISSING for setting in settings)
-        reads = complete and cls().wants(ANY_LAYER).data
+        reads = complete and cls().reads_data
         if reads and "samples" not in {setting.name for setting in settings}:
             raise MethodError(f"method {name!r} reads data, so it must have a setting 'samples'.")
         _METHODS[name] = cls

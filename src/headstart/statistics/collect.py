@@ -13,7 +13,6 @@ from headstart.context import Context
 from headstart.errors import DataError, MethodError
 from headstart.layers.original import Original
 from headstart.layers.parts import Part
-from headstart.methods.base import ANY_LAYER
 from headstart.statistics.gather import Statistics
 from headstart.statistics.moments import kind_moments
 from headstart.statistics.prepare import prepare
@@ -71,7 +70,7 @@ def _of_part(
     method, layers = part.method, part.layers
     wants = {layer.name: method.wants(layer.facts()) for layer in layers}
     read_for = {name: wanted for name, wanted in wants.items() if wanted.data}
-    reads = method.wants(ANY_LAYER).data or bool(read_for)
+    reads = method.reads_data or bool(read_for)
     if reads and data.batches is None:
         labels = " with labels" if any(wanted.backward for wanted in read_for.values()) else ""
         raise DataError(f"method {method.name!r} needs data: give batches{labels} as data=.")

@@ -258,7 +258,7 @@ def _check_method(method: Method) -> None:
 
 
 def _check_one(method: Method) -> None:
-    if method.wants(ANY_LAYER).data:
+    if method.reads_data:
         wants = {name: method_class(name)().wants(ANY_LAYER) for name in method_names()}
         able = [name for name, wanted in wants.items() if not wanted.data and not wanted.original]
         raise MethodError(
