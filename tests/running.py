@@ -62,6 +62,13 @@ def sums(path, count=60):
     return path
 
 
+def sentiment_folder(folder):
+    """Write such sentences for training and for measuring."""
+    sentiments(folder / "train.tsv")
+    sentiments(folder / "dev.tsv", 20)
+    return folder
+
+
 def sentiments(path, count=48):
     """Write what SST-2 looks like: sentences that are good where they have an a."""
     rows = [f"{'a' if i % 2 else 'o'}{'bcd'[i % 3] * (1 + i % 4)}\t{i % 2}" for i in range(count)]

@@ -142,6 +142,18 @@ def test_init_with_data(tiny, sums, tmp_path, capsys):
     assert all(tensor.norm() > 0 for name, tensor in tensors.items() if "lora_B" in name)
 
 
+def test_init_with_data_for_some_kinds_of_layers_alone(tiny, sums, tmp_path, capsys):
+    method = "lora-da:samples=4,layers=feed-forward"
+    assert (
+        run(capsys, "init", tiny, "-m", method, "--data", sums / "train.jsonl", "-o", tmp_path / "s", "-r", 2)[0] == 0
+    )
+    tensors = load_file(tmp_path / "s" / "adapter_model.safetensors")
+    started = {name for name, tensor in tensors.items() if "lora_B" in name and tensor.norm() > 0}
+    assert started and started == {name for name in tensors if "lora_B" in name and ".mlp." in name}
+    code, _, err = run(capsys, "init", tiny, "-m", method, "--stream", "-o", tmp_path / "t", "-r", 2)
+    assert code == 1 and "needs the whole model" in err
+
+
 def test_data_that_no_one_reads_are_left_unread(tiny, sums, tmp_path, capsys):
     code, _, err = run(capsys, "init", tiny, "-m", "pissa", "--data", tmp_path / "none.jsonl", "-o", tmp_path / "s")
     assert code == 0 and "'pissa' reads no data" in err
@@ -186,6 +198,15 @@ def test_compare_goes_on_where_it_was_and_refuses_other_settings(tiny, sums, tmp
     code, _, err = run(capsys, *small(tiny, sums, out, "--methods", "lora", "--lr", "0.5", "--force"))
     assert code == 0
     assert not (out / "init-ab").exists()
+
+
+def test_compare_goes_on_in_a_folder_that_a_kill_left_empty_and_names_a_damaged_run(tiny, sums, tmp_path, capsys):
+    (tmp_path / "c" / "lora").mkdir(parents=True)
+    arguments = small(tiny, sums, tmp_path / "c", "--methods", "lora")
+    assert run(capsys, *arguments)[0] == 0
+    (tmp_path / "c" / "lora" / "run.json").write_text("{")
+    code, _, err = run(capsys, *arguments)
+    assert code == 1 and "run.json is damaged" in " ".join(err.split())
 
 
 def test_compare_never_takes_over_a_folder_with_something_else(tiny, sums, tmp_path, capsys):

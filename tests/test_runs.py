@@ -22,7 +22,7 @@ from headstart.runs.result import Result, read_result, write_result
 from headstart.runs.stages import execute
 from headstart.tasks.registry import parse_task
 from headstart.tasks.rows import read
-from running import bert_folder, llama_folder, sentiments, small_run, sums, tokenizer
+from running import bert_folder, llama_folder, sentiment_folder, small_run, sums, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("labelled")
-    sentiments(folder / "train.tsv")
-    sentiments(folder / "dev.tsv", 20)
-    return folder
+    return sentiment_folder(tmp_path_factory.mktemp("labelled"))
 
 
 def losses(result):

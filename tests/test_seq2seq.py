@@ -27,7 +27,7 @@ from headstart.statistics.trainer import from_trainer
 from headstart.tasks.registry import parse_task
 from headstart.tasks.rows import read
 from headstart.training.models import resolve_model
-from running import bert_folder, sentiments, small_run, t5_folder, tokenizer
+from running import bert_folder, sentiment_folder, small_run, t5_folder, tokenizer
 
 TASK = "sst-2:form=text"
 
@@ -39,10 +39,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    sentiments(folder / "train.tsv")
-    sentiments(folder / "dev.tsv", 20)
-    return folder
+    return sentiment_folder(tmp_path_factory.mktemp("data"))
 
 
 def t5_run(model, data, /, **changes):

@@ -1,6 +1,11 @@
-"""What a layer's name says."""
+"""What a layer's name says, and names for files."""
 
 from __future__ import annotations
+
+
+def plain(text: str) -> str:
+    """Return a text as part of a file's or folder's name: letters, digits, ``-.=``, and ``_`` for all else."""
+    return "".join(sign if sign.isalnum() or sign in "-.=" else "_" for sign in text)
 
 
 def kind_of(name: str) -> str:

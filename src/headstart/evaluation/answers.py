@@ -131,8 +131,7 @@ def prompt_ids(example: Example, tokenizer: Any, *, encoder: int | None = None) 
     """
     cut: dict[str, Any] = {} if encoder is None else {"truncation": True, "max_length": encoder}
     if example.messages is not None:
-        chat = [{"role": message.role, "content": message.content} for message in example.messages]
-        last = chat[:-1] if chat[-1]["role"] == "assistant" else chat
+        last = example.chat[:-1] if example.messages[-1].role == "assistant" else example.chat
         return list(tokenizer.apply_chat_template(last, add_generation_prompt=True, tokenize=True, **cut)["input_ids"])
     ids = list(tokenizer(example.prompt, **cut)["input_ids"])
     if encoder is None and ids and ids[-1] == tokenizer.eos_token_id:

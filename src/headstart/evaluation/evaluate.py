@@ -19,6 +19,7 @@ from headstart.evaluation.sandbox import containment
 from headstart.evaluation.target import Target
 from headstart.evaluation.texts import forgotten, measure_starts, read_texts, text_loss
 from headstart.files import sha256, write_json, write_whole
+from headstart.names import plain
 from headstart.progress import Show, silent
 from headstart.settings import differing
 from headstart.store.claims import alone_in
@@ -73,7 +74,7 @@ class Job:
     @property
     def folder(self) -> str:
         """The name of its folder."""
-        return "".join(sign if sign.isalnum() or sign in "-.=" else "_" for sign in self.name)[-100:]
+        return plain(self.name)[-100:]
 
 
 def evaluate(

@@ -22,20 +22,35 @@ SETTINGS, START, TRAINED, SAVES, ITEMS = "run.json", "start", "trained", "traine
 
 def claim(run: Run, folder: Path) -> None:
     """Note whose the folder is, or check that it is this run's."""
-    path = folder / SETTINGS
-    own: dict[str, Any] = {"key": run.key, "settings": run.model_dump(mode="json")}
-    if path.is_file():
-        try:
-            other = json.loads(path.read_text(encoding="utf-8"))
-            if other["key"] == run.key:
-                return
-            changed = sorted(differing(own["settings"], other["settings"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: remove it, or give another --out.") from error
-        raise RunError(f"{folder} holds a run with other settings ({', '.join(changed)}): give another --out.")
+    other = noted_run(folder)
+    if other is not None:
+        if other.key != run.key:
+            changed = ", ".join(changed_settings(run, other))
+            raise RunError(f"{folder} holds a run with other settings ({changed}): give another --out.")
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and holds no run: give another --out.")
-    write_json(own, path)
+    write_json({"key": run.key, "settings": run.model_dump(mode="json")}, folder / SETTINGS)
+
+
+def noted_run(folder: Path) -> Run | None:
+    """Return the run that a folder is for; None where it is for none.
+
+    Raises:
+        CheckpointError: its file of settings is damaged, or another release's.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        return Run.model_validate(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged, or another release's: remove it, or give another --out.") from error
+
+
+def changed_settings(run: Run, other: Run) -> list[str]:
+    """Return the dotted keys by which two runs differ."""
+    return sorted(differing(run.model_dump(mode="json"), other.model_dump(mode="json")))
 
 
 def save_trained(trainer: Any, tokenizer: Any, run: Run, place: Path, result: Result) -> None:

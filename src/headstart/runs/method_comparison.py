@@ -16,6 +16,8 @@ from typing import Any
 
 from headstart.errors import CheckpointError, RunError
 from headstart.files import write_json
+from headstart.names import plain
+from headstart.runs.folder import SETTINGS
 from headstart.runs.read import tasks_of, validated
 from headstart.runs.result import Result, read_result
 from headstart.runs.tree import Run
@@ -130,7 +132,7 @@ def _run_folders(places: Sequence[Path]) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "run.json").is_file()
+    return (folder / SETTINGS).is_file()
 
 
 def _experiment(run: Run) -> str:
@@ -138,9 +140,8 @@ def _experiment(run: Run) -> str:
     words = [run.model.name.rstrip("/").rpartition("/")[2]]
     if run.trains != "full":
         words += [f"rank{run.adapter.r}", run.start.method, *(["lora-fa"] if run.trains == "lora-fa" else [])]
-    name = "-".join([*words, f"s{run.seed}"])
-    plain = "".join(sign if sign.isalnum() or sign in "-.=" else "_" for sign in name)[:100]
-    return f"{'full-finetuning' if run.trains == 'full' else run.adapter.kind}/{plain}-{run.key}"
+    name = plain("-".join([*words, f"s{run.seed}"]))[:100]
+    return f"{'full-finetuning' if run.trains == 'full' else run.adapter.kind}/{name}-{run.key}"
 
 
 def _train_config(result: Result, run: Run) -> dict[str, Any]:

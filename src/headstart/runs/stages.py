@@ -317,14 +317,15 @@ def _noting(sentences: list[str]) -> Iterator[None]:
 
 
 def _about_data(run: Run, train: Rows, measured: Rows, tokenizer: Any, model: Any) -> tuple[dict[str, Any], list[str]]:
-    warnings = []
+    sentences = []
     for what, rows in (("training", train), ("held out", measured)):
         total = len(rows.examples) + len(rows.bad)
         if rows.bad:
-            warnings.append(f"{what}: {len(rows.bad)} of {total} rows were left out, the first: {rows.bad[0]}")
+            sentences.append(f"{what}: {len(rows.bad)} of {total} rows were left out, the first: {rows.bad[0]}")
         if rows.examples and (lost := truncated(rows.examples, tokenizer, model, run.batch.max_length)):
-            warnings.append(f"{what}: {lost} of {len(rows.examples)} lost what is beyond {run.batch.max_length} tokens")
-    return {"train": _about(train), "held_out": _about(measured)}, warnings
+            lost_end = f"{what}: {lost} of {len(rows.examples)} lost what is beyond {run.batch.max_length} tokens"
+            sentences.append(lost_end)
+    return {"train": _about(train), "held_out": _about(measured)}, sentences
 
 
 def _about(rows: Rows) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def truncated(examples: Sequence[Example], tokenizer: Any, model: Any, max_lengt
         return sum(max(map(len, both)) > max_length for both in sides)
     chats = [example for example in examples if example.messages is not None]
     plain = [example for example in examples if example.messages is None]
-    lengths = [len(tokenizer.apply_chat_template(_chat(example), tokenize=True)["input_ids"]) for example in chats]
+    lengths = [len(tokenizer.apply_chat_template(example.chat, tokenize=True)["input_ids"]) for example in chats]
     if plain:
         texts = [example.prompt + example.completion for example in plain]
         pairs = [example.pair for example in plain] if plain[0].pair is not None else None
@@ -212,12 +212,7 @@ def _text_trainer(
 def _text_row(example: Example) -> dict[str, Any]:
     if example.messages is None:
         return {"prompt": example.prompt, "completion": example.completion}
-    chat = _chat(example)
-    return {"prompt": chat[:-1], "completion": chat[-1:]}
-
-
-def _chat(example: Example) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in example.messages or ()]
+    return {"prompt": example.chat[:-1], "completion": example.chat[-1:]}
 
 
 def _two_sided(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Dataset | None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from headstart.layers.install import Subtracting
 from headstart.methods.per_layer import spelled
+from headstart.names import plain
 
 # Raise where the meaning of a setting changes, so that earlier runs aren't taken for these.
 SCHEMA = 1
@@ -293,7 +294,7 @@ class Run(Node):
         """A readable name and the key."""
         words = [self.model.name.rstrip("/").rpartition("/")[2], self.data.task, self.started_as, f"s{self.seed}"]
         name = "-".join(words)
-        return "".join(sign if sign.isalnum() or sign in "-.=" else "_" for sign in name)[:80] + f"-{self.key}"
+        return plain(name)[:80] + f"-{self.key}"
 
     @property
     def started_as(self) -> str:

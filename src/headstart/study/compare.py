@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,12 +9,12 @@ from pathlib import Path
 
 from headstart.errors import HeadstartError, MethodError, RunError
 from headstart.methods import parse_method
+from headstart.names import plain
 from headstart.progress import Show, silent
-from headstart.runs.folder import ITEMS, SAVES, SETTINGS, START, TRAINED
+from headstart.runs.folder import ITEMS, SAVES, SETTINGS, START, TRAINED, changed_settings, noted_run
 from headstart.runs.result import FILE, Result, read_result
 from headstart.runs.stages import execute
 from headstart.runs.tree import Run
-from headstart.settings import differing
 
 # What the command line writes into a comparison's folder, beside its runs.
 PAGES = ("table.md", "report.html")
@@ -31,9 +30,7 @@ def runs_of(base: Run, methods: Sequence[str]) -> dict[str, Run]:
         raise MethodError("no method to compare: name some, as in lora,pissa.")
     for method in methods:
         parse_method(method)
-    runs = {
-        _folder_name(m): base.model_copy(update={"start": base.start.model_copy(update={"method": m})}) for m in methods
-    }
+    runs = {plain(method): _started(base, method) for method in methods}
     if len(runs) < len(methods):
         twice = next(method for method in methods if methods.count(method) > 1)
         raise MethodError(f"method {twice!r} is named twice: leave one out, or give it other settings.")
@@ -120,15 +117,19 @@ def described(base: Run, results: Sequence[Result]) -> str:
 
 def _check_alike(base: Run, folder: Path) -> None:
     """Refuse a folder whose runs differ from this comparison's in more than their starts."""
-    asked = base.model_dump(mode="json")
     for place in _places(folder):
-        noted = json.loads((place / SETTINGS).read_text(encoding="utf-8"))["settings"]
-        changed = sorted(differing(asked, noted | {"start": noted["start"] | {"method": asked["start"]["method"]}}))
-        if changed:
+        other = noted_run(place)
+        if other is not None and _started(other, base.start.method).key != base.key:
+            changed = ", ".join(changed_settings(base, _started(other, base.start.method)))
             raise RunError(
-                f"{folder} holds a comparison with other settings ({', '.join(changed)}): give another --out, or "
-                "--force to start over."
+                f"{folder} holds a comparison with other settings ({changed}): give another --out, or --force to "
+                "start over."
             )
+
+
+def _started(run: Run, method: str) -> Run:
+    """Return the run from another start."""
+    return run.model_copy(update={"start": run.start.model_copy(update={"method": method})})
 
 
 def _places(folder: Path) -> list[Path]:
@@ -140,7 +141,8 @@ def _places(folder: Path) -> list[Path]:
     if not folder.exists():
         return []
     places = [path.parent for path in sorted(folder.glob(f"*/{SETTINGS}"))] if folder.is_dir() else []
-    if not places and (not folder.is_dir() or any(folder.iterdir())):
+    # A kill may leave a folder for the first run, with nothing in it yet.
+    if not places and (not folder.is_dir() or any(path.is_file() for path in folder.rglob("*"))):
         raise RunError(
             f"{folder} holds something else than a comparison, so nothing in it is touched: give another --out."
         )
@@ -149,7 +151,3 @@ def _places(folder: Path) -> list[Path]:
 
 def _under(method: str, show: Show) -> Show:
     return lambda step, done, total: show(f"{method}: {step}", done, total)
-
-
-def _folder_name(method: str) -> str:
-    return "".join(sign if sign.isalnum() or sign in "-.=" else "_" for sign in method)

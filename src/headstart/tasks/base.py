@@ -54,6 +54,11 @@ class Example:
     choices: tuple[str, ...] = ()
     where: str = ""
 
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        """The messages as chat templates take them."""
+        return [{"role": message.role, "content": message.content} for message in self.messages or ()]
+
 
 @dataclass(frozen=True)
 class Task(ABC):

@@ -52,10 +52,9 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
             "The examples are chats ('messages'), but the tokenizer has no chat template; use that of a "
             "chat model, set tokenizer.chat_template, or give 'prompt' and 'completion'."
         )
-    chat = [{"role": message.role, "content": message.content} for message in example.messages]
     try:
-        prompt: str = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
-        whole: str = tokenizer.apply_chat_template(chat, tokenize=False)
+        prompt: str = tokenizer.apply_chat_template(example.chat[:-1], tokenize=False, add_generation_prompt=True)
+        whole: str = tokenizer.apply_chat_template(example.chat, tokenize=False)
     except Exception as error:  # templates are programs: they raise what they like
         raise DataError(f"The tokenizer's chat template refuses a chat: {error}") from error
     if not whole.startswith(prompt):
