@@ -50,6 +50,6 @@ def test_markdown_table():
     diverged = dataclasses.replace(done, status="diverged", metrics={"loss/start": Figure(1.5)})
     lines = markdown([done, found, diverged]).splitlines()
     assert lines[0].startswith("| method | start loss | final loss | exact_match | 95 % interval |")
-    assert lines[2] == "| lora | 1.5000 | 0.5000 | 0.7500 | 0.301 to 0.954 | 100 | 0.50 | 2.0 |"
+    assert lines[2] == "| lora | 1.5000 | 0.5000 | 0.7500 of 4 | 0.301 to 0.954 | 100 | 0.50 | 2.0 |"
     assert "| 0.50 (cache) |" in lines[3]
     assert lines[4] == "| lora | 1.5000 | diverged | - | - | 100 | 0.50 | 2.0 |"

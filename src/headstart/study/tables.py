@@ -55,7 +55,7 @@ def _row(result: Result, score: str) -> list[str]:
         method_of(result),
         _number(start),
         _number(end) if result.status == "done" else result.status,
-        "-" if figure is None else f"{figure.value:.4f}",
+        "-" if figure is None else f"{figure.value:.4f} of {figure.count}",
         "-" if figure is None or figure.low is None else f"{figure.low:.3f} to {figure.high:.3f}",
         f"{result.trainable:,}" if result.trainable else "-",
         f"{result.start['seconds']:.2f}{cached}" if result.start else "-",
