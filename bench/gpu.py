@@ -187,7 +187,7 @@ def _in_a_process(side: str, shape: str, arguments: argparse.Namespace) -> dict[
     ]
     command += ["--length", str(arguments.length), "--batch", str(arguments.batch)]
     command += ["--anywhere"] if arguments.anywhere else []
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         sys.exit(f"{side} on {shape} failed:\n{done.stderr[-4000:]}")
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

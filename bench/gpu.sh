@@ -12,7 +12,7 @@ PYTHON=${PYTHON:-python3}
 }
 "$PYTHON" -c "import peft, transformers, accelerate, rich, typer, psutil" 2>/dev/null ||
     "$PYTHON" -m pip install --quiet peft transformers accelerate safetensors psutil rich typer
-PYTHONPATH=src:. HF_HUB_OFFLINE=1 "$PYTHON" -W ignore -m bench.gpu "$@"
+PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}src:." HF_HUB_OFFLINE=1 "$PYTHON" -W ignore -m bench.gpu "$@"
 if [ -n "${OUT:-}" ]; then
     cp docs/results/gpu.md "$OUT/"
 fi

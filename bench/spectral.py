@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 
 import headstart as hs
-from bench.harness import interleave, table, write
+from bench.harness import interleave, paragraph, table, write
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers
 from headstart.linalg.product import product_svd
@@ -24,12 +26,19 @@ def config(start: str | bool = True) -> LoraConfig:
     )
 
 
-def with_peft(start: str) -> Any:
-    return lambda base: get_peft_model(base, config(start))
+def with_peft(start: str | bool) -> Callable[[Any], Any]:
+    return lambda base: _finished(get_peft_model(base, config(start)))
 
 
-def with_headstart(method: str) -> Any:
-    return lambda base: hs.initialize_(get_peft_model(base, config()), method)
+def with_headstart(method: str) -> Callable[[Any], Any]:
+    return lambda base: _finished(hs.initialize_(get_peft_model(base, config()), method))
+
+
+def _finished(made: Any) -> Any:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return made
 
 
 def worst_error(model: Any, exact: dict[str, torch.Tensor]) -> float:
@@ -45,14 +54,22 @@ def worst_error(model: Any, exact: dict[str, torch.Tensor]) -> float:
 
 
 def main() -> None:
-    base, _, _ = resolve_model("smollm2")
+    parser = argparse.ArgumentParser(prog="python -m bench.spectral", description=__doc__)
+    add = parser.add_argument
+    add("--model", default="smollm2", help="SmolLM2, by its name or as a GGUF file")
+    add("--device", default="cpu")
+    add("--rounds", type=int, default=5)
+    add("--sides", nargs="*", help="these alone, such as pissa olora (default all)")
+    add("--page", default="spectral")
+    chosen = parser.parse_args()
+    base = resolve_model(chosen.model)[0].to(torch.device(chosen.device))
     exact = {}
     wrapped = get_peft_model(copy.deepcopy(base), config())
     for target in lora_layers(wrapped, "default"):
         weight = target.module.get_base_layer().weight.detach().double()
         exact[target.name] = torch.linalg.svdvals(weight)[:RANK]
     sides: dict[str, tuple[Any, Any]] = {
-        "PEFT lora (wrapping alone)": (lambda: copy.deepcopy(base), with_peft(True)),  # type: ignore[arg-type]
+        "PEFT lora (wrapping alone)": (lambda: copy.deepcopy(base), with_peft(True)),
         "PEFT pissa": (lambda: copy.deepcopy(base), with_peft("pissa")),
         "PEFT pissa_niter_4": (lambda: copy.deepcopy(base), with_peft("pissa_niter_4")),
         "headstart pissa": (lambda: copy.deepcopy(base), with_headstart("pissa")),
@@ -61,7 +78,9 @@ def main() -> None:
         "headstart milora": (lambda: copy.deepcopy(base), with_headstart("milora")),
         "headstart init-ab": (lambda: copy.deepcopy(base), with_headstart("init-ab")),
     }
-    timings = interleave(sides, 5, warm=True)
+    if chosen.sides:
+        sides = {name: side for name, side in sides.items() if name.split()[1].split("_")[0] in {"lora", *chosen.sides}}
+    timings = interleave(sides, chosen.rounds, warm=True)
     errors = {}
     for name, start in (("PEFT pissa", "pissa"), ("PEFT pissa_niter_4", "pissa_niter_4")):
         errors[name] = worst_error(get_peft_model(copy.deepcopy(base), config(start)), exact)
@@ -69,20 +88,26 @@ def main() -> None:
     hs.initialize_(model, "pissa", cache=False)
     errors["headstart pissa"] = worst_error(model, exact)
     rows = [[name, str(timing), f"{errors[name]:.1e}" if name in errors else ""] for name, timing in timings.items()]
-    speed = timings["PEFT pissa"].median / timings["headstart pissa"].median
-    qr = timings["PEFT olora"].median / timings["headstart olora"].median
+    ratios = []
+    for name, goal in (("pissa", " (goal: 6)"), ("olora", "")):
+        if f"PEFT {name}" in timings:
+            ratio = timings[f"PEFT {name}"].median / timings[f"headstart {name}"].median
+            ratios.append(f"{name}: {ratio:.1f} times faster than PEFT's `{name}`{goal}.")
+    on = torch.cuda.get_device_name() if base.device.type == "cuda" else "CPU"
     write(
-        "spectral",
+        chosen.page,
         "Starts from the weight",
         [
-            f"SmolLM2-135M, all seven linear kinds ({len(exact)} layers), rank {RANK}. Seconds from the base model",
-            "to the initialised PEFT model (wrapping included), as the verb is called by default: the cache is on, and",
-            "keeps none of these. Median and range of 5 interleaved rounds. The error is the largest relative error of",
-            "any kept singular value in any layer, against float64.",
+            *paragraph(
+                f"{on}. SmolLM2-135M, all seven linear kinds ({len(exact)} layers), rank {RANK}. Seconds from the base "
+                "model to the initialised PEFT model (wrapping included), as the verb is called by default: the cache "
+                f"is on, and keeps none of these. Median and range of {chosen.rounds} interleaved rounds. The error is "
+                "the largest relative error of any kept singular value in any layer, against float64."
+            ),
             "",
             *table(["start", "seconds", "worst singular value"], rows),
             "",
-            f"pissa: {speed:.1f} times faster than PEFT's `pissa` (goal: 6). olora: {qr:.1f} times faster than PEFT's.",
+            " ".join(ratios),
         ],
     )
 

@@ -69,7 +69,7 @@ def asked_by(run: Run, task: Task, folder: Path) -> Asked:
         windows=settings.forgetting_windows,
         max_new_tokens=settings.max_new_tokens,
         max_length=run.batch.max_length,
-        batch_size=2 * run.batch.size,
+        batch_size=run.answers_at_once,
         run_code=settings.allow_code_execution,
     )
     names = [*settings.tasks, *([f"{FORGETTING}{settings.forgetting}"] if settings.forgetting else [])]

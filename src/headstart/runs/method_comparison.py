@@ -166,7 +166,7 @@ def _train_config(result: Result, run: Run) -> dict[str, Any]:
         "dtype": run.model.dtype if run.model.bits == 16 else f"int{run.model.bits}",
         "max_seq_length": run.batch.max_length,
         "batch_size": run.batch.size * run.batch.accumulation * result.processes,
-        "batch_size_eval": 2 * run.batch.size,
+        "batch_size_eval": run.answers_at_once,
         "max_steps": schedule.steps or (steps[-1] if steps else None),
         "eval_steps": run.evaluation.every if isinstance(run.evaluation.every, int) else None,
         "compile": False,

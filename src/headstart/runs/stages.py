@@ -290,7 +290,7 @@ def _graded(
     if processes.several:
         place /= f"answers-{processes.rank}-of-{processes.count}"
         place.mkdir(exist_ok=True)
-    asking = Asking(max_new_tokens=run.evaluation.max_new_tokens, batch_size=2 * run.batch.size)
+    asking = Asking(max_new_tokens=run.evaluation.max_new_tokens, batch_size=run.answers_at_once)
     asker = Asker(model, tokenizer, place, asking, run.batch.max_length, show)
     with together(processes):
         share = written(asker, task, processes.share(chosen))

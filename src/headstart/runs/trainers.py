@@ -279,7 +279,7 @@ def _arguments(run: Run, task: Task, folder: Path) -> dict[str, Any]:
         **saves,
         "save_total_limit": 2,
         "per_device_train_batch_size": run.batch.size,
-        "per_device_eval_batch_size": run.batch.size,
+        "per_device_eval_batch_size": evaluation.batch_size or run.batch.size,
         "gradient_accumulation_steps": run.batch.accumulation,
         **checkpointing,
         "learning_rate": optimizer.lr,

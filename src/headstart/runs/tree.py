@@ -212,6 +212,8 @@ class Evaluation(Node):
         forgetting: a text, a file or a hub name, whose loss is measured of the base model and at the end.
         forgetting_windows: its first so many windows of ``batch.max_length`` tokens.
         max_new_tokens: for each answer; None for the task's own.
+        batch_size: samples that are measured or answered at a time; None for ``batch.size``, and twice that many
+            answers.
         allow_code_execution: run programs that the model writes, confined, for tasks that grade such.
     """
 
@@ -224,6 +226,7 @@ class Evaluation(Node):
     forgetting: str | None = None
     forgetting_windows: Positive = 256
     max_new_tokens: Positive | None = None
+    batch_size: Positive | None = None
     allow_code_execution: bool = False
 
     @model_validator(mode="after")
@@ -280,6 +283,11 @@ class Run(Node):
         if self.evaluation.every and not (self.data.held_out_examples or self.evaluation.graded_examples):
             raise ValueError("evaluation.every has nothing to measure: give data.held_out_examples")
         return self
+
+    @property
+    def answers_at_once(self) -> int:
+        """How many samples are answered at a time."""
+        return self.evaluation.batch_size or 2 * self.batch.size
 
     @property
     def key(self) -> str:
