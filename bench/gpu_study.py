@@ -78,11 +78,11 @@ def planned(label: str, lr: float, seed: int, graded: bool, chosen: argparse.Nam
         "schedule": {"steps": chosen.steps if graded else chosen.sweep_steps, "warmup": WARMUP},
         "batch": {"size": BATCH, "max_length": LENGTH},
         "precision": chosen.dtype,
-        "evaluation": {"graded_examples": chosen.test if graded else 0, "max_new_tokens": 256, "batch_size": 128},
+        "evaluation": {"graded_examples": chosen.test if graded else 0, "max_new_tokens": 256, "batch_size": 32},
         "seed": seed,
     }
     if graded:
-        settings["evaluation"]["batch_size"] = 330
+        settings["evaluation"]["batch_size"] = 128
     return Planned("gsm8k", label, validated(settings, f"{label} at {lr:g}"), chosen.out)
 
 
@@ -232,7 +232,7 @@ def main() -> None:
     add("--steps", type=int, default=442, help="of the graded runs; 442 are an epoch")
     add("--validation", type=int, default=400, help="training problems that rates are chosen by")
     add("--test", type=int, default=1319, help="test problems")
-    add("--workers", type=int, default=8, help="runs at a time")
+    add("--workers", type=int, default=6, help="runs at a time")
     add("--only-page", action="store_true", help="run nothing")
     add("--page", default="gpu_gsm8k", help="in docs/results, or a path without .md")
     chosen = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -27,7 +28,15 @@ from running import llama_folder, sums
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 NONE = TaskManager(include_defaults=False)  # it would read all of lm-eval's tasks
-YAMLS = {"gsm8k": "gsm8k/gsm8k.yaml", "arc_easy": "arc/arc_easy.yaml", "cola": "glue/cola/default.yaml"}
+YAMLS = {
+    "gsm8k": "gsm8k/gsm8k.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "cola": "glue/cola/default.yaml",
+    "mmlu_anatomy": "mmlu/default/mmlu_anatomy.yaml",
+    "mmlu_virology": "mmlu/default/mmlu_virology.yaml",
+    "hendrycks_math_algebra": "hendrycks_math/hendrycks_math_algebra.yaml",
+    "hendrycks_math_counting_and_prob": "hendrycks_math/hendrycks_math_counting_and_prob.yaml",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +119,68 @@ def test_agrees_with_lm_eval_by_hand_to_the_last_item(name, model, adapter, data
         assert figure.value == pytest.approx(hand["results"][theirs][f"{metric},{kind or 'none'}"], abs=1e-12)
         compared += 1
     assert compared == {"gsm8k": 2, "arc-easy": 2, "cola": 1}[name]
+
+
+def subjects(folder):
+    """MMLU as published, of two subjects; and, by lm-eval's task, its rows as on the hub."""
+    theirs = {}
+    for subject in ("anatomy", "virology"):
+        for split, count in (("dev", 5), ("test", 6)):
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            rows = [
+                [f"{subject[0]}{i}, a?", "b", "c d", f"{i}", split, "ABCD"[(i + len(split)) % 4]] for i in range(count)
+            ]
+            with (folder / split / f"{subject}_{split}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows(rows)
+            hub = [{"question": q, "choices": choices, "answer": "ABCD".index(a)} for q, *choices, a in rows]
+            theirs.setdefault(f"mmlu_{subject}", {})[split] = write_lines(folder / f"{subject}-{split}.jsonl", hub)
+    return folder, theirs
+
+
+def kinds(folder):
+    """MATH of two types in one file; and, by lm-eval's task, the rows of each."""
+    names = {"Algebra": "hendrycks_math_algebra", "Counting & Probability": "hendrycks_math_counting_and_prob"}
+    rows = [
+        {"problem": f"{i} + 1?", "level": "Level 1", "type": [*names][i % 2], "solution": rf"\boxed{{{i + 1}}}"}
+        for i in range(9)
+    ]
+    theirs = {
+        theirs: {"test": write_lines(folder / f"{theirs}.jsonl", [row for row in rows if row["type"] == kind])}
+        for kind, theirs in names.items()
+    }
+    return write_lines(folder / "test.jsonl", rows), theirs
+
+
+@pytest.mark.parametrize(("name", "made", "shots"), [("mmlu", subjects, 5), ("math", kinds, 0)])
+def test_the_parts_of_a_group_are_asked_as_by_hand(name, made, shots, model, adapter, tmp_path):
+    source, theirs = made(tmp_path)
+    settings = {"max_new_tokens": 6} if name == "math" else {}
+    result, items = asked(adapter, [name], tmp_path / "out", data={name: str(source)}, batch_size=4, **settings)
+    assert result.engines == {name: "lm-eval"} and not result.notes
+    assert {item["task"] for item in items} == set(theirs)
+    marks = []
+    for task, files in theirs.items():
+        given = {"num_fewshot": shots} | ({"gen_kwargs": {"max_gen_toks": 6}} if name == "math" else {})
+        samples = by_hand(model, adapter, task, files, tmp_path, **given)["samples"][task]
+        mine = [item for item in items if item["task"] == task]
+        assert len(mine) == len(samples) > 3
+        for item, sample in zip(mine, samples, strict=True):
+            assert item["prompt"] == sample["arguments"][0][0] and item["outputs"] == json.loads(
+                json.dumps(sample["resps"])
+            )
+            marks.append(sample[sample["metrics"][0]])
+            assert item["marks"][sample["metrics"][0]] == marks[-1]
+    figure = next(iter(result.metrics.values()))
+    assert figure.count == len(marks) and figure.value == pytest.approx(sum(marks) / len(marks))
+
+
+def test_a_part_that_lm_eval_does_not_have_is_asked_in_headstarts_way(model, tmp_path):
+    row = {"question": "a?", "choices": [*"abcd"], "answer": 1, "subject": "cookery"}
+    for split in ("dev", "test"):
+        write_lines(tmp_path / f"cookery_{split}.jsonl", [row] * 5)
+    result, items = asked(model, ["mmlu"], tmp_path / "out", data={"mmlu": str(tmp_path)}, limit=2)
+    assert result.engines == {"mmlu": "headstart"} and len(items) == 2
+    assert "no part 'cookery'" in result.notes[0] and "own way" in result.notes[0]
 
 
 def test_intervals_are_wilsons_for_shares_and_the_bootstraps_else(adapter, data, tmp_path):

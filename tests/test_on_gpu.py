@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from conftest import ANY_BASE, all_factors, logits, quick, started, tiny_llama, token_batch
+from headstart.linalg.precision import full_precision
+from headstart.statistics.sums import add_product
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -60,3 +62,15 @@ def test_a_gradient_start_under_float16_autocast():
     for (A, B), (exact_A, exact_B) in zip(all_factors(model).values(), all_factors(exact).values(), strict=True):
         product, expected = B @ A, exact_B @ exact_A
         assert float((product - expected).norm() / expected.norm()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_products_are_summed_in_float32(dtype, place):
+    generator = torch.Generator("cuda").manual_seed(0)
+    g, x = (torch.randn(4096, width, generator=generator, device="cuda").to(dtype) for width in (24, 40))
+    total = torch.ones(24, 40, device=place)
+    with full_precision([torch.device("cuda")]):
+        add_product(total, g, x)
+    expected = 1 + (g.double().T @ x.double())
+    assert float((total.double() - expected.to(place)).norm() / expected.norm()) < 1e-6

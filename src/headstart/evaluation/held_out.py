@@ -73,15 +73,13 @@ def held_out(
             # An encoder-decoder makes its decoder's input of the labels.
             given = moved | ({"labels": wanted} if encoder_decoder else {})
             with trainer.accelerator.autocast():
-                outputs = model(**given).logits.float()
+                outputs = model(**given).logits
             if outputs.dim() == 3:
                 targets = predicted(wanted, shifted=not encoder_decoder)
-                tokens = functional.cross_entropy(
-                    outputs.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-                ).reshape(len(wanted), -1)
-                losses.append(tokens.sum(1).cpu())
+                losses.append(torch.stack(list(map(_token_losses, outputs, targets))).cpu())
                 weights.append((targets != IGNORED).sum(1).cpu())
             else:
+                outputs = outputs.float()
                 losses.append(_labelled_losses(outputs, wanted, regression).cpu())
                 weights.append(torch.ones(len(wanted), dtype=torch.long, device="cpu"))
                 logits.append(outputs.cpu())
@@ -92,6 +90,11 @@ def held_out(
     shares = processes.gather([losses, weights, logits, labels])
     every = [_in_turn([share[part] for share in shares]) for part in range(4)]
     return HeldOut(*(torch.cat(rows or empty).double().numpy() for rows in every))
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of one sample's losses: the logits of a batch, over a large vocabulary, are large in float32."""
+    return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
 def _labelled_losses(outputs: Tensor, wanted: Tensor, regression: bool) -> Tensor:

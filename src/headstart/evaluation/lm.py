@@ -16,6 +16,7 @@ from typing import Any
 
 from headstart.errors import DataError, TaskError
 from headstart.evaluation.figures import Figure, figure, resampled
+from headstart.evaluation.lm_groups import local_tasks
 from headstart.evaluation.own import Asker, Measured
 from headstart.tasks.base import Task
 from headstart.tasks.rows import local_files
@@ -35,7 +36,7 @@ def built(task: Task, source: str | None, shots: int | None) -> tuple[list[Any],
     Args:
         task: whose ``lm_eval`` names it.
         source: a local file or folder in the layout of the dataset on the hub; None for lm-eval's own dataset.
-        shots: examples before each item; None for as many as lm-eval's task has.
+        shots: examples before each item; None for as many as the task shows (MMLU five), else as lm-eval's task has.
 
     Raises:
         UnfitError: the local data aren't what lm-eval's prompt asks for.
@@ -46,29 +47,31 @@ def built(task: Task, source: str | None, shots: int | None) -> tuple[list[Any],
         raise TaskError(
             f'task {task.name!r} is asked through lm-eval: pip install "headstart[eval]", or give --engine headstart.'
         )
-    import yaml
-
+    shots = getattr(task, "shots", None) if shots is None else shots
     with _quiet():
         manager = _manager()
         entry = manager.task_index.get(task.lm_eval)
         if entry is None:
             raise UnfitError(f"this lm-eval has no task {task.lm_eval!r}")
         overrides: dict[str, Any] = {}
-        if source is not None:
+        group = entry.kind.name == "GROUP"
+        if source is not None and not group:
             overrides |= _local(task, source, entry)
         if shots is not None:
             overrides["num_fewshot"] = shots
         recipe = ""
         try:
-            if entry.kind.name == "GROUP":
+            if group and source is None:
                 tasks = list(manager.load([task.lm_eval])["tasks"].values())
             else:
-                # As lm-eval's own command line takes it.
-                content = {"include": str(Path(entry.yaml_path).resolve()), "task": task.lm_eval, **overrides}
-                recipe = yaml.safe_dump(content, sort_keys=False)
                 with TemporaryDirectory() as place:
-                    (Path(place) / "task.yaml").write_text(recipe, encoding="utf-8")
-                    tasks = list(manager.load([f"{place}/task.yaml"])["tasks"].values())
+                    # As lm-eval's own command line takes it.
+                    contents = (
+                        local_tasks(task, str(source), _leaves(manager, entry, overrides), Path(place))
+                        if group
+                        else [{"include": str(Path(entry.yaml_path).resolve()), "task": task.lm_eval, **overrides}]
+                    )
+                    tasks, recipe = _loaded(manager, contents, Path(place))
         except Exception as error:  # of datasets, of the network, of templates and of lm-eval's own functions
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             if source is not None:
@@ -81,14 +84,40 @@ def built(task: Task, source: str | None, shots: int | None) -> tuple[list[Any],
             for part in tasks:  # those of a group, too
                 part.set_config(key="num_fewshot", value=shots)
         if source is not None:
-            _check_fields(tasks[0])
+            for part in tasks:
+                _check_fields(part)
             wanted = tasks[0].config.num_fewshot or 0
-            if wanted and not overrides.get("training_split") and not tasks[0].config.fewshot_config.samples:
+            shown = overrides.get("training_split") or (group and task.shown_split)
+            if wanted and not shown and not tasks[0].config.fewshot_config.samples:
                 raise TaskError(
                     f"lm-eval shows {wanted} rows of 'train' before each item of task {task.name!r}, and {source} has "
                     "none: give a folder with both files, or --fewshot 0."
                 )
     return tasks, recipe
+
+
+def _loaded(manager: Any, contents: Sequence[dict[str, Any]], place: Path) -> tuple[list[Any], str]:
+    """Return the tasks of settings, and the YAML that says all of them."""
+    import yaml
+
+    files = [place / f"task{number}.yaml" for number in range(len(contents))]
+    for file, content in zip(files, contents, strict=True):
+        file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    tasks = list(manager.load([str(file) for file in files])["tasks"].values())
+    return tasks, yaml.safe_dump_all(contents, sort_keys=False)
+
+
+def _leaves(manager: Any, group: Any, overrides: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return, by dataset, the tasks that lie beside a group's file, and the settings of each that include it."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    leaves = {}
+    for name, entry in manager.task_index.items():
+        beside = entry.yaml_path and Path(entry.yaml_path).parent == Path(group.yaml_path).parent
+        if beside and entry.kind.name == "TASK":
+            part = load_yaml(entry.yaml_path, resolve_func=False).get("dataset_name")
+            leaves[part] = (name, {"include": str(Path(entry.yaml_path).resolve()), **overrides})
+    return leaves
 
 
 def measured(asker: Asker, tasks: Sequence[Any]) -> Measured:
@@ -164,8 +193,6 @@ def _figure(task: Any, metric: str, column: Sequence[Any]) -> Figure:
 
 def _local(task: Task, source: str, entry: Any) -> dict[str, Any]:
     """Return what in lm-eval's task makes it read local files."""
-    if entry.kind.name == "GROUP":
-        raise UnfitError(f"lm-eval's {task.lm_eval!r} is a group of tasks, each with a dataset of its own")
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = load_yaml(entry.yaml_path, resolve_func=False)

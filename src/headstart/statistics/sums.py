@@ -16,6 +16,9 @@ from headstart.statistics.tap import Sink
 # Gram matrices are symmetric: beyond this width they are summed in blocks of it, and only the lower ones.
 _BLOCK = 512
 
+# Whether torch (2.8 and later) multiplies half precision into float32; on CUDA alone.
+_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
+
 
 @dataclass
 class Shape:
@@ -208,7 +211,7 @@ class Sums:
         layer.reached = True
         if layer.gradient is None:
             layer.gradient = _zeros(shape.d_out, shape.d_in, device=self._place(x))
-        _add_product(layer.gradient, g.float(), x.float())
+        add_product(layer.gradient, g, x)
 
     def _add_outputs(self, name: str, g: Tensor, shared: _Shared) -> None:
         layer, shape = self.layers[name], self.shapes[name]
@@ -216,7 +219,7 @@ class Sums:
             return
         layer.reached = True
         place = self._place(g)
-        g = shared.rows.of(g).float()
+        g = shared.rows.of(g)
         full = shape.wanted.outputs == "full"
         if layer.gram is None or layer.total is None:
             layer.gram = _zeros(*(shape.d_out,) * (2 if full else 1), device=place)
@@ -224,8 +227,8 @@ class Sums:
         if full:
             _add_gram(layer.gram, g)
         else:
-            layer.gram += torch.linalg.vecdot(g, g, dim=0).to(place)
-        layer.total += g.sum(0).to(place)
+            layer.gram += torch.linalg.vecdot(g.float(), g.float(), dim=0).to(place)
+        layer.total += g.sum(0, dtype=torch.float32).to(place)
         layer.tokens += shared.rows.count
 
     def _add_inputs(self, name: str, x: Tensor, shared: _Shared) -> None:
@@ -241,9 +244,9 @@ class Sums:
             gram = _zeros(shape.d_in, shape.d_in, device=place)
             self.inputs[group] = InputSum(gram, _zeros(shape.d_in, device=place))
         input_sum = self.inputs[group]
-        x = shared.rows.of(x).float()
+        x = shared.rows.of(x)
         _add_gram(input_sum.gram, x)
-        input_sum.total += x.sum(0).to(place)
+        input_sum.total += x.sum(0, dtype=torch.float32).to(place)
         input_sum.tokens += shared.rows.count
 
 
@@ -265,17 +268,26 @@ def _mute(x: Tensor, g: Tensor) -> None:
     """Sum nothing."""
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left' right."""
-    if total.device == left.device:
-        total.addmm_(left.T, right)
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left' right to a float32 sum, multiplied and summed in float32.
+
+    A product of two numbers of half precision is exact in float32, so a GPU's half-precision units, which sum in
+    float32, lose nothing by taking the factors as they are; they are several times faster than its float32 ones.
+    """
+    halves = left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
+    if halves and _WIDE_PRODUCTS:
+        total += torch.mm(left.T, right, out_dtype=torch.float32).to(total.device)
+    elif total.device == left.device:
+        total.addmm_(left.T.float(), right.float())
     else:
-        total += (left.T @ right).to(total.device)
+        total += (left.T.float() @ right.float()).to(total.device)
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:
     """Add rows' rows, the blocks on and below the diagonal."""
     size = total.shape[0]
+    if not rows.is_cuda:  # once, and not for each block
+        rows = rows.float()
     for low in range(0, size, _BLOCK):
         high = min(low + _BLOCK, size)
-        _add_product(total[low:high, :high], rows[:, low:high], rows[:, :high])
+        add_product(total[low:high, :high], rows[:, low:high], rows[:, :high])

@@ -119,6 +119,14 @@ class Task(ABC):
             DataError: a field is missing, empty or of the wrong type; the message names it.
         """
 
+    def part_of_group(self, row: Row) -> tuple[str, Row]:
+        """Return the dataset that a row belongs to of those that lm-eval's group reads, and the row as it has it.
+
+        Raises:
+            DataError: the row doesn't say; of a task that lm-eval has no group for, always.
+        """
+        raise DataError(f"task {self.name!r} isn't in parts")
+
     def check(self) -> None:
         """Raise TaskError, before a model is loaded, where a package that grading needs isn't installed."""
         for module in self.needs:

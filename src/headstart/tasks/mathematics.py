@@ -111,6 +111,14 @@ class Mathematics(Instructed):
         return {metric: float(graders[metric]()) for metric in self.metrics}
 
 
+class Competition(Mathematics):
+    """Base of MATH, whose problems are of seven types."""
+
+    def part_of_group(self, row: Row) -> tuple[str, Row]:
+        """Return the ``type`` in the words of the datasets, as "counting_and_probability", and the row."""
+        return text_of(row, "type").strip().lower().replace(" & ", " and ").replace(" ", "_"), row
+
+
 # fmt: off
 variant(
     Mathematics, "metamath", 'MetaMathQA: training problems rewritten; answers end in "The answer is: N".',
@@ -124,7 +132,7 @@ variant(
     hub="openai/gsm8k:main", lm_eval="gsm8k", parts=("question", "answer"), mark="####",
 )
 variant(
-    Mathematics, "math", "MATH: competition problems; the answer is in the solution's last box.",
+    Competition, "math", "MATH: competition problems; the answer is in the solution's last box.",
     source="Hendrycks et al. 2021, arXiv 2103.03874; DigitalLearningGmbH/MATH-lighteval; 5,000 to test",
     hub="DigitalLearningGmbH/MATH-lighteval", lm_eval="hendrycks_math", max_new_tokens=1024,
     parts=("problem", "solution"), mark="\\boxed",

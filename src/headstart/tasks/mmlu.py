@@ -59,6 +59,12 @@ class MMLU(Task):
         answer = _answer(row)
         return Example(told, f" {answer}", reference=answer, choices=(" A", " B", " C", " D"))
 
+    def part_of_group(self, row: Row) -> tuple[str, Row]:
+        """Return the subject, and the question with a list of choices and the right one's place."""
+        choices: Any = row.get("choices", [row.get(letter) for letter in "ABCD"])
+        asked = {"question": text_of(row, "question"), "choices": choices, "answer": "ABCD".index(_answer(row))}
+        return _subject(row).replace(" ", "_"), asked
+
     def grade(self, example: Example, output: str) -> dict[str, float]:
         """Take the letter that the answer begins with."""
         letter = re.match(r"\s*\(?([A-D])\b", output)

@@ -100,6 +100,18 @@ def read(
     return Rows(examples, bad, where)
 
 
+def raw_rows(task: Task, source: str | Path, split: str) -> Iterator[tuple[str, Row]]:
+    """Yield where a row stands, and the row as it lies in the file.
+
+    Raises:
+        DataError: nothing is there, or it, or a row, can't be read.
+    """
+    for place, row in _rows_of(task, source, split)[1]:
+        if isinstance(row, DataError):
+            raise DataError(f"{place}: {row}")
+        yield place, row
+
+
 def local_files(task: Task, source: str | Path | None, split: str) -> list[Path]:
     """Return a source's own files of a split: of a folder those that the task knows; none where it is of the hub.
 
