@@ -1,4 +1,4 @@
-"""float16 with a scaled loss, autocast, and coarse products: what is summed stays exact."""
+"""float16 with a scaled loss, autocast, and coarse products: what is summed, and a start, stay exact."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import headstart as hs
-from conftest import tiny_llama, wrap
+from conftest import ANY_BASE, all_factors, quick, started, tiny_llama, wrap
 from headstart.errors import DataError
+from headstart.methods import method_class
+from headstart.methods.base import ANY_LAYER
 from headstart.statistics.tap import LossScale, full_precision, tapped
 from oracles import exact_factors, relative
 from passes import assert_exact, collect
@@ -182,3 +184,20 @@ def test_a_base_prepared_for_training_in_four_bits():
     for name, gradient in together.gradients.items():
         assert relative(gradient, apart.gradients[name].double()) < 0.05
     assert hs.initialize_(model, "lora-one:samples=4", data=[batch], progress=False).warnings == []
+
+
+WEIGHT_ALONE = [name for name in ANY_BASE if not method_class(name)().wants(ANY_LAYER).data]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", WEIGHT_ALONE)
+def test_a_start_is_computed_in_float32_whatever_the_models_precision(name, dtype):
+    torch.manual_seed(0)
+    rounded = tiny_llama().to(dtype)
+    exact = copy.deepcopy(rounded).float()
+    half, full = (all_factors(started(model, quick(name))) for model in (rounded, exact))
+    for layer, factors in full.items():
+        for found, expected in zip(half[layer], factors, strict=True):
+            # PEFT keeps an adapter of a half-precision model in float32.
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
