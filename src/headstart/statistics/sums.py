@@ -16,8 +16,8 @@ from headstart.statistics.tap import Sink
 # Gram matrices are symmetric: beyond this width they are summed in blocks of it, and only the lower ones.
 _BLOCK = 512
 
-# Whether torch (2.8 and later) multiplies half precision into float32; on CUDA alone.
-_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
+# Whether torch (2.8 and later) multiplies half precision into float32; on NVIDIA's GPUs alone.
+_WIDE_PRODUCTS = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")
 
 
 @dataclass
