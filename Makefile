@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 
 # Three workers: many tests wait for programs that they start.
 test: check
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 # The same with the newest releases, beyond the caps too; first of all it says what has moved. torch stays, as it is the
 # CPU build by name: TORCH=torch takes the newest, with several GB of CUDA libraries.

@@ -117,14 +117,24 @@ def test_an_input_stands_under_a_heading_of_its_own():
     assert parse_task("codealpaca:prompt=plain").example(row).prompt == "Question: Sort.\n3 1\nAnswer:"
 
 
+def lm_evals_tasks():
+    """Its list of tasks, read once a process: thousands of files."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from headstart.evaluation.lm import _manager
+
+    return _manager()
+
+
+@pytest.mark.xdist_group("lm-eval")
 def test_lm_eval_knows_the_tasks_that_are_said_to_be_its():
-    manager = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed").TaskManager()
+    manager = lm_evals_tasks()
     named = [task_class(name).lm_eval for name in task_names()]
     assert [name for name in named if name and name not in manager.all_tasks] == []
 
 
+@pytest.mark.xdist_group("lm-eval")
 def test_lm_eval_asks_gsm8k_in_the_same_words():
-    manager = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed").TaskManager()
+    manager = lm_evals_tasks()
     asked = manager.task_index["gsm8k"]
     text = (asked["yaml_path"] if isinstance(asked, dict) else asked.yaml_path).read_text(encoding="utf-8")
     prompt = parse_task("gsm8k:prompt=plain").example({"question": "{{question}}", "answer": "#### 1"}).prompt
