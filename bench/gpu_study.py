@@ -31,11 +31,9 @@ from bench.study_tables import (
     measured,
     paragraphs,
     quiet,
-    spelled,
     summary,
 )
 from headstart.errors import HeadstartError
-from headstart.runs.read import validated
 from headstart.training.models import resolve_model
 
 # Every start's rates: half a decade apart, around where its like is published to do well.
@@ -62,28 +60,25 @@ def files_of(data: Path, out: Path, validation: int) -> Files:
 
 def planned(label: str, lr: float, seed: int, graded: bool, chosen: argparse.Namespace, files: Files) -> Planned:
     """Return a run: of the sweep, measured on validation rows, or one whose answers to test rows are graded."""
-    method, changes = spelled(label)
-    held_out = {"held_out": str(files["test" if graded else "validation"])}
-    settings: dict[str, Any] = {
-        "model": {"name": chosen.model, "dtype": chosen.dtype},
-        "data": {
+    return Planned.of(
+        "gsm8k",
+        label,
+        chosen.out,
+        seed=seed,
+        lr=lr,
+        steps=chosen.steps if graded else chosen.sweep_steps,
+        held_out=chosen.test if graded else chosen.validation,
+        graded=chosen.test if graded else 0,
+        model={"name": chosen.model, "dtype": chosen.dtype},
+        data={
             "task": "gsm8k:prompt=plain",
             "train": str(files["train"]),
-            **held_out,
-            "held_out_examples": chosen.test if graded else chosen.validation,
+            "held_out": str(files["test" if graded else "validation"]),
         },
-        "adapter": {**ADAPTER, "targets": "all-linear", **changes},
-        "start": {"method": method},
-        "optimizer": {"lr": lr},
-        "schedule": {"steps": chosen.steps if graded else chosen.sweep_steps, "warmup": WARMUP},
-        "batch": {"size": BATCH, "max_length": LENGTH},
-        "precision": chosen.dtype,
-        "evaluation": {"graded_examples": chosen.test if graded else 0, "max_new_tokens": 256, "batch_size": 32},
-        "seed": seed,
-    }
-    if graded:
-        settings["evaluation"]["batch_size"] = 128
-    return Planned("gsm8k", label, validated(settings, f"{label} at {lr:g}"), chosen.out)
+        batch={"size": BATCH, "max_length": LENGTH},
+        evaluation={"max_new_tokens": 256, "batch_size": 128 if graded else 32},
+        precision=chosen.dtype,
+    )
 
 
 def sweep(label: str, rates: Sequence[float], chosen: argparse.Namespace, files: Files) -> list[Planned]:
@@ -122,13 +117,12 @@ class Sweeps:
 
     def best_rate(self, label: str) -> float:
         """Return the rate of a start's least loss so far."""
-        rows = self.rows(label)
-        return float(best(rows, label)[0]["lr"]) if rows else self.rates[label][1]
+        return float(best(self.rows(label), label)[0]["lr"])
 
     def graded(self) -> Iterator[Planned]:
-        """Yield the runs at every start's best rate, seeds outermost."""
+        """Yield the runs at the best rate of every start that has one, seeds outermost."""
         for seed in self.chosen.seeds:
-            for label in self.rates:
+            for label in filter(self.rows, self.rates):
                 yield planned(label, self.best_rate(label), seed, True, self.chosen, self.files)
 
 
@@ -189,30 +183,30 @@ def page(chosen: argparse.Namespace, files: Files) -> None:
             for rate, cell in zip(rates, cells, strict=True)
         ]
         rows.append([label, *cells])
-    asked = list(sweeps.graded())
-    graded = [row for item in asked if (row := item.row()) is not None]
+    graded = [row for item in sweeps.graded() if (row := item.row()) is not None]
     lines = [
         *paragraphs(
             f"SmolLM2-135M-Instruct, all seven linear kinds, rank {ADAPTER['r']}, alpha {ADAPTER['alpha']}, rsLoRA "
             f"(core layers: their rank as named, s = 1). GSM8K, batches of {BATCH}, at most {LENGTH} tokens, AdamW "
-            f"without weight decay, cosine with {100 * WARMUP:g} % warm-up, gradients cut to norm 1; weights in "
+            f"without weight decay, cosine with {100 * WARMUP:g} % warm-up; weights in "
             f"{chosen.dtype}. `python -m bench.gpu_study`, several runs at a time on the one GPU, so seconds are of a "
             "shared machine.",
             f"A rate is chosen by {chosen.sweep_steps} steps with seed 0 and the loss of {chosen.validation} training "
-            "problems that no run learns from; where the best lay at an edge, one more was tried. Each start is then "
-            f"trained at its best rate for {chosen.steps} steps from {len(chosen.seeds)} seeds, and the loss and the "
-            f"answers are of the {chosen.test:,} test problems, none of which chose anything. An answer is right where "
-            "its last number is (exact match).",
+            "problems that no run learns from; where the best lay at an edge, up to two more were tried. Each start "
+            f"is then trained at its best rate for {chosen.steps} steps from {len(chosen.seeds)} seeds, and the loss "
+            f"and the answers are of the {chosen.test:,} test problems, none of which chose anything. An answer is right "
+            "where its last number is (exact match).",
         ),
         "## Rates",
         "",
-        f"Validation loss after {chosen.sweep_steps} steps (nats a completion token), the best in bold:",
+        f"Validation loss after {chosen.sweep_steps} steps (nats a completion token), the best in bold; empty where a",
+        "run was not asked for, is not done, or failed:",
         "",
         *table(["start", *(f"{rate:g}" for rate in rates)], rows),
         "",
         "## At its best rate",
         "",
-        measured(graded, len(asked)),
+        measured(graded, len(chosen.seeds) * len(chosen.methods)),
         "",
         *(summary(graded, list(sweeps.rates)) if graded else []),
     ]

@@ -101,11 +101,15 @@ class Planned:
         held_out: int,
         graded: int = 0,
         targets: str | None = None,
+        **further: Any,
     ) -> Self:
-        """Return a run of a study, on the task's own targets where none are given; end the program if it can't be."""
+        """Return a run of a study, on the task's own targets where none are given; end the program if it can't be.
+
+        ``further`` are settings of the run by branch, in place of the study's own or beside them.
+        """
         method, changes = spelled(label)
         common = TASKS[task]
-        settings = {
+        settings: dict[str, Any] = {
             **common,
             "data": {**common["data"], "held_out_examples": held_out},
             "adapter": {**ADAPTER, "targets": targets or common["adapter"]["targets"], **changes},
@@ -115,6 +119,8 @@ class Planned:
             "evaluation": {"graded_examples": graded, "max_new_tokens": 192},
             "seed": seed,
         }
+        for branch, changed in further.items():
+            settings[branch] = {**settings.get(branch, {}), **changed} if isinstance(changed, dict) else changed
         try:
             parse_method(method)
             return cls(task, label, validated(settings, f"{label} on {task}"), out)

@@ -79,13 +79,19 @@ def data(tmp_path_factory):
 
 
 def by_hand(model, adapter, task, files, folder, **settings):
-    """What lm-eval gives when it is called by hand, on a configuration written by hand."""
+    """What lm-eval by hand gives, on a configuration written by hand; without files, on one that is there."""
     yaml = folder / f"{task}.yaml"
+    if files is None:
+        return _by_hand(model, adapter, yaml, **settings)
     lines = [f"include: {TASKS / YAMLS[task]}", f"task: {task}", "dataset_path: json", "dataset_name: null"]
     lines += ["dataset_kwargs:", "  data_files:", *(f"    {split}: {path}" for split, path in files.items())]
     lines += [f"{split}_split: null" for split in ("training", "validation", "test") if f"{split}" not in files]
     lines = ["training_split: train" if line == "training_split: null" and "train" in files else line for line in lines]
     yaml.write_text("\n".join(lines) + "\n")
+    return _by_hand(model, adapter, yaml, **settings)
+
+
+def _by_hand(model, adapter, yaml, **settings):
     words = AutoTokenizer.from_pretrained(model)
     base = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter).eval()
     lm = HFLM(pretrained=base, tokenizer=words, batch_size=4)
@@ -167,13 +173,31 @@ def test_the_parts_of_a_group_are_asked_as_by_hand(name, made, shots, model, ada
         mine = [item for item in items if item["task"] == task]
         assert len(mine) == len(samples) > 3
         for item, sample in zip(mine, samples, strict=True):
-            assert item["prompt"] == sample["arguments"][0][0] and item["outputs"] == json.loads(
-                json.dumps(sample["resps"])
-            )
+            assert item["prompt"] == sample["arguments"][0][0]
+            assert item["outputs"] == json.loads(json.dumps(sample["resps"]))
             marks.append(sample[sample["metrics"][0]])
             assert item["marks"][sample["metrics"][0]] == marks[-1]
+        again = by_hand(model, adapter, task, None, tmp_path / "out" / name / "parts", **given)["samples"][task]
+        assert [sample["resps"] for sample in again] == [sample["resps"] for sample in samples]
     figure = next(iter(result.metrics.values()))
     assert figure.count == len(marks) and figure.value == pytest.approx(sum(marks) / len(marks))
+
+
+def test_a_group_shows_as_many_as_it_is_told(model, tmp_path):
+    (tmp_path / "alone").mkdir()
+    source, _ = kinds(tmp_path / "alone")
+    settings = dict(limit=1, max_new_tokens=2)
+    with pytest.raises(TaskError, match=r"shows 2 rows of 'train'.*--fewshot 0"):
+        asked(model, ["math"], tmp_path / "a", data={"math": str(source)}, fewshot=2, **settings)
+    (tmp_path / "both").mkdir()
+    learned, _ = kinds(tmp_path / "both")
+    learned.with_name("train.jsonl").write_text(learned.read_text())
+    _, items = asked(model, ["math"], tmp_path / "b", data={"math": str(learned.parent)}, fewshot=2, **settings)
+    assert all(item["prompt"].count("Problem:") == 3 for item in items)
+    questions = [{"question": "a?", "choices": [*"abcd"], "answer": 1, "subject": "anatomy"}]
+    path = write_lines(tmp_path / "anatomy_test.jsonl", questions)
+    _, items = asked(model, ["mmlu"], tmp_path / "c", data={"mmlu": str(path)}, fewshot=0)
+    assert items[0]["prompt"].count("Answer:") == 1
 
 
 def test_a_part_that_lm_eval_does_not_have_is_asked_in_headstarts_way(model, tmp_path):

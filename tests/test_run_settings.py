@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from headstart.errors import RunError
 from headstart.runs.read import flat_settings, read_run
+from headstart.runs.trainers import _arguments
 from headstart.runs.tree import Optimizer, Run
+from headstart.tasks.registry import parse_task
 
 # Settings that are none, and what the sentence about them says.
 BAD = {
@@ -163,3 +165,11 @@ def test_what_was_written_is_read_as_it_was(changes):
     assert again == run and again.key == run.key
     name = run.folder_name
     assert name.endswith(run.key) and "/" not in name and len(name) < 100
+
+
+@pytest.mark.parametrize(("asked", "measured", "answered"), [({}, 4, 8), ({"evaluation": {"batch_size": 3}}, 3, 3)])
+def test_how_many_are_measured_and_answered_at_a_time(asked, measured, answered, tmp_path):
+    run = Run(batch={"size": 4}, **asked)
+    assert run.answers_at_once == answered
+    arguments = _arguments(run, parse_task("gsm8k"), tmp_path)
+    assert arguments["per_device_eval_batch_size"] == measured and arguments["per_device_train_batch_size"] == 4

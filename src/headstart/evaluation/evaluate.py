@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from headstart.environment import environment
 from headstart.errors import CheckpointError, RunError, TaskError, nearest
 from headstart.evaluation.figures import Figure
-from headstart.evaluation.lm import UnfitError, built, measured
+from headstart.evaluation.lm import HERE, UnfitError, built, measured
 from headstart.evaluation.own import Asker, Asking, Measured, classified, compared, generated
 from headstart.evaluation.sandbox import containment
 from headstart.evaluation.target import Target
@@ -69,7 +69,7 @@ class Job:
     examples: Sequence[Example] = ()
     tasks: Sequence[Any] = ()
     texts: Sequence[str] = ()
-    recipe: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -197,10 +197,10 @@ def _planned(name: str, target: Target, asking: Asking, notes: list[str]) -> Job
     if reason is None:
         try:
             local = source if source is not None and source != task.hub else None
-            tasks, recipe = built(task, local, asking.fewshot)
+            tasks, made_of = built(task, local, asking.fewshot)
             files = local_files(task, local, asking.split)
             digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest() if files else None
-            return replace(draft, tasks=tasks, recipe=recipe, digest=digest)
+            return replace(draft, tasks=tasks, files=made_of, digest=digest)
         except UnfitError as unfit:
             reason = str(unfit)
     if reason and asking.engine == "lm-eval":
@@ -295,8 +295,9 @@ def all_asked(
         if own is None:
             place.mkdir(parents=True, exist_ok=True)
             asker = Asker(model, tokenizer, place, asking, max_length, show)
-            if job.recipe:
-                write_whole(place / "task.yaml", job.recipe)
+            for name, text in job.files.items():
+                (place / name).parent.mkdir(exist_ok=True)
+                write_whole(place / name, text.replace(HERE, str(place.resolve())))
             records, own = _asked(job, asker)
             lines = (json.dumps({"item": number} | record, default=_plain) for number, record in enumerate(records))
             write_whole(place / "items.jsonl", "".join(line + "\n" for line in lines))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -23,6 +23,9 @@ from headstart.tasks.rows import local_files
 
 # By a file's ending, the builder of datasets that reads it.
 _BUILDERS = {"json": "json", "jsonl": "json", "parquet": "parquet", "csv": "csv"}
+HERE = "@HERE@"
+"""What the files that a task was made of call their folder, until they lie in it."""
+
 _FIELD = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -30,8 +33,10 @@ class UnfitError(Exception):
     """Why lm-eval can't ask a task, as a clause that a sentence goes on from."""
 
 
-def built(task: Task, source: str | None, shots: int | None) -> tuple[list[Any], str]:
-    """Return lm-eval's task, or the tasks of its group, ready to be asked, and the YAML that it was made of.
+def built(task: Task, source: str | None, shots: int | None) -> tuple[list[Any], dict[str, str]]:
+    """Return lm-eval's task, or the tasks of its group, ready to be asked, and by name the files they were made of.
+
+    The files' own folder is called :data:`HERE` in them.
 
     Args:
         task: whose ``lm_eval`` names it.
@@ -59,19 +64,24 @@ def built(task: Task, source: str | None, shots: int | None) -> tuple[list[Any],
             overrides |= _local(task, source, entry)
         if shots is not None:
             overrides["num_fewshot"] = shots
-        recipe = ""
+        shown = overrides.get("training_split")
+        files: dict[str, str] = {}
         try:
             if group and source is None:
                 tasks = list(manager.load([task.lm_eval])["tasks"].values())
             else:
-                with TemporaryDirectory() as place:
-                    # As lm-eval's own command line takes it.
-                    contents = (
-                        local_tasks(task, str(source), _leaves(manager, entry, overrides), Path(place))
-                        if group
-                        else [{"include": str(Path(entry.yaml_path).resolve()), "task": task.lm_eval, **overrides}]
-                    )
-                    tasks, recipe = _loaded(manager, contents, Path(place))
+                with TemporaryDirectory() as folder:
+                    place = Path(folder)
+                    contents: dict[str, Mapping[str, Any]]
+                    if group:
+                        shown = _shown(task, str(source)) if shots else None
+                        leaves = _leaves(manager, entry, overrides)
+                        parts = local_tasks(task, str(source), shown, leaves, place / "parts")
+                        contents = {f"parts/{part['task']}.yaml": part for part in parts}
+                    else:
+                        include = {"include": str(Path(entry.yaml_path).resolve()), "task": task.lm_eval}
+                        contents = {"task.yaml": include | overrides}
+                    tasks, files = _loaded(manager, contents, place)
         except Exception as error:  # of datasets, of the network, of templates and of lm-eval's own functions
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             if source is not None:
@@ -87,24 +97,34 @@ def built(task: Task, source: str | None, shots: int | None) -> tuple[list[Any],
             for part in tasks:
                 _check_fields(part)
             wanted = tasks[0].config.num_fewshot or 0
-            shown = overrides.get("training_split") or (group and task.shown_split)
             if wanted and not shown and not tasks[0].config.fewshot_config.samples:
                 raise TaskError(
                     f"lm-eval shows {wanted} rows of 'train' before each item of task {task.name!r}, and {source} has "
                     "none: give a folder with both files, or --fewshot 0."
                 )
-    return tasks, recipe
+    return tasks, files
 
 
-def _loaded(manager: Any, contents: Sequence[dict[str, Any]], place: Path) -> tuple[list[Any], str]:
-    """Return the tasks of settings, and the YAML that says all of them."""
+def _loaded(manager: Any, contents: Mapping[str, Mapping[str, Any]], place: Path) -> tuple[list[Any], dict[str, str]]:
+    """Write settings into a place, by name; return their tasks, and all files that are there."""
     import yaml
 
-    files = [place / f"task{number}.yaml" for number in range(len(contents))]
-    for file, content in zip(files, contents, strict=True):
-        file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    tasks = list(manager.load([str(file) for file in files])["tasks"].values())
-    return tasks, yaml.safe_dump_all(contents, sort_keys=False)
+    for name, content in contents.items():
+        (place / name).write_text(yaml.safe_dump(dict(content), sort_keys=False), encoding="utf-8")
+    # As lm-eval's own command line takes them.
+    tasks = list(manager.load([str(place / name) for name in contents])["tasks"].values())
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(place.rglob("*")) if path.is_file()}
+    return tasks, {str(path.relative_to(place)): text.replace(str(place), HERE) for path, text in texts.items()}
+
+
+def _shown(task: Task, source: str) -> str | None:
+    """Return the split whose rows are shown: the task's own, else the training rows that a folder has."""
+    if task.shown_split or "train" not in task.splits or not Path(source).expanduser().is_dir():
+        return task.shown_split
+    try:
+        return "train" if local_files(task, source, "train") else None
+    except DataError:  # none is needed where none is shown
+        return None
 
 
 def _leaves(manager: Any, group: Any, overrides: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -202,12 +222,9 @@ def _local(task: Task, source: str, entry: Any) -> dict[str, Any]:
         raise UnfitError(f"{source} is no local file or folder")
     overrides: dict[str, Any] = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
     overrides["test_split" if config.get("test_split") else "validation_split"] = measured_split
-    if Path(source).expanduser().is_dir() and "train" in task.splits:
-        try:
-            files["train"] = local_files(task, source, "train")
-            overrides |= {"training_split": "train", "fewshot_split": "train"}
-        except DataError:
-            pass  # none is needed where none is shown
+    if shown := _shown(task, source):
+        files[shown] = local_files(task, source, shown)
+        overrides |= {"training_split": shown, "fewshot_split": shown}
     endings = {file.name.removesuffix(".gz").rpartition(".")[2] for paths in files.values() for file in paths}
     builders = {_BUILDERS.get(ending) for ending in endings}
     if len(builders) != 1 or None in builders:

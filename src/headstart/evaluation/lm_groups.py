@@ -33,34 +33,35 @@ def divided(task: Task, source: str, split: str) -> dict[str, list[Row]]:
 
 
 def local_tasks(
-    task: Task, source: str, leaves: Mapping[str, tuple[str, Mapping[str, Any]]], folder: Path
+    task: Task, source: str, shown: str | None, leaves: Mapping[str, tuple[str, Mapping[str, Any]]], folder: Path
 ) -> list[dict[str, Any]]:
     """Return the settings of lm-eval's tasks with files, written into a folder, in place of their datasets.
 
     Args:
         task: with ``part_of_group``.
         source: a local file or folder of its rows.
+        shown: the split whose rows are shown before each item; None for none.
         leaves: by dataset, the name of lm-eval's task that reads it, and what overrides it beside the data.
-        folder: gets the files.
+        folder: made, and gets the files.
 
     Raises:
-        DataError: see :func:`divided`; or rows are of a dataset that no task reads.
+        DataError: see :func:`divided`; or rows are of a dataset that no task reads, or has none to show.
     """
-    by_split = {split: divided(task, source, split) for split in ("test", task.shown_split) if split}
-    strange = next((part for part in by_split["test"] if part not in leaves), None)
-    if strange is not None:
-        raise DataError(f"lm-eval has no part {strange!r} of {task.lm_eval!r}")
+    folder.mkdir()
+    by_split = {split: divided(task, source, split) for split in ("test", shown) if split}
+    splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": shown}
     settings = []
     for part in sorted(by_split["test"]):
+        if part not in leaves:
+            raise DataError(f"lm-eval has no part {part!r} of {task.lm_eval!r}")
         name, overrides = leaves[part]
-        files = {}
-        for split, rows in by_split.items():
-            if part not in rows:
+        files = {split: folder / f"{part}-{split}.jsonl" for split in by_split}
+        for split, path in files.items():
+            if part not in by_split[split]:
                 raise DataError(f"the split {split!r} has no rows of {part!r}")
-            path = folder / f"{part}-{split}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows[part]), encoding="utf-8")
-            files[split] = str(path)
-        shown = {"fewshot_split": task.shown_split, "training_split": None, "validation_split": None}
-        data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-        settings.append({**overrides, "task": name, **shown, "test_split": "test", **data})
+            lines = (json.dumps(row) + "\n" for row in by_split[split][part])
+            path.write_text("".join(lines), encoding="utf-8")
+        named = {split: str(path) for split, path in files.items()}
+        data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": named}}
+        settings.append({**overrides, "task": name, **splits, **data})
     return settings

@@ -274,8 +274,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     A product of two numbers of half precision is exact in float32, so a GPU's half-precision units, which sum in
     float32, lose nothing by taking the factors as they are; they are several times faster than its float32 ones.
     """
-    halves = left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
-    if halves and _WIDE_PRODUCTS:
+    left, right = _factor(left), _factor(right)
+    if left.dtype == right.dtype != torch.float32:
         total += torch.mm(left.T, right, out_dtype=torch.float32).to(total.device)
     elif total.device == left.device:
         total.addmm_(left.T.float(), right.float())
@@ -283,11 +283,16 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += (left.T.float() @ right.float()).to(total.device)
 
 
+def _factor(rows: Tensor) -> Tensor:
+    """Return half precision that is multiplied as it is; all else in float32."""
+    as_it_is = _WIDE_PRODUCTS and rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
+    return rows if as_it_is else rows.float()
+
+
 def _add_gram(total: Tensor, rows: Tensor) -> None:
     """Add rows' rows, the blocks on and below the diagonal."""
     size = total.shape[0]
-    if not rows.is_cuda:  # once, and not for each block
-        rows = rows.float()
+    rows = _factor(rows)  # once, and not for each block
     for low in range(0, size, _BLOCK):
         high = min(low + _BLOCK, size)
         add_product(total[low:high, :high], rows[:, low:high], rows[:, :high])

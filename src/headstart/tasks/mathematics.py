@@ -111,6 +111,7 @@ class Mathematics(Instructed):
         return {metric: float(graders[metric]()) for metric in self.metrics}
 
 
+@dataclass(frozen=True)
 class Competition(Mathematics):
     """Base of MATH, whose problems are of seven types."""
 

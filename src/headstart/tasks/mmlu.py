@@ -61,9 +61,8 @@ class MMLU(Task):
 
     def part_of_group(self, row: Row) -> tuple[str, Row]:
         """Return the subject, and the question with a list of choices and the right one's place."""
-        choices: Any = row.get("choices", [row.get(letter) for letter in "ABCD"])
-        asked = {"question": text_of(row, "question"), "choices": choices, "answer": "ABCD".index(_answer(row))}
-        return _subject(row).replace(" ", "_"), asked
+        published = {"question": text_of(row, "question"), "choices": _choices(row)}
+        return _subject(row).replace(" ", "_"), published | {"answer": "ABCD".index(_answer(row))}
 
     def grade(self, example: Example, output: str) -> dict[str, float]:
         """Take the letter that the answer begins with."""
@@ -76,12 +75,16 @@ def _subject(row: Row) -> str:
 
 
 def _asked(row: Row) -> str:
+    lines = [f"{letter}. {choice.strip()}" for letter, choice in zip("ABCD", _choices(row), strict=True)]
+    return "\n".join([text_of(row, "question").strip(), *lines, "Answer:"])
+
+
+def _choices(row: Row) -> list[str]:
     choices: Any = row.get("choices", [row.get(letter) for letter in "ABCD"])
     if not isinstance(choices, list) or len(choices) != 4:
         raise DataError(f"field 'choices' must be a list of four, but is {choices!r:.60}.")
     named = dict(zip("ABCD", choices, strict=True))
-    lines = [f"{letter}. {text_of(named, letter, f'choice {letter}').strip()}" for letter in named]
-    return "\n".join([text_of(row, "question").strip(), *lines, "Answer:"])
+    return [text_of(named, letter, f"choice {letter}") for letter in named]
 
 
 def _answer(row: Row) -> str:
