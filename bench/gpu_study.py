@@ -194,8 +194,8 @@ def page(chosen: argparse.Namespace, files: Files) -> None:
             f"A rate is chosen by {chosen.sweep_steps} steps with seed 0 and the loss of {chosen.validation} training "
             "problems that no run learns from; where the best lay at an edge, up to two more were tried. Each start "
             f"is then trained at its best rate for {chosen.steps} steps from {len(chosen.seeds)} seeds, and the loss "
-            f"and the answers are of the {chosen.test:,} test problems, none of which chose anything. An answer is right "
-            "where its last number is (exact match).",
+            f"and the answers are of the {chosen.test:,} test problems, none of which chose anything. An answer is "
+            "right where its last number is (exact match).",
         ),
         "## Rates",
         "",
