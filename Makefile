@@ -20,9 +20,10 @@ demo: $(VENV)/.demo
 	$(BIN)/headstart compare smollm2 --steps 10 --graded-examples 32 --out runs/demo
 	$(BIN)/headstart eval runs/demo/lora-one_samples=64 --tasks problems --limit 32
 
-# Three workers: many tests wait for programs that they start.
+# Three workers: many tests wait for programs that they start. Each begins with a third of the files as they lie, so that
+# what a file's tests share is made once.
 test: check
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # The same with the newest releases, beyond the caps too; first of all it says what has moved. torch stays, as it is the
 # CPU build by name: TORCH=torch takes the newest, with several GB of CUDA libraries.

@@ -26,8 +26,6 @@ from headstart.evaluation import intervals
 from headstart.evaluation.intervals import bootstrap, wilson
 from running import llama_folder, sums
 
-pytestmark = pytest.mark.xdist_group("lm-eval")  # one process reads the list of its tasks, in seconds
-
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 NONE = TaskManager(include_defaults=False)  # it would read all of lm-eval's tasks
 YAMLS = {

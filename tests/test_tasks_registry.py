@@ -125,14 +125,12 @@ def lm_evals_tasks():
     return _manager()
 
 
-@pytest.mark.xdist_group("lm-eval")
 def test_lm_eval_knows_the_tasks_that_are_said_to_be_its():
     manager = lm_evals_tasks()
     named = [task_class(name).lm_eval for name in task_names()]
     assert [name for name in named if name and name not in manager.all_tasks] == []
 
 
-@pytest.mark.xdist_group("lm-eval")
 def test_lm_eval_asks_gsm8k_in_the_same_words():
     manager = lm_evals_tasks()
     asked = manager.task_index["gsm8k"]
