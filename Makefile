@@ -18,7 +18,7 @@ CAPPED := peft transformers
 
 demo: $(VENV)/.demo
 	$(BIN)/headstart compare smollm2 --steps 10 --graded-examples 32 --out runs/demo
-	$(BIN)/headstart eval runs/demo/lora-one_samples=64 --tasks problems --limit 32
+	$(BIN)/headstart eval runs/demo/cells/*lora-one* --tasks problems --limit 32
 
 # Three workers: many tests wait for programs that they start. Each begins with a third of the files as they lie, so that
 # what a file's tests share is made once.

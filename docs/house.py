@@ -34,7 +34,9 @@ ROOMS: dict[str, str] = {
     "evaluation": "what a model is worth: losses, graded answers, intervals; generated programs run confined",
     "runs": "one run: its settings, its stages, its result",
     "stream": "the same from a checkpoint's shards, layer by layer",
-    "study": "runs compared",
+    "study": "cells, each a run, in one grid; who does them; what they show, with statistics that hold",
+    "reports": "a study's page, tables and charts",
+    "advise": "before training: what starts cost, and how sharp the loss is along their first step",
     "cli": "the command line",
 }
 GROUND = {

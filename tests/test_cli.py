@@ -73,6 +73,16 @@ def small(tiny, sums, out, *more):
     )  # fmt: skip
 
 
+def cells(out):
+    """The folders of a study's cells by the method of their start."""
+    places = [path.parent for path in (out / "cells").glob("*/run.json")]
+    return {json.loads((place / "run.json").read_text())["settings"]["start"]["method"]: place for place in places}
+
+
+def results(out):
+    return {method: json.loads((place / "result.json").read_text()) for method, place in cells(out).items()}
+
+
 def test_methods_lists_every_method(capsys):
     code, out, _ = run(capsys, "methods")
     assert code == 0
@@ -162,49 +172,79 @@ def test_data_that_no_one_reads_are_left_unread(tiny, sums, tmp_path, capsys):
 def test_the_table_says_on_how_many_examples_was_measured(tiny, sums, tmp_path, capsys):
     """Of one file a fifth is held out, whatever was asked for."""
     arguments = small(tiny, sums / "train.jsonl", tmp_path / "c", "--methods", "lora")
-    code, printed, _ = run(capsys, *arguments, "--held-out-examples", 40)
-    assert code == 0 and "; 4 held-out examples" in " ".join(printed.split())
+    code, _, _ = run(capsys, *arguments, "--held-out-examples", 40)
+    assert code == 0 and results(tmp_path / "c")["lora"]["metrics"]["loss/end"]["count"] == 4
+    assert ", 4 held out" in (tmp_path / "c" / "report.md").read_text()
 
 
 def test_compare_ends_in_a_table_and_a_page(tiny, sums, tmp_path, capsys):
     out = tmp_path / "c"
     code, printed, err = run(capsys, *small(tiny, sums, out, "--methods", "lora,pissa,lora-one:samples=4"))
     assert code == 0, err
-    results = {key: json.loads((out / key / "result.json").read_text()) for key in ("lora", "pissa")}
-    losses = {key: [loss for _, loss in result["series"]["loss"]] for key, result in results.items()}
-    starts = {key: result["metrics"]["loss/start"]["value"] for key, result in results.items()}
+    losses = {key: [loss for _, loss in result["series"]["loss"]] for key, result in results(out).items()}
+    starts = {key: result["metrics"]["loss/start"]["value"] for key, result in results(out).items()}
     assert starts["lora"] == starts["pissa"]
     assert len(losses["lora"]) == 4
     # The first batch is the same and so is the model: only training tells the two apart.
     assert losses["lora"][0] == losses["pissa"][0]
     assert losses["lora"][1:] != losses["pissa"][1:]
     for method in ("lora", "pissa", "lora-one:samples=4"):
-        assert re.search(rf"^{re.escape(method)}\s", printed, re.M)
+        assert re.search(rf"^\W*{re.escape(method)}\s", printed, re.M), printed
     page = (out / "report.html").read_text()
-    assert "Plotly.newPlot" in page
-    assert not re.search(r"<(script|link)[^>]*\b(src|href)=", page), "the page must need nothing beside it"
-    assert hs.load_checkpoint(AutoModelForCausalLM.from_pretrained(tiny), out / "pissa" / "trained" / "checkpoint")
+    assert "Plotly" in page
+    assert not re.search(r"<(script|link)[^>]*\b(src|href)=(?!.data:)", page), "the page must need nothing beside it"
+    assert hs.load_checkpoint(
+        AutoModelForCausalLM.from_pretrained(tiny), cells(out)["pissa"] / "trained" / "checkpoint"
+    )
 
 
-def test_compare_goes_on_where_it_was_and_refuses_other_settings(tiny, sums, tmp_path, capsys):
+def test_compare_goes_on_where_it_was_and_its_grid_may_grow(tiny, sums, tmp_path, capsys):
     out = tmp_path / "c"
     assert run(capsys, *small(tiny, sums, out, "--methods", "lora"))[0] == 0
-    finished = (out / "lora" / "result.json").stat().st_mtime_ns
+    finished = (cells(out)["lora"] / "result.json").stat().st_mtime_ns
     assert run(capsys, *small(tiny, sums, out, "--methods", "lora,init-ab"))[0] == 0
-    assert (out / "lora" / "result.json").stat().st_mtime_ns == finished
-    code, _, err = run(capsys, *small(tiny, sums, out, "--methods", "lora", "--lr", "0.5"))
-    assert code == 2
-    assert "other settings (optimizer.lr)" in err
-    code, _, err = run(capsys, *small(tiny, sums, out, "--methods", "lora", "--lr", "0.5", "--force"))
-    assert code == 0
-    assert not (out / "init-ab").exists()
+    assert (cells(out)["lora"] / "result.json").stat().st_mtime_ns == finished
+    # Other settings are other cells: what there is stays, and the page is of what was asked for last.
+    code, printed, _ = run(capsys, *small(tiny, sums, out, "--methods", "lora", "--lr", "0.5"))
+    assert code == 0 and len(list((out / "cells").glob("*/result.json"))) == 3 and "init-ab" not in printed
+    code, _, _ = run(capsys, *small(tiny, sums, out, "--methods", "lora", "--lr", "0.5", "--force"))
+    assert code == 0 and len(list((out / "cells").glob("*/result.json"))) == 1
+
+
+def test_a_study_of_several_rates_chooses_by_validation_data(tiny, sums, tmp_path, capsys):
+    out = tmp_path / "c"
+    arguments = small(tiny, sums, out, "--methods", "lora,pissa", "--lr", "1e-3,1e-2", "--validation-examples", 4)
+    code, printed, _ = run(capsys, *arguments, "--dry-run")
+    assert code == 0 and "4 cells: 2 starts, 1 seeds" in printed and not out.exists()
+    assert run(capsys, *arguments)[0] == 0
+    noted = [json.loads(path.read_text()) for path in (out / "cells").glob("*/result.json")]
+    assert sorted(result["settings"]["optimizer"]["lr"] for result in noted) == [1e-3, 1e-3, 1e-2, 1e-2]
+    assert all("loss/validation" in result["metrics"] for result in noted)
+    code, printed, _ = run(capsys, *arguments, "--dry-run")
+    assert code == 0 and "4 are done, 0 are left" in printed
+
+
+def test_a_studys_file_holds_its_settings_alone(tiny, sums, tmp_path, capsys):
+    path = tmp_path / "study.yaml"
+    path.write_text("base: {}\naxes: {start: [lora, pisa]}\n")
+    code, _, err = run(capsys, "compare", path, "--dry-run")
+    assert code == 1 and "Did you mean 'pissa'" in err
+    path.write_text("base: {}\naxes: {start: [lora, pissa]}\n")
+    code, _, err = run(capsys, "compare", path, "--lr", "1e-3")
+    assert code == 2 and "--lr goes with no study's file: write it into" in " ".join(err.split())
+    code, printed, _ = run(capsys, "compare", path, "--dry-run", "--max-time", "90m")
+    assert code == 0 and "2 cells" in printed
+    code, _, err = run(capsys, "compare", path, "--max-time", "soon")
+    assert code == 2 and "no time" in err
 
 
 def test_compare_goes_on_in_a_folder_that_a_kill_left_empty_and_names_a_damaged_run(tiny, sums, tmp_path, capsys):
-    (tmp_path / "c" / "lora").mkdir(parents=True)
+    (tmp_path / "c" / "cells").mkdir(parents=True)
     arguments = small(tiny, sums, tmp_path / "c", "--methods", "lora")
     assert run(capsys, *arguments)[0] == 0
-    (tmp_path / "c" / "lora" / "run.json").write_text("{")
+    place = cells(tmp_path / "c")["lora"]
+    (place / "run.json").write_text("{")
+    (place / "result.json").unlink()
     code, _, err = run(capsys, *arguments)
     assert code == 1 and "run.json is damaged" in " ".join(err.split())
 
@@ -268,21 +308,21 @@ def test_ctrl_c_keeps_what_is_finished(tiny, sums, tmp_path, capsys):
     finally:
         signal.signal(signal.SIGINT, handler)
     deadline = time.monotonic() + 120
-    while not (out / "pissa").exists() and time.monotonic() < deadline:
+    while "pissa" not in cells(out) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert json.loads((out / "lora" / "result.json").read_text())["status"] == "done"
+    assert json.loads((cells(out)["lora"] / "result.json").read_text())["status"] == "done"
     assert "lora" in (out / "report.html").read_text()
-    assert not (out / "pissa" / "result.json").exists()
+    assert not (cells(out)["pissa"] / "result.json").exists()
     assert run(capsys, *arguments)[0] == 0
     # Cut in two or not, the run is the same.
     arguments[arguments.index(str(out))] = str(tmp_path / "uncut")
     arguments[arguments.index("lora,pissa")] = "pissa"
     assert run(capsys, *arguments)[0] == 0
-    cut, uncut = (json.loads((each / "pissa" / "result.json").read_text()) for each in (out, tmp_path / "uncut"))
+    cut, uncut = (results(place)["pissa"] for place in (out, tmp_path / "uncut"))
     assert len(cut["series"]["loss"]) == 40
     for key in ("series", "metrics"):
         assert cut[key] == uncut[key], key
@@ -292,12 +332,14 @@ def test_a_start_that_can_not_be_made_keeps_no_other_from_being_compared(tiny, s
     """DoRA is not in it: rank 12 of the smaller side 16 is too much for the 2 r that LoRA-GA takes."""
     out = tmp_path / "c"
     arguments = small(tiny, sums, out, "--methods", "lora,lora-ga:samples=4,pissa", "--rank", 12)
-    code, printed, err = run(capsys, *arguments)
+    code, _, err = run(capsys, *arguments)
     assert code == 1
-    assert "lora-ga:samples=4 failed: " in err and "Traceback" not in err
-    assert re.search(r"^lora-ga:samples=4 .* failed", printed, re.M)
-    done = [json.loads((out / name / "result.json").read_text())["status"] for name in ("lora", "pissa")]
-    assert done == ["done", "done"]
+    assert re.search(r"lora-ga:samples=4 .*failed: ", err) and "Traceback" not in err
+    assert [results(out)[name]["status"] for name in ("lora", "pissa", "lora-ga:samples=4")] == [
+        "done",
+        "done",
+        "failed",
+    ]
     # Where all fail, the first one's reason is the command's own.
     code, _, err = run(capsys, *small(tiny, sums, tmp_path / "d", "--methods", "lora-ga:samples=4", "--rank", 12))
     assert code == 1 and err.strip().count("\n") <= 3 and "Traceback" not in err
@@ -322,7 +364,7 @@ def test_force_deletes_nothing_but_comparisons(tiny, sums, tmp_path, capsys):
     arguments = list(small(tiny, sums, out, "--methods", "lora", "--force"))
     arguments[arguments.index(sums)] = tmp_path / "missing.jsonl"
     assert run(capsys, *arguments)[0] == 1
-    assert (out / "lora" / "result.json").exists()
+    assert (cells(out)["lora"] / "result.json").exists()
 
 
 def test_the_page_of_methods_is_the_registrys(capsys):

@@ -1,17 +1,12 @@
-"""Starts and comparisons that are made again replace what they wrote before, and nothing else."""
+"""Starts that are made again replace what they wrote before, and nothing else."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 from peft import LoraConfig
 
 from conftest import logits, tiny_llama
-from headstart.errors import RunError
-from headstart.runs.tree import Run
 from headstart.stream import load_residual, stream_start
-from headstart.study.compare import compare, runs_of, start_over
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +43,3 @@ def test_a_streamed_start_replaces_a_streamed_start(others, folder, tmp_path, ba
     start(folder, out, "anchored")
     assert names(out) == sorted(["adapter_config.json", "adapter_model.safetensors", "headstart.json", *stay])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out"]
-
-
-def test_a_comparison_that_starts_over_deletes_its_runs_alone(tmp_path):
-    base = Run()
-    for name, run in runs_of(base, ("lora", "pissa")).items():
-        place = tmp_path / name
-        (place / "trained" / "checkpoint").mkdir(parents=True)
-        for file in ("result.json", "items.json", "trained/checkpoint/adapter_config.json"):
-            (place / file).write_text("{}")
-        noted = {"key": run.key, "settings": run.model_dump(mode="json")}
-        (place / "run.json").write_text(json.dumps(noted))
-    (tmp_path / "pissa" / "notes").write_text("mine")
-    (tmp_path / "another").mkdir()
-    (tmp_path / "another" / "result.json").write_text("of no run")
-    for name in ("table.md", "report.html", "notes"):
-        (tmp_path / name).write_text("")
-    later = base.model_copy(update={"seed": 1})
-    with pytest.raises(RunError, match=r"other settings \(seed\)"):
-        compare(later, ("milora",), tmp_path)
-    start_over(tmp_path)
-    assert names(tmp_path) == ["another/result.json", "notes", "pissa/notes"]
-    assert not (tmp_path / "lora").exists()

@@ -441,7 +441,7 @@ def test_the_command(done, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["report", "runs"], 2, "error: Missing option '--peft'."),
+        (["report", "runs"], 1, "error: runs holds no study"),
         (["report", "none", "--peft", "out"], 2, "error: there is no folder 'none'."),
         (["train", "data.task=metamath", "data.held_out_task=gsm", "--show"], 2, "error: unknown task 'gsm'."),
         (["train", "data.task=metamath", "data.held_out_task=sst-2", "--show"], 2, "only where both are of text"),

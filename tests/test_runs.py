@@ -85,7 +85,13 @@ def test_every_way_to_train_ends_in_a_result(way, model, data, tmp_path):
         assert figure.low <= figure.value <= figure.high
     assert 0 < result.trainable <= result.parameters
     assert result.memory["resident"] > 0 and result.seconds["training"] > 0
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "start", "trained", "result.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "run.json",
+        "start",
+        "trained",
+        "result.json",
+        "losses.json",
+    }
 
 
 def test_a_run_asks_further_tasks_and_what_it_forgot_as_eval_does(model, data, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -12,11 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import tiny_llama, word_tokenizer
 from headstart.evaluation.answers import answered
-from headstart.evaluation.figures import Figure
 from headstart.evaluation.intervals import wilson
-from headstart.runs.result import Result
-from headstart.runs.tree import Run
-from headstart.study.tables import markdown
 from headstart.tasks.base import Example
 
 
@@ -40,16 +35,3 @@ def test_wilson_interval(total, data):
     for end in (low, high):
         if 1e-9 < end < 1 - 1e-9:
             assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / total), rel=1e-6, abs=1e-9)
-
-
-def test_markdown_table():
-    noted = Run(start={"method": "lora"}).model_dump(mode="json")
-    figures = {"loss/start": Figure(1.5), "loss/end": Figure(0.5), "exact_match": Figure(0.75, 0.301, 0.954, 4)}
-    done = Result("k", noted, "done", metrics=figures, trainable=100, start={"seconds": 0.5}, seconds={"training": 2.0})
-    found = dataclasses.replace(done, start={"seconds": 0.5, "cached": 7})
-    diverged = dataclasses.replace(done, status="diverged", metrics={"loss/start": Figure(1.5)})
-    lines = markdown([done, found, diverged]).splitlines()
-    assert lines[0].startswith("| method | start loss | final loss | exact_match | 95 % interval |")
-    assert lines[2] == "| lora | 1.5000 | 0.5000 | 0.7500 of 4 | 0.301 to 0.954 | 100 | 0.50 | 2.0 |"
-    assert "| 0.50 (cache) |" in lines[3]
-    assert lines[4] == "| lora | 1.5000 | diverged | - | - | 100 | 0.50 | 2.0 |"

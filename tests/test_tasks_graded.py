@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.errors import DataError, TaskError
+from headstart.evaluation.figures import _OF_COUNTS, score_figures
+from headstart.evaluation.intervals import bootstrap
 from headstart.tasks import parse_task
 from headstart.tasks.code import pass_at_k
 
@@ -179,3 +181,29 @@ def test_pass_at_k_is_the_share_of_all_draws(samples, passed, k):
 def test_pass_at_k_of_what_cannot_be(samples, passed, k):
     with pytest.raises(TaskError, match=f"pass@{k} can't be had from {passed} of {samples} samples"):
         pass_at_k(samples, passed, k)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, math.nan]), st.sampled_from([0.0, 1.0])), min_size=2, max_size=40))
+def test_intervals_of_counts_are_those_of_resampled_items(items):
+    predictions, labels = ([pair[side] for pair in items] for side in (0, 1))
+    for name in ("cola", "mrpc"):
+        task = parse_task(name)
+        for metric, figure in score_figures(task, predictions, labels).items():
+            statistic = _OF_COUNTS.get(metric)
+            if statistic is None:
+                continue
+            counts = np.zeros((1, 3, 3), dtype=int)
+            for prediction, label in items:
+                counts[0, int(label) + 1, 0 if math.isnan(prediction) else int(prediction) + 1] += 1
+            assert statistic(counts)[0] == pytest.approx(figure.value, abs=1e-12)
+            assert figure.low <= figure.high
+
+
+def test_the_interval_of_counts_is_as_wide_as_the_bootstrap_over_items():
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 2, 300).astype(float)
+    predictions = np.where(draw.random(300) < 0.7, labels, 1 - labels)
+    figure = score_figures(parse_task("cola"), predictions.tolist(), labels.tolist())["matthews"]
+    low, high = bootstrap(lambda p, t: np.corrcoef(p, t)[0, 1], predictions, labels)  # which it is of two classes
+    assert (figure.low, figure.high) == pytest.approx((low, high), abs=0.02)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -52,6 +52,12 @@ class Memory:
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
         return peak_resident()
+
+
+def reset_peak_resident() -> None:
+    """Let the peak begin anew, where the system can (Linux): a process may do one run after another."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_resident() -> int:

@@ -1,4 +1,4 @@
-"""``headstart report``: what runs came to, for others to read."""
+"""``headstart report``: what a study or runs came to, for others to read."""
 
 from __future__ import annotations
 
@@ -9,19 +9,61 @@ import typer
 
 from headstart.cli.app import app
 from headstart.cli.console import console, output
+from headstart.errors import RunError
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or with runs in them.")],
-    peft: Annotated[
-        Path, typer.Option("--peft", metavar="FOLDER", help="Write each result as PEFT's method_comparison has it.")
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="A study's folder; with --peft, folders of or with runs.")
     ],
+    peft: Annotated[
+        Path | None,
+        typer.Option("--peft", metavar="FOLDER", help="Write each result as PEFT's method_comparison has it."),
+    ] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Draw the page's charts as PNG, too.")
+    ] = True,
 ) -> None:
-    """Write runs' results, one JSON file a run, in the schema of PEFT's method_comparison."""
+    """Write a study's page (HTML), the same as Markdown, and its charts as PNG; or runs in PEFT's schema."""
+    if peft is not None:
+        _in_peft_schema(folders, peft.expanduser())
+        return
+    for folder in folders:
+        _of_study(folder.expanduser(), pictures)
+
+
+def _of_study(folder: Path, pictures: bool) -> None:
+    from headstart.files import write_whole
+    from headstart.reports.answer import answer
+    from headstart.reports.page import check_plotly, write_page
+    from headstart.reports.pictures import write_pictures
+    from headstart.reports.tables import markdown, ranking_table
+    from headstart.study.cells import Grid
+    from headstart.study.study import PAGES, noted_study
+    from headstart.study.summary import summarised
+
+    summary = summarised(Grid(noted_study(folder)), folder)
+    if not summary.counted().get("done"):
+        raise RunError(f"{folder} has no finished cell yet, so there is nothing to report.")
+    check_plotly()
+    page, text, drawn = (folder / name for name in PAGES)
+    write_whole(text, markdown(summary))
+    write_page(page, summary)
+    output.print(answer(summary), markup=False, highlight=False, soft_wrap=True)
+    output.print()
+    for renderable in ranking_table(summary):
+        output.print(renderable)
+    _say(f"page: {page}")
+    if pictures:
+        missing = write_pictures(drawn, summary)
+        _say(missing or f"pictures: {drawn}")
+
+
+def _in_peft_schema(runs: list[Path], folder: Path) -> None:
     from headstart.runs.method_comparison import export
 
-    for made in export([path.expanduser() for path in runs], peft.expanduser()):
+    for made in export([path.expanduser() for path in runs], folder):
         if made.unknown:
             console.print(
                 f"warning: the run of {made.name} doesn't know {', '.join(made.unknown)}; the table of PEFT's "
@@ -30,4 +72,8 @@ def report(
                 highlight=False,
                 soft_wrap=True,
             )
-        output.print(f"wrote {peft / made.name}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"wrote {folder / made.name}")
+
+
+def _say(text: str) -> None:
+    output.print(text, markup=False, highlight=False, soft_wrap=True)

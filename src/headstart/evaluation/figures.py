@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from headstart.evaluation.held_out import mean_loss
-from headstart.evaluation.intervals import bootstrap, wilson
+from headstart.evaluation.intervals import bootstrap, bootstrap_counts, wilson
 from headstart.tasks.base import Task
 
 
@@ -57,8 +60,31 @@ def score_figures(task: Task, predictions: Sequence[float], labels: Sequence[flo
     figures = {}
     for name, value in task.score(predictions, labels).items():
         if name == "accuracy":
-            low, high = wilson(round(value * len(labels)), len(labels))
+            figures[name] = Figure(value, *wilson(round(value * len(labels)), len(labels)), len(labels))
+        elif name in _OF_COUNTS:
+            # A prediction that is none is a class of its own.
+            classes = [-1.0, *map(float, range(len(task.labels)))]
+            given = [-1.0 if math.isnan(prediction) else prediction for prediction in predictions]
+            low, high = bootstrap_counts(_OF_COUNTS[name], given, labels, classes) or (None, None)
             figures[name] = Figure(value, low, high, len(labels))
         else:
             figures[name] = resampled(lambda p, t, name=name: task.score(p, t)[name], predictions, labels, value=value)
     return figures
+
+
+def _matthews(counts: Any) -> Any:
+    """Return Matthews' correlation of several tables of counts by label and prediction; 0 where one is constant."""
+    total, right = counts.sum((1, 2)).astype(float), np.trace(counts, axis1=1, axis2=2)
+    given, wanted = counts.sum(1).astype(float), counts.sum(2).astype(float)
+    covariance = right * total - (given * wanted).sum(1)
+    spread = (total**2 - (given**2).sum(1)) * (total**2 - (wanted**2).sum(1))
+    return np.where(spread > 0, covariance / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
+
+
+def _f1(counts: Any) -> Any:
+    """Return F1 of the last class, the second of two; 0 where it is neither predicted nor there."""
+    named = counts[:, :, -1].sum(1) + counts[:, -1, :].sum(1)
+    return 2 * counts[:, -1, -1] / np.maximum(named, 1)
+
+
+_OF_COUNTS = {"matthews": _matthews, "f1": _f1}

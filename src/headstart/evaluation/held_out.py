@@ -47,14 +47,20 @@ def mean_loss(losses: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> fl
 
 @torch.no_grad()
 def held_out(
-    trainer: Any, *, regression: bool = False, progress: Show = silent, step: str = "held-out loss"
+    trainer: Any,
+    dataset: Any = None,
+    *,
+    regression: bool = False,
+    progress: Show = silent,
+    step: str = "held-out loss",
 ) -> HeldOut:
-    """Measure a trainer's model on the trainer's evaluation data, through the trainer's own collator.
+    """Measure a trainer's model on data that the trainer has prepared, through the trainer's own collator.
 
     Processes that train together share the batches, and all get what all of them found.
 
     Args:
-        trainer: with an eval_dataset.
+        trainer: whose model it is.
+        dataset: None for its eval_dataset.
         regression: the labels are numbers.
         progress: called with (step, samples done, samples).
         step: see there.
@@ -65,9 +71,10 @@ def held_out(
     weights: list[Tensor] = []
     logits: list[Tensor] = []
     labels: list[Tensor] = []
-    total, done = len(trainer.eval_dataset), 0
+    dataset = trainer.eval_dataset if dataset is None else dataset
+    total, done = len(dataset), 0
     with together(processes), evaluating(model):
-        for batch in _batches(trainer, processes):
+        for batch in _batches(trainer, dataset, processes):
             moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
             wanted = moved.pop("labels")
             # An encoder-decoder makes its decoder's input of the labels.
@@ -108,9 +115,9 @@ def _in_turn(shares: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [rows for batch in zip_longest(*shares) for rows in batch if rows is not None]
 
 
-def _batches(trainer: Any, processes: Processes) -> Iterator[dict[str, Any]]:
-    """Yield this process's share of the evaluation set, in the trainer's batches."""
-    rows = trainer._remove_unused_columns(trainer.eval_dataset, description="evaluation")
+def _batches(trainer: Any, dataset: Any, processes: Processes) -> Iterator[dict[str, Any]]:
+    """Yield this process's share of the data, in the trainer's batches."""
+    rows = trainer._remove_unused_columns(dataset, description="evaluation")
     size = trainer.args.per_device_eval_batch_size
     for start in processes.share(range(0, len(rows), size)):
         yield dict(trainer.data_collator([rows[place] for place in range(start, min(start + size, len(rows)))]))

@@ -95,6 +95,8 @@ class Method(ABC):
         form: how its start lives in a layer.
         keep: its factors depend on weights and settings alone, and cost more than hashing the weight, so that the cache
             holds them by default.
+        rate: its best learning rate over plain LoRA's, as published (arXiv 2602.04998, table of Qwen3-0.6B at rank 128,
+            s = 1); None where it isn't among these. On Gemma-3-1B pissa's was a half to a third instead of a tenth.
         starts_A: A is not zero at the start; a frozen A (LoRA-FA) that is zero would keep B from mattering.
     """
 
@@ -103,6 +105,7 @@ class Method(ABC):
     cost: ClassVar[str] = "a draw"
     form: ClassVar[Form] = "anchored"
     keep: ClassVar[bool] = False
+    rate: ClassVar[float | None] = None
     starts_A: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -117,6 +120,11 @@ class Method(ABC):
     def reads_data(self) -> bool:
         """Whether it wants data in general, be it for some kinds of layers alone."""
         return any(self.wants(layer).data for layer in BOTH_KINDS)
+
+    @property
+    def reads_rate(self) -> bool:
+        """Whether the start depends on the rate that it will be trained at."""
+        return any(self.wants(layer).rate for layer in BOTH_KINDS)
 
     def check(self, layer: Layer) -> None:
         """Refuse a layer that the method can't start, before any data are read; subclasses go on with this one.

@@ -31,6 +31,7 @@ class Wants:
         tokens: which tokens Z and Y are means over: those of the attention mask, or those whose output predicts a
             label.
         population: the size of the training set.
+        rate: that of the first step, on which the start depends then.
         original: the weight as it was before the base model was quantised, from the model's files.
         model_path: where these lie: a folder, a safetensors file, or a name on the hub; None for where the model came
             from.
@@ -43,6 +44,7 @@ class Wants:
     outputs: Literal["diagonal", "full"] | None = None
     tokens: Literal["attention", "labels"] = "attention"
     population: bool = False
+    rate: bool = False
     original: bool = False
     model_path: str | None = None
 

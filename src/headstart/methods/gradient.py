@@ -63,6 +63,7 @@ class LoRAGA(GradientMethod):
     """
 
     source: ClassVar[str] = "LoRA-GA (Wang et al. 2024), section 3"
+    rate: ClassVar[float | None] = 1 / 18
 
     gamma: float = 16.0
 

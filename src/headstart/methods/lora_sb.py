@@ -75,7 +75,7 @@ class LoRASB(GradientMethod):
 
     def wants(self, layer: Layer) -> Wants:
         """Return what to collect; a share of the training set can be taken where its size is known."""
-        return replace(super().wants(layer), population=self.samples is None)
+        return replace(super().wants(layer), population=self.samples is None, rate=self.lr is None)
 
     def check(self, layer: Layer) -> None:
         """Refuse to guess the rate of the first step."""

@@ -52,6 +52,7 @@ class InitAB(_InitAB):
     """
 
     source: ClassVar[str] = "non-zero initialisation (Li et al. 2025), section 3.3"
+    rate: ClassVar[float | None] = 1 / 1.8
 
 
 @register("init-ab-plus")

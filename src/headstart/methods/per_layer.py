@@ -98,6 +98,11 @@ class PerLayer(Method):
         """Whether one of the methods does."""
         return any(method.reads_data for method in self.methods)
 
+    @property
+    def reads_rate(self) -> bool:
+        """Whether one of the methods does."""
+        return any(method.reads_rate for method in self.methods)
+
     def wants(self, layer: Layer) -> Wants:
         """Return what the layer's method wants."""
         return self._of(layer).wants(layer)

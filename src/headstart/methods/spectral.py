@@ -55,6 +55,7 @@ class PiSSA(SingularTriplets):
 
     source: ClassVar[str] = "PiSSA (Meng et al. 2024), section 3"
     cost: ClassVar[str] = "a truncated SVD of each weight"
+    rate: ClassVar[float | None] = 1 / 10
     which: ClassVar[Literal["largest", "smallest"]] = "largest"
 
 
@@ -68,6 +69,7 @@ class MiLoRA(SingularTriplets):
 
     source: ClassVar[str] = "MiLoRA (Wang et al. 2024), section 3"
     cost: ClassVar[str] = "a full SVD of each weight"
+    rate: ClassVar[float | None] = 1 / 3.2
     which: ClassVar[Literal["largest", "smallest"]] = "smallest"
 
 
@@ -84,6 +86,7 @@ class OLoRA(Method):
 
     source: ClassVar[str] = "OLoRA (Büyükakyüz 2024), section 3"
     cost: ClassVar[str] = "a thin QR of each weight"
+    rate: ClassVar[float | None] = 1 / 18
 
     def wants(self, layer: Layer) -> Wants:
         """Return that the weight is needed."""

@@ -26,6 +26,7 @@ class LoRA(Method):
     """
 
     source: ClassVar[str] = "LoRA (Hu et al. 2022)"
+    rate: ClassVar[float | None] = 1.0
     form: ClassVar[Form] = "kept"
 
     def factors(self, layer: Layer) -> Factors:

@@ -17,7 +17,8 @@ from headstart.runs.result import FILE, Result, read_result, write_result
 from headstart.runs.tree import Run
 from headstart.settings import differing
 
-SETTINGS, START, TRAINED, SAVES, ITEMS = "run.json", "start", "trained", "trainer", "items.json"
+SETTINGS, START, TRAINED, SAVES = "run.json", "start", "trained", "trainer"
+ITEMS, LOSSES, CHECKPOINT = "items.json", "losses.json", "checkpoint"
 
 
 def claim(run: Run, folder: Path) -> None:
@@ -59,7 +60,7 @@ def save_trained(trainer: Any, tokenizer: Any, run: Run, place: Path, result: Re
     lora = run.trains in ("adapter", "lora-fa") and run.adapter.kind == "lora"
     state = None if lora else trainer.accelerator.get_state_dict(model)
     if lora and (main or is_sharded(model)):
-        keep(model, run, place / "checkpoint")
+        keep(model, run, place / CHECKPOINT)
         save_lora(model, place / "adapter", force=True)
     with together(processes):
         if not main:
@@ -68,7 +69,7 @@ def save_trained(trainer: Any, tokenizer: Any, run: Run, place: Path, result: Re
             model.save_pretrained(place / "model", state_dict=state)
             tokenizer.save_pretrained(place / "model")
         elif not lora:
-            for name in ("checkpoint", "adapter"):
+            for name in (CHECKPOINT, "adapter"):
                 model.save_pretrained(place / name, state_dict=state)
         result.file_size = _saved_bytes(place)
         write_result(result, place)
@@ -100,7 +101,7 @@ def take(model: Any, run: Run, place: Path) -> None:
 def take_trained(model: Any, run: Run, place: Path) -> None:
     """Give the model what ``save_trained`` wrote."""
     if run.trains in ("adapter", "lora-fa"):
-        take(model, run, place / "checkpoint")
+        take(model, run, place / CHECKPOINT)
     else:
         model.load_state_dict(_tensors(place / "model"), strict=False)
 

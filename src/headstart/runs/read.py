@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import pairwise
@@ -39,7 +40,7 @@ def read_run(source: str | Path | None, overrides: Sequence[str] = ()) -> tuple[
     origins: dict[str, str] = {}
     if source is not None:
         path, name = find_recipe(source)
-        settings = _read_yaml(path)
+        settings = read_settings(path)
         origins |= dict.fromkeys(_flat(settings), name)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -47,14 +48,29 @@ def read_run(source: str | Path | None, overrides: Sequence[str] = ()) -> tuple[
             raise RunError(f"{override!r} must read key=value, as in optimizer.lr=2e-4.")
         value = _value_of(text, override)
         # A mapping in an override replaces its branch.
-        parts = key.split(".")
-        if len(parts) == 1 and key in _LEADING and not isinstance(value, Mapping):
-            parts.append(_LEADING[key])
+        parts = _parts(key, value)
         _set(settings, parts, value, override)
         dotted = ".".join(parts[:2] if parts[:2] == _METHOD.split(".") else parts)
         origins = {known: origin for known, origin in origins.items() if not f"{known}.".startswith(f"{dotted}.")}
         origins |= dict.fromkeys(_flat({dotted: value}), override)
     return validated(settings, str(source or "the settings")), origins
+
+
+def run_with(base: Mapping[str, Any] | str, changes: Mapping[str, Any], where: str) -> Run:
+    """Return a run with some settings changed.
+
+    Args:
+        base: its settings, or the name of a file or a recipe.
+        changes: by dotted key.
+        where: what a message calls it.
+
+    Raises:
+        RunError: see :func:`read_run`.
+    """
+    settings = read_settings(find_recipe(base)[0]) if isinstance(base, str) else copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        _set(settings, _parts(key, value), value, f"{key}={value}")
+    return validated(settings, where)
 
 
 def validated(settings: Mapping[str, Any], where: str) -> Run:
@@ -69,7 +85,7 @@ def validated(settings: Mapping[str, Any], where: str) -> Run:
     try:
         return Run.model_validate(settings)
     except ValidationError as error:
-        raise RunError(f"{where}: {_sentence(error)}") from None
+        raise RunError(f"{where}: {sentence(error)}") from None
 
 
 def tasks_of(run: Run) -> tuple[Task, Task]:
@@ -139,7 +155,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a YAML file holds.
+
+    Raises:
+        RunError: it can't be read, a key stands there twice, or it holds no settings.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -173,6 +194,14 @@ def _value_of(text: str, override: str) -> Any:
         raise RunError(f"{override!r}: the value can't be read as YAML.") from error
 
 
+def _parts(key: str, value: Any) -> list[str]:
+    """Return a dotted key's parts; the name of a branch stands for its leading setting."""
+    parts = key.split(".")
+    if len(parts) == 1 and key in _LEADING and not isinstance(value, Mapping):
+        parts.append(_LEADING[key])
+    return parts
+
+
 def _set(settings: dict[str, Any], parts: Sequence[str], value: Any, override: str) -> None:
     branch = settings
     for part, after in pairwise(parts):
@@ -201,14 +230,14 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def _sentence(error: ValidationError) -> str:
-    """Return the first of pydantic's findings as a sentence, unknown keys before all."""
+def sentence(error: ValidationError, root: type[BaseModel] = Run) -> str:
+    """Return the first of pydantic's findings about a tree of settings as a sentence, unknown keys before all."""
     findings = sorted(error.errors(), key=lambda finding: finding["type"] != "extra_forbidden")
     finding = findings[0]
     path = [str(part) for part in finding["loc"]]
     dotted = ".".join(path)
     if finding["type"] == "extra_forbidden":
-        known = _known_below(path[:-1])
+        known = _known_below(path[:-1], root)
         further = nearest(path[-1], known) or _elsewhere(path[-1])
         place = f" in {'.'.join(path[:-1])}" if path[:-1] else ""
         return f"there is no setting {path[-1]!r}{place}.{further} There are: {', '.join(known)}."
@@ -216,7 +245,7 @@ def _sentence(error: ValidationError) -> str:
         return f"{f'{dotted}: ' if dotted else ''}{finding['ctx']['error']}."
     given = finding["input"]
     if finding["type"] == "model_type":
-        return f"{dotted} must hold settings ({', '.join(_known_below(path))}), not {given!r}."
+        return f"{dotted} must hold settings ({', '.join(_known_below(path, root))}), not {given!r}."
     if finding["type"] == "literal_error":
         return f"{dotted}={given!r} must be one of {finding['ctx']['expected']}.{nearest(str(given), _words(finding))}"
     message = finding["msg"].removeprefix("Input ")
@@ -232,8 +261,7 @@ def _words(finding: Mapping[str, Any]) -> list[str]:
     return [word.strip(" '") for word in finding["ctx"]["expected"].replace(" or ", ",").split(",")]
 
 
-def _known_below(path: Sequence[str]) -> list[str]:
-    node: type[BaseModel] = Run
+def _known_below(path: Sequence[str], node: type[BaseModel]) -> list[str]:
     for part in path:
         field = node.model_fields.get(part)
         if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):

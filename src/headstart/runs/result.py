@@ -15,7 +15,7 @@ from headstart.files import write_json
 SCHEMA = 1
 FILE = "result.json"
 
-Status = Literal["begun", "done", "diverged", "failed"]
+Status = Literal["begun", "done", "diverged", "pruned", "failed"]
 
 
 @dataclass
@@ -25,8 +25,9 @@ class Result:
     Attributes:
         key, settings: of the run.
         created_at: when it began, in UTC as ISO 8601 writes it.
-        status: "done", "diverged" (a loss that is no number) or "failed", with the ``reason`` in words; "begun" is kept
-            in the folders of a run's stages, so that what is known outlives a kill.
+        status: "done", "diverged" (a loss that is no number), "pruned" (a study gave it up) or "failed", with the
+            ``reason`` in words; "begun" is kept in the folders of a run's stages, so that what is known outlives a
+            kill.
         metrics: by name; ``loss/start`` and ``loss/end`` are held-out losses before and after.
         series: by name, rows of (step, value), such as the training loss.
         windows: of training, up to each held-out measurement and to the end: see

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from headstart.context import Clock, Memory, peak_resident
+from headstart.context import Clock, Memory, peak_resident, reset_peak_resident
 from headstart.environment import environment
 from headstart.errors import DataError, HeadstartError, HeadstartWarning
 from headstart.evaluation.figures import Figure, loss_figure, score_figures
@@ -24,13 +21,16 @@ from headstart.evaluation.own import Asker, Asking, graded, written
 from headstart.files import write_json
 from headstart.initialize import initialize_
 from headstart.layers.lora_fa import lora_fa_
-from headstart.methods import parse_method
+from headstart.methods import Method, parse_method
 from headstart.processes import Processes, is_sharded, together
 from headstart.progress import Show, silent
 from headstart.runs.asked import asked_by
 from headstart.runs.card import write_card
+from headstart.runs.examples import Examples, load_examples
 from headstart.runs.folder import (
+    CHECKPOINT,
     ITEMS,
+    LOSSES,
     SAVES,
     START,
     TRAINED,
@@ -45,15 +45,27 @@ from headstart.runs.folder import (
 from headstart.runs.model import load_base, made_ready
 from headstart.runs.read import tasks_of
 from headstart.runs.result import Result, read_result, write_result
-from headstart.runs.trainers import check_launcher, make_trainer, set_optimizer, truncated
+from headstart.runs.shared import Shared
+from headstart.runs.trainers import check_launcher, make_trainer, set_optimizer
 from headstart.runs.tree import Run
-from headstart.runs.watch import Watch, reserved, windows
+from headstart.runs.watch import Judge, Watch, reserved, windows
 from headstart.store.claims import alone_in
 from headstart.tasks.base import Example, Task
-from headstart.tasks.rows import Rows, read
+
+# What a trainer's history keeps, by what the result calls it.
+SERIES = {
+    "loss": "loss",
+    "rate": "learning_rate",
+    "gradient norm": "grad_norm",
+    "held-out loss": "eval_loss",
+}
+# As what figures of the validation data are named.
+VALIDATION = "validation"
 
 
-def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
+def execute(
+    run: Run, folder: Path, *, shared: Shared | None = None, judge: Judge | None = None, show: Show = silent
+) -> Result:
     """Do what is left of a run in its folder; return its result, at once where there is one.
 
     The folder gets ``run.json`` (the settings), ``start/`` (a checkpoint), ``trained/`` (a checkpoint, the plain LoRA
@@ -62,6 +74,8 @@ def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
     Args:
         run: the settings.
         folder: of this run and no other; made if need be.
+        shared: what the runs of a study share; None (default) for a run on its own.
+        judge: may end training early; see :class:`headstart.runs.watch.Watch`.
         show: draws progress.
 
     Raises:
@@ -81,27 +95,33 @@ def execute(run: Run, folder: Path, *, show: Show = silent) -> Result:
         # At every save PEFT looks up a model's config on the hub, which has no GGUF file's and no packaged model's.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.utils\.(save_and_load|other)")
         try:
-            return _executed(run, folder, show if main else silent)
+            return _executed(run, folder, None if processes.several else shared, judge, show if main else silent)
         except Exception as error:
             reason = str(error) or type(error).__name__
             if main:
-                failed = _begun(run)
-                failed.status, failed.reason = "failed", reason
-                write_result(failed, folder)
+                write_failed(run, folder, reason)
             if isinstance(error, HeadstartError):
                 raise
             raise HeadstartError(f"the run failed: {type(error).__name__}: {reason}") from error
 
 
-def _executed(run: Run, folder: Path, show: Show) -> Result:
+def write_failed(run: Run, folder: Path, reason: str) -> None:
+    """Write into a run's folder that it failed, and why."""
+    failed = _begun(run)
+    failed.status, failed.reason = "failed", reason
+    write_result(failed, folder)
+
+
+def _executed(run: Run, folder: Path, shared: Shared | None, judge: Judge | None, show: Show) -> Result:
     (task, asked), clock = tasks_of(run), Clock()
+    reset_peak_resident()
     method = parse_method(run.start.method) if run.trains in ("adapter", "lora-fa") else None
     with clock("data"):
-        train, measured = load_examples(run, task, asked)
-        to_grade = _to_grade(run, asked, measured.examples)
+        examples = _loaded(run, task, asked, shared)
+        to_grade = _to_grade(run, asked, examples.held_out.examples)
         further = asked_by(run, task, folder)
     with clock("model"):
-        base, tokenizer = load_base(run, task)
+        base, tokenizer = shared.base(run, lambda: load_base(run, task)) if shared else load_base(run, task)
         parameters = sum(parameter.numel() for parameter in base.parameters())
         memory = Memory(next(base.parameters()).device)
     if further.jobs and Processes.numbered().rank == 0 and read_result(folder / TRAINED) is None:
@@ -110,7 +130,9 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     with clock("model"):
         model = made_ready(base, run, task)
     with clock("data"):
-        trainer = make_trainer(run, task, model, tokenizer, train.examples, measured.examples, folder / SAVES, show)
+        known, watch = shared.tokens(run) if shared else {}, Watch(show, judge)
+        trainer, data = make_trainer(run, task, model, tokenizer, examples.by_name(), folder / SAVES, watch, known)
+        known.update(data)
     main, processes = trainer.is_world_process_zero(), Processes.joined()
     trained = read_result(folder / TRAINED)
     result = trained or read_result(folder / START) or _begun(run)
@@ -118,14 +140,14 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
     # No process writes anything before all have read what there was.
     processes.gather(None)
     if not result.data:
-        result.data, result.warnings = _about_data(run, train, measured, tokenizer, model)
+        result.data, result.warnings = examples.about(run, tokenizer, model)
         result.warnings += further.notes
     if trained is None:
         result.processes = processes.count
-        _begin(trainer, method, run, folder, result, clock, show)
-        if measured.examples and "loss/start" not in result.metrics:
+        _begin(trainer, method, run, folder, shared, result, clock, show)
+        if "held_out" in data and "loss/start" not in result.metrics:
             with clock("measurement"):
-                result.metrics |= _measured(trainer, task, show, "start")
+                result.metrics |= _measured(trainer, data["held_out"], task, show, "start")[0]
         if main:
             write_result(result, folder / START)
         _train(trainer, folder, result)
@@ -142,7 +164,7 @@ def _executed(run: Run, folder: Path, show: Show) -> Result:
         take_trained(trainer.model, run, folder / TRAINED)
     if result.status == "begun":
         with clock("measurement"), _noting(result.warnings):
-            result.metrics |= _measured(trainer, task, show, "end") if measured.examples else {}
+            result.metrics |= _measured_at_the_end(trainer, data, task, folder, main, show)
             if to_grade:
                 result.metrics |= _graded(trainer.model, tokenizer, run, asked, to_grade, folder, show)
             if further.jobs:
@@ -169,65 +191,77 @@ def _begun(run: Run) -> Result:
     return Result(run.key, run.model_dump(mode="json"), created_at=now, environment=environment())
 
 
-def load_examples(run: Run, task: Task, asked: Task) -> tuple[Rows, Rows]:
-    """Return what is learned and what is held out: of a single file without a test split, its last rows.
-
-    ``asked`` is the task of what is held out.
-
-    Raises:
-        DataError: see :func:`headstart.tasks.rows.read`.
-    """
-    wanted, data = max(run.data.held_out_examples, run.evaluation.graded_examples), run.data
-    others = data.held_out or data.held_out_task
-    if data.train is not None and not others and Path(data.train).expanduser().is_file():
-        rows = read(task, data.train)
-        last = min(wanted, len(rows.examples) // 5)
-        cut = len(rows.examples) - last
-        learned = rows.examples[:cut][: data.train_examples]
-        return replace(rows, examples=learned), replace(rows, examples=rows.examples[cut:], bad=[])
-    train = read(task, data.train, limit=data.train_examples)
-    if not wanted:
-        return train, replace(train, examples=[], bad=[])
-    source = data.held_out if others else data.train
-    return train, read(asked, source, split="test", limit=wanted)
+def _loaded(run: Run, task: Task, asked: Task, shared: Shared | None) -> Examples:
+    if shared is None:
+        return load_examples(run, task, asked)
+    return shared.data(run, lambda: load_examples(run, task, asked))
 
 
-def _begin(trainer: Any, method: Any, run: Run, folder: Path, result: Result, clock: Clock, show: Show) -> None:
+def _begin(
+    trainer: Any,
+    method: Method | None,
+    run: Run,
+    folder: Path,
+    shared: Shared | None,
+    result: Result,
+    clock: Clock,
+    show: Show,
+) -> None:
     """Give the trainer's model its start, the one that is kept where there is one."""
     model = trainer.model
     if method is not None:
-        place = folder / START / "checkpoint"
-        if (place / "adapter_config.json").is_file():
-            take(model, run, place)
+        place = folder / START
+        if (place / CHECKPOINT / "adapter_config.json").is_file():
+            take(model, run, place / CHECKPOINT)
         else:
-            with clock("start"):
-                report = initialize_(
-                    model,
-                    method,
-                    data=trainer,
-                    seed=run.seed,
-                    form=run.start.form,
-                    memory_budget=run.start.memory_budget,
-                    progress=show,
-                )
-            result.start = {
-                "method": report.method,
-                "form": report.form,
-                "seconds": report.seconds,
-                "samples": report.samples,
-                "cached": report.cached,
-                "peak_memory": report.peak_memory,
-                "seconds_by_step": dict(report.seconds_by_step),
-            }
-            result.warnings += list(report.warnings)
-            if trainer.is_world_process_zero():
-                keep(model, run, place)
+            made: list[Path] = []
+
+            def make(place: Path) -> Result:
+                made.append(place)
+                with clock("start"):
+                    return _started(trainer, method, run, place, show)
+
+            if shared is None:
+                started = make(place)
+            else:
+                place, started = shared.start(run, make, show)
+                if not made:
+                    take(model, run, place / CHECKPOINT)
+            result.start = {**started.start, "shared": not made}
+            result.warnings += started.warnings
         if run.trains == "lora-fa":
             lora_fa_(model)
     result.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     counted = getattr(model, "get_nb_trainable_parameters", None)  # which knows how 4 bits are packed
     result.total = counted()[1] if counted else result.parameters
     set_optimizer(trainer, run)
+
+
+def _started(trainer: Any, method: Method, run: Run, place: Path, show: Show) -> Result:
+    """Make the start of the trainer's model and keep it in a folder; return what is known of it."""
+    report = initialize_(
+        trainer.model,
+        method,
+        data=trainer,
+        seed=run.seed,
+        form=run.start.form,
+        memory_budget=run.start.memory_budget,
+        progress=show,
+    )
+    started = _begun(run)
+    started.start = {
+        "method": report.method,
+        "form": report.form,
+        "seconds": report.seconds,
+        "samples": report.samples,
+        "cached": report.cached,
+        "peak_memory": report.peak_memory,
+        "seconds_by_step": dict(report.seconds_by_step),
+    }
+    started.warnings = list(report.warnings)
+    if trainer.is_world_process_zero():
+        keep(trainer.model, run, place / CHECKPOINT)
+    return started
 
 
 def _train(trainer: Any, folder: Path, result: Result) -> None:
@@ -237,9 +271,11 @@ def _train(trainer: Any, folder: Path, result: Result) -> None:
     steps = trainer.state.global_step
     # Of a run that was cut off only the rest was timed, and is scaled to all.
     result.seconds["training"] = watch.seconds * steps / max(1, steps - watch.first)
+    if watch.pruned:
+        result.status, result.reason = "pruned", watch.pruned
     if watch.diverged is not None:
         result.status, result.reason = "diverged", f"the loss of step {watch.diverged} is no number"
-    for name, key in (("loss", "loss"), ("rate", "learning_rate"), ("held-out loss", "eval_loss")):
+    for name, key in SERIES.items():
         rows = [(row["step"], float(row[key])) for row in trainer.state.log_history if key in row]
         if rows:
             result.series[name] = rows
@@ -247,14 +283,34 @@ def _train(trainer: Any, folder: Path, result: Result) -> None:
     result.windows = windows(trainer.state.log_history, samples)
 
 
-def _measured(trainer: Any, task: Task, show: Show, when: str) -> dict[str, Figure]:
-    """Return the held-out loss, and a classifier's metrics, with intervals over the items."""
-    measured = held_out(trainer, regression=task.kind == "regression", progress=show, step=f"loss at the {when}")
-    figures = {f"loss/{when}": loss_figure(measured.losses.tolist(), measured.weights.tolist())}
+def _measured(
+    trainer: Any, dataset: Any, task: Task, show: Show, when: str
+) -> tuple[dict[str, Figure], dict[str, list[float]]]:
+    """Return loss and a classifier's metrics on prepared data, with intervals; and what each item gave."""
+    step = "validation loss" if when == VALIDATION else f"loss at the {when}"
+    measured = held_out(trainer, dataset, regression=task.kind == "regression", progress=show, step=step)
+    items = {"losses": measured.losses.tolist(), "weights": measured.weights.tolist()}
+    figures = {f"loss/{when}": loss_figure(items["losses"], items["weights"])}
     if task.kind == "text":
-        return figures
-    scores = score_figures(task, _predicted(measured, task), [float(label) for label in measured.labels])
-    return figures | {f"{name}/{when}": score for name, score in scores.items()}
+        return figures, items
+    items |= {"predictions": _predicted(measured, task), "labels": [float(label) for label in measured.labels]}
+    scores = score_figures(task, items["predictions"], items["labels"])
+    return figures | {f"{name}/{when}": score for name, score in scores.items()}, items
+
+
+def _measured_at_the_end(
+    trainer: Any, data: Mapping[str, Any], task: Task, folder: Path, main: bool, show: Show
+) -> dict[str, Figure]:
+    """Measure validation and held-out data; keep what each item gave, by which runs are compared in pairs."""
+    figures: dict[str, Figure] = {}
+    items: dict[str, dict[str, list[float]]] = {}
+    for name, when in (("validation", VALIDATION), ("held_out", "end")):
+        if name in data:
+            scores, items[name] = _measured(trainer, data[name], task, show, when)
+            figures |= scores
+    if main and items:
+        write_json(items, folder / LOSSES)
+    return figures
 
 
 def _predicted(measured: HeldOut, task: Task) -> list[float]:
@@ -314,20 +370,3 @@ def _noting(sentences: list[str]) -> Iterator[None]:
             sentences.append(str(warning.message))
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _about_data(run: Run, train: Rows, measured: Rows, tokenizer: Any, model: Any) -> tuple[dict[str, Any], list[str]]:
-    sentences = []
-    for what, rows in (("training", train), ("held out", measured)):
-        total = len(rows.examples) + len(rows.bad)
-        if rows.bad:
-            sentences.append(f"{what}: {len(rows.bad)} of {total} rows were left out, the first: {rows.bad[0]}")
-        if rows.examples and (lost := truncated(rows.examples, tokenizer, model, run.batch.max_length)):
-            lost_end = f"{what}: {lost} of {len(rows.examples)} lost what is beyond {run.batch.max_length} tokens"
-            sentences.append(lost_end)
-    return {"train": _about(train), "held_out": _about(measured)}, sentences
-
-
-def _about(rows: Rows) -> dict[str, Any]:
-    digest = hashlib.sha256(json.dumps([asdict(example) for example in rows.examples]).encode()).hexdigest()
-    return {"where": rows.where, "examples": len(rows.examples), "bad": len(rows.bad), "sha256": digest}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from headstart.errors import DataError, RunError
 from headstart.evaluation.answers import prompt_ids
-from headstart.progress import Show
 from headstart.runs.tree import Run
 from headstart.runs.watch import Watch
 from headstart.statistics.batches import IGNORED
@@ -36,20 +35,25 @@ def make_trainer(
     task: Task,
     model: Any,
     tokenizer: Any,
-    train: Sequence[Example],
-    held_out: Sequence[Example],
+    examples: Mapping[str, Sequence[Example]],
     folder: Path,
-    show: Show,
-) -> Any:
-    """Return the trainer of a run, as a script of one's own would make it; the start comes after.
+    watch: Watch,
+    known: Mapping[str, Any] | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Return the trainer of a run, as a script of one's own would make it, and its data; the start comes after.
 
     Args:
         run, task: what to do.
         model: with what is to train trainable.
         tokenizer: the model's.
-        train, held_out: the examples.
+        examples: by name: "train", and of "validation" and "held_out" those that are measured; in training the first
+            of these is.
         folder: for the saves that training goes on from.
-        show: draws the bar.
+        watch: draws the bar.
+        known: what an earlier call returned for the same examples; they aren't prepared again then.
+
+    Returns:
+        the trainer, and the datasets that it has prepared by the names of the examples.
 
     Raises:
         RunError: TRL is needed and not installed.
@@ -58,32 +62,42 @@ def make_trainer(
     settings = _arguments(run, task, folder)
     if task.kind == "text" and tokenizer.eos_token is None:
         raise DataError("the tokenizer has no eos_token; set one, or the model never learns where an answer ends.")
+    length, known = run.batch.max_length, known or {}
     if task.kind == "text" and model.config.is_encoder_decoder:
+        data: dict[str, Any] = dict(known) or {
+            name: _two_sided(part, tokenizer, length) for name, part in examples.items()
+        }
         trainer: Any = WeightedTrainer(
             model,
             TrainingArguments(**settings),
-            train_dataset=_two_sided(train, tokenizer, run.batch.max_length),
-            eval_dataset=_two_sided(held_out, tokenizer, run.batch.max_length),
+            train_dataset=data["train"],
+            eval_dataset=_measured(data),
             # Without the model, which makes the decoder's input of the labels itself.
             data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
             processing_class=tokenizer,
         )
     elif task.kind == "text":
-        trainer = _text_trainer(run, model, tokenizer, train, held_out, settings)
+        trainer, data = _text_trainer(run, model, tokenizer, examples, settings, known)
     else:
+        data = dict(known) or {name: _labelled(part, tokenizer, task, length) for name, part in examples.items()}
         trainer = WeightedTrainer(
             model,
             TrainingArguments(**settings),
-            train_dataset=_labelled(train, tokenizer, task, run.batch.max_length),
-            eval_dataset=_labelled(held_out, tokenizer, task, run.batch.max_length),
+            train_dataset=data["train"],
+            eval_dataset=_measured(data),
             data_collator=DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
             compute_metrics=lambda made: task.score(_predictions(made.predictions, task), made.label_ids),
         )
     # It prints a dictionary a step; the bar says the same in one line.
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Watch(show))
-    return trainer
+    trainer.add_callback(watch)
+    return trainer, data
+
+
+def _measured(data: Mapping[str, Any]) -> Any:
+    """Return what is measured during training."""
+    return data.get("validation", data.get("held_out"))
 
 
 def check_launcher() -> None:
@@ -170,14 +184,16 @@ def _text_trainer(
     run: Run,
     model: Any,
     tokenizer: Any,
-    train: Sequence[Example],
-    held_out: Sequence[Example],
+    examples: Mapping[str, Sequence[Example]],
     settings: dict[str, Any],
-) -> Any:
+    known: Mapping[str, Any],
+) -> tuple[Any, dict[str, Any]]:
     try:
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
         raise RunError('training on text needs TRL: pip install "headstart[train]".') from error
+    if known and "labels" not in known["train"].column_names:
+        known = {}  # of a release that makes the labels at each batch
     arguments = SFTConfig(
         **settings,
         max_length=run.batch.max_length,
@@ -185,15 +201,21 @@ def _text_trainer(
         eval_packing=False,
         completion_only_loss=True,
         eos_token=tokenizer.eos_token,
+        # TRL takes prepared rows as they are where they say which tokens count.
+        dataset_kwargs={"skip_prepare_dataset": True} if known else None,
     )
+    data = dict(known) or {
+        name: Dataset.from_list([_text_row(example) for example in part]) for name, part in examples.items()
+    }
+    train = data.pop("train")
     bars = are_progress_bars_disabled()
     disable_progress_bars()  # six short ones, which say nothing that a user waits for
     try:
         trainer = SFTTrainer(
             model,
             arguments,
-            train_dataset=Dataset.from_list([_text_row(example) for example in train]),
-            eval_dataset=Dataset.from_list([_text_row(example) for example in held_out]) if held_out else None,
+            train_dataset=train,
+            eval_dataset=data or None,  # it prepares each, and would measure each during training
             processing_class=tokenizer,
         )
     except StopIteration:  # TRL looks at the first row of what it has dropped all rows of
@@ -206,7 +228,9 @@ def _text_trainer(
             f"nothing is left to learn within batch.max_length={run.batch.max_length} tokens: the prompts alone are "
             "longer."
         )
-    return trainer
+    data = {"train": trainer.train_dataset, **(trainer.eval_dataset or {})}
+    trainer.eval_dataset = _measured(data)
+    return trainer, data
 
 
 def _text_row(example: Example) -> dict[str, Any]:
@@ -215,10 +239,8 @@ def _text_row(example: Example) -> dict[str, Any]:
     return {"prompt": example.chat[:-1], "completion": example.chat[-1:]}
 
 
-def _two_sided(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Dataset | None:
+def _two_sided(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Dataset:
     """Return what an encoder reads and what its decoder is to write, each of at most ``max_length`` tokens."""
-    if not examples:
-        return None
     sources = [prompt_ids(example, tokenizer, encoder=max_length) for example in examples]
     targets = [_target_ids(example, tokenizer)[:max_length] for example in examples]
     masks = [[1] * len(source) for source in sources]
@@ -231,9 +253,7 @@ def _target_ids(example: Example, tokenizer: Any) -> list[int]:
     return ids if tokenizer.eos_token_id in ids else [*ids, tokenizer.eos_token_id]
 
 
-def _labelled(examples: Sequence[Example], tokenizer: Any, task: Task, max_length: int) -> Dataset | None:
-    if not examples:
-        return None
+def _labelled(examples: Sequence[Example], tokenizer: Any, task: Task, max_length: int) -> Dataset:
     pairs = [example.pair for example in examples] if examples[0].pair is not None else None
     tokens = tokenizer([example.prompt for example in examples], pairs, truncation=True, max_length=max_length)
     kind = float if task.kind == "regression" else int

@@ -88,6 +88,8 @@ class Data(Node):
         held_out_task: of what is held out, where it isn't the task that is learned: ``gsm8k`` after ``metamath``.
         train_examples: the first so many; None for all.
         held_out_examples: on which the loss is measured before and after; of a single file, its last ones.
+        validation_examples: the first so many of the training data, which are not trained on then: by them rates and
+            states are chosen, so that what is held out is left to be reported.
     """
 
     task: str = "problems"
@@ -96,6 +98,7 @@ class Data(Node):
     held_out_task: str | None = None
     train_examples: Positive | None = None
     held_out_examples: Annotated[int, Field(ge=0)] = 200
+    validation_examples: Annotated[int, Field(ge=0)] = 0
 
 
 class Adapter(Node):
@@ -203,8 +206,9 @@ class Evaluation(Node):
     """What is measured, and when.
 
     Attributes:
-        every: steps from one held-out loss to the next during training, or "epoch"; None for none.
-        keep: the state after the last step, or that of the best held-out loss, or of a classifier the best metric.
+        every: steps from one loss to the next during training, of the validation data where there are any, else of
+            what is held out; or "epoch"; None for none.
+        keep: the state after the last step, or that of the best of these losses, or of a classifier the best metric.
         graded_examples: how many of the held-out examples are answered and graded at the end.
         tasks: what else is graded at the end, as ``headstart eval`` does; figures are named "task/metric".
         data: files, folders or hub names in place of these tasks' own, by task; a name alone is for all of them.
@@ -280,7 +284,9 @@ class Run(Node):
             raise ValueError("model.dtype=float16 trains with precision=float16 alone, which scales the loss")
         if self.optimizer.name == "sgd" and self.optimizer.lora_plus is not None:
             raise ValueError("optimizer.lora_plus is made for adamw")
-        if self.evaluation.every and not (self.data.held_out_examples or self.evaluation.graded_examples):
+        if self.evaluation.every and not (
+            self.data.validation_examples or self.data.held_out_examples or self.evaluation.graded_examples
+        ):
             raise ValueError("evaluation.every has nothing to measure: give data.held_out_examples")
         return self
 

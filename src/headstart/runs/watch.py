@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from transformers import TrainerCallback
 
 from headstart.progress import Show
 
+# (losses by step, steps in all) -> why to give up, or None.
+Judge = Callable[[Sequence[tuple[int, float]], int], str | None]
+
 
 class Watch(TrainerCallback):
     """Shows how far training is, times it, and ends it where the loss is no number.
@@ -20,13 +23,21 @@ class Watch(TrainerCallback):
     Each step's row in the trainer's history, which its saves keep, gets ``step_seconds`` (without measurements and
     saves), of texts ``step_tokens``, and of CUDA ``allocated`` and ``reserved``, in bytes.
 
+    Args:
+        show: draws the bar.
+        judge: called after each step with the training losses so far and the number of steps; what it returns in
+            words ends training.
+
     Attributes:
+        pruned: why a judge ended training; empty where none did.
         diverged: the step at which the loss was no number, None where it always was one.
         seconds: since training began; of a run that goes on, of its rest.
         first: the step that it went on from.
     """
 
-    def __init__(self, show: Show) -> None:
+    def __init__(self, show: Show, judge: Judge | None = None) -> None:
+        self.pruned = ""
+        self._judge = judge
         self.diverged: int | None = None
         self.first = 0
         self._show = show
@@ -57,6 +68,10 @@ class Watch(TrainerCallback):
         if not math.isfinite(float(logs["loss"])) and self.diverged is None:
             self.diverged = state.global_step
             control.should_training_stop = True
+        elif self._judge is not None and not self.pruned:
+            losses = [(row["step"], float(row["loss"])) for row in state.log_history if "loss" in row]
+            self.pruned = self._judge(losses, state.max_steps) or ""
+            control.should_training_stop = control.should_training_stop or bool(self.pruned)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Let the next step begin now."""

@@ -1,0 +1,1 @@
+"""Advice before training: what each start costs, and at which rate it should be trained."""

@@ -1,0 +1,165 @@
+"""``headstart advise``: before training, what each start costs and at which rate to train it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from headstart.cli.app import app
+from headstart.cli.compare import split_methods
+from headstart.cli.console import console, output
+from headstart.cli.options import Alpha, MaxLength, Model, Rank, RsLora, Seed, Targets, target_modules
+from headstart.progress import progress_bars
+
+if TYPE_CHECKING:
+    from headstart.advise.advise import Advice
+    from headstart.runs.tree import Run
+
+# Reported to fail under reinforcement learning (arXiv 2512.23165), where what they change of the model counts more.
+_SPECTRAL = ("pissa", "milora", "corda")
+
+
+@app.command()
+def advise(
+    model: Model = "smollm2",
+    methods: Annotated[
+        str, typer.Option("--methods", "-m", help="Separated by commas or blanks, settings after a colon.")
+    ] = "lora,init-ab,pissa,milora,olora,lora-one:samples=64,lora-ga:samples=64",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task", help="See `headstart tasks`; text where there are --data, else problems.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="A file, a folder with train and test files, or a hub name.")
+    ] = None,
+    lr: Annotated[
+        float, typer.Option("--lr", help="A good rate of plain LoRA here, from which the others follow.")
+    ] = 2e-4,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    batches: Annotated[int, typer.Option("--batches", min=1, help="That the probe reads.")] = 4,
+    rank: Rank = 8,
+    alpha: Alpha = 16,
+    rslora: RsLora = False,
+    targets: Targets = "all-linear",
+    seed: Seed = 0,
+    train_examples: Annotated[int, typer.Option("--train-examples", min=1)] = 2_000,
+    max_length: MaxLength = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Make each start once, time it, and probe how sharp the loss is along its first step; train nothing."""
+    from headstart.advise.advise import advise as probe_all
+    from headstart.runs.read import validated
+
+    run = validated(
+        {
+            "model": model,
+            "data": {
+                "task": task or ("text" if data is not None else "problems"),
+                "train": data,
+                "train_examples": train_examples,
+                "held_out_examples": 0,
+            },
+            "adapter": {"r": rank, "alpha": alpha, "rslora": rslora, "targets": target_modules(targets)},
+            "optimizer": {"lr": lr},
+            "batch": {"size": batch_size, "max_length": max_length},
+            "seed": seed,
+        },
+        "the options",
+    )
+    with progress_bars(console) as show:
+        rows = probe_all(run, split_methods(methods), batches=batches, show=show)
+    if as_json:
+        output.print(json.dumps([asdict(row) for row in rows], indent=1), markup=False, highlight=False, soft_wrap=True)
+        return
+    output.print(_table(rows))
+    for sentence in sentences(rows, run, batches):
+        output.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    output.print(_command(run, rows, data), markup=False, highlight=False, soft_wrap=True)
+
+
+def sentences(rows: list[Advice], run: Run, batches: int) -> list[str]:
+    """Return what the table says, on what it rests, and what would change it."""
+    said = [f"{row.method} can't be made here: {row.reason}" for row in rows if row.reason]
+    sharp = [row for row in rows if row.probed is not None and row.probed < 0.7]
+    said.append(
+        f"Rates follow from {run.optimizer.lr:g} for plain lora, which is given and not measured: rate probed is what "
+        f"{batches} batches of {run.batch.size} say of the curvature along the first step, rate published what arXiv "
+        "2602.04998 found on Qwen3-0.6B at rank 128. Both are factors to begin a grid with, known within about 2."
+    )
+    if sharp:
+        names = ", ".join(row.method for row in sharp)
+        said.append(f"At lora's own rate these would be judged beyond their best: {names}.")
+    said.append(
+        "Nothing was trained, so nothing here says which start is best: the comparison does, each at its own rate."
+    )
+    said.append(
+        "What would change it: a higher rank or more data lower good rates (there by 6 from rank 8 to 256, by 3 from "
+        "5,000 to 395,000 examples), larger batches raise them, and few steps leave more to the start."
+    )
+    if spectral := [row.method for row in rows if row.method.partition(":")[0] in _SPECTRAL]:
+        said.append(
+            f"For reinforcement learning take none of {', '.join(spectral)}: at one rate for all such starts were "
+            "reported to collapse (arXiv 2512.23165)."
+        )
+    return said
+
+
+def _table(rows: list[Advice]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    heads = [
+        "start",
+        "trainable",
+        "start-up s",
+        "predicted",
+        "peak memory",
+        "rate published",
+        "rate probed",
+        "train at",
+    ]
+    for head in heads:
+        table.add_column(head, justify="left" if head == "start" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.method,
+            f"{row.trainable:,}" if row.trainable else "-",
+            f"{row.seconds:.2f}" if not row.reason else "-",
+            f"{row.predicted.seconds:.2f} s, {row.predicted.memory / 2**20:,.0f} MiB" if row.predicted else "-",
+            f"{row.memory / 2**20:,.0f} MiB" if row.memory else "-",
+            _factor(row.published),
+            _factor(row.probed),
+            "-" if row.rate is None else f"{row.rate:.2g}",
+        )
+    return table
+
+
+def _factor(value: float | None) -> str:
+    return "-" if value is None else f"lora × {value:.2g}"
+
+
+def _command(run: Run, rows: list[Advice], data: str | None) -> str:
+    """Return the comparison that would decide, as a study whose grids lie around these rates."""
+    known = [row for row in rows if not row.reason]
+    lines = ["A study's file that decides it (`headstart compare study.yaml`):", "base:"]
+    lines += [f"  model: {run.model.name}", f"  data: {{task: {json.dumps(run.data.task)}, validation_examples: 48"]
+    lines[-1] += f", train: {json.dumps(str(Path(data)))}}}" if data is not None else "}"
+    targets = json.dumps(run.adapter.targets)
+    lines += [
+        f"  adapter: {{r: {run.adapter.r}, alpha: {run.adapter.alpha:g}, rslora: {str(run.adapter.rslora).lower()}, "
+        f"targets: {targets}}}",
+        f"  batch: {{size: {run.batch.size}, max_length: {run.batch.max_length}}}",
+        "axes:",
+        f"  start: [{', '.join(json.dumps(row.method) for row in known)}]",
+        "  optimizer.lr:",
+    ]
+    for row in known:
+        middle = row.rate if row.rate is not None else run.optimizer.lr
+        grid = ", ".join(f"{middle * factor:.2g}" for factor in (0.25, 0.5, 1, 2, 4))
+        lines.append(f"    {json.dumps(row.method)}: [{grid}]")
+    return "\n".join([*lines, "seeds: 3"])

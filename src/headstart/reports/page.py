@@ -1,0 +1,178 @@
+"""One self-contained HTML file for a study: the answer, the ranking, the charts with their data, and the notes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from importlib.resources import files
+from pathlib import Path
+
+from headstart.errors import HeadstartError
+from headstart.files import write_whole
+from headstart.reports import colours
+from headstart.reports.answer import answer
+from headstart.reports.charts import MOST_SETTINGS, TOPICS, Chart, charts
+from headstart.reports.markup import chart_html, data_block, download, folded, sheet_html
+from headstart.reports.sheets import (
+    Sheet,
+    cell_rows,
+    conditions,
+    cost_sheet,
+    ranking_sheet,
+    rates_sheet,
+    robustness_sheet,
+    unfinished_sheet,
+    warnings_sheet,
+)
+from headstart.study.summary import Part, Summary
+
+# By topic of charts, the heading of their section.
+_HEADINGS = ("Ranking", "Learning rates", "Training", "Other settings", "Costs")
+_TOPICS = dict(zip(TOPICS, _HEADINGS, strict=True))
+# Settings whose tables a page shows, and rows of a table that it shows without a click.
+_MOST_TABLES, _FOLDED = 12, 40
+
+
+def write_page(path: Path, summary: Summary) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        HeadstartError: Plotly is not installed.
+        OSError: the file can't be written.
+    """
+    write_whole(path, page(summary))
+
+
+def page(summary: Summary) -> str:
+    """Return the page.
+
+    Raises:
+        HeadstartError: Plotly is not installed.
+    """
+    plotly, script = _plotly_js(), _resource("page.js")
+    drawn = charts(summary)
+    sections = _sections(summary, drawn)
+    subject = f"{summary.grid.base.model.name} on {summary.grid.base.data.task}"
+    links = "".join(f'<li><a href="#{name}">{html.escape(title)}</a></li>' for name, title, _ in sections)
+    body = "".join(
+        f'<section aria-labelledby="{name}"><h2 id="{name}">{html.escape(title)}</h2>{content}</section>\n'
+        for name, title, content in sections
+    )
+    # Nothing from the network, and no script but these two.
+    allowed = (
+        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {_hash(plotly)} {_hash(script)}"
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{allowed}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<title>{html.escape(f"Starts compared: {subject}")}</title>\n<link rel="icon" href="data:,">\n'
+        f"<style>{_variables()}{_resource('page.css')}</style></head>\n<body>\n"
+        '<a class="skip" href="#content">To the content</a>\n'
+        f'<header><h1>Starts compared</h1><p class="subject">{html.escape(subject)}</p>\n'
+        f'<nav aria-label="Contents"><ul>{links}</ul></nav></header>\n<main id="content">\n'
+        f'<section class="answer" aria-labelledby="answer"><h2 id="answer">Answer</h2>'
+        f"<p>{html.escape(answer(summary))}</p></section>\n"
+        "<noscript><p>The charts are drawn by a script; their data are in the tables without it.</p></noscript>\n"
+        f"{body}</main>\n{data_block('colours', colours.dark())}\n"
+        f"<script>{plotly}</script>\n<script>{script}</script>\n</body></html>\n"
+    )
+
+
+def check_plotly() -> None:
+    """Raise HeadstartError where Plotly is not installed."""
+    try:
+        import plotly  # noqa: F401
+    except ImportError:
+        raise HeadstartError('the page needs Plotly: pip install "headstart[study]".') from None
+
+
+def _sections(summary: Summary, drawn: list[Chart]) -> list[tuple[str, str, str]]:
+    """Return (name, heading, content) of each section."""
+    notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in summary.sentences())
+    known = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in conditions(summary))
+    by_topic = {topic: _topic(summary, topic, [chart for chart in drawn if chart.topic == topic]) for topic in TOPICS}
+    sections = [(topic, title, by_topic[topic]) for topic, title in _TOPICS.items() if by_topic[topic]]
+    sections.append(("every-rate", "Every rate", _every_rate(summary)))
+    sections.append(("notes", "Notes", (f"<ul>{notes}</ul>" if notes else "") + f"<dl>{known}</dl>"))
+    for name, title, further in (
+        ("unfinished", "Cells without a figure", unfinished_sheet),
+        ("warnings", "Warnings", warnings_sheet),
+    ):
+        if (sheet := further(summary)) is not None:
+            sections.append((name, title, sheet_html(sheet, title)))
+    return sections
+
+
+def _topic(summary: Summary, topic: str, drawn: list[Chart]) -> str:
+    """Return a section's tables and charts; those of all settings but the first one are a click away."""
+    first = summary.parts[0].name if summary.parts else ""
+    content = _rankings(summary) if topic == "ranking" else ""
+    content += "".join(chart_html(chart) for chart in drawn if chart.setting in ("", first))
+    for place, part in enumerate(summary.parts[:_MOST_TABLES]):
+        within = "".join(chart_html(chart) for chart in drawn if place and chart.setting == part.name)
+        sheet = {"rates": robustness_sheet, "costs": cost_sheet}.get(topic, _no_sheet)(summary, part)
+        if sheet is not None:
+            within += sheet_html(sheet, f"{_TOPICS[topic]} {part.name}".strip())
+        content += folded(f"{_TOPICS[topic]} with {part.name}", within) if place and within else within
+    return content
+
+
+def _no_sheet(summary: Summary, part: Part) -> Sheet | None:
+    return None
+
+
+def _rankings(summary: Summary) -> str:
+    made = []
+    for part in summary.parts[:_MOST_TABLES]:
+        heading = f"<h3>{html.escape(part.name)}</h3>" if part.name else ""
+        made.append(heading + sheet_html(ranking_sheet(summary, part), f"Ranking {part.name}".strip()))
+    if len(summary.parts) > _MOST_TABLES:
+        made.append(
+            f'<p class="note">The first {_MOST_TABLES} of {len(summary.parts)} settings; report.md has all.</p>'
+        )
+    if len(summary.parts) > MOST_SETTINGS:
+        made.append(f'<p class="note">Charts are drawn of the first {MOST_SETTINGS} settings.</p>')
+    return "".join(made)
+
+
+def _every_rate(summary: Summary) -> str:
+    sheet = rates_sheet(summary)
+    heads, rows = cell_rows(summary)
+    link = download("cells.csv", heads, rows, f"Download all {len(rows):,} cells as CSV")
+    table = sheet_html(sheet, "Every rate")
+    if len(sheet.rows) <= _FOLDED:
+        return link + table
+    return link + folded(f"All {len(sheet.rows):,} pairs of start and rate", table, printed=True)
+
+
+def _variables() -> str:
+    """Return the page's colours as CSS has them, by scheme; what is printed is light."""
+    names = {
+        "ground": colours.GROUND,
+        "ink": colours.INK,
+        "muted": colours.MUTED,
+        "line": colours.LINE,
+        "panel": colours.PANEL,
+        "accent": colours.ACCENT,
+    }
+    dark = colours.dark()
+    light = "".join(f"--{name}:{colour};" for name, colour in names.items())
+    night = "".join(f"--{name}:{dark[colour]};" for name, colour in names.items())
+    return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{night}}}}}\n"
+
+
+def _plotly_js() -> str:
+    check_plotly()
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs()).replace("</script", "<\\/script")
+
+
+def _resource(name: str) -> str:
+    return files("headstart.reports").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

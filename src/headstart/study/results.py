@@ -1,0 +1,144 @@
+"""What is known of a study's cells, from their folders; and which rates lie beyond a grid whose best is at its edge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from headstart.errors import RunError
+from headstart.runs.folder import SETTINGS
+from headstart.runs.result import FILE, Result, read_result
+from headstart.runs.stages import VALIDATION
+from headstart.runs.tree import Run
+from headstart.study.cells import Cell, Grid
+from headstart.study.rates import beyond
+from headstart.study.statistics import Choice, Outcome, best_rates
+from headstart.tasks.registry import parse_task
+
+CELLS, STARTS = "cells", "starts"
+
+# A study adds no more rates to either end of a start's grid.
+MOST_FURTHER = 3
+
+
+class Results:
+    """The results of the cells in a study's folder; those that are final are read once.
+
+    Args:
+        folder: of the study.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._final: dict[str, Result] = {}
+
+    def place(self, run: Run) -> Path:
+        """Return the folder of a cell's run."""
+        return self.folder / CELLS / run.folder_name
+
+    def of(self, cell: Cell) -> Result | None:
+        """Return a cell's result; None where there is none yet.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        name = cell.run.folder_name
+        if name not in self._final:
+            result = read_result(self.folder / CELLS / name)
+            if result is None or result.status == "failed":
+                return result
+            self._final[name] = result
+        return self._final[name]
+
+
+def chosen_by(grid: Grid) -> str:
+    """Return the figure by which rates are chosen: a classifier's first metric, else the loss."""
+    if grid.study.chosen_by is not None:
+        return grid.study.chosen_by
+    task = parse_task(grid.base.data.task)
+    return "loss" if task.kind == "text" else task.metrics[0]
+
+
+def value(result: Result | None, figure: str, when: str = "end") -> float:
+    """Return a figure of a cell: infinite where it diverged or was given up, not a number where there is none."""
+    if result is None or result.status == "failed":
+        return math.nan
+    if result.status in ("diverged", "pruned"):
+        return math.inf if figure.rpartition("/")[2] == "loss" else -math.inf
+    # Graded answers have no "/end": they are asked once.
+    known = result.metrics.get(f"{figure}/{when}") or (result.metrics.get(figure) if when == "end" else None)
+    return math.nan if known is None else known.value
+
+
+def outcomes(cells: Sequence[Cell], results: Results, chosen: str, reported: str) -> list[Outcome]:
+    """Return what the finished ones among cells came to, without their items.
+
+    Where runs have no validation data the rate is chosen on what is reported, which flatters it; pages say so.
+    """
+    made = []
+    for cell in cells:
+        result = results.of(cell)
+        if result is None or result.status == "failed":
+            continue
+        when = VALIDATION if cell.run.data.validation_examples else "end"
+        made.append(Outcome(cell.start, cell.rate, cell.seed, value(result, chosen, when), value(result, reported)))
+    return made
+
+
+def higher_is_better(results: Results, cells: Sequence[Cell], figure: str) -> bool:
+    """Return whether more of a figure is better, as the first result that has it says."""
+    for cell in cells:
+        result = results.of(cell)
+        known = result and (result.metrics.get(f"{figure}/end") or result.metrics.get(figure))
+        if known:
+            return known.higher_is_better
+    return figure.rpartition("/")[2] != "loss"
+
+
+def choices(cells: Sequence[Cell], results: Results, chosen: str) -> dict[str, Choice]:
+    """Return each start's best rate within one setting."""
+    better = higher_is_better(results, cells, chosen)
+    return best_rates(outcomes(cells, results, chosen, chosen), better)
+
+
+def all_cells(grid: Grid, results: Results, *, refine: bool) -> list[Cell]:
+    """Return the cells of a study; with ``refine`` those, too, of rates beyond a grid whose best lies at its edge.
+
+    These follow from the results alone, so that every process that works on the study finds the same.
+    """
+    further: dict[str, list[float]] = {start: [] for start in grid.starts}
+    if not refine:
+        return grid.cells()
+    chosen = chosen_by(grid)
+    while True:
+        cells, added = grid.cells(further), False
+        for start in grid.starts:
+            rates = sorted({*grid.rates[start], *further[start]})
+            own = [cell for cell in cells if cell.start == start]
+            known = [results.of(cell) for cell in own]
+            if len(rates) < 2 or any(result is None or result.status == "failed" for result in known):
+                continue
+            for setting in dict.fromkeys(cell.setting for cell in own):
+                within = [cell for cell in own if cell.setting == setting]
+                edge = choices(within, results, chosen)[start].edge
+                side = [rate for rate in further[start] if (rate > grid.rates[start][-1]) == (edge == "high")]
+                if edge and len(side) < MOST_FURTHER:
+                    further[start].append(beyond(rates, edge))
+                    added = True
+                    break
+        if not added:
+            return cells
+
+
+def check_folder(folder: Path) -> None:
+    """Raise RunError where a folder holds something else than a study."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CELLS).is_dir()):
+        raise RunError(f"{folder} holds something else than a study, so nothing in it is touched: give another --out.")
+
+
+def noted_cells(folder: Path) -> list[Path]:
+    """Return the folders of all cells that a study's folder has, of this grid or of earlier ones."""
+    return sorted({path.parent for name in (FILE, SETTINGS) for path in (folder / CELLS).glob(f"*/{name}")})

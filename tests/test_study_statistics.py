@@ -1,0 +1,571 @@
+"""Comparisons of starts: what is chosen, what is said of it, and how often that is right where the truth is known."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from headstart.errors import DataError
+from headstart.study.statistics import (
+    Choice,
+    Outcome,
+    best_rates,
+    compared,
+    false_alarms,
+    holm,
+    robustness,
+    to_reach,
+)
+
+INF, NAN = math.inf, math.nan
+STEADY = settings(derandomize=True, deadline=None, max_examples=40)
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def outcomes_of(truth, seeds, rng, *, seed_noise=0.0, run_noise=0.0, validation_noise=0.0, test_noise=0.0):
+    """Return outcomes of the true figures by start and rate, with normal noise of known standard deviations."""
+    outcomes = []
+    of_seed = {seed: rng.normal(0, seed_noise) for seed in seeds}
+    for start, curve in truth.items():
+        for rate, figure in curve.items():
+            for seed in seeds:
+                mean = figure + of_seed[seed] + rng.normal(0, run_noise)
+                shown = (mean + rng.normal(0, noise) for noise in (validation_noise, test_noise))
+                outcomes.append(Outcome(start, rate, seed, *map(float, shown)))
+    return outcomes
+
+
+def curves(**figures):
+    """Return outcomes of one seed, validation and test alike, at rates 1, 2, 4, …"""
+    return [
+        Outcome(start, 2.0**power, 0, figure, figure)
+        for start, curve in figures.items()
+        for power, figure in enumerate(curve)
+    ]
+
+
+def cells(start, tests, rate=1.0):
+    return [Outcome(start, rate, seed, test, test) for seed, test in enumerate(tests)]
+
+
+def answered(start, *items, weights=()):
+    """Return outcomes of seeds 0, 1, … with these items."""
+    tests = [sum(column) / (sum(weights) or len(column)) for column in items]
+    pairs = enumerate(zip(tests, items, strict=True))
+    return [Outcome(start, 1.0, seed, test, test, tuple(column), tuple(weights)) for seed, (test, column) in pairs]
+
+
+def row_of(outcomes, start="b", reference="a", higher_is_better=False, **further):
+    rows = compared(outcomes, reference, higher_is_better, **further)
+    return next(row for row in rows if row.start == start)
+
+
+def is_within_error(share, truth, count, errors=3.0):
+    return abs(share - truth) <= errors * math.sqrt(truth * (1 - truth) / count)
+
+
+# The choice of rates.
+
+
+def test_the_best_mean_validation_is_chosen_and_the_test_figure_has_no_say():
+    tests = {1.0: 0.0, 2.0: 9.0, 4.0: 0.0}
+    validations = {1.0: (3.0, 5.0), 2.0: (2.0, 3.0), 4.0: (1.0, 7.0)}
+    outcomes = [Outcome("a", r, s, validations[r][s], tests[r]) for r in (4.0, 1.0, 2.0) for s in (0, 1)]
+    choice = best_rates(outcomes, False)["a"]
+    assert choice == Choice("a", 2.0, ((1.0, 4.0, 2), (2.0, 2.5, 2), (4.0, 4.0, 2)), "")
+    # Of the two that are equal in the other direction the smaller.
+    assert best_rates(outcomes, True)["a"].rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("figures", "rate", "edge"),
+    [
+        ([1, 2, 3], 1.0, "low"),
+        ([3, 2, 1], 4.0, "high"),
+        ([2, 1, 2], 2.0, ""),
+        ([1], 1.0, ""),
+        ([2, 1, INF], 2.0, ""),  # the grid goes on to where it diverges
+        ([INF, 2, 1], 4.0, "high"),
+    ],
+)
+def test_a_best_rate_at_an_end_of_the_grid_says_so(figures, rate, edge):
+    choice = best_rates(curves(a=figures), False)["a"]
+    assert (choice.rate, choice.edge, len(choice.curve)) == (rate, edge, len(figures))
+
+
+def test_rates_that_diverged_or_lack_seeds_are_not_chosen_where_others_are():
+    good, lucky = cells("a", [5.0, 5.0, 5.0], 1.0), cells("a", [1.0, 1.0], 2.0)
+    for lost in (INF, -INF, NAN):
+        diverged = cells("a", [0.0, 0.0, lost], 4.0)
+        choice = best_rates(good + lucky + diverged, False)["a"]
+        assert choice.rate == 1.0 and choice.curve[2] == (4.0, INF, 2)
+        # What finished with fewer seeds goes before what diverged, whose seeds that finished are no fewer.
+        assert best_rates(lucky + diverged, False)["a"].rate == 2.0
+    assert best_rates(diverged, True)["a"].curve == ((4.0, -INF, 2),)
+    worse = cells("a", [1.0, INF, INF], 8.0)
+    assert best_rates(worse + diverged, False)["a"].rate == 4.0  # more finished
+    nothing = cells("a", [INF, INF], 2.0) + cells("a", [NAN, NAN], 1.0)
+    assert best_rates(nothing, False)["a"].rate == 1.0
+
+
+def test_a_run_that_is_there_twice_or_a_rate_of_zero_is_refused():
+    with pytest.raises(DataError, match=r"'a' at rate 1\.0 with seed 0"):
+        best_rates(cells("a", [1.0]) * 2, False)
+    with pytest.raises(DataError, match="positive rate"):
+        best_rates(cells("a", [1.0], rate=0.0), False)
+
+
+# Over seeds.
+
+
+def test_the_paired_t_is_scipys():
+    ours, theirs = [1.0, 2.0, 4.0, 3.5], [1.5, 2.25, 4.75, 3.25]
+    for higher in (False, True):
+        row = row_of(cells("b", ours) + cells("a", theirs), higher_is_better=higher)
+        known = stats.ttest_rel(ours, theirs)
+        assert row.over_seeds.p == pytest.approx(known.pvalue)
+        assert row.over_seeds.interval == pytest.approx(tuple(known.confidence_interval(0.95)))
+        assert row.interval == pytest.approx(tuple(stats.ttest_1samp(ours, 0).confidence_interval(0.95)))
+        assert (row.mean, row.seeds, row.over_seeds.count, row.over_seeds.method) == (2.625, 4, 4, "t")
+        assert row.over_seeds.value == pytest.approx(np.mean(ours) - np.mean(theirs))
+
+
+def test_only_common_seeds_are_paired():
+    ours = [replace(cell, seed=cell.seed + 1) for cell in cells("b", [1.0, 2.0, 9.0])]
+    row = row_of(ours + cells("a", [50.0, 1.5, 1.0]))
+    assert row.over_seeds.count == 2 and row.over_seeds.value == 0.25 and row.mean == 4.0
+    far = [replace(cell, seed=cell.seed + 9) for cell in ours]
+    row = row_of(far + cells("a", [50.0, 1.5, 1.0]))
+    assert (row.over_seeds, row.p, row.verdict) == (None, None, "not compared")
+
+
+def test_one_seed_has_a_difference_and_no_verdict():
+    row = row_of(cells("b", [1.0]) + cells("a", [3.0]))
+    assert row.over_seeds.value == -2 and row.over_seeds.interval is None and row.over_seeds.p is None
+    assert row.interval is None and row.verdict == "not compared" and row.decisive is None
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, -0.3])
+@pytest.mark.parametrize("count", [2, 5, 7])
+def test_without_spread_only_the_signs_count(shift, count):
+    theirs = [0.1 * seed for seed in range(count)]  # whose differences are equal but for rounding
+    row = row_of(cells("b", [test + shift for test in theirs]) + cells("a", theirs))
+    # As many heads as tosses, or as many tails.
+    assert row.over_seeds.p == row.p == (2 * 0.5**count if shift else 1.0)
+    assert row.over_seeds.interval is None and row.over_seeds.method == "sign"
+    assert row.verdict == ("not told apart" if not shift or count < 7 else "better" if shift < 0 else "worse")
+    assert row_of(cells("b", [0.1 + 0.2, 0.3]) + cells("a", [1.0, 2.0])).interval is None
+
+
+def test_rows_are_ordered_and_what_diverged_is_last():
+    outcomes = [
+        *cells("reference", [3.0, 3.1, 2.9]),
+        *cells("worse", [9.0, 9.1, 8.8]),
+        *cells("better", [1.0, 1.1, 0.8]),
+        *cells("close", [2.9, 3.2, 2.95]),
+        *cells("diverged", [0.0, INF, 0.0]),
+        *cells("diverged", [NAN, NAN, NAN], rate=2.0),
+    ]
+    rows = compared(outcomes, "reference", False)
+    verdicts = {row.start: row.verdict for row in rows}
+    assert list(verdicts) == ["better", "reference", "close", "worse", "diverged"]
+    told = {"close": "not told apart", **{name: name for name in ("reference", "better", "worse", "diverged")}}
+    assert verdicts == told
+    assert rows[1].over_seeds is rows[1].over_items is rows[1].p is None and rows[1].interval is not None
+    assert rows[-1].mean == INF and rows[-1].seeds == 2 and rows[-1].p is rows[-1].over_seeds is None
+    # Raw p are smaller: three starts are compared.
+    assert [row.p for row in rows if row.p] == holm([row.over_seeds.p for row in rows if row.p])
+    higher = compared(outcomes, "reference", True)
+    assert [row.start for row in higher] == ["worse", "close", "reference", "better", "diverged"]
+    assert [row.verdict for row in higher][:4] == ["better", "not told apart", "reference", "worse"]
+    assert {row.verdict for row in compared(outcomes, "diverged", False)} == {"not compared", "diverged"}
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(DataError, match="'c': the starts are a, b"):
+        compared(cells("b", [1.0]) + cells("a", [1.0]), "c", False)
+    outcomes = curves(a=[1, 2], b=[1, 2])
+    choices = best_rates(outcomes, False)
+    with pytest.raises(DataError, match="'b' has no run at a chosen rate"):
+        compared(outcomes, "a", False, {"a": choices["a"]})
+    with pytest.raises(DataError, match="'a' has no run at a chosen rate"):
+        robustness(outcomes, 1.0, False, choices | {"a": replace(choices["a"], rate=3.0)})
+
+
+def test_rates_may_be_chosen_on_losses_where_accuracies_are_reported():
+    outcomes = [Outcome("a", r, s, loss, accuracy) for s in (0, 1) for r, loss, accuracy in ((1, 2, 0.5), (2, 1, 0.7))]
+    choices = best_rates(outcomes, False)
+    assert choices["a"].rate == 2 and compared(outcomes, "a", True, choices)[0].mean == 0.7
+    assert compared(outcomes, "a", True)[0].mean == 0.5
+
+
+# Over items.
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (1, 0), (6, 0), (0, 6), (9, 3), (3, 9), (20, 20), (40, 21)])
+def test_mcnemars_is_the_binomial_by_brute_force(ours, theirs):
+    differing, both = ours + theirs, 30
+    b = [1.0] * ours + [0.0] * theirs + [1.0, 0.0] * both
+    a = [0.0] * ours + [1.0] * theirs + [1.0, 0.0] * both
+    row = row_of(answered("b", b) + answered("a", a), higher_is_better=True)
+    ways = [math.comb(differing, heads) for heads in range(differing + 1)]
+    as_extreme = sum(way for way in ways if way <= ways[ours])
+    assert row.over_items.p == pytest.approx(as_extreme / 2**differing)
+    assert row.over_items.value == pytest.approx((ours - theirs) / len(b))
+    assert row.over_items.method == "McNemar" and row.over_items.count == len(b)
+    assert row.decisive is row.over_items
+    if differing:
+        low, high = row.over_items.interval
+        assert low <= row.over_items.value <= high
+        assert (low > 0 or high < 0) == (row.over_items.p <= 0.05) == (row.verdict != "not told apart")
+
+
+def test_losses_are_compared_as_ratios_of_sums():
+    rng = np.random.default_rng(0)
+    weights = rng.integers(1, 50, 200).astype(float)
+    theirs = weights * rng.normal(2, 0.5, 200)
+    ours = theirs - weights * rng.normal(0.3, 0.3, 200)
+    outcomes = answered("b", ours, weights=weights) + answered("a", theirs, weights=weights)
+    row = row_of(outcomes)
+    assert row.over_items.value == pytest.approx(row.over_seeds.value) and row.over_items.method == "bootstrap"
+    assert row.verdict == "better" and row.p == pytest.approx(2 / 4001)
+    # Linearised: the ratio's standard error.
+    error = np.std((ours - theirs) - row.over_items.value * weights) / weights.mean() / math.sqrt(200)
+    low, high = row.over_items.interval
+    assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.08)
+    assert row_of(outcomes) == row  # the same resamples
+    # Tokens count: items of few are no longer worth as much as those of many.
+    assert row_of(answered("b", ours / weights) + answered("a", theirs / weights)).over_items.value != pytest.approx(
+        row.over_items.value, rel=1e-3
+    )
+
+
+def test_items_are_averaged_over_common_seeds_and_seeds_go_first():
+    rng = np.random.default_rng(1)
+    a = [(rng.random(400) < 0.5).astype(float) for _ in range(3)]
+    # Much better in every item's mean, and by very different amounts in the seeds.
+    b = [np.maximum(a[0], rng.random(400) < 0.9), np.maximum(a[1], rng.random(400) < 0.02), a[2]]
+    row = row_of(answered("b", *b) + answered("a", *a), higher_is_better=True)
+    assert row.over_items.p < 0.01 and row.over_items.method == "bootstrap"
+    assert row.over_items.value == pytest.approx(np.mean(b) - np.mean(a))
+    assert row.decisive is row.over_seeds and row.p > 0.05 and row.verdict == "not told apart"
+    # With that seed alone, items decide; where one side has none, nothing does.
+    one = answered("b", b[0]) + answered("a", a[0])
+    assert row_of(one, higher_is_better=True).verdict == "better"
+    bare = [replace(cell, items=()) for cell in answered("a", a[0])]
+    assert row_of(answered("b", b[0]) + bare, higher_is_better=True).over_items is None
+
+
+def test_items_in_another_order_of_seeds_are_the_same_to_the_last_digit():
+    rng = np.random.default_rng(10)
+    outcomes = answered("b", *rng.normal(size=(4, 20))) + answered("a", *rng.normal(size=(4, 20)))
+    assert row_of(outcomes[::-1]).over_items == row_of(outcomes).over_items
+
+
+def test_right_answers_with_weights_and_items_without_differences_are_resampled_too():
+    right, wrong = [1.0, 1.0] * 20, [1.0, 0.0] * 20
+    weights = [1.0, 3.0] * 20
+    row = row_of(answered("b", right, weights=weights) + answered("a", wrong, weights=weights))
+    assert row.over_items.method == "bootstrap" and row.over_items.value == pytest.approx(0.25)
+    same = row_of(answered("b", right, weights=weights) + answered("a", right, weights=weights))
+    assert same.p == 1.0 and same.over_items.interval == (0.0, 0.0) and same.verdict == "not told apart"
+    single = row_of(answered("b", [2.5]) + answered("a", [2.0]))
+    assert single.over_items.interval is single.over_items.p is None and single.verdict == "not compared"
+
+
+@pytest.mark.parametrize(
+    ("items", "weights"), [([1.0], ()), ([1.0, 2.0], (1.0, 2.0)), ([1.0, NAN], ()), ([1.0, 2.0], (1.0, 0.0))]
+)
+def test_items_that_can_not_be_paired_are_refused(items, weights):
+    cell = Outcome("b", 1.0, 0, 1.0, 1.0, tuple(items), weights)
+    with pytest.raises(DataError, match="'b' and 'a' need the same finite items"):
+        compared([cell, *answered("a", [1.0, 2.0], weights=())], "a", False)
+
+
+def test_weights_of_zero_are_refused():
+    with pytest.raises(DataError, match="positive weights"):
+        compared([*answered("b", [1, 2], weights=(1, 0)), *answered("a", [1, 2], weights=(1, 0))], "a", False)
+
+
+# Corrections for many starts.
+
+
+def test_holm_by_hand():
+    # In order: 4 · 0.005, 3 · 0.01, 2 · 0.03, and 1 · 0.04, which is less than what stands before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.4]) == pytest.approx([0.8, 0.8]) and holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2] and holm([]) == []
+
+
+@STEADY
+@given(st.lists(st.floats(0, 1), max_size=12), st.randoms())
+def test_holm_keeps_the_order_lowers_nothing_and_knows_no_places(p_values, shuffler):
+    adjusted = holm(p_values)
+    assert all(raw <= corrected <= 1 for raw, corrected in zip(p_values, adjusted, strict=True))
+    by_raw = [corrected for _, corrected in sorted(zip(p_values, adjusted, strict=True))]
+    assert by_raw == sorted(by_raw)
+    assert not p_values or min(adjusted) == min(1, min(p_values) * len(p_values))
+    places = list(range(len(p_values)))
+    shuffler.shuffle(places)
+    assert holm([p_values[place] for place in places]) == [adjusted[place] for place in places]
+
+
+def test_false_alarms_are_told_in_words():
+    text = false_alarms(12)
+    assert (
+        "12 starts" in text and " 0.6 of them" in text and "Holm" in text and text.endswith("at most 5 % of studies.")
+    )
+    assert " 1.2 of them" in false_alarms(12, 0.9) and "10 %" in false_alarms(12, 0.9)
+    assert false_alarms(1).startswith("One start is") and "5 %" in false_alarms(1) and "Holm" not in false_alarms(1)
+
+
+# Robustness against the rate.
+
+
+def test_span_and_area_by_hand():
+    # In octaves around the best: a has -2 to 2, b has -1 to 3; both have -1 to 2.
+    rows = robustness(curves(a=[4, 1, 0, 2, 6], b=[5, 1, 2, 3, 13]), 1.5, False)
+    a, b = rows["a"], rows["b"]
+    assert (a.rate, b.rate) == (4.0, 2.0)
+    assert a.common == b.common == pytest.approx((0.5, 4.0))
+    # a is at 1.5 a sixth of the way from 1 at rate 2 to 4 at rate 1, and three quarters from 0 at rate 4 to 2 at 8.
+    assert a.span == pytest.approx((2 * 2 ** (-1 / 6), 4 * 2**0.75)) and not a.open_low and not a.open_high
+    assert b.span == pytest.approx((2 * 2 ** (-1.5 / 4), 4 * 2**0.5))
+    # Trapezoids an octave wide: of a (1+0)/2, (0+2)/2, (2+6)/2; of b's excess (4+0)/2, (0+1)/2, (1+2)/2.
+    assert a.area == pytest.approx((0.5 + 1 + 4) / 3) and b.area == pytest.approx((2 + 0.5 + 1.5) / 3)
+    assert a.area_to_best == pytest.approx(a.area) and b.area_to_best == pytest.approx(b.area + 1)
+
+
+def test_common_ranges_end_between_rates_too():
+    # Rates 1, 3, 9 around 3 and 1, 2, 4, 8 around 2: common are 1/2 to 3.
+    outcomes = [Outcome("a", 3.0**power, 0, figure, figure) for power, figure in enumerate([6.0, 0.0, 3.0])]
+    rows = robustness([*outcomes, *curves(b=[1, 0, 2, 8])], 0.5, False)
+    assert rows["a"].common == pytest.approx((0.5, 3.0))
+    octave, end = math.log(2), math.log(3)
+    left = octave * (6 * octave / end) / 2
+    assert rows["a"].area == pytest.approx((left + end * 3 / 2) / (octave + end))
+    at_end = 2 + 6 * (end - octave) / octave
+    area = octave * 1 / 2 + octave * 2 / 2 + (end - octave) * (2 + at_end) / 2
+    assert rows["b"].area == pytest.approx(area / (octave + end))
+
+
+def test_spans_are_open_at_the_grids_ends_and_end_before_what_diverged():
+    rows = robustness(curves(open=[1, 0, 1], low=[0, 9], diverged=[INF, 1, 0, NAN], far=[0, 5, 0.5]), 1.0, False)
+    ends = {start: (row.span, row.open_low, row.open_high) for start, row in rows.items()}
+    assert ends["open"] == (pytest.approx((1, 4)), True, True)
+    assert ends["low"] == (pytest.approx((1, 2 ** (1 / 9))), True, False)
+    assert ends["diverged"] == (pytest.approx((2, 4)), False, False)
+    assert ends["far"] == (pytest.approx((1, 2 ** (1 / 5))), True, False)  # what is good again beyond doesn't count
+
+
+def test_an_area_is_had_where_there_is_a_common_range():
+    rows = robustness(curves(a=[1, 0, 1], b=[1, 0, 3], one=[-1], alone=[INF, 1, INF], lost=[NAN, NAN]), 1.0, False)
+    assert rows["a"].area == pytest.approx(0.5) and rows["b"].area == pytest.approx(1.0)  # the others narrow nothing
+    assert rows["a"].area_to_best == pytest.approx(1.5)  # the best start has one rate
+    for start in ("one", "alone", "lost"):
+        assert rows[start].area is rows[start].area_to_best is rows[start].common is None
+    assert rows["lost"].span is None and rows["alone"].span == pytest.approx((2, 2))
+    apart = robustness(curves(a=[0, 1, 2], b=[2, 1, 0]), 1.0, False)
+    assert apart["a"].area is apart["b"].area is None and apart["a"].span == pytest.approx((1, 2))
+    narrowed = robustness(curves(a=[1, 0, 1, 9], b=[1, 0, 1, INF]), 1.0, False)
+    assert narrowed["a"].common == pytest.approx((0.5, 2)) and narrowed["a"].area == pytest.approx(0.5)
+
+
+def test_the_best_rate_of_a_span_is_that_chosen_on_validation_and_scores_are_turned():
+    outcomes = [
+        Outcome("a", r, 0, v, t) for r, v, t in ((1.0, 0.2, 0.8), (2.0, 0.9, 0.6), (4.0, 0.1, 0.5), (8.0, 0.1, 0.1))
+    ]
+    (row,) = robustness(outcomes, 0.2, True).values()
+    assert row.rate == 2.0 and row.span == pytest.approx((1, 4 * 2**0.25)) and row.open_low
+    octaves = [(-0.2 + 0) / 2, (0 + 0.1) / 2, (0.1 + 0.5) / 2]
+    assert row.area == row.area_to_best == pytest.approx(sum(octaves) / 3)
+
+
+def test_steps_and_seconds_to_reach_a_loss():
+    series = [(2, 3.0), (4, 1.0), (6, 2.0), (8, 1.2), (10, 0.9)]
+    assert to_reach(series, 1.0, 0.5, 10.0) == (4, 12.0)
+    assert to_reach(series, 1.5, 0.5, 10.0, window=2) == (6, 13.0)  # the mean of 1 and 2
+    assert to_reach(series, 1.41, 0.5, 0.0, window=3) == (8, 4.0)  # (1 + 2 + 1.2) / 3
+    assert to_reach(series, 0.8, 0.5, 10.0) is None and to_reach(series, 9.0, 0.5, 0.0, window=6) is None
+    assert to_reach([], 1.0, 1.0, 0.0) is None and to_reach([(1, NAN), (2, INF)], 1.0, 1.0, 0.0) is None
+    # A value that is far off hides no later one from the mean.
+    assert to_reach([(1, INF), (2, 1.0), (3, 1.0)], 1.0, 1.0, 0.0, window=2) == (3, 3.0)
+
+
+# What any inputs have in common.
+
+FIGURES = st.floats(-10, 10).map(lambda value: round(value, 2))
+STUDIES = st.lists(
+    st.lists(st.lists(st.one_of(FIGURES, st.just(NAN)), min_size=3, max_size=3), min_size=1, max_size=3),
+    min_size=2,
+    max_size=4,
+).map(
+    lambda study: [
+        Outcome("abcd"[start], 2.0**power, seed, figure, figure + seed * 0.3 + start * 0.1)
+        for start, curve in enumerate(study)
+        for power, figures in enumerate(curve)
+        for seed, figure in enumerate(figures)
+    ]
+)
+
+
+@STEADY
+@given(STUDIES, st.integers(0, 99), st.booleans())
+def test_the_order_of_outcomes_says_nothing(outcomes, seed, higher):
+    shuffled = outcomes.copy()
+    random.Random(seed).shuffle(shuffled)
+    assert best_rates(shuffled, higher) == best_rates(outcomes, higher)
+    # As text, where one infinity is another.
+    assert repr(compared(shuffled, "a", higher)) == repr(compared(outcomes, "a", higher))
+    assert robustness(shuffled, 1.0, higher) == robustness(outcomes, 1.0, higher)
+
+
+@STEADY
+@given(STUDIES, st.sampled_from([2.0**-40, 0.25, 8.0, 2.0**30]))
+def test_units_and_direction_change_no_verdict(outcomes, scale):
+    def rescaled(factor):
+        return [replace(run, validation=factor * run.validation, test=factor * run.test) for run in outcomes]
+
+    rows, choices = compared(outcomes, "a", False), best_rates(outcomes, False)
+    for factor, higher in ((scale, False), (-scale, True)):
+        # Powers of two, so that even ties are the same.
+        others = compared(rescaled(factor), "a", higher)
+        assert [(row.start, row.rate, row.verdict) for row in others] == [(r.start, r.rate, r.verdict) for r in rows]
+        for row, other in zip(rows, others, strict=True):
+            assert other.p == pytest.approx(row.p) and other.mean == pytest.approx(factor * row.mean)
+            if row.over_seeds is not None:
+                assert other.over_seeds.value == pytest.approx(factor * row.over_seeds.value)
+                if row.over_seeds.interval:
+                    ends = sorted(factor * end for end in row.over_seeds.interval)
+                    assert other.over_seeds.interval == pytest.approx(tuple(ends))
+        assert {s: (c.rate, c.edge) for s, c in best_rates(rescaled(factor), higher).items()} == {
+            s: (c.rate, c.edge) for s, c in choices.items()
+        }
+        areas = {start: row.area for start, row in robustness(outcomes, 1.0, False).items()}
+        for start, row in robustness(rescaled(factor), abs(factor), higher).items():
+            assert row.area == (None if areas[start] is None else pytest.approx(scale * areas[start]))
+
+
+# How often it is right, where the truth is known.
+
+
+def test_intervals_over_seeds_hold_the_truth_as_often_as_they_say():
+    rng, studies = np.random.default_rng(2), 800
+    mean = paired = 0
+    for _ in range(studies):
+        truth = {"a": {1.0: 2.0}, "b": {1.0: 1.7}}
+        row = row_of(outcomes_of(truth, range(4), rng, seed_noise=1.0, test_noise=0.5))
+        mean += row.interval[0] <= 1.7 <= row.interval[1]
+        paired += row.over_seeds.interval[0] <= -0.3 <= row.over_seeds.interval[1]
+    assert is_within_error(mean / studies, 0.95, studies) and is_within_error(paired / studies, 0.95, studies)
+
+
+def test_intervals_over_items_hold_the_truth_as_often_as_they_say():
+    rng, studies = np.random.default_rng(3), 250
+    held = 0
+    for _ in range(studies):
+        weights = rng.integers(1, 40, 120).astype(float)
+        # Nats a token differ by 0.2 on average, more so in long items: the ratio of sums has 0.2 + 0.01 E[w²]/E[w].
+        theirs = weights * rng.gamma(4, 0.5, 120)
+        ours = theirs - weights * (0.2 + 0.01 * weights + rng.normal(0, 0.5, 120))
+        row = row_of(answered("b", ours, weights=weights) + answered("a", theirs, weights=weights))
+        truth = -(0.2 + 0.01 * (39 * 40 * 79 / 6 / 39) / 20)
+        held += row.over_items.interval[0] <= truth <= row.over_items.interval[1]
+    assert is_within_error(held / studies, 0.95, studies)
+
+
+def test_mcnemars_intervals_hold_the_truth_at_least_as_often_as_they_say():
+    rng, studies = np.random.default_rng(4), 300
+    held = 0
+    for _ in range(studies):
+        drawn = rng.choice(4, 250, p=[0.4, 0.35, 0.15, 0.1])  # both wrong, both right, ours alone, theirs alone
+        ours, theirs = (drawn == 1) | (drawn == 2), (drawn == 1) | (drawn == 3)
+        outcomes = answered("b", ours.astype(float)) + answered("a", theirs.astype(float))
+        low, high = row_of(outcomes, higher_is_better=True).over_items.interval
+        held += low <= 0.05 <= high
+    # Exact intervals of counts hold it too often rather than too rarely.
+    assert 0.95 - 3 * math.sqrt(0.95 * 0.05 / studies) <= held / studies < 0.99
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_equal_starts_seem_different_in_five_per_cent_of_studies_at_most(shared):
+    rng, studies = np.random.default_rng(5), 400
+    truth = {start: {1.0: 1.0, 2.0: 1.0, 4.0: 1.0} for start in "abcdefg"}
+    # With as many rates each, noise that validation and test have in common favours none.
+    noise = dict(run_noise=1.0) if shared else dict(validation_noise=1.0, test_noise=1.0)
+    alarms = uncorrected = 0
+    for _ in range(studies):
+        rows = compared(outcomes_of(truth, range(4), rng, seed_noise=2.0, **noise), "a", False)
+        alarms += any(row.verdict in ("better", "worse") for row in rows)
+        uncorrected += any(row.over_seeds is not None and row.over_seeds.p <= 0.05 for row in rows)
+    assert 0.005 < alarms / studies <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / studies)
+    assert uncorrected / studies > 0.12
+
+
+def test_a_figure_that_chose_the_rate_flatters_and_another_does_not():
+    rng, studies, seeds = np.random.default_rng(6), 600, 4
+    truth = {"a": {2.0**power: 1.0 for power in range(5)}}
+    unbiased, flattered = [], []
+    for _ in range(studies):
+        outcomes = outcomes_of(truth, range(seeds), rng, validation_noise=1.0, test_noise=1.0)
+        unbiased.append(compared(outcomes, "a", False)[0].mean - 1)
+        by_test = [replace(outcome, validation=outcome.test) for outcome in outcomes]
+        flattered.append(compared(by_test, "a", False)[0].mean - 1)
+    error = 1 / math.sqrt(seeds) / math.sqrt(studies)
+    assert abs(np.mean(unbiased)) < 3 * error
+    # The least of five normal numbers lies 1.163 standard deviations under their mean.
+    assert np.mean(flattered) == pytest.approx(-1.163 / math.sqrt(seeds), abs=3 * error)
+
+
+def test_more_rates_are_an_advantage_where_seeds_are_shared_and_none_on_other_seeds():
+    rng, studies = np.random.default_rng(7), 400
+    truth = {"a": {1.0: 1.0}, "b": {2.0**power: 1.0 for power in range(8)}}
+    same, fresh = [], []
+    for _ in range(studies):
+        outcomes = outcomes_of(truth, range(8), rng, run_noise=1.0)
+        chooses, reports = ([run for run in outcomes if run.seed % 2 == odd] for odd in (0, 1))
+        same.append(row_of(reports).over_seeds.value)
+        fresh.append(row_of(reports, choices=best_rates(chooses, False)).over_seeds.value)
+    error = math.sqrt(2 / 4) / math.sqrt(studies)
+    # The least of eight normal numbers lies 1.424 standard deviations under their mean.
+    assert np.mean(same) == pytest.approx(-1.424 / 2, abs=3 * error)
+    assert abs(np.mean(fresh)) < 3 * error
+
+
+def test_a_true_difference_is_found_as_often_as_the_noncentral_t_predicts():
+    rng, studies, seeds, difference = np.random.default_rng(8), 800, 5, 0.8
+    found = wrong = 0
+    for _ in range(studies):
+        truth = {"a": {1.0: 2.0}, "b": {1.0: 2.0 - difference}}
+        row = row_of(outcomes_of(truth, range(seeds), rng, seed_noise=3.0, test_noise=0.4))
+        found += row.verdict == "better"
+        wrong += row.verdict == "worse"
+    shift = difference / (0.4 * math.sqrt(2)) * math.sqrt(seeds)
+    power = float(stats.nct.sf(stats.t.ppf(0.975, seeds - 1), seeds - 1, shift))
+    assert 0.5 < power < 0.9 and is_within_error(found / studies, power, studies) and wrong == 0
+
+
+def test_pairs_of_seeds_find_what_two_groups_of_seeds_do_not():
+    rng, studies = np.random.default_rng(9), 300
+    paired = grouped = 0
+    for _ in range(studies):
+        truth = {"a": {1.0: 2.0}, "b": {1.0: 1.5}}
+        outcomes = outcomes_of(truth, range(5), rng, seed_noise=1.0, test_noise=0.2)
+        paired += row_of(outcomes).verdict == "better"
+        ours, theirs = ([run.test for run in outcomes if run.start == start] for start in "ba")
+        grouped += stats.ttest_ind(ours, theirs).pvalue <= 0.05
+    assert paired / studies > 0.7 and grouped / studies < 0.2
