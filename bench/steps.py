@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import headstart as hs
+from bench.finetuned import BASELINE, Planned
 from bench.harness import interleave, paired_ratio, paragraph, shared_copy, table, token_batches, write
-from bench.study_tables import BASELINE, Planned
 from headstart.runs.model import load_base, made_ready
 from headstart.runs.read import tasks_of
 from headstart.tasks.rows import read

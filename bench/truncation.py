@@ -19,8 +19,7 @@ from peft import PeftModel
 from torch.nn import functional
 
 import headstart as hs
-from bench.harness import table, write
-from bench.study_tables import (
+from bench.finetuned import (
     ADAPTER,
     BASELINE,
     TASKS,
@@ -36,6 +35,7 @@ from bench.study_tables import (
     run_all,
     shared_arguments,
 )
+from bench.harness import table, write
 from headstart.evaluation.answers import evaluating
 from headstart.evaluation.own import Asker, Asking, classified
 from headstart.files import write_json

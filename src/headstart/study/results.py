@@ -66,9 +66,9 @@ def value(result: Result | None, figure: str, when: str = "end") -> float:
         return math.nan
     if result.status in ("diverged", "pruned"):
         return math.inf if figure.rpartition("/")[2] == "loss" else -math.inf
-    # Graded answers have no "/end": they are asked once.
-    known = result.metrics.get(f"{figure}/{when}") or (result.metrics.get(figure) if when == "end" else None)
-    return math.nan if known is None else known.value
+    # Graded answers have no "/end": they are asked once. Without held-out data there are validation data alone.
+    names = [f"{figure}/{when}", figure, f"{figure}/{VALIDATION}"] if when == "end" else [f"{figure}/{when}"]
+    return next((result.metrics[name].value for name in names if name in result.metrics), math.nan)
 
 
 def outcomes(cells: Sequence[Cell], results: Results, chosen: str, reported: str) -> list[Outcome]:
@@ -82,7 +82,9 @@ def outcomes(cells: Sequence[Cell], results: Results, chosen: str, reported: str
         if result is None or result.status == "failed":
             continue
         when = VALIDATION if cell.run.data.validation_examples else "end"
-        made.append(Outcome(cell.start, cell.rate, cell.seed, value(result, chosen, when), value(result, reported)))
+        figures = value(result, chosen, when), value(result, reported)
+        if not any(map(math.isnan, figures)):
+            made.append(Outcome(cell.start, cell.rate, cell.seed, *figures))
     return made
 
 

@@ -88,7 +88,7 @@ class Summary:
     @property
     def validated(self) -> bool:
         """Whether rates are chosen on other data than are reported."""
-        return all(cell.run.data.validation_examples > 0 for cell, _ in self.cells)
+        return all(cell.run.data.validation_examples and cell.run.data.held_out_examples for cell, _ in self.cells)
 
     @property
     def seeds(self) -> int:
@@ -114,7 +114,7 @@ class Summary:
         if self.rates > 1 and not self.validated:
             said.append(
                 "Rates are chosen on the very data that are reported, which flatters each start, and those with more "
-                "rates more: set data.validation_examples."
+                "rates more: set data.validation_examples and data.held_out_examples."
             )
         elif self.rates > 1:
             said.append("Rates are chosen on validation data, and figures are of held-out data.")
@@ -225,5 +225,7 @@ def _reported(cells: Sequence[Cell], results: Results, chosen: str) -> tuple[str
             names = [
                 name.removesuffix("/end") for name in result.metrics if not name.endswith(("/start", "/validation"))
             ]
-            return (chosen, *(name for name in names if name != chosen)) if chosen in names else tuple(names)
+            return (
+                (chosen, *(name for name in names if name != chosen)) if chosen in names or not names else tuple(names)
+            )
     return (chosen,)

@@ -1,8 +1,4 @@
-"""What the studies share: their runs, the loop over them, and the summary over seeds.
-
-Intervals over seeds are Student's t at 95 %; a difference to ``lora`` is taken seed by seed, so what a seed brings to
-all methods alike (head, data order, samples) drops out of it. What a page says in words is computed from its numbers.
-"""
+"""Runs of fine-tuning that measurements rest on: their settings, the loop over them, and means over seeds."""
 
 from __future__ import annotations
 
@@ -23,9 +19,8 @@ import torch
 from scipy.stats import t as student
 from transformers.utils import logging
 
-from bench.harness import table
 from headstart.errors import HeadstartError
-from headstart.evaluation.intervals import CONFIDENCE, wilson
+from headstart.evaluation.intervals import CONFIDENCE
 from headstart.methods import parse_method
 from headstart.runs.read import validated
 from headstart.runs.result import read_result
@@ -248,132 +243,6 @@ def mean_of(values: Sequence[float]) -> Mean:
 def mean(runs: Sequence[Row], key: str) -> Mean:
     """Return the mean of one figure of the runs."""
     return mean_of([run[key] for run in runs])
-
-
-def difference(runs: Sequence[Row], others: Sequence[Row], key: str) -> Mean:
-    """Return the mean over the seeds that both have of the difference in one figure."""
-    by_seed = {run["seed"]: run[key] for run in others}
-    return mean_of([run[key] - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed])
-
-
-# The summary.
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure that methods are compared by: its key in a run, and how it is written."""
-
-    key: str
-    name: str
-    scale: float = 1
-    digits: int = 4
-    higher_is_better: bool = False
-
-    def of(self, runs: Sequence[Row]) -> str:
-        """Return its mean over the runs, written."""
-        return mean(runs, self.key).text(self.scale, self.digits)
-
-    def against(self, runs: Sequence[Row], others: Sequence[Row]) -> str:
-        """Return its difference, written."""
-        return difference(runs, others, self.key).text(self.scale, self.digits, "+")
-
-
-LOSS = Figure("final_loss", "final loss")
-CURVE = Figure("training_loss", "training loss")
-ACCURACY = Figure("accuracy", "accuracy %", 100, 2, True)
-FIGURES = (LOSS, CURVE, ACCURACY)
-FIRST = ("method", "rate", "seeds")
-
-
-def figures_of(runs: Sequence[Row]) -> list[Figure]:
-    """Return the figures that all runs have: texts have an accuracy only where answers are graded."""
-    return [figure for figure in FIGURES if all(figure.key in run for run in runs)]
-
-
-def at_rates(runs: Sequence[Row], method: str) -> dict[float, list[Row]]:
-    """Return a method's runs by learning rate."""
-    of_method = [run for run in runs if run["method"] == method]
-    return {rate: [run for run in of_method if run["lr"] == rate] for rate in sorted({run["lr"] for run in of_method})}
-
-
-def best(runs: Sequence[Row], method: str) -> list[Row]:
-    """Return a method's runs at its best rate: most seeds done first, then the least mean final loss."""
-    groups = at_rates(runs, method).values()
-    return min(groups, key=lambda group: (-len(group), mean(group, LOSS.key).value), default=[])
-
-
-def summary(runs: Sequence[Row], methods: Sequence[str]) -> list[str]:
-    """Return the tables of one task, and the sentences that follow from them."""
-    chosen = {method: at_best for method in methods if (at_best := best(runs, method))}
-    figures = figures_of(runs)
-    graded = ACCURACY in figures
-    names = [figure.name for figure in figures]
-    rows, every = [], []
-    for method, at_best in chosen.items():
-        size, seconds = f"{at_best[0]['trainable']:,}", f"{mean(at_best, 'startup_seconds').value:.2f}"
-        scores = [mean(at_best, "start_loss").text(), *(figure.of(at_best) for figure in figures)]
-        rows.append([*_first(method, at_best), size, *scores, *([pooled(at_best)] if graded else []), seconds])
-        for rate, group in at_rates(runs, method).items():
-            others = at_rates(runs, BASELINE).get(rate, []) if method != BASELINE else []
-            every.append([*_first(method, group), *(f.of(group) for f in figures), LOSS.against(group, others)])
-    titles = [*FIRST, "parameters", "start loss", *names, *(["pooled (Wilson)"] if graded else []), "start-up s"]
-    lines = ["Each method at its best rate:", "", *table(titles, rows), ""]
-    whole = next((method for method in chosen if method.startswith("lora-da") and not _ablated(method)), None)
-    references = [method for method in (BASELINE, whole, "inilora") if method in chosen]
-    for reference in references or [BASELINE]:
-        lines += compared(chosen, reference, figures)
-    titles = [*FIRST, *names, f"final loss minus `{BASELINE}`'s at this rate"]
-    return [*lines, "Every rate:", "", *table(titles, every)]
-
-
-def pooled(runs: Sequence[Row]) -> str:
-    """Return Wilson's interval of the answers of all seeds together."""
-    finite = [run for run in runs if math.isfinite(run["accuracy"])]
-    if not finite:
-        return "-"
-    right = sum(round(run["accuracy"] * run["total"]) for run in finite)
-    low, high = wilson(right, sum(run["total"] for run in finite))
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
-
-
-def _ablated(method: str) -> bool:
-    return any(part in method for part in ("bias=", "variance=", "fisher="))
-
-
-def _first(method: str, runs: Sequence[Row]) -> list[str]:
-    return [method, f"{runs[0]['lr']:g}", str(len(runs))]
-
-
-def compared(chosen: dict[str, list[Row]], reference: str, figures: Sequence[Figure]) -> list[str]:
-    """Return every other method minus the reference, and what that says."""
-    others = {method: runs for method, runs in chosen.items() if method != reference}
-    if reference not in chosen or not others:
-        return [f"There is nothing to compare with `{reference}` yet.", ""]
-    base = chosen[reference]
-    rows = []
-    for method, runs in others.items():
-        seeds = str(difference(runs, base, LOSS.key).count)
-        rows.append([method, f"{runs[0]['lr']:g}", seeds, *(f.against(runs, base) for f in figures)])
-    lines = [f"Minus `{reference}`, each at its best rate, seed by seed:", ""]
-    lines += [*table([*FIRST, *(figure.name for figure in figures)], rows), ""]
-    differences = [{method: difference(runs, base, f.key) for method, runs in others.items()} for f in figures]
-    verdicts = [_verdict(by_method, figure, reference) for by_method, figure in zip(differences, figures, strict=True)]
-    count = sum(change.half is not None for by_method in differences for change in by_method.values())
-    chance = f"Of {count} intervals, {0.05 * count:.1f} would exclude zero by chance if no method differed."
-    ending = [chance, ""] if count else []
-    return [*lines, "A difference counts where its interval excludes zero:", "", *verdicts, "", *ending]
-
-
-def _verdict(differences: dict[str, Mean], figure: Figure, reference: str) -> str:
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": [], "no interval": []}
-    for method, change in differences.items():
-        better = change.sign == (1 if figure.higher_is_better else -1)
-        kind = "better" if better else "worse" if change.sign else "not told apart"
-        groups["no interval" if change.half is None else kind].append(f"`{method}`")
-    name = figure.name.removesuffix(" %").capitalize()
-    if len(groups["not told apart"]) == len(differences):
-        return f"- {name}: no difference from `{reference}` whose interval excludes zero."
-    return f"- {name}: " + "; ".join(f"{kind}: {', '.join(named)}" for kind, named in groups.items() if named) + "."
 
 
 def paragraphs(*texts: str) -> list[str]:
