@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 import headstart as hs
+from fresh import Interpreter
 from headstart.layers.find import lora_layers
 from headstart.layers.weights import whole
 from headstart.methods import method_class
@@ -338,7 +339,7 @@ def logits(model: nn.Module, batch: dict) -> torch.Tensor:
     return out
 
 
-def assert_refused_without_headstart(folder, sentence):
+def assert_refused_without_headstart(fresh, folder, sentence):
     """That a program with PEFT alone fails with the sentence where it loads the checkpoint in ``folder / "c"``."""
     tiny_llama().save_pretrained(folder / "base")
     script = f"""
@@ -354,7 +355,15 @@ else:
     raise SystemExit("loaded silently")
 assert "headstart" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    fresh.run(script)
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """Runs programs that find neither PEFT nor headstart imported, and all that PEFT imports."""
+    interpreter = Interpreter("accelerate", "bitsandbytes", "transformers.models.llama.modeling_llama")
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture

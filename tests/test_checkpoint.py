@@ -238,10 +238,10 @@ def test_pefts_own_folder_of_a_residual_model(tmp_path, batch):
         hs.load_checkpoint(started(tiny_llama(), "init-ab", form="residual"), tmp_path / "c")
 
 
-def test_an_unaware_program_is_told(tmp_path):
+def test_an_unaware_program_is_told(tmp_path, fresh):
     """PEFT without headstart must not load an anchored checkpoint as if it were a plain one."""
     hs.save_checkpoint(started(tiny_llama(), "pissa"), tmp_path / "c")
-    assert_refused_without_headstart(tmp_path, "headstart.load_checkpoint")
+    assert_refused_without_headstart(fresh, tmp_path, "headstart.load_checkpoint")
 
 
 def test_the_record_says_how_it_was_made(tmp_path):

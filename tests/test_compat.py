@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from peft.tuners.lora import layer as lora_layer
@@ -63,12 +60,12 @@ assert torch.equal(logits(again, token_batch()), logits(model, token_batch()))
 """
 
 
-def run(change, program, folder, tests):
+def run(change, program, folder, tests, fresh):
     text = PROGRAM.format(change=change, tests=str(tests), program=program.replace("{folder!r}", repr(str(folder))))
-    subprocess.run([sys.executable, "-c", text], check=True, timeout=240)
+    fresh.run(text)
 
 
-def test_changed_steps_warn_and_leave_the_rest_alone(tmp_path, request):
+def test_changed_steps_warn_and_leave_the_rest_alone(tmp_path, request, fresh):
     """All four at once: two are gone, and two have other arguments."""
     change = """
 from peft.tuners.lora.layer import LoraLayer
@@ -101,7 +98,7 @@ else:
     raise SystemExit("anchors were dropped in silence")
 """
     )
-    run(change, program, tmp_path / "a", request.path.parent)
+    run(change, program, tmp_path / "a", request.path.parent, fresh)
 
 
 def test_extending_twice_is_extending_once():

@@ -40,9 +40,10 @@ YAMLS = {
 
 
 @pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    """Of scikit-learn's metrics each takes milliseconds."""
+def quick(monkeypatch):
+    """Few resamples, as scikit-learn's metrics take milliseconds each; and lm-eval lists no packages, as pip would."""
     monkeypatch.setattr(intervals, "_RESAMPLES", 60)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
 
 
 @pytest.fixture(scope="module")

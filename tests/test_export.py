@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -123,7 +121,7 @@ def test_a_rank_that_is_enough_loses_nothing(tmp_path, batch):
     assert hs.save_lora(model, tmp_path / "more", rank=100) == 0.0
 
 
-def test_an_unaware_process_gets_the_same_logits(tmp_path):
+def test_an_unaware_process_gets_the_same_logits(tmp_path, fresh):
     model = started(tiny_gpt2(), "init-ab:beta=2", target_modules=["c_attn", "c_proj"])
     perturb(model)
     hs.save_lora(model, tmp_path / "adapter")
@@ -144,7 +142,7 @@ for each in (model, model.merge_and_unload()):
     found = each(**case).logits
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    fresh.run(script)
 
 
 @pytest.mark.parametrize("save", [hs.save_lora, hs.save_checkpoint])

@@ -117,9 +117,9 @@ def test_a_mark_says_the_form_of_every_layer():
 
 
 @pytest.mark.parametrize("form", FORMED)
-def test_a_program_without_headstart_is_told(form, tmp_path):
+def test_a_program_without_headstart_is_told(form, tmp_path, fresh):
     hs.save_checkpoint(trained(form), tmp_path / "c")
-    assert_refused_without_headstart(tmp_path, SENTENCE)
+    assert_refused_without_headstart(fresh, tmp_path, SENTENCE)
 
 
 # What earlier versions wrote: whole factors beside anchors that were parameters, and cores that were parameters.

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -131,7 +128,7 @@ broken = of_nothing
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_command_line_finds_an_installed_one(tmp_path):
+def test_the_command_line_finds_an_installed_one(tmp_path, fresh):
     site = tmp_path / "site"
     (site / "mine-1.0.dist-info").mkdir(parents=True)
     (site / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
@@ -139,16 +136,13 @@ def test_the_command_line_finds_an_installed_one(tmp_path):
     (site / "of_weight.py").write_text((FOLDER / "of_weight.py").read_text(encoding="utf-8"))
     base = copy.deepcopy(tiny_llama())
     base.save_pretrained(tmp_path / "base")
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "headstart.cli"]
-    given = dict(env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=200, check=False)
-    listed = subprocess.run([*command, "methods"], **given)
-    assert listed.returncode == 0 and "longest-rows" in listed.stdout and "pissa" in listed.stdout
-    assert "entry point 'broken'" in listed.stderr
+    program = f"import sys\nsys.path.insert(0, {str(site)!r})\nfrom headstart.cli import main\nmain({{}})"
+    listed, said = fresh.run(program.format(["methods"]))
+    assert "longest-rows" in listed and "pissa" in listed
+    assert "entry point 'broken'" in said
     out = tmp_path / "out"
     options = ["--method", "longest-rows", "--stream", "--targets", ",".join(TARGETS), "--rank", "4", "--alpha", "8"]
-    made = subprocess.run([*command, "init", str(tmp_path / "base"), *options, "--out", str(out)], **given)
-    assert made.returncode == 0, made.stderr
+    fresh.run(program.format(["init", str(tmp_path / "base"), *options, "--out", str(out)]))
     loaded = hs.load_checkpoint(tiny_llama(), out)
     agree(factors(loaded), factors(started("longest-rows")[0]))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import subprocess
 import sys
 import threading
 
@@ -33,11 +32,10 @@ ORDERS = {
 }
 
 
-def run(program, request):
-    text = EXTENDED.format(tests=str(request.path.parent)) + program
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(fresh, request):
+    """A function that runs a program, which can ask whether PEFT is extended."""
+    return lambda program: fresh.run(EXTENDED.format(tests=str(request.path.parent)) + program)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_anchors_are_loaded_by_peft_alone(order, saved, request):
+def test_anchors_are_loaded_by_peft_alone(order, saved, run):
     program = f"""
 {ORDERS[order]}
 import torch
@@ -66,10 +64,10 @@ model = PeftModel.from_pretrained(base, {str(saved / "adapter")!r}).eval()
 with torch.no_grad():
     assert torch.equal(model(**expected["batch"]).logits, expected["logits"])
 """
-    run(program, request)
+    run(program)
 
 
-def test_a_trainer_resumes_in_a_program_that_only_imports_headstart(tmp_path, request):
+def test_a_trainer_resumes_in_a_program_that_only_imports_headstart(tmp_path, run):
     tiny_llama().save_pretrained(tmp_path / "base")
     whole = Trainer(started(tiny_llama(), "pissa"), arguments(tmp_path / "run"), train_dataset=rows())
     whole.train()
@@ -92,10 +90,10 @@ assert trained.keys() == whole["weights"].keys()
 for name, value in trained.items():
     assert torch.equal(value, whole["weights"][name]), name
 """
-    run(program, request)
+    run(program)
 
 
-def test_peft_is_found_and_read_as_without_headstart(request):
+def test_peft_is_found_and_read_as_without_headstart(run):
     program = """
 import importlib.metadata, importlib.resources, importlib.util, inspect, pkgutil
 from importlib.machinery import PathFinder, SourceFileLoader
@@ -112,10 +110,10 @@ assert importlib.util.find_spec("peft") is peft.__spec__
 assert "LoraConfig" in inspect.getsource(peft) and importlib.resources.files("peft").joinpath("tuners").is_dir()
 assert extended()
 """
-    run(program, request)
+    run(program)
 
 
-def test_peft_imported_again_is_extended_again(request):
+def test_peft_imported_again_is_extended_again(run):
     program = """
 import importlib
 import headstart, peft
@@ -128,10 +126,10 @@ for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
 import peft as another
 assert another is not peft and extended()
 """
-    run(program, request)
+    run(program)
 
 
-def test_threads_that_import_at_once_find_it_extended(request):
+def test_threads_that_import_at_once_find_it_extended(run):
     program = """
 import threading
 sys.setswitchinterval(1e-5)
@@ -152,7 +150,7 @@ for thread in threads:
     thread.join()
 assert failed == [] and first == [True] * 6, (failed, first)
 """
-    run(program, request)
+    run(program)
 
 
 CHANGED = """
@@ -182,7 +180,7 @@ with warnings.catch_warnings(record=True) as caught:
 """
 
 
-def test_a_changed_peft_warns_when_it_is_imported_and_loads(saved, request):
+def test_a_changed_peft_warns_when_it_is_imported_and_loads(saved, run):
     program = f"""
 {CHANGED}
 import torch
@@ -193,7 +191,7 @@ model = peft.PeftModel.from_pretrained(base, {str(saved / "adapter")!r}).eval()
 with torch.no_grad():
     assert torch.equal(model(**expected["batch"]).logits, expected["logits"])
 """
-    run(program, request)
+    run(program)
 
 
 class Finder:

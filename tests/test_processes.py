@@ -73,7 +73,7 @@ def together(folder, function, *arguments, count=2):
     """Run ``function(rank, ...)`` in ``count`` processes; return what each returned."""
     context = multiprocessing.get_context("forkserver")
     # Imported once for all: each process would spend most of its time on that.
-    context.set_forkserver_preload(["headstart", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(["headstart.initialize", "transformers.trainer", "hypothesis", "pytest"])
     started = [
         context.Process(target=_worker, args=(rank, count, folder, function, arguments)) for rank in range(count)
     ]

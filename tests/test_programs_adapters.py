@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -218,11 +215,11 @@ def test_what_is_not_exported_is_not_combined(form):
 
 
 SERVING = """
-import json, sys
+import sys
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-for base, adapter, case in json.loads(sys.argv[1]):
+for base, adapter, case in {cases}:
     batch = load_file(case)
     expected = batch.pop("expected")
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -238,7 +235,7 @@ assert "headstart" not in sys.modules
 """
 
 
-def test_a_process_without_headstart_serves_and_merges(tmp_path):
+def test_a_process_without_headstart_serves_and_merges(tmp_path, fresh):
     batch = token_batch(padded=False)
     cases = []
     for make in (tiny_llama, tiny_gpt2):
@@ -250,10 +247,8 @@ def test_a_process_without_headstart_serves_and_merges(tmp_path):
             model = exported(form, path, base=make, target_modules=targets)
             save_file({**batch, "expected": logits(model, batch)}, path.with_suffix(".safetensors"))
             cases.append([str(base), str(path), str(path.with_suffix(".safetensors"))])
-    command = [sys.executable, "-c", SERVING, json.dumps(cases)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == [adapter for _, adapter, _ in cases]
+    out, _ = fresh.run(SERVING.format(cases=cases))
+    assert out.split() == [adapter for _, adapter, _ in cases]
 
 
 @pytest.mark.parametrize("form", ["anchored", "core"])

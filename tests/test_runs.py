@@ -269,10 +269,16 @@ def test_cut_in_three_the_losses_are_those_of_the_uncut_run(model, data, tmp_pat
     assert len(set(starts)) == 1 and result.start["method"] == "lora-one:samples=8"
 
 
+@pytest.fixture(scope="module")
+def uncut(model, data, tmp_path_factory):
+    """A run with every stage, and its result."""
+    run = small_run(model, data, start={"method": "pissa"}, evaluation={"graded_examples": 2, "max_new_tokens": 16})
+    return run, execute(run, tmp_path_factory.mktemp("uncut") / "whole")
+
+
 @pytest.mark.parametrize("stage", ["_begin", "_train", "save_trained", "_graded", "write_result"])
-def test_killed_at_any_stage_the_same_call_goes_on(stage, model, data, tmp_path):
-    run = small_run(model, data, start={"method": "pissa"}, evaluation={"graded_examples": 2})
-    whole = execute(run, tmp_path / "whole")
+def test_killed_at_any_stage_the_same_call_goes_on(stage, uncut, tmp_path):
+    run, whole = uncut
 
     def arrange():
         setattr(stages, stage, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))

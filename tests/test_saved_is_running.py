@@ -129,9 +129,9 @@ def reloaded(model, inside, cast, way, folder):
 COMBINATIONS = [(cast, form) for cast in CASTS for form in FORMS]
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(list(WRAPPERS)), st.sampled_from(COMBINATIONS), st.sampled_from(WAYS), st.booleans())
-def test_what_is_saved_is_what_runs(tmp_path_factory, wrapper, combination, way, use_rslora):
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(list(WRAPPERS)), st.sampled_from(COMBINATIONS), st.booleans())
+def test_what_is_saved_is_what_runs(tmp_path_factory, wrapper, combination, use_rslora):
     cast, form = combination
     model, inside = run(wrapper, cast, form, use_rslora)
     factors = torch.bfloat16 if cast == "bfloat16 factors" else dtype_of(cast)
@@ -141,7 +141,9 @@ def test_what_is_saved_is_what_runs(tmp_path_factory, wrapper, combination, way,
     wanted, change = exact(inside), exact(inside) - exact(Net().to(dtype_of(cast)))
     assert change.norm() > 0.01 * wanted.norm()
     assert (running - wanted).norm() <= RUNNING[cast] * wanted.norm()
-    loaded = reloaded(model, inside, cast, way, tmp_path_factory.mktemp("saved") / "a")
-    # Else there are products and a residual weight that were rounded in float32; what rounds to bfloat16 does so once.
-    tolerance = 2 * torch.finfo(torch.bfloat16).eps if rounded(cast, form, way) else 1e-6
-    assert (exact(loaded) - wanted).norm() <= tolerance * wanted.norm()
+    for way in WAYS:
+        loaded = reloaded(model, inside, cast, way, tmp_path_factory.mktemp("saved") / "a")
+        # Else there are products and a residual weight that were rounded in float32; what rounds to bfloat16 does so
+        # once.
+        tolerance = 2 * torch.finfo(torch.bfloat16).eps if rounded(cast, form, way) else 1e-6
+        assert (exact(loaded) - wanted).norm() <= tolerance * wanted.norm(), way

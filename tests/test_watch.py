@@ -147,7 +147,7 @@ def test_gradient_checkpointing_is_nothing_to_report(form, reentrant, batch):
 
 @pytest.mark.parametrize("form", FORMED)
 def test_compiled_from_the_first_pass(form, batch):
-    model = started(tiny_llama(), FORMED[form], target_modules=["q_proj", "v_proj"]).eval()
+    model = started(tiny_llama(num_hidden_layers=1), FORMED[form], target_modules=["q_proj", "v_proj"]).eval()
     expected = logits(copy.deepcopy(model), batch)
     compiled = torch.compile(model, backend="aot_eager")
     found = compiled(**batch)
@@ -180,7 +180,7 @@ def test_a_compiled_layer_in_a_model_that_is_not(form, broken, batch):
 
 @pytest.mark.parametrize("form", FORMED)
 def test_a_compiled_model_that_breaks_inside_its_layers(form, batch):
-    model = started(tiny_llama(), FORMED[form], target_modules=["q_proj"]).eval()
+    model = started(tiny_llama(num_hidden_layers=1), FORMED[form], target_modules=["q_proj"]).eval()
     expected = logits(model, batch)
     for target in lora_layers(model, "default"):
         target.module.lora_dropout["default"].register_forward_hook(lambda *_: torch._dynamo.graph_break())
