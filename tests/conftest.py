@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -35,6 +36,8 @@ def pytest_configure(config):
     folder = tempfile.TemporaryDirectory(prefix="headstart-inductor-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
     config.add_cleanup(folder.cleanup)
+    # What is imported stays; each training run would look through it several times for what can go.
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -126,7 +126,7 @@ def test_one_run_each_has_the_columns_of_a_comparison(tmp_path):
     assert row.endswith("| not told apart | 0.7500 (0.3010 to 0.9540) |")
     assert "Differences are judged by: bootstrap over 4 items." in text
     assert next(line for line in lines if line.startswith("| lora | 100")) == (
-        "| lora | 100 | 0.50 | 9.50 | 1.00 | 5 % | 1.00 GiB |"
+        "| lora | 100 | 0.50 | 9.50 | 1.00 | 5 % | 1.00 GiB | 6 steps, 10.0 s |"
     )
 
 

@@ -132,11 +132,31 @@ def cost_sheet(summary: Summary, part: Part) -> Sheet:
                 seconds_text(own.measurement),
                 NOTHING if own.share is None else f"{100 * own.share:.2g} %",
                 memory_text(own.memory),
+                _reached(part, row.start, summary.grid.reference),
             )
         )
-    heads = ("start", "trainable", "start-up s", "training s", "measurement s", "start-up share", "peak memory")
-    caption = "What each start costs at its best rate, on average over seeds; the share is of start-up and training."
+    reached = f"to {summary.grid.reference}'s loss"
+    heads = (
+        "start",
+        "trainable",
+        "start-up s",
+        "training s",
+        "measurement s",
+        "start-up share",
+        "peak memory",
+        reached,
+    )
+    caption = (
+        "What each start costs at its best rate, on average over seeds; the share is of start-up and training. Last, "
+        "when it reaches the training loss that the reference ends with, start-up included."
+    )
     return Sheet(caption, heads, rows)
+
+
+def _reached(part: Part, start: str, reference: str) -> str:
+    """Return after how many steps and seconds a start has the reference's last training loss."""
+    reached = part.to_reach(start, reference)
+    return NOTHING if reached is None else f"{reached[0]:.0f} steps, {seconds_text(reached[1])} s"
 
 
 def rates_sheet(summary: Summary) -> Sheet:

@@ -36,7 +36,8 @@ class Result:
         total: how many the model has in training, with all that is frozen beside it.
         revision: the commit of the pretrained model on the hub; None of a local one.
         processes: how many trained together; ``batch.size`` is of each.
-        start: the report of the start; empty where there is none.
+        start: the report of the start; empty where there is none. Of methods that approximate the weight it has their
+            ``relative_error``; ``shared`` says that another run of the study had made it.
         seconds: by stage.
         memory: peak bytes: "resident" of the process, "device" of the accelerator; of what CUDA's allocator reserved,
             "reserved" is the peak, "reserved_mean" and "reserved_99th" (percentile) are over the steps.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import Method, parse_method
 from headstart.processes import Processes, is_sharded, together
 from headstart.progress import Show, silent
+from headstart.report import Report
 from headstart.runs.asked import asked_by
 from headstart.runs.card import write_card
 from headstart.runs.examples import Examples, load_examples
@@ -257,11 +259,19 @@ def _started(trainer: Any, method: Method, run: Run, place: Path, show: Show) ->
         "cached": report.cached,
         "peak_memory": report.peak_memory,
         "seconds_by_step": dict(report.seconds_by_step),
+        **_approximated(report),
     }
     started.warnings = list(report.warnings)
     if trainer.is_world_process_zero():
         keep(trainer.model, run, place / CHECKPOINT)
     return started
+
+
+def _approximated(report: Report) -> dict[str, float]:
+    """Return how far the products are from the weights that they approximate, relative to these, of methods that do."""
+    pairs = [(layer.info["error"], layer.norm_weight) for layer in report.layers if "error" in layer.info]
+    weights = sum(norm**2 for _, norm in pairs if norm)
+    return {"relative_error": math.sqrt(sum(error for error, norm in pairs if norm) / weights)} if weights else {}
 
 
 def _train(trainer: Any, folder: Path, result: Result) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from headstart.runs.folder import ITEMS, LOSSES
@@ -23,6 +24,7 @@ from headstart.study.statistics import (
     compared,
     false_alarms,
     robustness,
+    to_reach,
 )
 
 # How much worse than a start's best is nearly as good: of a loss in nats, of all else in the figure's units.
@@ -51,6 +53,29 @@ class Part:
     def name(self) -> str:
         """The setting in words; empty where there is one only."""
         return ", ".join(f"{axis.rpartition('.')[2]} {label}" for axis, label in self.setting)
+
+    def to_reach(self, start: str, reference: str) -> tuple[float, float] | None:
+        """Return the steps and seconds, start-up included, to the training loss that the reference ends with.
+
+        Both at their best rates, seed by seed and then on average; losses are means of a tenth of the steps. None where
+        a seed never gets there, or has no partner.
+        """
+        partners = {cell.seed: result for cell, result in self.at_best(reference)}
+        reached = []
+        for cell, result in self.at_best(start):
+            series, other = result.series.get("loss", []), partners.get(cell.seed)
+            if other is None or not series or not other.series.get("loss"):
+                return None
+            window = max(1, len(series) // 10)
+            target = fmean(loss for _, loss in other.series["loss"][-window:])
+            each = result.seconds.get("training", 0.0) / series[-1][0]
+            came = to_reach(series, target, each, result.start.get("seconds", 0.0), window)
+            if came is None:
+                return None
+            reached.append(came)
+        if not reached:
+            return None
+        return fmean(steps for steps, _ in reached), fmean(seconds for _, seconds in reached)
 
     def at_best(self, start: str) -> list[tuple[Cell, Result]]:
         """Return a start's finished cells at its best rate, by seed."""
