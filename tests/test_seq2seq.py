@@ -18,11 +18,13 @@ from asking import asked, truths
 from headstart.cli import main
 from headstart.errors import ModelError, RunError, TaskError
 from headstart.methods import parse_method
+from headstart.progress import silent
 from headstart.runs import stages
 from headstart.runs.model import load_base, made_ready
 from headstart.runs.plan import planned
 from headstart.runs.stages import execute
 from headstart.runs.trainers import make_trainer
+from headstart.runs.watch import Watch
 from headstart.statistics.trainer import from_trainer
 from headstart.tasks.registry import parse_task
 from headstart.tasks.rows import read
@@ -176,7 +178,8 @@ def trainer_of(run, folder):
     task = parse_task(run.data.task)
     base, words = load_base(run, task)
     examples = read(task, run.data.train).examples
-    return make_trainer(run, task, made_ready(base, run, task), words, examples, [], folder, lambda *_: None), examples
+    trainer, _ = make_trainer(run, task, made_ready(base, run, task), words, {"train": examples}, folder, Watch(silent))
+    return trainer, examples
 
 
 def without_dropout(folder):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 
-import psutil
 import pytest
 
 from headstart.errors import HeadstartError, RunError
@@ -201,29 +198,6 @@ def test_starting_over_deletes_what_the_study_wrote_alone(material, tmp_path):
     (tmp_path / CELLS).rename(tmp_path / "other")
     with pytest.raises(RunError, match="something else than a study"):
         run_study(study(material), tmp_path)
-
-
-def test_several_workers_do_each_cell_once_and_one_that_is_killed_is_replaced(material, tmp_path):
-    settings = study(material, seeds=2)
-    begun = []
-
-    def kill_one(*_):
-        # A worker is at its cell while it shows progress.
-        if not begun:
-            for child in _children():
-                begun.append(child)
-                os.kill(child, signal.SIGKILL)
-                break
-
-    grid = run_study(settings, tmp_path / "several", workers=2, show=kill_one)
-    assert begun and summarised(grid, tmp_path / "several").counted() == {"done": 8}
-    run_study(settings, tmp_path / "alone")
-    assert losses(grid, tmp_path / "several") == losses(grid, tmp_path / "alone")
-    assert not list((tmp_path / "several").rglob("*.lock"))
-
-
-def _children():
-    return [child.pid for child in psutil.Process().children() if any("spawn_main" in word for word in child.cmdline())]
 
 
 _PROGRAM = """

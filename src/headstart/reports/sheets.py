@@ -261,15 +261,20 @@ def conditions(summary: Summary) -> list[tuple[str, str]]:
     base, study = summary.grid.base, summary.grid.study
     first = next((result for _, result in summary.cells if result is not None and result.environment), None)
     length = f"{base.schedule.steps:,} steps" if base.schedule.steps else f"{base.schedule.epochs or 1:g} epochs"
-    held_out = f", {base.data.held_out_examples:,} held out" if base.data.held_out_examples else ""
-    validation = f", {base.data.validation_examples:,} for validation" if base.data.validation_examples else ""
+    # What was measured may be less than what was asked for.
+    done = next((result.data for _, result in summary.cells if result is not None and result.data), {})
+    counts = {
+        "held out": done.get("held_out", {}).get("examples", base.data.held_out_examples),
+        "for validation": done.get("validation", {}).get("examples", base.data.validation_examples),
+    }
+    measured = "".join(f", {count:,} {words}" for words, count in counts.items() if count)
     targets = base.adapter.targets if isinstance(base.adapter.targets, str) else ", ".join(base.adapter.targets)
     known = [
         (
             "model",
             f"{base.model.name}, {base.model.dtype}" + (f", {base.model.bits} bits" if base.model.bits < 16 else ""),
         ),
-        ("task", base.data.task + (f" ({base.data.train})" if base.data.train else "") + held_out + validation),
+        ("task", base.data.task + (f" ({base.data.train})" if base.data.train else "") + measured),
         ("adapter", f"{base.adapter.kind}, r {base.adapter.r}, alpha {base.adapter.alpha:g}, {targets}"),
         (
             "training",

@@ -14,7 +14,7 @@ from headstart.files import write_json
 from headstart.progress import Show, silent
 from headstart.runs.folder import ITEMS, LOSSES, SAVES, SETTINGS, START, TRAINED
 from headstart.runs.result import FILE
-from headstart.study.cells import Grid
+from headstart.study.cells import Cell, Grid
 from headstart.study.results import CELLS, STARTS, Results, check_folder, noted_cells
 from headstart.study.tree import Study, validated_study
 from headstart.study.work import Terms, Worker
@@ -38,6 +38,7 @@ def run_study(
     prune: bool = False,
     max_seconds: float | None = None,
     show: Show = silent,
+    begun: Callable[[Cell], None] = lambda cell: None,
     ended: Callable[[], object] = lambda: None,
 ) -> Grid:
     """Do what is left of a study in its folder; return its grid, whose results lie there.
@@ -52,6 +53,7 @@ def run_study(
         prune: give up rates that are hopeless after a third of the steps.
         max_seconds: begin no cell after so long.
         show: draws progress.
+        begun: called with each cell that this process itself begins.
         ended: called now and then after cells have ended, the last time after the last one.
 
     Raises:
@@ -73,7 +75,7 @@ def run_study(
     elif workers > 1:
         work_together(grid, folder, terms, workers, show=show, ended=rarely)
     else:
-        _work_alone(grid, folder, terms, show, rarely)
+        _work_alone(grid, folder, terms, show, begun, rarely)
     ended()
     return grid
 
@@ -119,19 +121,22 @@ def start_over(folder: Path) -> None:
             place.rmdir()
 
 
-def _work_alone(grid: Grid, folder: Path, terms: Terms, show: Show, rarely: Callable[[], None]) -> None:
+def _work_alone(
+    grid: Grid, folder: Path, terms: Terms, show: Show, begun: Callable[[Cell], None], rarely: Callable[[], None]
+) -> None:
     current = ""
 
-    def begun(name: str) -> None:
+    def begins(cell: Cell) -> None:
         nonlocal current
-        current = name
+        current = cell.name
+        begun(cell)
 
     Worker(
         grid,
         folder,
         terms,
         show=lambda step, done, total: show(f"{current}: {step}" if current else step, done, total),
-        begun=lambda cell: begun(cell.name),
+        begun=begins,
         ended=lambda cell: rarely(),
     ).work()
 
