@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import TaskID
 
 # Called with a step's name, how much of it is done, and how much there is. What follows a tab in the name is a detail
@@ -23,17 +23,26 @@ def silent(step: str, done: int, total: int) -> None:
 
 
 @contextmanager
-def progress_bars(console: Console | None = None) -> Iterator[Show]:
+def progress_bars(
+    console: Console | None = None, above: Callable[[], Sequence[RenderableType]] = tuple
+) -> Iterator[Show]:
     """Yield a function (step, done, total) that draws one bar for each step, once a second has gone by.
 
-    Bars go to standard error; where that is neither a terminal nor a notebook, nothing is drawn.
+    Bars go to standard error; where that is neither a terminal nor a notebook, nothing is drawn. ``above`` gives what
+    is shown over them, such as a table that fills.
     """
     # Rich is only needed where something is drawn; methods and statistics import this file for its types.
     from rich import console as consoles
     from rich import progress as rich
 
     console = console or consoles.Console(stderr=True)
-    bars = rich.Progress(
+
+    class Bars(rich.Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield from above()
+            yield self.make_tasks_table(self.tasks)
+
+    bars = Bars(
         rich.TextColumn("{task.description:<34}"),
         rich.BarColumn(bar_width=28),
         rich.MofNCompleteColumn(),

@@ -29,6 +29,8 @@ from headstart.files import write_whole
 from headstart.progress import progress_bars
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from headstart.study.cells import Grid
     from headstart.study.summary import Summary
     from headstart.study.tree import Study
@@ -166,16 +168,19 @@ def compare(
         start_over(out)
     page, text = (out / name for name in PAGES[:2])
 
+    latest: list[RenderableType] = []
+
     def write() -> Summary | None:
         summary = summarised(grid, out, refine=refine)
         if not summary.counted().get("done"):
             return None  # there is nothing yet that a page could show
         write_whole(text, markdown(summary))
         write_page(page, summary)
+        latest[:] = ranking_table(summary)[:1]
         return summary
 
     gc.freeze()  # what is imported stays, and each run would look through it several times for what can go
-    with progress_bars(console) as show:
+    with progress_bars(console, above=lambda: latest) as show:
         run_study(
             study,
             out,

@@ -11,7 +11,7 @@ from headstart.progress import Show, silent
 from headstart.study.cells import Grid
 from headstart.study.results import Results, all_cells
 from headstart.study.tree import Study
-from headstart.study.work import Terms, Worker, is_final
+from headstart.study.work import BAR, Terms, Worker, is_final
 
 # Ray starts a lost worker's task again on another machine, so often; what was begun is gone on with.
 _RETRIES = 3
@@ -62,7 +62,7 @@ def work_on_ray(
             done, tasks = ray.wait(tasks, timeout=_PAUSE)
             cells = all_cells(grid, results, refine=terms.refine)
             finished = sum(is_final(results.of(cell), terms) for cell in cells)
-            show("cells", finished, len(cells))
+            show(BAR, finished, len(cells))
             if finished > last:
                 last = finished
                 ended()

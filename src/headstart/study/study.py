@@ -17,7 +17,7 @@ from headstart.runs.result import FILE
 from headstart.study.cells import Cell, Grid
 from headstart.study.results import CELLS, STARTS, Results, check_folder, noted_cells
 from headstart.study.tree import Study, validated_study
-from headstart.study.work import Terms, Worker
+from headstart.study.work import BAR, Terms, Worker
 from headstart.study.workers import work_together
 
 STUDY = "study.json"
@@ -131,11 +131,16 @@ def _work_alone(
         current = cell.name
         begun(cell)
 
+    def shown(step: str, done: int, total: int) -> None:
+        # One bar for each kind of step, whichever cell is at it.
+        name, _, detail = step.partition("\t")
+        show(name if name == BAR else "\t".join([name, ", ".join(filter(None, [current, detail]))]), done, total)
+
     Worker(
         grid,
         folder,
         terms,
-        show=lambda step, done, total: show(f"{current}: {step}" if current else step, done, total),
+        show=shown,
         begun=begins,
         ended=lambda cell: rarely(),
     ).work()

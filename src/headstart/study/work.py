@@ -18,6 +18,8 @@ from headstart.study.cells import Cell, Grid
 from headstart.study.prune import hopeless
 from headstart.study.results import CELLS, STARTS, Results, all_cells
 
+# The step that is shown of the study as a whole; all others are a cell's.
+BAR = "cells"
 _PAUSE = 0.5
 
 
@@ -79,6 +81,7 @@ class Worker:
         while not self._late():
             cells = all_cells(self._grid, self._results, refine=self._terms.refine)
             left = [cell for cell in cells if not self._is_final(cell)]
+            self._show(BAR, len(cells) - len(left), len(cells))
             if not left:
                 return
             if not self._do_one(left):

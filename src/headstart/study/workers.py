@@ -22,7 +22,7 @@ from headstart.progress import Show, silent
 from headstart.study.cells import Cell, Grid
 from headstart.study.results import Results, all_cells
 from headstart.study.tree import Study
-from headstart.study.work import Terms, Worker, note_lost
+from headstart.study.work import BAR, Terms, Worker, note_lost
 
 # A cell whose worker dies is begun again by another one, so often.
 _ATTEMPTS = 2
@@ -127,7 +127,7 @@ def _give_up(hand: _Hand, grid: Grid, folder: Path, terms: Terms) -> None:
 
 def _hired(context: Any, study: Study, folder: Path, terms: Terms, number: int, workers: int) -> _Hand:
     here, there = context.Pipe(duplex=False)
-    arguments = (study.model_dump(mode="json"), str(folder), terms, there)
+    arguments = (study.model_dump(mode="json"), str(folder), terms, number, there)
     process = context.Process(target=_work, args=arguments, name=f"headstart worker {number}")
     with _environment(number, workers):
         process.start()
@@ -152,7 +152,7 @@ def _environment(number: int, workers: int) -> Iterator[None]:
             del os.environ[name]
 
 
-def _work(settings: dict[str, Any], folder: str, terms: Terms, pipe: Connection) -> None:
+def _work(settings: dict[str, Any], folder: str, terms: Terms, number: int, pipe: Connection) -> None:
     """Be a worker: tell the driver what is done, and end with it."""
     parent = os.getppid()
     # The driver ends its workers; at Ctrl-C both are told.
@@ -173,7 +173,9 @@ def _work(settings: dict[str, Any], folder: str, terms: Terms, pipe: Connection)
         nonlocal last
         if done >= total or time.monotonic() - last > 0.2:
             last = time.monotonic()
-            tell("show", (f"{current[-1] if current else ''}: {step}", done, total))
+            kind = step.partition("\t")[0]
+            name = step if step == BAR else f"worker {number}\t{current[-1] if current else ''}: {kind}"
+            tell("show", (name, done, total))
 
     current: list[str] = []
     try:
