@@ -24,7 +24,7 @@ from headstart.study.results import Results, all_cells
 from headstart.study.tree import Study
 from headstart.study.work import BAR, Terms, Worker, note_lost
 
-# A cell whose worker dies is begun again by another one, so often.
+# A cell whose worker dies is begun again by another one, so often; so are workers that die before they begin any.
 _ATTEMPTS = 2
 _PATIENCE = 1.0
 _GRACE = 10.0
@@ -79,13 +79,14 @@ def work_together(
                     if hand.process.exitcode == 0 or reason:
                         continue
                     deaths[hand.cell] += 1
-                    if not hand.cell or deaths[hand.cell] >= _ATTEMPTS:
+                    if deaths[hand.cell] >= _ATTEMPTS:
                         _give_up(hand, grid, folder, terms)
                     hands.append(_hired(context, grid.study, folder, terms, hand.number, workers))
                     continue
                 kind, content = message
                 if kind == "begun":
                     hand.cell = content
+                    deaths.pop("", None)
                 elif kind == "ended":
                     hand.cell = ""
                     ended()
