@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-import torch
 
 from headstart.files import work_folder
 from headstart.methods import parse_method
@@ -17,6 +16,7 @@ from headstart.progress import Show, silent
 from headstart.runs.result import Result, read_result, write_result
 from headstart.runs.tree import Evaluation, Optimizer, Run, Schedule
 from headstart.store import Store
+from headstart.training.wrap import accelerator
 
 T = TypeVar("T")
 
@@ -72,18 +72,22 @@ class Shared:
         return self._last("data", repr((run.data, asked)), load)
 
     def base(self, run: Run, load: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """Return a base model that is the caller's to change, and its tokenizer: a copy where the memory has room."""
-        if run.model.bits != 16 or torch.accelerator.is_available():
+        """Return a base model that is the caller's to change, and its tokenizer.
+
+        It is a copy of one that is kept in the CPU's memory, where that has room; quantised ones are loaded anew.
+        """
+        if run.model.bits != 16:
             return load()
         key = repr((run.model, run.data.task, run.precision, run.seed))
         if self._kept.get("base", ("", None))[0] != key:
+            self._kept.pop("base", None)
             model, tokenizer = load()
             size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
             if size > psutil.virtual_memory().available * _ROOM:
                 return model, tokenizer
-            self._kept["base"] = (key, (model, tokenizer))
+            self._kept["base"] = (key, (model.to("cpu"), tokenizer))
         model, tokenizer = self._kept["base"][1]
-        return copy.deepcopy(model), tokenizer
+        return copy.deepcopy(model).to(accelerator()), tokenizer
 
     def tokens(self, run: Run) -> dict[str, Any]:
         """Return what holds the data that a trainer has prepared; empty where the last run's were others."""
