@@ -29,6 +29,8 @@ from headstart.study.statistics import (
 
 # How much worse than a start's best is nearly as good: of a loss in nats, of all else in the figure's units.
 WITHIN_LOSS, WITHIN = 0.01, 0.01
+# A training loss is a batch's, and batches differ, so it is only compared in means of so many.
+_FEWEST = 5
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Part:
     def to_reach(self, start: str, reference: str) -> tuple[float, float] | None:
         """Return the steps and seconds, start-up included, to the training loss that the reference ends with.
 
-        Both at their best rates, seed by seed and then on average; losses are means of a tenth of the steps. None where
-        a seed never gets there, or has no partner.
+        Both at their best rates, seed by seed and then on average; losses are means of a tenth of the steps, at least 5. None
+        where a seed never gets there, or has no partner.
         """
         partners = {cell.seed: result for cell, result in self.at_best(reference)}
         reached = []
@@ -66,7 +68,7 @@ class Part:
             series, other = result.series.get("loss", []), partners.get(cell.seed)
             if other is None or not series or not other.series.get("loss"):
                 return None
-            window = max(1, len(series) // 10)
+            window = min(len(series), max(_FEWEST, len(series) // 10))
             target = fmean(loss for _, loss in other.series["loss"][-window:])
             each = result.seconds.get("training", 0.0) / series[-1][0]
             came = to_reach(series, target, each, result.start.get("seconds", 0.0), window)
