@@ -59,8 +59,8 @@ class Part:
     def to_reach(self, start: str, reference: str) -> tuple[float, float] | None:
         """Return the steps and seconds, start-up included, to the training loss that the reference ends with.
 
-        Both at their best rates, seed by seed and then on average; losses are means of a tenth of the steps, at least 5. None
-        where a seed never gets there, or has no partner.
+        Both at their best rates, seed by seed and then on average; losses are means of a tenth of the steps, at least
+        5. None where a seed never gets there, or has no partner.
         """
         partners = {cell.seed: result for cell, result in self.at_best(reference)}
         reached = []
