@@ -13,7 +13,19 @@ from rich.table import Table
 from headstart.cli.app import app
 from headstart.cli.compare import split_methods
 from headstart.cli.console import console, output
-from headstart.cli.options import Alpha, MaxLength, Model, Rank, RsLora, Seed, Targets, target_modules
+from headstart.cli.options import (
+    Alpha,
+    Data,
+    MaxLength,
+    Methods,
+    Model,
+    Rank,
+    RsLora,
+    Seed,
+    Targets,
+    Task,
+    target_modules,
+)
 from headstart.progress import progress_bars
 
 if TYPE_CHECKING:
@@ -27,18 +39,9 @@ _SPECTRAL = ("pissa", "milora", "corda")
 @app.command()
 def advise(
     model: Model = "smollm2",
-    methods: Annotated[
-        str, typer.Option("--methods", "-m", help="Separated by commas or blanks, settings after a colon.")
-    ] = "lora,init-ab,pissa,milora,olora,lora-one:samples=64,lora-ga:samples=64",
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task", help="See `headstart tasks`; text where there are --data, else problems.", show_default=False
-        ),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="A file, a folder with train and test files, or a hub name.")
-    ] = None,
+    methods: Methods = "lora,init-ab,pissa,milora,olora,lora-one:samples=64,lora-ga:samples=64",
+    task: Task = None,
+    data: Data = None,
     lr: Annotated[
         float, typer.Option("--lr", help="A good rate of plain LoRA here, from which the others follow.")
     ] = 2e-4,

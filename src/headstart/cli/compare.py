@@ -13,15 +13,18 @@ from headstart.cli.app import app
 from headstart.cli.console import console, output
 from headstart.cli.options import (
     Alpha,
+    Data,
     Force,
     Form,
     MaxLength,
+    Methods,
     Model,
     Rank,
     RsLora,
     Seed,
     SubtractingForm,
     Targets,
+    Task,
     target_modules,
 )
 from headstart.errors import RunError
@@ -44,18 +47,9 @@ _STUDY = "How the work is done"
 def compare(
     context: typer.Context,
     model: Model = "smollm2",
-    methods: Annotated[
-        str, typer.Option("--methods", "-m", help="Separated by commas or blanks, settings after a colon.")
-    ] = "lora,init-ab,pissa,lora-one:samples=64",
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task", help="See `headstart tasks`; text where there are --data, else problems.", show_default=False
-        ),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="A file, a folder with train and test files, or a hub name.")
-    ] = None,
+    methods: Methods = "lora,init-ab,pissa,lora-one:samples=64",
+    task: Task = None,
+    data: Data = None,
     held_out: Annotated[
         str | None, typer.Option("--held-out", help="Held-out examples, where --data has none.")
     ] = None,

@@ -19,6 +19,15 @@ Targets = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the start, the data order and the built-in problems.")]
 
+Methods = Annotated[str, typer.Option("--methods", "-m", help="Separated by commas or blanks, settings after a colon.")]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task", help="See `headstart tasks`; text where there are --data, else problems.", show_default=False
+    ),
+]
+Data = Annotated[str | None, typer.Option("--data", help="A file, a folder with train and test files, or a hub name.")]
+
 
 class SubtractingForm(enum.Enum):
     """What becomes of the frozen weights; the values are those of ``headstart.initialize_``."""
