@@ -11,8 +11,8 @@ from collections import Counter
 import pytest
 
 from headstart.errors import HeadstartError, RunError
-from headstart.runs.result import read_result, write_result
-from headstart.runs.shared import start_key
+from headstart.runs.result import Result, read_result, write_result
+from headstart.runs.shared import Shared, start_key
 from headstart.study import work as work_module
 from headstart.study.cells import Grid
 from headstart.study.estimate import estimated
@@ -234,3 +234,19 @@ def test_a_reason_that_keeps_all_cells_from_beginning_ends_the_work(material, tm
     with pytest.raises(HeadstartError, match="no cell can begin"):
         Worker(grid, tmp_path, Terms(since=Terms.now())).work()
     assert read_result(Results(tmp_path).place(grid.cells()[0].run)) is None
+
+
+def test_a_start_that_two_processes_made_is_the_first_ones(material, tmp_path):
+    run = Grid(study(material)).cells()[0].run
+    shared = Shared(tmp_path)
+
+    def make(place):
+        # The other one, which was not waited for, ends first.
+        if not list(tmp_path.glob(f"{start_key(run)}/result.json")):
+            Shared(tmp_path / "elsewhere").start(run, lambda there: result)[0].rename(tmp_path / start_key(run))
+        (place / "mine").write_text("")
+        return result
+
+    result = Result(run.key, run.model_dump(mode="json"))
+    place, found = shared.start(run, make)
+    assert found.key == result.key and not (place / "mine").exists() and read_result(place) is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,12 +53,15 @@ class Shared:
             return read_result(place)
 
         def made(_: list[str]) -> dict[str, Result]:
-            # What a process left that died while it put the start in its place.
-            shutil.rmtree(place, ignore_errors=True)
             with work_folder(self._folder, key) as work:
                 result = make(work)
                 write_result(result, work)
-                work.rename(place)
+                try:
+                    work.rename(place)
+                except OSError:
+                    if look_up(key) is None:
+                        raise
+                    # Another process, for which it took too long to wait, was faster: its start is the same.
             self.made += 1
             return {key: result}
 
