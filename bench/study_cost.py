@@ -38,7 +38,7 @@ def finish(grid: Grid, folder: Path) -> None:
     results = Results(folder)
     series = {"loss": [(step, 3.0 - step / STEPS) for step in range(1, STEPS + 1)]}
     for cell in grid.cells()[:-1]:
-        place = results.place(cell.run)
+        place = results.place(cell)
         place.mkdir(parents=True)
         write_result(Result(cell.run.key, cell.run.model_dump(mode="json"), "done", series=series), place)
 

@@ -286,7 +286,7 @@ def test_page_is_written_whole_and_needs_plotly(tmp_path, hostile, monkeypatch):
 def test_pictures_say_what_they_need(tmp_path, hostile, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(pictures, "find_spec", lambda name: None if name == "kaleido" else found(name))
-    assert "pip install kaleido" in pictures.write_pictures(tmp_path / "pictures", hostile)
+    assert 'pip install "headstart[pictures]"' in pictures.write_pictures(tmp_path / "pictures", hostile)
     assert not (tmp_path / "pictures").exists()
 
     def no_browser(drawn, folder):

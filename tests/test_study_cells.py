@@ -12,6 +12,8 @@ from headstart.errors import HeadstartError, RunError
 from headstart.runs.read import recipes
 from headstart.study.cells import Grid
 from headstart.study.rates import beyond, rates_of
+from headstart.study.results import chosen_by
+from headstart.study.study import run_study
 from headstart.study.tree import read_study, validated_study
 
 
@@ -144,6 +146,42 @@ def test_bad_studies_are_one_sentence(settings, sentence):
     with pytest.raises(HeadstartError) as caught:
         grid(**settings).cells()
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_values_that_only_go_together_are_taken_together():
+    best = {"label": "best", "evaluation.keep": "best", "evaluation.every": 2}
+    cells = grid(axes={"kept": [{"label": "last", "evaluation.keep": "last"}, best]}).cells()
+    assert [cell.run.evaluation.keep for cell in cells] == ["last", "best"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "figure"),
+    [
+        ({}, "loss"),
+        ({"base": {"data": {"task": "cola"}}}, "matthews"),
+        ({"base": {"data": {"task": "cola"}}, "chosen_by": "loss"}, "loss"),
+        ({"base": {"evaluation": {"graded_examples": 4}}, "chosen_by": "exact_match"}, "exact_match"),
+    ],
+)
+def test_rates_are_chosen_by_a_figure_that_runs_have(settings, figure):
+    assert chosen_by(grid(**settings)) == figure
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"chosen_by": "exact_match"},  # nothing is graded
+        {
+            "base": {"data": {"validation_examples": 4}, "evaluation": {"graded_examples": 4}},
+            "chosen_by": "exact_match",
+        },
+        {"base": {"data": {"task": "cola"}}, "chosen_by": "mathews"},
+    ],
+)
+def test_a_figure_that_no_run_has_is_refused(settings, tmp_path):
+    with pytest.raises(RunError, match="chosen_by="):
+        run_study(validated_study(settings, "study"), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
 
 
 def test_a_study_is_read_from_its_file(tmp_path):

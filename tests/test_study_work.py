@@ -95,7 +95,7 @@ def test_validation_data_are_not_trained_on_nor_reported(material, tmp_path):
     data = Results(tmp_path).of(cell).data
     assert [data[name]["examples"] for name in ("train", "validation", "held_out")] == [78, 6, 6]
     assert len({data[name]["sha256"] for name in data}) == 3
-    kept = json.loads((Results(tmp_path).place(cell.run) / "losses.json").read_text())
+    kept = json.loads((Results(tmp_path).place(cell) / "losses.json").read_text())
     assert [len(kept[name]["losses"]) for name in ("validation", "held_out")] == [6, 6]
     value = Results(tmp_path).of(cell).metrics["loss/validation"].value
     assert sum(kept["validation"]["losses"]) / sum(kept["validation"]["weights"]) == pytest.approx(value)
@@ -162,7 +162,7 @@ def test_judging_is_by_what_the_best_rate_gained(material, tmp_path):
 
     done = _begun(high.run)
     done.status, done.series = "done", {"loss": [(step, 3.0 - 0.2 * step) for step in range(1, 13)]}
-    write_result(done, Results(tmp_path).place(high.run))
+    write_result(done, Results(tmp_path).place(high))
     judge = hopeless(low, grid, Results(tmp_path))
     # By step 4 the best has gained 0.5 (from step 1 to the mean of steps 3 and 4).
     falling = [(step, 3.0 - 0.052 * step) for step in range(1, 5)]
@@ -188,7 +188,7 @@ def test_no_cell_begins_after_the_time(material, tmp_path):
 
 def test_starting_over_deletes_what_the_study_wrote_alone(material, tmp_path):
     grid = run_study(study(material, axes={"start": ["lora"]}), tmp_path)
-    place = Results(tmp_path).place(grid.cells()[0].run)
+    place = Results(tmp_path).place(grid.cells()[0])
     (place / "notes").write_text("mine")
     for name in ("report.html", "report.md", "notes"):
         (tmp_path / name).write_text("")
@@ -233,7 +233,7 @@ def test_a_reason_that_keeps_all_cells_from_beginning_ends_the_work(material, tm
     monkeypatch.setattr(work_module, "execute", refusing)
     with pytest.raises(HeadstartError, match="no cell can begin"):
         Worker(grid, tmp_path, Terms(since=Terms.now())).work()
-    assert read_result(Results(tmp_path).place(grid.cells()[0].run)) is None
+    assert read_result(Results(tmp_path).place(grid.cells()[0])) is None
 
 
 def test_a_start_that_two_processes_made_is_the_first_ones(material, tmp_path):
@@ -248,5 +248,5 @@ def test_a_start_that_two_processes_made_is_the_first_ones(material, tmp_path):
         return result
 
     result = Result(run.key, run.model_dump(mode="json"))
-    place, found = shared.start(run, make)
+    place, found, _ = shared.start(run, make)
     assert found.key == result.key and not (place / "mine").exists() and read_result(place) is not None

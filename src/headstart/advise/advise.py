@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from headstart.advise.costs import Cost, measured, predicted
+from headstart.advise.costs import Cost, Machine, measured, predicted
 from headstart.advise.probe import Probe, probe
 from headstart.context import Clock
 from headstart.errors import HeadstartError
@@ -22,6 +22,7 @@ from headstart.progress import Show, silent
 from headstart.runs.examples import load_examples
 from headstart.runs.model import load_base, made_ready
 from headstart.runs.read import tasks_of
+from headstart.runs.shared import Shared
 from headstart.runs.trainers import make_trainer
 from headstart.runs.tree import Run
 from headstart.runs.watch import Watch
@@ -77,32 +78,35 @@ def advise(run: Run, methods: Sequence[str], *, batches: int = 4, show: Show = s
     for name in names:
         parse_method(name)
     (task, asked), rows = tasks_of(run), []
-    examples = load_examples(run, task, asked)
-    for place, name in enumerate(names):
-        show("probing starts", place, len(names))
-        with tempfile.TemporaryDirectory() as folder:
+    parts = {"train": load_examples(run, task, asked).by_name()["train"]}
+    machine: Machine | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        shared = Shared(Path(folder))
+        for place, name in enumerate(names):
+            show("probing starts", place, len(names))
             own = run.model_copy(update={"start": run.start.model_copy(update={"method": name})})
-            base, tokenizer = load_base(own, task, progress=False)
-            model = made_ready(base, own, task)
-            parts = {"train": examples.by_name()["train"]}
-            trainer, _ = make_trainer(own, task, model, tokenizer, parts, Path(folder), Watch(silent))
-            rows.append(_advised(own, name, trainer, batches))
+            base, tokenizer = shared.base(run, lambda: load_base(run, task, progress=False))
+            model, known = made_ready(base, own, task), shared.tokens(run)
+            trainer, data = make_trainer(own, task, model, tokenizer, parts, Path(folder), Watch(silent), known)
+            known.update(data)
+            machine = machine or measured(model, _batches(trainer, 1))
+            rows.append(_advised(own, trainer, machine, batches))
     show("probing starts", len(names), len(names))
     return [_rated(row, rows[0], run.optimizer.lr) for row in rows]
 
 
-def _advised(run: Run, name: str, trainer: Any, count: int) -> Advice:
+def _advised(run: Run, trainer: Any, machine: Machine, count: int) -> Advice:
     """Make one start and probe it."""
-    method, clock = parse_method(name), Clock()
+    name, clock = run.start.method, Clock()
+    method = parse_method(name)
     published = vars(method_class(method.name)).get("rate") if method.name != "per-layer" else None
-    read = _batches(trainer, count)
-    cost = predicted(method, measured(trainer.model, read[:1]), len(trainer.train_dataset))
+    cost = predicted(method, machine, len(trainer.train_dataset))
     try:
         with clock("start"):
             report = initialize_(
                 trainer.model, method, data=trainer, seed=run.seed, form=run.start.form, cache=False, progress=False
             )
-        found = probe(trainer.model, read, run.optimizer.name)
+        found = probe(trainer.model, _batches(trainer, count), run.optimizer.name)
     except HeadstartError as error:
         return Advice(name, predicted=cost, published=published, reason=str(error))
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
@@ -127,5 +131,4 @@ def _rated(row: Advice, reference: Advice, rate: float) -> Advice:
         ratio = row.probe.rate / reference.probe.rate
         probed = ratio**POWER if math.isfinite(ratio) and ratio > 0 else None
     factor = probed if probed is not None else row.published
-    known = {name: getattr(row, name) for name in vars(row)}
-    return Advice(**{**known, "probed": probed, "rate": None if factor is None else rate * factor})
+    return replace(row, probed=probed, rate=None if factor is None else rate * factor)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.table import Table
 
 from headstart.cli.app import app
@@ -24,7 +24,7 @@ from headstart.cli.options import (
     Seed,
     Targets,
     Task,
-    target_modules,
+    common_settings,
 )
 from headstart.progress import progress_bars
 
@@ -60,22 +60,9 @@ def advise(
     from headstart.advise.advise import advise as probe_all
     from headstart.runs.read import validated
 
-    run = validated(
-        {
-            "model": model,
-            "data": {
-                "task": task or ("text" if data is not None else "problems"),
-                "train": data,
-                "train_examples": train_examples,
-                "held_out_examples": 0,
-            },
-            "adapter": {"r": rank, "alpha": alpha, "rslora": rslora, "targets": target_modules(targets)},
-            "optimizer": {"lr": lr},
-            "batch": {"size": batch_size, "max_length": max_length},
-            "seed": seed,
-        },
-        "the options",
-    )
+    settings = common_settings(model, task, data, train_examples, rank, alpha, rslora, targets, batch_size, max_length)
+    settings["data"]["held_out_examples"] = 0
+    run = validated({**settings, "optimizer": {"lr": lr}, "seed": seed}, "the options")
     with progress_bars(console) as show:
         rows = probe_all(run, split_methods(methods), batches=batches, show=show)
     if as_json:
@@ -84,7 +71,8 @@ def advise(
     output.print(_table(rows))
     for sentence in sentences(rows, run, batches):
         output.print(sentence, markup=False, highlight=False, soft_wrap=True)
-    output.print(_command(run, rows, data), markup=False, highlight=False, soft_wrap=True)
+    output.print("A study's file that decides it (`headstart compare study.yaml`):", markup=False, highlight=False)
+    output.print(_study(run, rows), markup=False, highlight=False, soft_wrap=True)
 
 
 def sentences(rows: list[Advice], run: Run, batches: int) -> list[str]:
@@ -146,23 +134,17 @@ def _factor(value: float | None) -> str:
     return "-" if value is None else f"lora × {value:.2g}"
 
 
-def _command(run: Run, rows: list[Advice], data: str | None) -> str:
-    """Return the comparison that would decide, as a study whose grids lie around these rates."""
-    known = [row for row in rows if not row.reason]
-    lines = ["A study's file that decides it (`headstart compare study.yaml`):", "base:"]
-    lines += [f"  model: {run.model.name}", f"  data: {{task: {json.dumps(run.data.task)}, validation_examples: 48"]
-    lines[-1] += f", train: {json.dumps(str(Path(data)))}}}" if data is not None else "}"
-    targets = json.dumps(run.adapter.targets)
-    lines += [
-        f"  adapter: {{r: {run.adapter.r}, alpha: {run.adapter.alpha:g}, rslora: {str(run.adapter.rslora).lower()}, "
-        f"targets: {targets}}}",
-        f"  batch: {{size: {run.batch.size}, max_length: {run.batch.max_length}}}",
-        "axes:",
-        f"  start: [{', '.join(json.dumps(row.method) for row in known)}]",
-        "  optimizer.lr:",
-    ]
-    for row in known:
-        middle = row.rate if row.rate is not None else run.optimizer.lr
-        grid = ", ".join(f"{middle * factor:.2g}" for factor in (0.25, 0.5, 1, 2, 4))
-        lines.append(f"    {json.dumps(row.method)}: [{grid}]")
-    return "\n".join([*lines, "seeds: 3"])
+def _study(run: Run, rows: list[Advice]) -> str:
+    """Return the study that would decide, as its file, with grids around these rates."""
+    from headstart.study.tree import RATE, START
+
+    # The settings that the options gave, and none that they didn't.
+    base = run.model_dump(mode="json", exclude_defaults=True)
+    base["data"] = {**base.get("data", {}), "validation_examples": 48, "held_out_examples": 200}
+    grids: dict[str, Any] = {}
+    for row in rows:
+        if not row.reason:
+            middle = run.optimizer.lr if row.rate is None else row.rate
+            grids[row.method] = [float(f"{middle * factor:.2g}") for factor in (0.25, 0.5, 1, 2, 4)]
+    study = {"base": base, "axes": {START: list(grids), RATE: grids}, "seeds": 3}
+    return yaml.safe_dump(study, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120).rstrip()

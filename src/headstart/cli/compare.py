@@ -25,7 +25,7 @@ from headstart.cli.options import (
     SubtractingForm,
     Targets,
     Task,
-    target_modules,
+    common_settings,
 )
 from headstart.errors import RunError
 from headstart.files import write_whole
@@ -128,25 +128,21 @@ def compare(
         # Before a study is made of them, which would say it in a study's words.
         rates = [rate.strip() for rate in re.split(r",(?![^{]*\})", lr) if rate.strip()]
         several = len(rates) > 1 or "{" in lr
+        settings = common_settings(
+            model, task, data, train_examples, rank, alpha, rslora, targets, batch_size, max_length
+        )
+        settings["data"] |= {
+            "held_out": held_out,
+            "held_out_examples": held_out_examples,
+            "validation_examples": (48 if several else 0) if validation_examples is None else validation_examples,
+        }
+        settings |= {
+            "start": {"form": form.word},
+            "schedule": {"steps": steps, "warmup": 0.1},
+            "evaluation": {"graded_examples": graded_examples, "max_new_tokens": max_new_tokens},
+        }
         study = _from_options(
-            {
-                "model": model,
-                "data": {
-                    "task": task or ("text" if data is not None else "problems"),
-                    "train": data,
-                    "held_out": held_out,
-                    "train_examples": train_examples,
-                    "held_out_examples": held_out_examples,
-                    "validation_examples": (48 if several else 0)
-                    if validation_examples is None
-                    else validation_examples,
-                },
-                "adapter": {"r": rank, "alpha": alpha, "rslora": rslora, "targets": target_modules(targets)},
-                "start": {"form": form.word},
-                "schedule": {"steps": steps, "warmup": 0.1},
-                "batch": {"size": batch_size, "max_length": max_length},
-                "evaluation": {"graded_examples": graded_examples, "max_new_tokens": max_new_tokens},
-            },
+            settings,
             split_methods(methods),
             rates,
             tuple(range(seed, seed + seeds)),

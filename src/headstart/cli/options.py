@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -56,3 +56,28 @@ def target_modules(text: str) -> str | tuple[str, ...]:
     if len(names) > 1 or (plain and text != "all-linear"):
         return names
     return text
+
+
+def common_settings(
+    model: str,
+    task: str | None,
+    data: str | None,
+    train_examples: int,
+    rank: int,
+    alpha: float,
+    rslora: bool,
+    targets: str,
+    batch_size: int,
+    max_length: int,
+) -> dict[str, Any]:
+    """Return the settings of a run that the options of several commands give, by branch."""
+    return {
+        "model": model,
+        "data": {
+            "task": task or ("text" if data is not None else "problems"),
+            "train": data,
+            "train_examples": train_examples,
+        },
+        "adapter": {"r": rank, "alpha": alpha, "rslora": rslora, "targets": target_modules(targets)},
+        "batch": {"size": batch_size, "max_length": max_length},
+    }

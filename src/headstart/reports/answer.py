@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from headstart.reports.measured import Cost, cost, first_figure, has_rates, standings
+from headstart.reports.measured import Cost, cost, standings
 from headstart.reports.words import counted, interval_text, number, over_what, p_text, rate_text, seconds_text
 from headstart.study.statistics import Comparison
 from headstart.study.summary import Part, Summary
@@ -26,7 +26,7 @@ def answer(summary: Summary) -> str:
 
 
 def _against_reference(summary: Summary, rows: list[Comparison]) -> str:
-    figure, reference, best = first_figure(summary), summary.grid.reference, rows[0]
+    figure, reference, best = summary.first, summary.grid.reference, rows[0]
     leads = f"has the {_most(summary)}, {number(best.mean)}"
     of_reference = next((row for row in rows if row.start == reference), None)
     if len(summary.grid.starts) == 1:
@@ -56,7 +56,7 @@ def _against_reference(summary: Summary, rows: list[Comparison]) -> str:
 
 
 def _most(summary: Summary) -> str:
-    figure = first_figure(summary)
+    figure = summary.first
     return f"{'highest' if summary.better[figure] else 'lowest'} held-out {figure}"
 
 
@@ -108,7 +108,7 @@ def _over_settings(summary: Summary, ranked: list[tuple[Part, list[Comparison]]]
 
 
 def _at(summary: Summary, row: Comparison) -> str:
-    return f"{row.start} at {'its best rate ' if has_rates(summary) else 'the rate '}{rate_text(row.rate)}"
+    return f"{row.start} at {'its best rate ' if summary.rates > 1 else 'the rate '}{rate_text(row.rate)}"
 
 
 def _costs(part: Part, start: str, reference: str) -> str:

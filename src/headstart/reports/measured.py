@@ -14,7 +14,7 @@ from headstart.errors import HeadstartError
 from headstart.methods import parse_method
 from headstart.runs.result import Result
 from headstart.study.cells import Cell
-from headstart.study.results import value
+from headstart.study.results import figure_of, value
 from headstart.study.statistics import Comparison, Interval
 from headstart.study.summary import Part, Summary
 
@@ -65,19 +65,9 @@ def figures(pairs: Iterable[Pair], figure: str, when: str = "end") -> list[float
     return [value(result, figure, when) for _, result in pairs]
 
 
-def has_rates(summary: Summary) -> bool:
-    """Return whether starts are tried at several rates; refining adds to grids of several alone."""
-    return any(len(rates) > 1 for rates in summary.grid.rates.values())
-
-
-def first_figure(summary: Summary) -> str:
-    """Return the figure that rankings go by."""
-    return summary.reported[0] if summary.reported else summary.chosen_by
-
-
 def standings(summary: Summary, part: Part, figure: str | None = None) -> list[Comparison]:
     """Return the starts at their best rates, the best first; those that can't be compared yet, too."""
-    figure = figure or first_figure(summary)
+    figure = figure or summary.first
     rows = list(part.compared.get(figure, ()))
     for start in part.choices:
         if not any(row.start == start for row in rows):
@@ -94,7 +84,7 @@ def own_interval(summary: Summary, part: Part, row: Comparison, figure: str) -> 
     if row.interval is not None or row.seeds != 1 or summary.seeds > 1:
         return row.interval
     for _, result in part.at_best(row.start):
-        known = result.metrics.get(f"{figure}/end") or result.metrics.get(figure)
+        known = figure_of(result, figure)
         if known is not None and known.low is not None and known.high is not None:
             return known.low, known.high
     return None
@@ -211,15 +201,6 @@ def families(part: Part) -> list[Family]:
     return [
         Family(key[0], key[1], tuple(sorted(members.items()))) for key, members in groups.items() if len(members) > 1
     ]
-
-
-def approximation_error(result: Result) -> float | None:
-    """Return the error with which a start's product approximates its weights, where its report has one."""
-    for key in ("relative_error", "approximation_error", "error"):
-        found = result.start.get(key)
-        if isinstance(found, int | float) and math.isfinite(found):
-            return float(found)
-    return None
 
 
 def method_name(cell: Cell) -> str:

@@ -20,7 +20,7 @@ def write_pictures(folder: Path, summary: Summary) -> str | None:
     """Write a PNG of each chart, each whole or not at all; return a sentence where they can't be drawn, else None."""
     missing = [name for name in ("plotly", "kaleido") if find_spec(name) is None]
     if missing:
-        return f"No pictures are drawn: they need {' and '.join(missing)}: pip install {' '.join(missing)}."
+        return f'No pictures are drawn: they need {" and ".join(missing)}: pip install "headstart[pictures]".'
     drawn = charts(summary)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,6 +31,9 @@ def write_pictures(folder: Path, summary: Summary) -> str | None:
                 if not picture.read_bytes().startswith(_SIGNATURE):
                     raise OSError(f"{picture.name} is no picture")
                 os.replace(picture, folder / picture.name)  # noqa: PTH105 - as in headstart.files
+            for picture in folder.glob("*.png"):
+                if picture.stem not in {chart.name for chart in drawn}:
+                    picture.unlink()  # of a chart that the study no longer has
     except Exception as error:  # whatever a browser that is missing, or fails, makes kaleido raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return (

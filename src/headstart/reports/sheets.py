@@ -10,8 +10,6 @@ from headstart.reports.measured import (
     cost,
     ended,
     figures,
-    first_figure,
-    has_rates,
     other_axes,
     own_interval,
     spread,
@@ -55,9 +53,9 @@ class Sheet:
 
 def ranking_sheet(summary: Summary, part: Part) -> Sheet:
     """Return the starts at their best rates, the best first, against the reference."""
-    figure, reference = first_figure(summary), summary.grid.reference
+    figure, reference = summary.first, summary.grid.reference
     columns: dict[str, list[str]] = {name: [] for name in _ranking_heads(summary)}
-    rows, once = standings(summary, part), not has_rates(summary) and summary.seeds == 1
+    rows, once = standings(summary, part), summary.rates == 1 and summary.seeds == 1
     further = {
         name: {
             other.start: with_interval(other.mean, own_interval(summary, part, other, name) if once else None)
@@ -91,7 +89,7 @@ def ranking_sheet(summary: Summary, part: Part) -> Sheet:
     if len(judged) < 2:
         columns.pop(_JUDGED, None)
     direction = "more is better" if summary.better[figure] else "less is better"
-    own = "" if not has_rates(summary) else ", each at its own best rate"
+    own = "" if summary.rates == 1 else ", each at its own best rate"
     caption = f"Starts by held-out {figure}{own}; {direction}; ± and brackets are 95 % intervals, not corrected; p is."
     caption += f" Differences are judged by: {judged.pop()}." if len(judged) == 1 else ""
     heads = tuple(columns)
@@ -101,11 +99,11 @@ def ranking_sheet(summary: Summary, part: Part) -> Sheet:
 
 def _ranking_heads(summary: Summary) -> list[str]:
     several = len(summary.grid.starts) > 1
-    once = not has_rates(summary) and summary.seeds == 1
-    heads = ["start", "best rate" if has_rates(summary) else "rate"]
+    once = summary.rates == 1 and summary.seeds == 1
+    heads = ["start", "best rate" if summary.rates > 1 else "rate"]
     heads += ["seeds"] if summary.seeds > 1 else []
     heads += ["start loss"] if once else []
-    heads += [first_figure(summary)]
+    heads += [summary.first]
     if several:
         heads += [f"difference to {summary.grid.reference}", "Holm p", "verdict"]
     return heads + list(summary.reported[1:]) + ([_JUDGED] if several else [])
@@ -161,7 +159,7 @@ def _reached(part: Part, start: str, reference: str) -> str:
 
 def rates_sheet(summary: Summary) -> Sheet:
     """Return every start at every rate in every setting."""
-    figure = first_figure(summary)
+    figure = summary.first
     validated, several = summary.validated, len(summary.parts) > 1
     rows = []
     for part in summary.parts:
@@ -207,9 +205,9 @@ def robustness_sheet(summary: Summary, part: Part) -> Sheet | None:
                 number(row.area_to_best),
             )
         )
-    if not rows or not has_rates(summary):
+    if not rows or summary.rates == 1:
         return None
-    figure = first_figure(summary)
+    figure = summary.first
     within = WITHIN_LOSS if figure.endswith("loss") else WITHIN
     common = next((row.common for row in part.robustness.values() if row.common), None)
     over = "" if common is None else f" Areas are over {common[0]:.3g} to {common[1]:.3g} times the best rate."

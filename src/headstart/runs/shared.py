@@ -28,18 +28,14 @@ class Shared:
 
     Args:
         folder: gets a folder for each start.
-
-    Attributes:
-        made: how many starts this process has made.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.made = 0
         self._folder = folder
         self._kept: dict[str, tuple[str, Any]] = {}
 
-    def start(self, run: Run, make: Callable[[Path], Result], show: Show = silent) -> tuple[Path, Result]:
-        """Return the folder of a run's start, and what is known of it; made where no run has made it yet.
+    def start(self, run: Run, make: Callable[[Path], Result], show: Show = silent) -> tuple[Path, Result, bool]:
+        """Return the folder of a run's start, what is known of it, and whether it was made for this run.
 
         Args:
             run: one of those that share it.
@@ -47,12 +43,13 @@ class Shared:
             show: draws progress.
         """
         key = start_key(run)
-        place = self._folder / key
+        place, is_new = self._folder / key, False
 
         def look_up(_: str) -> Result | None:
             return read_result(place)
 
         def made(_: list[str]) -> dict[str, Result]:
+            nonlocal is_new
             with work_folder(self._folder, key) as work:
                 result = make(work)
                 write_result(result, work)
@@ -62,11 +59,11 @@ class Shared:
                     if look_up(key) is None:
                         raise
                     # Another process, for which it took too long to wait, was faster: its start is the same.
-            self.made += 1
+            is_new = True
             return {key: result}
 
         ready = Store(self._folder).make_all([[key]], look_up, made, what="a start", show=show)
-        return place, ready[key]
+        return place, ready[key], is_new
 
     def data(self, run: Run, load: Callable[[], T]) -> T:
         """Return what ``load`` returns, the last one's where it read the same."""

@@ -216,20 +216,15 @@ def _begin(
         if (place / CHECKPOINT / "adapter_config.json").is_file():
             take(model, run, place / CHECKPOINT)
         else:
-            made: list[Path] = []
 
             def make(place: Path) -> Result:
-                made.append(place)
                 with clock("start"):
                     return _started(trainer, method, run, place, show)
 
-            if shared is None:
-                started = make(place)
-            else:
-                place, started = shared.start(run, make, show)
-                if not made:
-                    take(model, run, place / CHECKPOINT)
-            result.start = {**started.start, "shared": not made}
+            place, started, is_new = (place, make(place), True) if shared is None else shared.start(run, make, show)
+            if not is_new:
+                take(model, run, place / CHECKPOINT)
+            result.start = {**started.start, "shared": not is_new}
             result.warnings += started.warnings
         if run.trains == "lora-fa":
             lora_fa_(model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -35,6 +37,11 @@ class Cell:
     rate: float
     seed: int
     run: Run
+
+    @cached_property
+    def folder(self) -> str:
+        """The name of its run's folder."""
+        return self.run.folder_name
 
     @property
     def name(self) -> str:
@@ -72,6 +79,7 @@ class Grid:
         }
         self.rates = self._rates(study.axes.get(RATE, [self.base.optimizer.lr]))
         self._runs: dict[Any, Run] = {}
+        self._cells: dict[Any, list[Cell]] = {}
 
     def cells(self, further: Mapping[str, Sequence[float]] | None = None) -> list[Cell]:
         """Return all cells: seed after seed, the rates of each from the middle and the ends to what lies between.
@@ -83,11 +91,18 @@ class Grid:
             RunError: a value is none of a run's; the message names the axis.
             MethodError: a start is no method.
         """
+        # Whoever works on a study asks after each cell, and there may be ten thousand of them.
+        added = tuple((start, tuple(rates)) for start, rates in (further or {}).items() if rates)
+        if added not in self._cells:
+            self._cells[added] = self._made(dict(added))
+        return self._cells[added]
+
+    def _made(self, further: Mapping[str, Sequence[float]]) -> list[Cell]:
         cells = []
         settings = list(product(*(self._others[axis].items() for axis in self._others)))
         for place, seed in enumerate(self.study.seeds):
             for start, values in product(self.starts, settings):
-                rates = sorted({*self.rates[start], *(further or {}).get(start, ())})
+                rates = sorted({*self.rates[start], *further.get(start, ())})
                 for level, rate in zip(_levels(len(rates)), rates, strict=True):
                     cells.append(((place, level), self._cell(start, values, rate, seed)))
         return [cell for _, cell in sorted(cells, key=lambda pair: pair[0])]
@@ -105,11 +120,14 @@ class Grid:
         changes = dict(self._starts[start])
         for _, further in values:
             changes |= further
-        for key, value in changes.items():
-            # So that what a run refuses is refused under the axis's own name.
-            run_with(self.study.base, {key: value}, f"axes.{key}")
         words = [start, *(label for _, label in setting)]
-        run = run_with(self.study.base, {**changes, RATE: rate}, " ".join(words))
+        try:
+            run = run_with(self.study.base, {**changes, RATE: rate}, " ".join(words))
+        except RunError:
+            # Where a value is refused by itself, it is under the name of its axis.
+            for key, value in changes.items():
+                run_with(self.study.base, {key: value}, f"axes.{key}")
+            raise
         if run.trains in ("adapter", "lora-fa"):
             parse_method(run.start.method)
         return run
@@ -139,20 +157,13 @@ def _labelled(axis: str, values: Iterable[Any]) -> dict[str, dict[str, Any]]:
 
 def _levels(count: int) -> list[int]:
     """Return when each point of a grid has its turn: the middle, the ends, and then halves of what lies between."""
-    levels = [0] * count
-    queue, turn = [(0, count - 1)], 1
-    levels[count // 2] = 0
-    done = {count // 2}
-    for end in (0, count - 1):
-        if end not in done:
-            levels[end], turn = turn, turn + 1
-            done.add(end)
-    while queue:
-        low, high = queue.pop(0)
-        middle = (low + high + 1) // 2
-        if middle not in done:
-            levels[middle], turn = turn, turn + 1
-            done.add(middle)
+    middle, last = count // 2, count - 1
+    order, gaps = [middle, 0, last], deque([(0, middle), (middle, last)])
+    while gaps:
+        low, high = gaps.popleft()
         if high - low > 1:
-            queue += [(low, middle), (middle, high)] if low < middle < high else []
-    return levels
+            half = (low + high) // 2
+            order.append(half)
+            gaps += [(low, half), (half, high)]
+    turns = {point: turn for turn, point in enumerate(dict.fromkeys(order))}
+    return [turns[point] for point in range(count)]

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from headstart.errors import RunError
+from headstart.errors import RunError, nearest
+from headstart.evaluation.figures import Figure
 from headstart.runs.folder import SETTINGS
 from headstart.runs.result import FILE, Result, read_result
 from headstart.runs.stages import VALIDATION
-from headstart.runs.tree import Run
 from headstart.study.cells import Cell, Grid
 from headstart.study.rates import beyond
 from headstart.study.statistics import Choice, Outcome, best_rates
@@ -33,9 +33,9 @@ class Results:
         self.folder = folder
         self._final: dict[str, Result] = {}
 
-    def place(self, run: Run) -> Path:
+    def place(self, cell: Cell) -> Path:
         """Return the folder of a cell's run."""
-        return self.folder / CELLS / run.folder_name
+        return self.folder / CELLS / cell.folder
 
     def of(self, cell: Cell) -> Result | None:
         """Return a cell's result; None where there is none yet.
@@ -43,21 +43,36 @@ class Results:
         Raises:
             CheckpointError: its file is damaged.
         """
-        name = cell.run.folder_name
-        if name not in self._final:
-            result = read_result(self.folder / CELLS / name)
+        if cell.folder not in self._final:
+            result = read_result(self.place(cell))
             if result is None or result.status == "failed":
                 return result
-            self._final[name] = result
-        return self._final[name]
+            self._final[cell.folder] = result
+        return self._final[cell.folder]
 
 
 def chosen_by(grid: Grid) -> str:
-    """Return the figure by which rates are chosen: a classifier's first metric, else the loss."""
-    if grid.study.chosen_by is not None:
-        return grid.study.chosen_by
-    task = parse_task(grid.base.data.task)
-    return "loss" if task.kind == "text" else task.metrics[0]
+    """Return the figure by which rates are chosen: a classifier's first metric, else the loss.
+
+    Raises:
+        RunError: the study names one that its runs don't have.
+    """
+    task, named = parse_task(grid.base.data.task), grid.study.chosen_by
+    known = ["loss"] if task.kind == "text" else [*task.metrics, "loss"]
+    if task.kind == "text" and not grid.base.data.validation_examples and grid.base.evaluation.graded_examples:
+        known += task.metrics  # which are asked of held-out data alone
+    if named is not None and named not in known:
+        raise RunError(f"chosen_by={named!r} must be one of {', '.join(known)}.{nearest(named, known)}")
+    return named or known[0]
+
+
+def figure_of(result: Result | None, figure: str, when: str = "end") -> Figure | None:
+    """Return a figure of a cell; None where it has none.
+
+    Graded answers have no "/end": they are asked once. Without held-out data there are validation data alone.
+    """
+    names = [f"{figure}/{when}", figure, f"{figure}/{VALIDATION}"] if when == "end" else [f"{figure}/{when}"]
+    return next((result.metrics[name] for name in names if name in result.metrics), None) if result else None
 
 
 def value(result: Result | None, figure: str, when: str = "end") -> float:
@@ -66,9 +81,8 @@ def value(result: Result | None, figure: str, when: str = "end") -> float:
         return math.nan
     if result.status in ("diverged", "pruned"):
         return math.inf if figure.rpartition("/")[2] == "loss" else -math.inf
-    # Graded answers have no "/end": they are asked once. Without held-out data there are validation data alone.
-    names = [f"{figure}/{when}", figure, f"{figure}/{VALIDATION}"] if when == "end" else [f"{figure}/{when}"]
-    return next((result.metrics[name].value for name in names if name in result.metrics), math.nan)
+    known = figure_of(result, figure, when)
+    return math.nan if known is None else known.value
 
 
 def outcomes(cells: Sequence[Cell], results: Results, chosen: str, reported: str) -> list[Outcome]:
@@ -91,9 +105,7 @@ def outcomes(cells: Sequence[Cell], results: Results, chosen: str, reported: str
 def higher_is_better(results: Results, cells: Sequence[Cell], figure: str) -> bool:
     """Return whether more of a figure is better, as the first result that has it says."""
     for cell in cells:
-        result = results.of(cell)
-        known = result and (result.metrics.get(f"{figure}/end") or result.metrics.get(figure))
-        if known:
+        if (known := figure_of(results.of(cell), figure)) is not None:
             return known.higher_is_better
     return figure.rpartition("/")[2] != "loss"
 
@@ -123,7 +135,10 @@ def all_cells(grid: Grid, results: Results, *, refine: bool) -> list[Cell]:
                 continue
             for setting in dict.fromkeys(cell.setting for cell in own):
                 within = [cell for cell in own if cell.setting == setting]
-                edge = choices(within, results, chosen)[start].edge
+                choice = choices(within, results, chosen).get(start)
+                if choice is None:
+                    continue
+                edge = choice.edge
                 side = [rate for rate in further[start] if (rate > grid.rates[start][-1]) == (edge == "high")]
                 if edge and len(side) < MOST_FURTHER:
                     further[start].append(beyond(rates, edge))

@@ -15,7 +15,7 @@ from headstart.progress import Show, silent
 from headstart.runs.folder import ITEMS, LOSSES, SAVES, SETTINGS, START, TRAINED
 from headstart.runs.result import FILE
 from headstart.study.cells import Cell, Grid
-from headstart.study.results import CELLS, STARTS, Results, check_folder, noted_cells
+from headstart.study.results import CELLS, STARTS, check_folder, chosen_by, noted_cells
 from headstart.study.tree import Study, validated_study
 from headstart.study.work import BAR, Terms, Worker
 from headstart.study.workers import work_together
@@ -62,6 +62,7 @@ def run_study(
     """
     grid = Grid(study)
     grid.cells()
+    chosen_by(grid)
     check_folder(folder)
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     write_json(study.model_dump(mode="json"), folder / STUDY)
@@ -136,14 +137,7 @@ def _work_alone(
         name, _, detail = step.partition("\t")
         show(name if name == BAR else "\t".join([name, ", ".join(filter(None, [current, detail]))]), done, total)
 
-    Worker(
-        grid,
-        folder,
-        terms,
-        show=shown,
-        begun=begins,
-        ended=lambda cell: rarely(),
-    ).work()
+    Worker(grid, folder, terms, show=shown, begun=begins, ended=lambda cell: rarely()).work()
 
 
 class _Rarely:
@@ -158,10 +152,3 @@ class _Rarely:
             self._function()
             took = time.monotonic() - began
             self._next = time.monotonic() + _SHARE * took
-
-
-def failures(grid: Grid, folder: Path, results: Results | None = None) -> dict[str, str]:
-    """Return by name why cells failed."""
-    results = results or Results(folder)
-    known = ((cell, results.of(cell)) for cell in grid.cells())
-    return {cell.name: result.reason for cell, result in known if result is not None and result.status == "failed"}

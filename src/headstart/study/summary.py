@@ -107,6 +107,11 @@ class Summary:
     reported: tuple[str, ...]
     better: dict[str, bool]
 
+    @property
+    def first(self) -> str:
+        """The figure that rankings go by."""
+        return self.reported[0]
+
     @cached_property
     def cells(self) -> list[tuple[Cell, Result | None]]:
         """All cells with their results."""
@@ -184,9 +189,9 @@ def _known(grid: Grid, results: Results, refine: bool) -> list[Cell]:
     own = grid.cells()
     if not refine:
         return own
-    names = {cell.run.folder_name for cell in own}
+    names = {cell.folder for cell in own}
     every = all_cells(grid, results, refine=True)
-    return [cell for cell in every if cell.run.folder_name in names or results.of(cell) is not None]
+    return [cell for cell in every if cell.folder in names or results.of(cell) is not None]
 
 
 def _part(
@@ -206,9 +211,9 @@ def _part(
         at_best = [_with_items(one, rows, results, figure) for one in made if _is_best(one, choices)]
         if any(one.start == reference for one in at_best):
             comparisons[figure] = compared(at_best, reference, better[figure], choices)
-    within = WITHIN_LOSS if reported and reported[0].endswith("loss") else WITHIN
     robust = {}
-    if reported and choices:
+    if choices:
+        within = WITHIN_LOSS if reported[0].endswith("loss") else WITHIN
         robust = robustness(outcomes(cells, results, chosen, reported[0]), within, better[reported[0]], choices)
     return Part(setting, rows, choices, comparisons, robust)
 
@@ -222,7 +227,7 @@ def _with_items(outcome: Outcome, rows: Sequence[tuple[Cell, Result | None]], re
     if not math.isfinite(outcome.test):
         return outcome
     key = (outcome.start, outcome.rate, outcome.seed)
-    place = results.place(next(cell.run for cell, _ in rows if (cell.start, cell.rate, cell.seed) == key))
+    place = results.place(next(cell for cell, _ in rows if (cell.start, cell.rate, cell.seed) == key))
     kept = _json(place / LOSSES)
     held_out = kept.get("held_out", {}) if isinstance(kept, dict) else {}
     if figure == "loss" and held_out:
@@ -252,7 +257,5 @@ def _reported(cells: Sequence[Cell], results: Results, chosen: str) -> tuple[str
             names = [
                 name.removesuffix("/end") for name in result.metrics if not name.endswith(("/start", "/validation"))
             ]
-            return (
-                (chosen, *(name for name in names if name != chosen)) if chosen in names or not names else tuple(names)
-            )
+            return tuple(sorted(names, key=lambda name: name != chosen)) or (chosen,)
     return (chosen,)

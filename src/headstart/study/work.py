@@ -12,7 +12,7 @@ from headstart.errors import HeadstartError, RunError
 from headstart.progress import Show, silent
 from headstart.runs.result import Result
 from headstart.runs.shared import Shared
-from headstart.runs.stages import execute
+from headstart.runs.stages import execute, write_failed
 from headstart.store.claims import claims
 from headstart.study.cells import Cell, Grid
 from headstart.study.prune import hopeless
@@ -52,9 +52,6 @@ class Worker:
         grid, folder, terms: the study, its folder, and how it is worked on.
         show: draws progress.
         begun, ended: called with each cell that this worker begins, and ends, in whatever way.
-
-    Attributes:
-        shared: what the cells share.
     """
 
     def __init__(
@@ -67,7 +64,7 @@ class Worker:
         begun: Callable[[Cell], None] = lambda cell: None,
         ended: Callable[[Cell], None] = lambda cell: None,
     ) -> None:
-        self.shared = Shared(folder / STARTS)
+        self._shared = Shared(folder / STARTS)
         self._grid, self._folder, self._terms = grid, folder, terms
         self._show, self._begun, self._ended = show, begun, ended
         self._results = Results(folder)
@@ -91,7 +88,7 @@ class Worker:
     def _do_one(self, cells: Sequence[Cell]) -> bool:
         """Do the first cell that nobody has; return whether there was one."""
         for cell in cells:
-            with claims(self._folder / CELLS, [cell.run.folder_name]) as claimed:
+            with claims(self._folder / CELLS, [cell.folder]) as claimed:
                 # Another may have done it since it was looked for.
                 if not claimed or self._is_final(cell):
                     continue
@@ -104,7 +101,7 @@ class Worker:
     def _do(self, cell: Cell) -> None:
         judge = hopeless(cell, self._grid, self._results) if self._terms.prune else None
         try:
-            execute(cell.run, self._results.place(cell.run), shared=self.shared, judge=judge, show=self._show)
+            execute(cell.run, self._results.place(cell), shared=self._shared, judge=judge, show=self._show)
         except HeadstartError:
             result = self._results.of(cell)
             if result is None or result.status != "failed":
@@ -124,9 +121,7 @@ def is_final(result: Result | None, terms: Terms) -> bool:
 
 def note_lost(cell: Cell, results: Results, reason: str) -> None:
     """Write that a cell failed, whose worker died more than once."""
-    from headstart.runs.stages import write_failed
-
-    place = results.place(cell.run)
+    place = results.place(cell)
     place.mkdir(parents=True, exist_ok=True)
     try:
         write_failed(cell.run, place, reason)

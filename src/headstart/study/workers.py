@@ -62,78 +62,99 @@ def work_together(
     Raises:
         HeadstartError: a worker found a reason that keeps all cells from being begun.
     """
-    context = multiprocessing.get_context("spawn")
-    deaths: Counter[str] = Counter()
-    hands: list[_Hand] = []
-    reason = ""
+    crew = _Crew(grid, folder, terms, workers)
     try:
         for number in range(workers):
-            hands.append(_hired(context, grid.study, folder, terms, number, workers))
-        while hands:
-            for pipe in wait([hand.pipe for hand in hands], timeout=_PATIENCE):
-                hand = next(hand for hand in hands if hand.pipe is pipe)
-                message = _heard(hand.pipe)
-                if message is None:
-                    hands.remove(hand)
-                    hand.process.join(_GRACE)
-                    if hand.process.exitcode == 0 or reason:
-                        continue
-                    deaths[hand.cell] += 1
-                    if deaths[hand.cell] >= _ATTEMPTS:
-                        _give_up(hand, grid, folder, terms)
-                    hands.append(_hired(context, grid.study, folder, terms, hand.number, workers))
-                    continue
-                kind, content = message
+            crew.hire(number)
+        while crew.hands:
+            for hand in crew.speaking():
+                kind, content = _heard(hand.pipe)
                 if kind == "begun":
-                    hand.cell = content
-                    deaths.pop("", None)
+                    crew.begins(hand, content)
                 elif kind == "ended":
                     hand.cell = ""
                     ended()
                 elif kind == "show":
                     show(*content)
+                elif kind == "reason":
+                    raise HeadstartError(content)
                 else:
-                    reason = content
-                    for other in hands:
-                        other.process.terminate()
+                    crew.replace(hand)
     finally:
-        for hand in hands:
+        crew.dismiss()
+
+
+class _Crew:
+    """The workers of a study, and how often one has died at a cell."""
+
+    def __init__(self, grid: Grid, folder: Path, terms: Terms, workers: int) -> None:
+        self.hands: list[_Hand] = []
+        self._grid, self._folder, self._terms, self._workers = grid, folder, terms, workers
+        self._context = multiprocessing.get_context("spawn")
+        self._deaths: Counter[str] = Counter()
+
+    def hire(self, number: int) -> None:
+        """Begin a worker."""
+        here, there = self._context.Pipe(duplex=False)
+        arguments = (self._grid.study.model_dump(mode="json"), str(self._folder), self._terms, number, there)
+        process = self._context.Process(target=_work, args=arguments, name=f"headstart worker {number}")
+        with _environment(number, self._workers):
+            process.start()
+        there.close()
+        self.hands.append(_Hand(process, here, number))
+
+    def speaking(self) -> list[_Hand]:
+        """Return the workers that have something to say, or have died; none after a while."""
+        pipes = wait([hand.pipe for hand in self.hands], timeout=_PATIENCE)
+        return [hand for hand in self.hands if hand.pipe in pipes]
+
+    def begins(self, hand: _Hand, cell: str) -> None:
+        """Note what a worker is at; so there is none that keeps all from beginning."""
+        hand.cell = cell
+        self._deaths.pop("", None)
+
+    def replace(self, hand: _Hand) -> None:
+        """Hire another one for a worker that has died; let one go that has nothing left to do."""
+        self.hands.remove(hand)
+        hand.process.join(_GRACE)
+        if hand.process.exitcode == 0:
+            return
+        self._deaths[hand.cell] += 1
+        if self._deaths[hand.cell] >= _ATTEMPTS:
+            self._give_up(hand)
+        self.hire(hand.number)
+
+    def dismiss(self) -> None:
+        """End all workers."""
+        for hand in self.hands:
             hand.process.terminate()
-        for hand in hands:
+        for hand in self.hands:
             hand.process.join(_GRACE)
             hand.process.kill()
-    if reason:
-        raise HeadstartError(reason)
+
+    def _give_up(self, hand: _Hand) -> None:
+        """Note that the cell failed at which workers die; without a cell, it is no cell that they die of."""
+        code = hand.process.exitcode
+        how = (
+            f"by signal {-code} ({signal.Signals(-code).name})"
+            if code is not None and code < 0
+            else f"with code {code}"
+        )
+        if not hand.cell:
+            raise HeadstartError(f"a worker ended {how} before it began a cell.")
+        results = Results(self._folder)
+        for cell in all_cells(self._grid, results, refine=self._terms.refine):
+            if cell.folder == hand.cell:
+                note_lost(cell, results, f"its worker ended {how}, {_ATTEMPTS} times; memory may have run out")
 
 
-def _heard(pipe: Connection) -> tuple[str, Any] | None:
+def _heard(pipe: Connection) -> tuple[str, Any]:
+    """Return what a worker says; "died" where it can't say anything any more."""
     try:
         kind, content = pipe.recv()
     except (EOFError, OSError):
-        return None
+        return "died", None
     return str(kind), content
-
-
-def _give_up(hand: _Hand, grid: Grid, folder: Path, terms: Terms) -> None:
-    """Note that the cell failed at which workers die; without a cell, it is no cell that they die of."""
-    code = hand.process.exitcode
-    how = f"by signal {-code} ({signal.Signals(-code).name})" if code is not None and code < 0 else f"with code {code}"
-    if not hand.cell:
-        raise HeadstartError(f"a worker ended {how} before it began a cell.")
-    results = Results(folder)
-    for cell in all_cells(grid, results, refine=terms.refine):
-        if cell.run.folder_name == hand.cell:
-            note_lost(cell, results, f"its worker ended {how}, {_ATTEMPTS} times; memory may have run out")
-
-
-def _hired(context: Any, study: Study, folder: Path, terms: Terms, number: int, workers: int) -> _Hand:
-    here, there = context.Pipe(duplex=False)
-    arguments = (study.model_dump(mode="json"), str(folder), terms, number, there)
-    process = context.Process(target=_work, args=arguments, name=f"headstart worker {number}")
-    with _environment(number, workers):
-        process.start()
-    there.close()
-    return _Hand(process, here, number)
 
 
 @contextmanager
@@ -167,7 +188,7 @@ def _work(settings: dict[str, Any], folder: str, terms: Terms, number: int, pipe
             pipe.send((kind, content))
 
     def begun(cell: Cell) -> None:
-        tell("begun", cell.run.folder_name)
+        tell("begun", cell.folder)
         current.append(cell.name)
 
     def show(step: str, done: int, total: int) -> None:
@@ -183,9 +204,7 @@ def _work(settings: dict[str, Any], folder: str, terms: Terms, number: int, pipe
         _quieten()
         gc.freeze()  # what is imported stays, and each run would look through it several times for what can go
         grid = Grid(Study.model_validate(settings))
-        Worker(
-            grid, Path(folder), terms, show=show, begun=begun, ended=lambda cell: tell("ended", cell.run.folder_name)
-        ).work()
+        Worker(grid, Path(folder), terms, show=show, begun=begun, ended=lambda cell: tell("ended", cell.folder)).work()
     except HeadstartError as error:
         tell("reason", str(error))
         sys.exit(3)

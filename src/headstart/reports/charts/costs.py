@@ -8,7 +8,7 @@ from collections.abc import Callable
 from headstart.reports.charts.chart import Chart, Row, axis, curve, label, layout
 from headstart.reports.charts.ranking import MOST
 from headstart.reports.colours import INK, MUTED, SERIES, look
-from headstart.reports.measured import Cost, cost, drawn_starts, first_figure, left_out, standings
+from headstart.reports.measured import Cost, cost, drawn_starts, left_out, standings
 from headstart.reports.words import counted
 from headstart.study.statistics import Comparison
 from headstart.study.summary import Part, Summary
@@ -86,7 +86,7 @@ def against_memory(summary: Summary, part: Part) -> Chart | None:
     points = _points(summary, part, lambda own: own.memory and own.memory / 2**20)
     if len(points) < 2:
         return None
-    higher = summary.better[first_figure(summary)]
+    higher = summary.better[summary.first]
     caption = (
         "Each start at its best rate; the mean over seeds. The line is the front: the starts that no other beats in "
         "both figure and memory. Of a run on the CPU, memory is the process's peak, which holds more than training."
@@ -122,7 +122,7 @@ def _scatter(
     points: list[tuple[Comparison, float]],
     line: list[tuple[Comparison, float]],
 ) -> Chart:
-    figure, starts, traces = first_figure(summary), drawn_starts(summary), []
+    figure, starts, traces = summary.first, drawn_starts(summary), []
     if len(line) > 1:
         ends = {"type": "scatter", "mode": "lines", "name": "front", "hoverinfo": "skip"}
         heights = [row.mean for row, _ in line]

@@ -14,7 +14,6 @@ from headstart.reports.measured import (
     ended,
     families,
     figures,
-    first_figure,
     left_out,
     other_axes,
     spread,
@@ -66,7 +65,7 @@ def _maps(
     rates = sorted({rate for row in rows.values() for rate in row})
     if len(rows) < 2 or len(rates) < 2:
         return []
-    figure = first_figure(summary)
+    figure = summary.first
     title = f"Held-out {figure} of {what} over {across} and rate"
     plain = _map("heat", title, figure, across, rows, SEQUENTIAL, note)
     of_base = f"the reference {summary.grid.reference}" if base else f"the smallest {across}"
@@ -130,7 +129,7 @@ def _map(
 
 
 def _heights(summary: Summary, part: Part) -> dict[str, _Values]:
-    figure, found = first_figure(summary), {}
+    figure, found = summary.first, {}
     for start, by_rate in ended(part).items():
         made = {rate: spread(figures(pairs, figure)) for rate, pairs in by_rate.items()}
         found[start] = {rate: point.mean for rate, point in made.items() if point is not None}

@@ -6,7 +6,7 @@ import math
 
 from headstart.reports.charts.chart import Chart, Row, axis, label, layout
 from headstart.reports.colours import INK, MUTED, SERIES
-from headstart.reports.measured import first_figure, own_interval, standings
+from headstart.reports.measured import own_interval, standings
 from headstart.reports.words import counted
 from headstart.study.statistics import Comparison, Interval
 from headstart.study.summary import Part, Summary
@@ -27,7 +27,7 @@ _Point = tuple[Comparison, float, Interval | None]
 
 def ranking(summary: Summary, part: Part) -> Chart | None:
     """Return the chart of the means; None without figures."""
-    figure = first_figure(summary)
+    figure = summary.first
     rows = [row for row in standings(summary, part) if math.isfinite(row.mean)]
     points = [(row, row.mean, own_interval(summary, part, row, figure)) for row in rows]
     if not points:
@@ -48,7 +48,7 @@ def ranking(summary: Summary, part: Part) -> Chart | None:
 
 def differences(summary: Summary, part: Part) -> Chart | None:
     """Return the chart of the differences to the reference; None where nothing is compared."""
-    figure, reference = first_figure(summary), summary.grid.reference
+    figure, reference = summary.first, summary.grid.reference
     points: list[_Point] = []
     for row in standings(summary, part):
         shown = row.decisive or row.over_seeds

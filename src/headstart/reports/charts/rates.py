@@ -8,7 +8,7 @@ from statistics import median
 
 from headstart.reports.charts.chart import Chart, Row, Trace, axis, band, curve, finite, layout, rate_axis
 from headstart.reports.colours import INK, Look, look
-from headstart.reports.measured import Spread, drawn_starts, ended, figures, first_figure, left_out, spread
+from headstart.reports.measured import Spread, drawn_starts, ended, figures, left_out, spread
 from headstart.runs.stages import VALIDATION
 from headstart.study.summary import Part, Summary
 
@@ -21,7 +21,7 @@ _Curve = dict[float, Spread | None]
 
 def against_rate(summary: Summary, part: Part) -> Chart | None:
     """Return the chart; None of studies with one rate."""
-    figure, found = first_figure(summary), ended(part)
+    figure, found = summary.first, ended(part)
     if not any(len(by_rate) > 1 for by_rate in found.values()):
         return None
     panels = [(f"held-out {figure}", figure, "end")]

@@ -9,12 +9,10 @@ from headstart.reports.charts.chart import Chart, Row, Trace, axis, band, curve,
 from headstart.reports.colours import look
 from headstart.reports.measured import (
     Spread,
-    approximation_error,
     axis_value,
     drawn_starts,
     families,
     figures,
-    first_figure,
     left_out,
     method_name,
     other_axes,
@@ -39,7 +37,7 @@ def against_axes(summary: Summary) -> list[Chart]:
             value = axis_value(cell, result, axis_name)
             held = ", ".join(f"{key.rpartition('.')[2]} {words}" for key, words in part.setting if key != axis_name)
             for start in part.choices if value is not None else ():
-                point = spread(figures(part.at_best(start), first_figure(summary)))
+                point = spread(figures(part.at_best(start), summary.first))
                 if point is not None and math.isfinite(point.mean):
                     found.setdefault(held, {}).setdefault(start, {})[value or 0.0] = point
         for held, curves in list(found.items())[:MOST_HELD]:
@@ -53,7 +51,7 @@ def against_settings(summary: Summary, part: Part) -> list[Chart]:
     found: dict[str, _Curves] = {}
     for family in families(part):
         for value, start in family.members:
-            point = spread(figures(part.at_best(start), first_figure(summary)))
+            point = spread(figures(part.at_best(start), summary.first))
             if point is not None and math.isfinite(point.mean):
                 found.setdefault(family.setting, {}).setdefault(family.method, {})[value] = point
     drawn = [_chart(summary, name, part.name, curves, list(curves), "method") for name, curves in found.items()]
@@ -65,8 +63,8 @@ def against_error(summary: Summary, part: Part) -> Chart | None:
     curves: _Curves = {}
     for start in part.choices:
         pairs = part.at_best(start)
-        errors = [error for _, result in pairs if (error := approximation_error(result)) is not None]
-        point = spread(figures(pairs, first_figure(summary)))
+        errors = [error for _, result in pairs if (error := result.start.get("relative_error")) is not None]
+        point = spread(figures(pairs, summary.first))
         if errors and point is not None and math.isfinite(point.mean):
             curves.setdefault(method_name(pairs[0][0]), {})[sum(errors) / len(errors)] = point
     return _chart(summary, "approximation error", part.name, curves, list(curves), "method", least=1)
@@ -79,7 +77,7 @@ def _chart(
         return None
     if not any(len(points) >= least for points in curves.values()):
         return None
-    figure, traces, rows = first_figure(summary), [], []
+    figure, traces, rows = summary.first, [], []
     names = list(summary.grid.starts) if kind == "start" else list(curves)
     shown = [name for name in drawn if name in curves]
     for name in shown:
