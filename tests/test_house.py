@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -53,3 +54,14 @@ def test_the_start_on_the_page_works():
         assert report.form == "kept" and float(model(**batch).loss) < before
     finally:
         registry._METHODS.pop("steepest-rows-of-the-page")
+
+
+def test_names_say_what_a_thing_holds():
+    """Words that say only how a value was come by are no names."""
+    said_nothing = {"found", "each", "held", "mine", "theirs"}
+    named = []
+    for path in [*(DOCS.parent / "src").rglob("*.py"), *(DOCS.parent / "bench").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else None
+            named += [f"{path.name}, line {node.lineno}: {name}"] if name in said_nothing else []
+    assert not named

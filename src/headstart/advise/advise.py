@@ -106,11 +106,11 @@ def _advised(run: Run, trainer: Any, machine: Machine, count: int) -> Advice:
             report = initialize_(
                 trainer.model, method, data=trainer, seed=run.seed, form=run.start.form, cache=False, progress=False
             )
-        found = probe(trainer.model, _batches(trainer, count), run.optimizer.name)
+        probing = probe(trainer.model, _batches(trainer, count), run.optimizer.name)
     except HeadstartError as error:
         return Advice(name, predicted=cost, published=published, reason=str(error))
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    return Advice(name, trainable, cost, clock.seconds["start"], report.peak_memory, published, found)
+    return Advice(name, trainable, cost, clock.seconds["start"], report.peak_memory, published, probing)
 
 
 def _batches(trainer: Any, count: int) -> list[dict[str, Any]]:

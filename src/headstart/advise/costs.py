@@ -60,14 +60,14 @@ def measured(model: Any, batches: Sequence[dict[str, Any]]) -> Machine:
         model(**batch).loss.backward()
         samples += len(batch["input_ids"])
     model.zero_grad()
-    each = (_now(device) - began) / max(1, samples)
+    sample_seconds = (_now(device) - began) / max(1, samples)
     svd = {}
     for shape in shapes:
         weight = torch.randn(shape, device=device, dtype=torch.float32)
         began = _now(device)
         truncated_svd(weight, min(rank, *shape))
         svd[shape] = _now(device) - began
-    return Machine(each, svd, dict(shapes), rank)
+    return Machine(sample_seconds, svd, dict(shapes), rank)
 
 
 def predicted(method: Method, machine: Machine, population: int | None) -> Cost:

@@ -53,11 +53,11 @@ def spread(values: Iterable[float]) -> Spread | None:
 
 def ended(part: Part) -> dict[str, dict[float, list[Pair]]]:
     """Return by start and rate, ascending, the cells with a result that counts."""
-    found: dict[str, dict[float, list[Pair]]] = {}
+    by_start: dict[str, dict[float, list[Pair]]] = {}
     for cell, result in part.cells:
         if result is not None and result.status != "failed":
-            found.setdefault(cell.start, {}).setdefault(cell.rate, []).append((cell, result))
-    return {start: dict(sorted(by_rate.items())) for start, by_rate in found.items()}
+            by_start.setdefault(cell.start, {}).setdefault(cell.rate, []).append((cell, result))
+    return {start: dict(sorted(by_rate.items())) for start, by_rate in by_start.items()}
 
 
 def figures(pairs: Iterable[Pair], figure: str, when: str = "end") -> list[float]:
@@ -71,10 +71,10 @@ def standings(summary: Summary, part: Part, figure: str | None = None) -> list[C
     rows = list(part.compared.get(figure, ()))
     for start in part.choices:
         if not any(row.start == start for row in rows):
-            found = spread(figures(part.at_best(start), figure))
-            if found is not None:
-                verdict = "not compared" if math.isfinite(found.mean) else "diverged"
-                rows.append(Comparison(start, part.choices[start].rate, found.mean, found.count, verdict=verdict))
+            point = spread(figures(part.at_best(start), figure))
+            if point is not None:
+                verdict = "not compared" if math.isfinite(point.mean) else "diverged"
+                rows.append(Comparison(start, part.choices[start].rate, point.mean, point.count, verdict=verdict))
     higher = summary.better.get(figure, False)
     return sorted(rows, key=lambda row: -row.mean if higher else row.mean)
 
@@ -158,10 +158,10 @@ def at(run: Any, axis: str) -> Any:
 
 def axis_value(cell: Cell, result: Result | None, axis: str) -> float | None:
     """Return the number that an axis has in a cell; None where it is none."""
-    found = at(cell.run, axis)
-    if found is None and axis == "data.train_examples" and result is not None:
-        found = result.data.get("train", {}).get("examples")
-    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+    number = at(cell.run, axis)
+    if number is None and axis == "data.train_examples" and result is not None:
+        number = result.data.get("train", {}).get("examples")
+    return float(number) if isinstance(number, int | float) and not isinstance(number, bool) else None
 
 
 def other_axes(summary: Summary) -> list[str]:

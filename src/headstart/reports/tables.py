@@ -62,8 +62,8 @@ def markdown(summary: Summary) -> str:
             lines += ["", f"### {_escaped(part.name)}"] if part.name else []
             lines += ["", *_table(sheet)]
     last = {"Cells without a figure": unfinished_sheet(summary), "Warnings": warnings_sheet(summary)}
-    for title, found in last.items():
-        lines += ["", f"## {title}", "", *_table(found)] if found is not None else []
+    for title, further in last.items():
+        lines += ["", f"## {title}", "", *_table(further)] if further is not None else []
     return "\n".join(lines) + "\n"
 
 

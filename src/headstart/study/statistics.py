@@ -351,10 +351,10 @@ def _over_items(pairs: Sequence[tuple[Outcome, Outcome]]) -> Difference | None:
     if not alike or min(weights) <= 0 or not all(map(math.isfinite, chain(*(run.items for run in runs)))):
         names = f"{runs[0].start!r} and {runs[1].start!r}"
         raise DataError(f"{names} need the same finite items, with the same positive weights: test them alike.")
-    ours, theirs = (np.array([pair[side].items for pair in pairs], dtype=float) for side in (0, 1))
-    if len(pairs) > 1 or not np.isin([ours, theirs], (0, 1)).all() or (weights != 1).any():
-        return _bootstrap(ours.mean(axis=0) - theirs.mean(axis=0), weights)
-    count, alone, differing = len(weights), int((ours > theirs).sum()), int((ours != theirs).sum())
+    own, others = (np.array([pair[side].items for pair in pairs], dtype=float) for side in (0, 1))
+    if len(pairs) > 1 or not np.isin([own, others], (0, 1)).all() or (weights != 1).any():
+        return _bootstrap(own.mean(axis=0) - others.mean(axis=0), weights)
+    count, alone, differing = len(weights), int((own > others).sum()), int((own != others).sum())
     if not differing:
         return Difference(0.0, count, "McNemar", p=1.0)
     test = binomtest(alone, differing)

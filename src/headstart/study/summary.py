@@ -70,8 +70,8 @@ class Part:
                 return None
             window = min(len(series), max(_FEWEST, len(series) // 10))
             target = fmean(loss for _, loss in other.series["loss"][-window:])
-            each = result.seconds.get("training", 0.0) / series[-1][0]
-            came = to_reach(series, target, each, result.start.get("seconds", 0.0), window)
+            step_seconds = result.seconds.get("training", 0.0) / series[-1][0]
+            came = to_reach(series, target, step_seconds, result.start.get("seconds", 0.0), window)
             if came is None:
                 return None
             reached.append(came)

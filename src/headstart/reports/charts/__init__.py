@@ -38,9 +38,9 @@ def charts(summary: Summary) -> list[Chart]:
     made: list[Chart] = []
     for part in summary.parts[:MOST_SETTINGS]:
         single = [draw(summary, part) for draw in _OF_ONE]
-        found = [chart for chart in single if chart is not None]
-        found += [*heat_maps(summary, part), *training_curves(summary, part), *against_settings(summary, part)]
-        made += [replace(chart, setting=part.name) for chart in found]
+        of_part = [chart for chart in single if chart is not None]
+        of_part += [*heat_maps(summary, part), *training_curves(summary, part), *against_settings(summary, part)]
+        made += [replace(chart, setting=part.name) for chart in of_part]
         if part is summary.parts[0]:
             made += [*heat_maps_over_axes(summary), *against_axes(summary)]
     return _named(sorted(made, key=lambda chart: TOPICS.index(chart.topic)))

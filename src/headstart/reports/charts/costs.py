@@ -31,7 +31,7 @@ def startup(summary: Summary, part: Part) -> Chart | None:
             "type": "bar",
             "orientation": "h",
             "name": name,
-            "x": [each[place] for each in seconds],
+            "x": [stages[place] for stages in seconds],
             "y": places,
             "width": 0.42,
             "marker": {"color": colour, "pattern": {"shape": shape, "size": 6}},
@@ -109,8 +109,8 @@ def front(points: list[tuple[Comparison, float]], higher_is_better: bool) -> lis
 
 def _points(summary: Summary, part: Part, size: Callable[[Cost], float | None]) -> list[tuple[Comparison, float]]:
     rows = [row for row in standings(summary, part) if math.isfinite(row.mean)]
-    found = [(row, size(cost(part.at_best(row.start)))) for row in rows]
-    return [(row, float(known)) for row, known in found if known]
+    sized = [(row, size(cost(part.at_best(row.start)))) for row in rows]
+    return [(row, float(known)) for row, known in sized if known]
 
 
 def _scatter(

@@ -41,20 +41,20 @@ def heat_maps(summary: Summary, part: Part) -> list[Chart]:
 
 def heat_maps_over_axes(summary: Summary) -> list[Chart]:
     """Return two charts for each start and axis of numbers, all other axes being held."""
-    found: dict[tuple[str, str, str], dict[float, _Values]] = {}
+    by_axis: dict[tuple[str, str, str], dict[float, _Values]] = {}
     starts = drawn_starts(summary, MOST_MAPS)
     for part in summary.parts:
         heights = _heights(summary, part)
         cell, result = next((pair for pair in part.cells if pair[1]), part.cells[0])
         for axis_name in other_axes(summary):
             value = axis_value(cell, result, axis_name)
-            held = ", ".join(words for key, words in part.setting if key != axis_name)
+            others = ", ".join(words for key, words in part.setting if key != axis_name)
             for start in starts if value is not None else ():
                 if start in heights:
-                    found.setdefault((axis_name, start, held), {})[value or 0.0] = heights[start]
+                    by_axis.setdefault((axis_name, start, others), {})[value or 0.0] = heights[start]
     made = []
-    for (axis_name, start, held), rows in list(found.items())[: 2 * MOST_MAPS]:
-        what = start + (f", {held}" if held else "")
+    for (axis_name, start, others), rows in list(by_axis.items())[: 2 * MOST_MAPS]:
+        what = start + (f", {others}" if others else "")
         made += _maps(summary, what, axis_name.rpartition(".")[2], rows, {}, left_out(summary, len(starts)))
     return made
 
@@ -129,11 +129,11 @@ def _map(
 
 
 def _heights(summary: Summary, part: Part) -> dict[str, _Values]:
-    figure, found = summary.first, {}
+    figure, heights = summary.first, {}
     for start, by_rate in ended(part).items():
         made = {rate: spread(figures(pairs, figure)) for rate, pairs in by_rate.items()}
-        found[start] = {rate: point.mean for rate, point in made.items() if point is not None}
-    return found
+        heights[start] = {rate: point.mean for rate, point in made.items() if point is not None}
+    return heights
 
 
 def _drawn(height: float | None) -> float | None:

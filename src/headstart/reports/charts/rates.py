@@ -21,18 +21,18 @@ _Curve = dict[float, Spread | None]
 
 def against_rate(summary: Summary, part: Part) -> Chart | None:
     """Return the chart; None of studies with one rate."""
-    figure, found = summary.first, ended(part)
-    if not any(len(by_rate) > 1 for by_rate in found.values()):
+    figure, by_start = summary.first, ended(part)
+    if not any(len(by_rate) > 1 for by_rate in by_start.values()):
         return None
     panels = [(f"held-out {figure}", figure, "end")]
     if summary.validated:
         panels.append((f"validation {summary.chosen_by}", summary.chosen_by, VALIDATION))
-    starts = [start for start in drawn_starts(summary) if start in found]
+    starts = [start for start in drawn_starts(summary) if start in by_start]
     traces, rows, axes, lost = [], [], {}, False
     for place, (title, name, when) in enumerate(panels):
         curves: dict[str, _Curve] = {
             start: {rate: spread(figures(pairs, name, when)) for rate, pairs in by_rate.items()}
-            for start, by_rate in found.items()
+            for start, by_rate in by_start.items()
         }
         suffix = "" if place == 0 else str(place + 1)
         for start in starts:
@@ -47,7 +47,7 @@ def against_rate(summary: Summary, part: Part) -> Chart | None:
         axes[f"yaxis{suffix}"] = axis(
             title, domain=_DOMAINS[len(panels)][place], **_range(values, summary.better.get(name, False))
         )
-    rates = [rate for start in starts for rate in found[start]]
+    rates = [rate for start in starts for rate in by_start[start]]
     titled = f"{figure[:1].upper()}{figure[1:]} against the learning rate"
     shown = layout("", "", 340 * len(panels) + 60, **axes, xaxis=rate_axis(rates, anchor="y2" if panels[1:] else "y"))
     return Chart(

@@ -31,30 +31,30 @@ def against_axes(summary: Summary) -> list[Chart]:
     """Return a chart for each axis of numbers beside the rate: one curve a start, for each value of the other axes."""
     starts, charts = drawn_starts(summary), []
     for axis_name in other_axes(summary):
-        found: dict[str, _Curves] = {}
+        by_others: dict[str, _Curves] = {}
         for part in summary.parts:
             cell, result = next((pair for pair in part.cells if pair[1]), part.cells[0])
             value = axis_value(cell, result, axis_name)
-            held = ", ".join(f"{key.rpartition('.')[2]} {words}" for key, words in part.setting if key != axis_name)
+            others = ", ".join(f"{key.rpartition('.')[2]} {words}" for key, words in part.setting if key != axis_name)
             for start in part.choices if value is not None else ():
                 point = spread(figures(part.at_best(start), summary.first))
                 if point is not None and math.isfinite(point.mean):
-                    found.setdefault(held, {}).setdefault(start, {})[value or 0.0] = point
-        for held, curves in list(found.items())[:MOST_HELD]:
-            chart = _chart(summary, axis_name.rpartition(".")[2], held, curves, starts, "start")
+                    by_others.setdefault(others, {}).setdefault(start, {})[value or 0.0] = point
+        for others, curves in list(by_others.items())[:MOST_HELD]:
+            chart = _chart(summary, axis_name.rpartition(".")[2], others, curves, starts, "start")
             charts += [chart] if chart is not None else []
     return charts
 
 
 def against_settings(summary: Summary, part: Part) -> list[Chart]:
     """Return a chart for each number of methods that varies, in one setting: one curve a method."""
-    found: dict[str, _Curves] = {}
+    by_setting: dict[str, _Curves] = {}
     for family in families(part):
         for value, start in family.members:
             point = spread(figures(part.at_best(start), summary.first))
             if point is not None and math.isfinite(point.mean):
-                found.setdefault(family.setting, {}).setdefault(family.method, {})[value] = point
-    drawn = [_chart(summary, name, part.name, curves, list(curves), "method") for name, curves in found.items()]
+                by_setting.setdefault(family.setting, {}).setdefault(family.method, {})[value] = point
+    drawn = [_chart(summary, name, part.name, curves, list(curves), "method") for name, curves in by_setting.items()]
     return [chart for chart in drawn if chart is not None]
 
 
@@ -71,7 +71,7 @@ def against_error(summary: Summary, part: Part) -> Chart | None:
 
 
 def _chart(
-    summary: Summary, across: str, held: str, curves: _Curves, drawn: list[str], kind: str, least: int = 2
+    summary: Summary, across: str, others: str, curves: _Curves, drawn: list[str], kind: str, least: int = 2
 ) -> Chart | None:
     if len({value for points in curves.values() for value in points}) < 2:
         return None
@@ -94,7 +94,7 @@ def _chart(
     caption += ", mean over seeds with a band from the least to the greatest." if summary.seeds > 1 else "."
     if kind == "start" and len(shown) < len(curves):
         caption += f" {left_out(summary, len(shown))}"
-    title = f"{figure[:1].upper()}{figure[1:]} against {across}" + (f", {held}" if held else "")
+    title = f"{figure[:1].upper()}{figure[1:]} against {across}" + (f", {others}" if others else "")
     heads = (kind, across, f"held-out {figure}", "least", "greatest", "seeds")
     return Chart(slug("against", across), "settings", title, caption, {"data": traces, "layout": shape}, heads, rows)
 
