@@ -58,9 +58,6 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-# The runs.
-
-
 def spelled(label: str) -> tuple[str, dict[str, Any]]:
     """Return a label's method and the settings of the adapter that it changes: "lora-xs r=16" has rank 16 and s = 1."""
     method, _, rank = label.partition(" r=")
@@ -201,9 +198,6 @@ def run_all(plan: Sequence[Planned], limit_minutes: float) -> list[Row]:
             said = str(error)
         print(f"[{number}/{len(plan)}] {item.task} {item.label} seed {item.run.seed}: {said}", flush=True)
     return [row for item in plan if (row := item.row()) is not None]
-
-
-# Statistics.
 
 
 @dataclass(frozen=True)
