@@ -79,18 +79,17 @@ def test_who_does_the_cells_is_killed(study, uncut, tmp_path):
 class Killer(threading.Thread):
     """Kills one process of this one's whose command line has a name, at a random moment of what it does."""
 
-    def __init__(self, name, folder, draw):
+    def __init__(self, name, folder, delay):
         super().__init__(daemon=True)
-        self.name, self.folder, self.draw = name, folder, draw
+        self.name, self.folder, self.delay = name, folder, delay
         self.over, self.before = threading.Event(), None
 
     def run(self):
         while not self.over.wait(0.1):
             if found := [child for child in psutil.Process().children(recursive=True) if self.name in words(child)]:
-                if self.over.wait(self.draw.uniform(0, 12)):
+                if self.over.wait(self.delay):
                     return
-                before = finished(self.folder)
-                victim = self.draw.choice(found)
+                before, victim = finished(self.folder), found[0]
                 if victim.is_running():
                     victim.kill()
                     self.before = before
@@ -104,12 +103,13 @@ def words(process):
         return ""
 
 
-def killed_in_each(study, tmp_path, name, wanted, **further):
+def killed_in_each(study, tmp_path, name, uncut, **further):
     """Have one worker killed in each study, until as many are as asked for."""
-    draw, kills, number = random.Random(1), 0, 0
+    draw, kills, number, (wanted, seconds) = random.Random(1), 0, 0, uncut
     while kills < ROUNDS:
         folder, number = tmp_path / str(number), number + 1
-        killer = Killer(name, folder, draw)
+        # Two workers need about half as long as one process.
+        killer = Killer(name, folder, draw.uniform(0, seconds / 2))
         killer.start()
         run_study(study, folder, **further)
         killer.over.set()
@@ -121,9 +121,9 @@ def killed_in_each(study, tmp_path, name, wanted, **further):
 
 
 def test_a_worker_is_killed(study, uncut, tmp_path):
-    killed_in_each(study, tmp_path, "spawn_main", uncut[0], workers=2)
+    killed_in_each(study, tmp_path, "spawn_main", uncut, workers=2)
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
 def test_a_worker_on_ray_is_killed(study, uncut, tmp_path):
-    killed_in_each(study, tmp_path, "ray::_work", uncut[0], workers=2, ray="local")
+    killed_in_each(study, tmp_path, "ray::_work", uncut, workers=2, ray="local")
