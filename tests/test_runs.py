@@ -395,7 +395,9 @@ def test_one_process_at_a_time(model, data, tmp_path):
         stages.load_base = lambda *_: time.sleep(600)
 
     process = child(run, tmp_path / "run", arrange)
-    while not (tmp_path / "run" / "locks" / "run.lock").is_file():
+    lock = tmp_path / "run" / "locks" / "run.lock"
+    # There is a file before it is locked, and only then is it signed.
+    while not (lock.is_file() and lock.read_text()):
         time.sleep(0.01)
     try:
         with pytest.raises(RunError, match=f"is being worked on by process {process.pid}"):
