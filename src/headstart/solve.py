@@ -25,7 +25,7 @@ from headstart.statistics.gather import Statistics
 # Weights of one shape are decomposed together, as many as fit in this many bytes of float32.
 _BATCH_BYTES = 256 * 2**20
 # On a CPU each takes one thread, so that more than a few for each bring nothing, and a kill would lose them all.
-_EACH_THREAD = 4
+_EACH_THREAD = 16
 
 
 def solve(

@@ -237,10 +237,12 @@ def _krylov(tall: Tensor, k: int, block: int, tol: float, max_iterations: int, s
         rows[low:high] = new
         basis = rows[:high]
         image = (new @ tall.mT) @ tall
-        coefficients = image @ basis.mT
-        projected[low:high, :high] = coefficients
-        fresh = image - coefficients @ basis
-        # Once more: what rounding leaves of the basis grows as the wanted vectors converge.
+        # Exactly, an image has parts along the last two blocks alone.
+        near = max(0, low - block)
+        coefficients = image @ rows[near:high].mT
+        projected[low:high, near:high] = coefficients
+        fresh = image - coefficients @ rows[near:high]
+        # Of the others, rounding leaves parts that grow as the wanted vectors converge.
         fresh = fresh - (fresh @ basis.mT) @ basis
         Q, triangle = torch.linalg.qr(fresh.mT)
         if float(triangle.diagonal().abs().min()) < _LITTLE * float(triangle.abs().max()):
