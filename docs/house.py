@@ -36,6 +36,7 @@ ROOMS: dict[str, str] = {
     "stream": "the same from a checkpoint's shards, layer by layer",
     "study": "cells, each a run, in one grid; who does them; what they show, with statistics that hold",
     "reports": "a study's page, tables and charts",
+    "dynamics": "the scaling theory, measured: the toy model of its paper, and exponents over widths",
     "advise": "before training: what starts cost, and how sharp the loss is along their first step",
     "cli": "the command line",
 }

@@ -23,7 +23,9 @@ from headstart.errors import HeadstartError
 from headstart.evaluation.figures import Figure
 from headstart.reports import pictures
 from headstart.reports.answer import answer
-from headstart.reports.page import check_plotly, page, write_page
+from headstart.reports.charts import charts
+from headstart.reports.document import check_plotly
+from headstart.reports.page import page, write_page
 from headstart.reports.tables import markdown, ranking_table
 from headstart.reports.words import rate_text, with_interval
 
@@ -286,7 +288,7 @@ def test_page_is_written_whole_and_needs_plotly(tmp_path, hostile, monkeypatch):
 def test_pictures_say_what_they_need(tmp_path, hostile, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(pictures, "find_spec", lambda name: None if name == "kaleido" else found(name))
-    assert 'pip install "headstart[pictures]"' in pictures.write_pictures(tmp_path / "pictures", hostile)
+    assert 'pip install "headstart[pictures]"' in pictures.write_pictures(tmp_path / "pictures", charts(hostile))
     assert not (tmp_path / "pictures").exists()
 
     def no_browser(drawn, folder):
@@ -295,7 +297,7 @@ def test_pictures_say_what_they_need(tmp_path, hostile, monkeypatch):
 
     monkeypatch.setattr(pictures, "find_spec", lambda name: object())
     monkeypatch.setattr(pictures, "_draw", no_browser)
-    assert "requires Google Chrome" in pictures.write_pictures(tmp_path / "pictures", hostile)
+    assert "requires Google Chrome" in pictures.write_pictures(tmp_path / "pictures", charts(hostile))
     assert list((tmp_path / "pictures").iterdir()) == []
 
 

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage or settings, 130 interrupted.
     """
     # Imported here, so that the commands can import the application.
-    from headstart.cli import adapters, advise, cache, compare, evaluate, methods, report, start, train  # noqa: F401
+    from headstart.cli import adapters, advise, cache, compare, dynamics, evaluate, methods, report, start, train  # noqa: F401
     from headstart.errors import HeadstartError, HeadstartWarning, RunError
 
     # Commands print a report's warnings themselves.

@@ -112,7 +112,8 @@ def compare(
     MODEL may be a study's YAML file, which then holds all settings.
     """
     from headstart.reports.answer import answer
-    from headstart.reports.page import check_plotly, write_page
+    from headstart.reports.document import check_plotly
+    from headstart.reports.page import write_page
     from headstart.reports.tables import markdown, ranking_table
     from headstart.study.cells import Grid
     from headstart.study.study import PAGES, run_study, start_over

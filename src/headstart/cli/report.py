@@ -36,7 +36,9 @@ def report(
 def _of_study(folder: Path, pictures: bool) -> None:
     from headstart.files import write_whole
     from headstart.reports.answer import answer
-    from headstart.reports.page import check_plotly, write_page
+    from headstart.reports.charts import charts
+    from headstart.reports.document import check_plotly
+    from headstart.reports.page import write_page
     from headstart.reports.pictures import write_pictures
     from headstart.reports.tables import markdown, ranking_table
     from headstart.study.cells import Grid
@@ -56,7 +58,7 @@ def _of_study(folder: Path, pictures: bool) -> None:
         output.print(renderable)
     _say(f"page: {page}")
     if pictures:
-        missing = write_pictures(drawn, summary)
+        missing = write_pictures(drawn, charts(summary))
         _say(missing or f"pictures: {drawn}")
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
-from importlib.resources import files
 from pathlib import Path
 
-from headstart.errors import HeadstartError
 from headstart.files import write_whole
-from headstart.reports import colours
 from headstart.reports.answer import answer
 from headstart.reports.charts import MOST_SETTINGS, TOPICS, Chart, charts
-from headstart.reports.markup import chart_html, data_block, download, folded, sheet_html
+from headstart.reports.document import Section, check_plotly, document
+from headstart.reports.markup import chart_html, download, folded, sheet_html
 from headstart.reports.sheets import (
     Sheet,
     cell_rows,
@@ -50,46 +46,12 @@ def page(summary: Summary) -> str:
     Raises:
         HeadstartError: Plotly is not installed.
     """
-    plotly, script = _plotly_js(), _resource("page.js")
-    drawn = charts(summary)
-    sections = _sections(summary, drawn)
+    check_plotly()
     subject = f"{summary.grid.base.model.name} on {summary.grid.base.data.task}"
-    links = "".join(f'<li><a href="#{name}">{html.escape(title)}</a></li>' for name, title, _ in sections)
-    body = "".join(
-        f'<section aria-labelledby="{name}"><h2 id="{name}">{html.escape(title)}</h2>{content}</section>\n'
-        for name, title, content in sections
-    )
-    # Nothing from the network, and no script but these two.
-    allowed = (
-        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {_hash(plotly)} {_hash(script)}"
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{allowed}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<title>{html.escape(f"Starts compared: {subject}")}</title>\n<link rel="icon" href="data:,">\n'
-        f"<style>{_variables()}{_resource('page.css')}</style></head>\n<body>\n"
-        '<a class="skip" href="#content">To the content</a>\n'
-        f'<header><h1>Starts compared</h1><p class="subject">{html.escape(subject)}</p>\n'
-        f'<nav aria-label="Contents"><ul>{links}</ul></nav></header>\n<main id="content">\n'
-        f'<section class="answer" aria-labelledby="answer"><h2 id="answer">Answer</h2>'
-        f"<p>{html.escape(answer(summary))}</p></section>\n"
-        "<noscript><p>The charts are drawn by a script; their data are in the tables without it.</p></noscript>\n"
-        f"{body}</main>\n{data_block('colours', colours.dark())}\n"
-        f"<script>{plotly}</script>\n<script>{script}</script>\n</body></html>\n"
-    )
+    return document("Starts compared", subject, answer(summary), _sections(summary, charts(summary)))
 
 
-def check_plotly() -> None:
-    """Raise HeadstartError where Plotly is not installed."""
-    try:
-        import plotly  # noqa: F401
-    except ImportError:
-        raise HeadstartError('the page needs Plotly: pip install "headstart[study]".') from None
-
-
-def _sections(summary: Summary, drawn: list[Chart]) -> list[tuple[str, str, str]]:
-    """Return (name, heading, content) of each section."""
+def _sections(summary: Summary, drawn: list[Chart]) -> list[Section]:
     notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in summary.sentences())
     known = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in conditions(summary))
     by_topic = {topic: _topic(summary, topic, [chart for chart in drawn if chart.topic == topic]) for topic in TOPICS}
@@ -145,34 +107,3 @@ def _every_rate(summary: Summary) -> str:
     if len(sheet.rows) <= _FOLDED:
         return link + table
     return link + folded(f"All {len(sheet.rows):,} pairs of start and rate", table, printed=True)
-
-
-def _variables() -> str:
-    """Return the page's colours as CSS has them, by scheme; what is printed is light."""
-    names = {
-        "ground": colours.GROUND,
-        "ink": colours.INK,
-        "muted": colours.MUTED,
-        "line": colours.LINE,
-        "panel": colours.PANEL,
-        "accent": colours.ACCENT,
-    }
-    dark = colours.dark()
-    light = "".join(f"--{name}:{colour};" for name, colour in names.items())
-    night = "".join(f"--{name}:{dark[colour]};" for name, colour in names.items())
-    return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{night}}}}}\n"
-
-
-def _plotly_js() -> str:
-    check_plotly()
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs()).replace("</script", "<\\/script")
-
-
-def _resource(name: str) -> str:
-    return files("headstart.reports").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

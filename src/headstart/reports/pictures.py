@@ -1,4 +1,4 @@
-"""The charts of a study as PNG pictures, through Plotly's kaleido and a Chrome, where both are there."""
+"""The charts of a report as PNG pictures, through Plotly's kaleido and a Chrome, where both are there."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from headstart.files import work_folder
-from headstart.reports.charts import Chart, charts
+from headstart.reports.charts.chart import Chart
 from headstart.reports.colours import GROUND
-from headstart.study.summary import Summary
 
 # Pixels of a picture's width, before the scale; twice as many for print.
 _WIDTH, _SCALE = 900, 2
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def write_pictures(folder: Path, summary: Summary) -> str | None:
+def write_pictures(folder: Path, drawn: list[Chart]) -> str | None:
     """Write a PNG of each chart, each whole or not at all; return a sentence where they can't be drawn, else None."""
     missing = [name for name in ("plotly", "kaleido") if find_spec(name) is None]
     if missing:
         return f'No pictures are drawn: they need {" and ".join(missing)}: pip install "headstart[pictures]".'
-    drawn = charts(summary)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with work_folder(folder, "pictures") as work:

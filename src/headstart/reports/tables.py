@@ -35,39 +35,40 @@ def ranking_table(summary: Summary) -> list[RenderableType]:
         if part.name:
             shown.append(Text(f"\n{part.name}", style="bold"))
         ranking = ranking_sheet(summary, part)
-        shown += [_rich(ranking), Text(ranking.caption, style="dim"), "", _rich(cost_sheet(summary, part))]
+        shown += [rich_table(ranking), Text(ranking.caption, style="dim"), "", rich_table(cost_sheet(summary, part))]
     if len(summary.parts) > _MOST_SETTINGS:
         shown.append(Text(f"\n{len(summary.parts) - _MOST_SETTINGS} more settings are in the report."))
     if (lost := unfinished_sheet(summary)) is not None:
-        shown += ["", _rich(lost)]
+        shown += ["", rich_table(lost)]
     shown += [Text(sentence) for sentence in summary.sentences()]
     return shown
 
 
 def markdown(summary: Summary) -> str:
     """Return the whole report as Markdown."""
-    lines = ["# Starts compared", "", _escaped(answer(summary)), ""]
-    lines += [f"- **{name}**: {_escaped(value)}" for name, value in conditions(summary)]
+    lines = ["# Starts compared", "", escaped(answer(summary)), ""]
+    lines += [f"- **{name}**: {escaped(value)}" for name, value in conditions(summary)]
     lines += ["", "## Ranking"]
     for part in summary.parts:
-        lines += ["", f"### {_escaped(part.name)}"] if part.name else []
+        lines += ["", f"### {escaped(part.name)}"] if part.name else []
         for sheet in (ranking_sheet(summary, part), cost_sheet(summary, part)):
-            lines += ["", *_table(sheet)]
-    lines += ["", "## Notes", "", *(f"- {_escaped(sentence)}" for sentence in summary.sentences())]
-    lines += ["", "## Every rate", "", *_table(rates_sheet(summary))]
+            lines += ["", *table_lines(sheet)]
+    lines += ["", "## Notes", "", *(f"- {escaped(sentence)}" for sentence in summary.sentences())]
+    lines += ["", "## Every rate", "", *table_lines(rates_sheet(summary))]
     robust = [(part, kept) for part in summary.parts if (kept := robustness_sheet(summary, part)) is not None]
     if robust:
         lines += ["", "## Beside the best rate"]
         for part, sheet in robust:
-            lines += ["", f"### {_escaped(part.name)}"] if part.name else []
-            lines += ["", *_table(sheet)]
+            lines += ["", f"### {escaped(part.name)}"] if part.name else []
+            lines += ["", *table_lines(sheet)]
     last = {"Cells without a figure": unfinished_sheet(summary), "Warnings": warnings_sheet(summary)}
     for title, further in last.items():
-        lines += ["", f"## {title}", "", *_table(further)] if further is not None else []
+        lines += ["", f"## {title}", "", *table_lines(further)] if further is not None else []
     return "\n".join(lines) + "\n"
 
 
-def _rich(sheet: Sheet) -> Table:
+def rich_table(sheet: Sheet) -> Table:
+    """Return a table for the terminal, of its first rows."""
     table = Table(box=None, pad_edge=False)
     for place, head in enumerate(sheet.heads):
         word = place in sheet.words
@@ -79,8 +80,9 @@ def _rich(sheet: Sheet) -> Table:
     return table
 
 
-def _table(sheet: Sheet) -> Iterable[str]:
-    yield _escaped(sheet.caption)
+def table_lines(sheet: Sheet) -> Iterable[str]:
+    """Return a table's caption and rows as lines of Markdown."""
+    yield escaped(sheet.caption)
     yield ""
     yield _line(sheet.heads)
     yield "|" + "".join("---|" if place in sheet.words else "---:|" for place in range(len(sheet.heads)))
@@ -88,9 +90,9 @@ def _table(sheet: Sheet) -> Iterable[str]:
 
 
 def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(_escaped(cell) for cell in cells)} |"
+    return f"| {' | '.join(escaped(cell) for cell in cells)} |"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Return text in which nothing is taken for Markdown or HTML, on one line."""
     return _MARKS.sub(r"\\\1", " ".join(text.split()))

@@ -193,7 +193,7 @@ def compared(
     for start, (rate, mean, seeds) in points.items():
         row = Comparison(start, rate, mean, seeds)
         if math.isfinite(mean):
-            interval = _over_seeds([(run.test, 0.0) for run in chosen[start]]).interval
+            interval = paired_over_seeds([(run.test, 0.0) for run in chosen[start]]).interval
             row = replace(row, interval=interval, verdict="reference" if start == reference else "not compared")
             if start != reference and math.isfinite(points[reference][1]):
                 row = _against(row, chosen[start], chosen[reference])
@@ -318,13 +318,14 @@ def _against(row: Comparison, runs: Sequence[Outcome], others: Sequence[Outcome]
     """Return the row with its differences, and a p that is not corrected yet."""
     by_seed = {run.seed: run for run in others}
     pairs = [(run, by_seed[run.seed]) for run in sorted(runs, key=lambda run: run.seed) if run.seed in by_seed]
-    over_seeds = _over_seeds([(run.test, other.test) for run, other in pairs]) if pairs else None
+    over_seeds = paired_over_seeds([(run.test, other.test) for run, other in pairs]) if pairs else None
     over_items = _over_items([pair for pair in pairs if pair[0].items and pair[1].items])
     row = replace(row, over_seeds=over_seeds, over_items=over_items)
     return row if row.decisive is None else replace(row, p=row.decisive.p)
 
 
-def _over_seeds(pairs: Sequence[tuple[float, float]]) -> Difference:
+def paired_over_seeds(pairs: Sequence[tuple[float, float]]) -> Difference:
+    """Return the mean difference within pairs, one a seed: by t, or by sign where all differences are the same."""
     from scipy.stats import t
 
     differences = [figure - other for figure, other in pairs]

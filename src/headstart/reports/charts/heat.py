@@ -67,7 +67,7 @@ def _maps(
         return []
     figure = summary.first
     title = f"Held-out {figure} of {what} over {across} and rate"
-    plain = _map("heat", title, figure, across, rows, SEQUENTIAL, note)
+    plain = heat_map("heat", title, figure, across, rows, SEQUENTIAL, note)
     of_base = f"the reference {summary.grid.reference}" if base else f"the smallest {across}"
     base = base or rows[min(rows)]
     changes = {
@@ -77,11 +77,11 @@ def _maps(
     if not any(changes.values()):
         return [plain]
     title = f"{what} against {of_base} at the same rate"
-    return [plain, _map("heat-base", title, f"difference in {figure}", across, changes, DIVERGING, note)]
+    return [plain, heat_map("heat-base", title, f"difference in {figure}", across, changes, DIVERGING, note)]
 
 
-def _map(
-    kind: str,
+def heat_map(
+    name: str,
     title: str,
     figure: str,
     across: str,
@@ -89,6 +89,16 @@ def _map(
     scale: tuple[str, ...],
     note: str,
 ) -> Chart:
+    """Return one map.
+
+    Args:
+        name, title: of the chart.
+        figure: what the colours mean.
+        across: what differs from row to row.
+        rows: by that number, and by rate, the figure.
+        scale: :data:`SEQUENTIAL`, or :data:`DIVERGING` around zero.
+        note: ends the caption.
+    """
     sizes, rates = sorted(rows), sorted({rate for row in rows.values() for rate in row})
     heights = [[_drawn(rows[size].get(rate)) for rate in rates] for size in sizes]
     shown = [height for row in heights for height in row if height is not None]
@@ -125,7 +135,7 @@ def _map(
         for size in sizes
         for rate, height in sorted(rows[size].items())
     ]
-    return Chart(kind, "rates", title, caption, {"data": [trace], "layout": drawn}, (across, "rate", figure), data)
+    return Chart(name, "rates", title, caption, {"data": [trace], "layout": drawn}, (across, "rate", figure), data)
 
 
 def _heights(summary: Summary, part: Part) -> dict[str, _Values]:
