@@ -24,6 +24,7 @@ ROOMS: dict[str, str] = {
     "methods": "one file a start: what it wants, the form it lives in, what it refuses, its factors",
     "layers": "the layers of an adapter: found, read, given their start; saved and loaded",
     "statistics": "passes over the data: what is summed for each layer, for whom, and how samples weigh",
+    "monitor": "what layers do while they train, in the terms of the scaling theory",
     "store": "entries that several processes make together, each once, and believe only whole",
     "cache": "factors that depend on weights alone, kept between runs",
     "solve": "from what is known of the layers to their factors",

@@ -42,12 +42,14 @@ if TYPE_CHECKING:
     from headstart.layers.core import optimal_gradient
     from headstart.layers.export import save_lora
     from headstart.layers.lora_fa import lora_fa_
+    from headstart.monitor import Monitor
     from headstart.report import LayerReport, Report
     from headstart.statistics.training import TrainingData
 
 # What needs PEFT and Transformers, which take several times as long as torch, is imported when it is asked for.
 _LATER = {
     "LayerReport": "headstart.report",
+    "Monitor": "headstart.monitor",
     "Report": "headstart.report",
     "TrainingData": "headstart.statistics.training",
     "initialize_": "headstart.initialize",
@@ -90,6 +92,7 @@ __all__ = [
     "Method",
     "MethodError",
     "ModelError",
+    "Monitor",
     "PerLayer",
     "Report",
     "RunError",
