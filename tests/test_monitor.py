@@ -16,7 +16,7 @@ from headstart.errors import HeadstartWarning, LayerError
 from headstart.layers.anchored import anchors, current_factors
 from headstart.layers.find import lora_layers
 from headstart.monitor import quantities
-from headstart.monitor.monitor import KEY, STARTS, sampled
+from headstart.monitor.monitor import RECORDS, STARTS, sampled
 from test_resume import arguments, losses, rows
 
 FACTOR = st.tuples(st.integers(1, 6), st.integers(6, 20), st.integers(6, 20), st.integers(1, 30), st.integers(0, 2**20))
@@ -245,7 +245,7 @@ def test_a_trainers_run_that_goes_on_has_the_records_of_one_that_was_not_cut(tmp
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert losses(again) == losses(uncut)
     assert [record.row() for record in rest.records] == [record.row() for record in whole.records]
-    assert sum(KEY in row for row in again.state.log_history) == 5
+    assert sum(RECORDS in row for row in again.state.log_history) == 5
 
 
 def test_a_start_that_was_not_kept_is_said(tmp_path):

@@ -11,8 +11,11 @@ from fake_study import BASE, fake_study
 from headstart.reports import colours
 from headstart.reports.charts import charts
 from headstart.reports.charts.costs import front
+from headstart.reports.charts.dynamics import dynamics_sheet
 from headstart.reports.charts.training import MOST_POINTS, averaged
 from headstart.reports.measured import MOST_STARTS
+from headstart.reports.page import page
+from headstart.reports.tables import markdown
 from headstart.study.statistics import Comparison
 
 RATES = [1e-4, 3e-4, 1e-3]
@@ -182,3 +185,35 @@ def strings(value):
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
             yield from strings(part)
+
+
+def test_watched_layers(tmp_path):
+    def truth(cell):
+        rows = []
+        for step in (1, 4):
+            for layer, size in (("q", 1.0), ("v", 4.0)):
+                row = dict.fromkeys(("z_a", "z_b", "delta3", "update"), 1.0) | {"step": step, "layer": layer}
+                row |= {"delta1": size if cell.start == "pissa" else 0.0, "delta2": 1.0, "norm_a": 2.0}
+                row |= {"norm_b": size * step / 2, "start_overlap": size / 8, "start_angle": 9.0}
+                rows.append(row | {"effective_rank": 2.0, "gradient_overlap": None, "gradient_angle": None})
+        return {"end": loss(cell), "monitor": rows}
+
+    study = fake_study(tmp_path, truth, {"start": ["lora", "pissa"]}, {**BASE, "optimizer": {"lr": 1e-3}})
+    drawn = by_name(study)
+    assert [row for row in drawn["delta-ratio"].rows if row[1] == 4] == [("pissa", 4, pytest.approx(2.0), 1.0, 4.0)]
+    means = {(row[0], row[1]): row[2] for row in drawn["b-over-a"].rows}
+    assert means == pytest.approx({("lora", 1): 0.5, ("lora", 4): 2, ("pissa", 1): 0.5, ("pissa", 4): 2})
+    assert {row[2] for row in drawn["start-overlap"].rows} == {0.3125}
+    assert "gradient-overlap" not in drawn
+    rows = {row[0]: row[1:] for row in dynamics_sheet(study, study.parts[0]).rows}
+    assert rows["pissa"] == ("both", "2.0000", "2.0000", "step 4", "0.3125", "-", "2.0000")
+    assert rows["lora"][:2] == ("-", "-")
+    assert "What layers did" in page(study)
+    assert "## What layers did" in markdown(study)
+
+
+def test_nothing_watched_is_nothing_drawn(tmp_path):
+    study = fake_study(tmp_path, loss, {"start": ["lora", "pissa"]}, {**BASE, "optimizer": {"lr": 1e-3}})
+    assert dynamics_sheet(study, study.parts[0]) is None
+    assert not any(chart.topic == "dynamics" for chart in charts(study))
+    assert "What layers did" not in page(study)

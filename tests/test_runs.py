@@ -94,6 +94,34 @@ def test_every_way_to_train_ends_in_a_result(way, model, data, tmp_path):
     }
 
 
+def test_watched_layers_are_in_the_result_also_of_a_run_that_was_cut(model, data, tmp_path, monkeypatch):
+    settings = {"start": {"method": "init-ab"}, "monitor": 3, "evaluation": {"every": 2}}
+    whole = execute(small_run(model, data, **settings), tmp_path / "whole")
+    steps = sorted({row["step"] for row in whole.monitor})
+    assert steps == list(range(1, len(losses(whole)) + 1))
+    assert len({row["layer"] for row in whole.monitor}) == 3
+    # A warm-up begins at a rate of 0.
+    assert all(row["delta1"] > 0 and row["delta2"] > 0 for row in whole.monitor if row["step"] > 1)
+    assert losses(whole) == losses(execute(small_run(model, data, start={"method": "init-ab"}), tmp_path / "plain"))
+
+    def killed(self, args, state, control, **_):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.Watch, "on_step_end", killed)
+    with pytest.raises(KeyboardInterrupt):
+        execute(small_run(model, data, **settings), tmp_path / "cut")
+    monkeypatch.undo()
+    cut = execute(small_run(model, data, **settings), tmp_path / "cut")
+    assert cut.monitor == whole.monitor
+
+
+@pytest.mark.parametrize("settings", [{"trains": "full", "adapter": None}, {"adapter": {"kind": "vera"}}])
+def test_what_has_no_layers_of_lora_is_not_watched(settings, model, data):
+    with pytest.raises(ValueError, match="monitor watches layers of LoRA"):
+        small_run(model, data, monitor=2, **settings)
+
+
 def test_a_run_asks_further_tasks_and_what_it_forgot_as_eval_does(model, data, tmp_path):
     pytest.importorskip("math_verify")
     problems = truths(tmp_path / "boolq.test.json")

@@ -28,9 +28,9 @@ from headstart.monitor.quantities import Pair, Quantities, quantities
 from headstart.processes import is_sharded
 
 # Records that a run of known length has, where ``every`` is not given; and steps between them where it isn't known.
-_RECORDS, _EVERY = 50, 10
+_SOME, _EVERY = 50, 10
 # In the trainer's history and in its saves.
-KEY, STARTS = "headstart_monitor", "headstart_monitor.safetensors"
+RECORDS, STARTS = "headstart_monitor", "headstart_monitor.safetensors"
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ class Monitor(TrainerCallback):
         if not state.is_world_process_zero:
             return
         model = self._model if self._model is not None else known["model"]
-        self._every = self._every or max(1, math.ceil(state.max_steps / _RECORDS))
+        self._every = self._every or max(1, math.ceil(state.max_steps / _SOME))
         self._step = state.global_step
-        self.records = [_record(row) for entry in state.log_history for row in entry.get(KEY, ())]
+        self.records = [_record(row) for entry in state.log_history for row in entry.get(RECORDS, ())]
         self._begin(model)
         if self._step:
             self._take_starts(Path(args.output_dir) / f"checkpoint-{self._step}" / STARTS)
@@ -151,7 +151,7 @@ class Monitor(TrainerCallback):
         self.step()
         if len(self.records) > count:
             state.log_history.append(
-                {"step": state.global_step, KEY: [record.row() for record in self.records[count:]]}
+                {"step": state.global_step, RECORDS: [record.row() for record in self.records[count:]]}
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

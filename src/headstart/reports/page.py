@@ -8,6 +8,7 @@ from pathlib import Path
 from headstart.files import write_whole
 from headstart.reports.answer import answer
 from headstart.reports.charts import MOST_SETTINGS, TOPICS, Chart, charts
+from headstart.reports.charts.dynamics import dynamics_sheet
 from headstart.reports.document import Section, check_plotly, document
 from headstart.reports.markup import chart_html, download, folded, sheet_html
 from headstart.reports.sheets import (
@@ -24,7 +25,7 @@ from headstart.reports.sheets import (
 from headstart.study.summary import Part, Summary
 
 # By topic of charts, the heading of their section.
-_HEADINGS = ("Ranking", "Learning rates", "Training", "Other settings", "Costs")
+_HEADINGS = ("Ranking", "Learning rates", "Training", "What layers did", "Other settings", "Costs")
 _TOPICS = dict(zip(TOPICS, _HEADINGS, strict=True))
 # Settings whose tables a page shows, and rows of a table that it shows without a click.
 _MOST_TABLES, _FOLDED = 12, 40
@@ -74,7 +75,7 @@ def _topic(summary: Summary, topic: str, drawn: list[Chart]) -> str:
     content += "".join(chart_html(chart) for chart in drawn if chart.setting in ("", first))
     for place, part in enumerate(summary.parts[:_MOST_TABLES]):
         within = "".join(chart_html(chart) for chart in drawn if place and chart.setting == part.name)
-        sheet = {"rates": robustness_sheet, "costs": cost_sheet}.get(topic, _no_sheet)(summary, part)
+        sheet = _SHEETS.get(topic, _no_sheet)(summary, part)
         if sheet is not None:
             within += sheet_html(sheet, f"{_TOPICS[topic]} {part.name}".strip())
         content += folded(f"{_TOPICS[topic]} with {part.name}", within) if place and within else within
@@ -83,6 +84,10 @@ def _topic(summary: Summary, topic: str, drawn: list[Chart]) -> str:
 
 def _no_sheet(summary: Summary, part: Part) -> Sheet | None:
     return None
+
+
+# By topic, the table of one setting.
+_SHEETS = {"rates": robustness_sheet, "dynamics": dynamics_sheet, "costs": cost_sheet}
 
 
 def _rankings(summary: Summary) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headstart.reports.answer import answer
+from headstart.reports.charts.dynamics import dynamics_sheet
 from headstart.reports.sheets import (
     Sheet,
     conditions,
@@ -61,6 +62,9 @@ def markdown(summary: Summary) -> str:
         for part, sheet in robust:
             lines += ["", f"### {escaped(part.name)}"] if part.name else []
             lines += ["", *table_lines(sheet)]
+    for part in summary.parts:
+        if (watched := dynamics_sheet(summary, part)) is not None:
+            lines += ["", f"## What layers did {escaped(part.name)}".rstrip(), "", *table_lines(watched)]
     last = {"Cells without a figure": unfinished_sheet(summary), "Warnings": warnings_sheet(summary)}
     for title, further in last.items():
         lines += ["", f"## {title}", "", *table_lines(further)] if further is not None else []

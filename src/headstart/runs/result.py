@@ -30,6 +30,7 @@ class Result:
             kill.
         metrics: by name; ``loss/start`` and ``loss/end`` are held-out losses before and after.
         series: by name, rows of (step, value), such as the training loss.
+        monitor: of watched layers, at some steps, what :class:`headstart.monitor.Quantities` names.
         windows: of training, up to each held-out measurement and to the end: see
             :func:`headstart.runs.watch.windows`.
         trainable, parameters: how many numbers train, and how many the model has without an adapter.
@@ -54,6 +55,7 @@ class Result:
     created_at: str = ""
     metrics: dict[str, Figure] = field(default_factory=dict)
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    monitor: list[dict[str, Any]] = field(default_factory=list)
     windows: list[dict[str, float]] = field(default_factory=list)
     trainable: int = 0
     parameters: int = 0

@@ -111,6 +111,7 @@ def start_key(run: Run) -> str:
     """
     same: dict[str, Any] = {
         "evaluation": Evaluation(graded_examples=run.evaluation.graded_examples),
+        "monitor": 0,
         "report_to": (),
         "merged": False,
     }

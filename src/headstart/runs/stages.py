@@ -23,6 +23,7 @@ from headstart.files import write_json
 from headstart.initialize import initialize_
 from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import Method, parse_method
+from headstart.monitor import RECORDS
 from headstart.processes import Processes, is_sharded, together
 from headstart.progress import Show, silent
 from headstart.report import Report
@@ -284,6 +285,7 @@ def _train(trainer: Any, folder: Path, result: Result) -> None:
         rows = [(row["step"], float(row[key])) for row in trainer.state.log_history if key in row]
         if rows:
             result.series[name] = rows
+    result.monitor = [row for entry in trainer.state.log_history for row in entry.get(RECORDS, ())]
     samples = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     result.windows = windows(trainer.state.log_history, samples)
 

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from headstart.errors import DataError, RunError
 from headstart.evaluation.answers import prompt_ids
+from headstart.monitor import Monitor
 from headstart.runs.tree import Run
 from headstart.runs.watch import Watch
 from headstart.statistics.batches import IGNORED
@@ -92,6 +93,8 @@ def make_trainer(
     # It prints a dictionary a step; the bar says the same in one line.
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
+    if run.monitor:
+        trainer.add_callback(Monitor(layers=run.monitor))
     return trainer, data
 
 

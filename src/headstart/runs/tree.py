@@ -247,6 +247,7 @@ class Run(Node):
         trains: the adapter; of it B alone (lora-fa); biases alone (bitfit); or the whole model (full).
         precision: of the arithmetic: "float32", or by autocast.
         gradient_checkpointing: activations are computed again instead of kept.
+        monitor: how many LoRA layers are watched in training (:class:`headstart.Monitor`); 0 for none.
         report_to: trackers that Transformers knows, such as "tensorboard" or "wandb".
         merged: write the merged model beside the adapter.
         seed: of the factors, the order of the data and dropout.
@@ -263,6 +264,7 @@ class Run(Node):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
     evaluation: Evaluation = Evaluation()
+    monitor: Annotated[int, Field(ge=0)] = 0
     report_to: Words = ()
     merged: bool = False
     seed: int = 0
@@ -278,6 +280,8 @@ class Run(Node):
                 raise ValueError(f"trains={self.trains} has no A and B: leave optimizer.lora_plus out")
             if self.model.bits != 16:
                 raise ValueError(f"trains={self.trains} can't train weights of {self.model.bits} bits")
+        if self.monitor and (self.trains in ("bitfit", "full") or self.adapter.kind == "vera"):
+            raise ValueError("monitor watches layers of LoRA, of which this run has none: leave monitor out")
         if self.adapter.kind == "vera" and (self.adapter.dora or self.adapter.rslora or self.trains == "lora-fa"):
             raise ValueError("adapter.kind=vera goes with neither dora nor rslora nor lora-fa")
         if self.model.dtype == "float16" and self.precision == "float32":

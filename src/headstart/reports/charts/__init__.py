@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from headstart.reports.charts.chart import Chart, slug
 from headstart.reports.charts.costs import against_memory, against_trainable, startup
+from headstart.reports.charts.dynamics import dynamics_charts
 from headstart.reports.charts.heat import heat_maps, heat_maps_over_axes
 from headstart.reports.charts.ranking import differences, ranking
 from headstart.reports.charts.rates import against_rate
@@ -27,19 +28,20 @@ _OF_ONE: tuple[Callable[[Summary, Part], Chart | None], ...] = (
     against_trainable,
     against_memory,
 )
-TOPICS = ("ranking", "rates", "training", "settings", "costs")
+TOPICS = ("ranking", "rates", "training", "dynamics", "settings", "costs")
 
 # Settings that have charts of their own; tables have all.
 MOST_SETTINGS = 4
 
 
 def charts(summary: Summary) -> list[Chart]:
-    """Return all charts that a study has something for, by topic: ranking, rates, training, settings, costs."""
+    """Return all charts that a study has something for, by topic: see :data:`TOPICS`."""
     made: list[Chart] = []
     for part in summary.parts[:MOST_SETTINGS]:
         single = [draw(summary, part) for draw in _OF_ONE]
         of_part = [chart for chart in single if chart is not None]
-        of_part += [*heat_maps(summary, part), *training_curves(summary, part), *against_settings(summary, part)]
+        of_part += [*heat_maps(summary, part), *training_curves(summary, part), *dynamics_charts(summary, part)]
+        of_part += against_settings(summary, part)
         made += [replace(chart, setting=part.name) for chart in of_part]
         if part is summary.parts[0]:
             made += [*heat_maps_over_axes(summary), *against_axes(summary)]
