@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headstart.cli.app import app
+from headstart.cli.compare import split_methods
 from headstart.cli.console import console, output
 from headstart.errors import DataError
 from headstart.progress import progress_bars
@@ -70,6 +72,65 @@ def toy(
     with progress_bars() as show:
         run_toy(settings, *places, out.expanduser(), show)
     _report(findings(gathered(*read_toy(out.expanduser()))), out.expanduser(), pictures)
+
+
+@dynamics.command()
+def exponents(
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Starts, made by the verb, in place of the paper's own.")
+    ] = None,
+    widths: Annotated[str | None, typer.Option("--widths", help="Numbers with commas; else 256 to 32,768.")] = None,
+    rates: Annotated[
+        str, typer.Option("--rates", help="Of --methods: exponents of the rate, with commas.")
+    ] = "-0.5,-0.75,-1",
+    rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="The step that is measured.")] = 4,
+    seeds: Annotated[int, typer.Option("--seeds", min=2)] = 20,
+    rate: Annotated[float, typer.Option("--rate", help="The constant before the power of n.")] = 0.1,
+    out: Out = Path("exponents"),
+    pictures: Pictures = True,
+) -> None:
+    """How sizes, updates and the loss of a low-rank layer grow with its width: measured beside predicted."""
+    from headstart.dynamics.exponents import as_plain, findings
+    from headstart.dynamics.theory import Scheme, schemes
+    from headstart.dynamics.widths import Settings, measure_all
+    from headstart.files import write_json
+    from headstart.methods import parse_method
+    from headstart.reports.document import check_plotly
+
+    check_plotly()
+    names = split_methods(methods) if methods else []
+    usual = (256, 512, 1024, 2048) if names else Settings().widths
+    grid = tuple(int(n) for n in _numbers("--widths", widths)) if widths else usual
+    settings = Settings(widths=tuple(sorted(grid)), rank=rank, steps=steps, seeds=seeds, rate=rate)
+    with progress_bars() as show:
+        if not names:
+            made = measure_all(schemes(), settings, show=show)
+        else:
+            from headstart.dynamics.starts import of_method
+
+            powers, made = _numbers("--rates", rates), []
+            for name in names:
+                maker = of_method(parse_method(name), settings)
+                own = [Scheme(name, math.nan, math.nan, power, power) for power in powers]
+                made += measure_all(own, settings, maker, show)
+    folder = out.expanduser()
+    write_json(as_plain(made, settings), folder / "exponents.json")
+    _report(findings(made, settings, names), folder, pictures)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    """Return numbers that commas part.
+
+    Raises:
+        RunError: one is none.
+    """
+    from headstart.errors import RunError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RunError(f"{option} takes numbers with commas between them, not {text!r}.") from None
 
 
 def _report(findings: Findings, folder: Path, pictures: bool) -> None:
