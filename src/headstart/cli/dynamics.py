@@ -48,10 +48,14 @@ def toy(
     test_images: Annotated[
         int | None, typer.Option("--test-images", min=1, help="The first so many; else all.")
     ] = None,
+    rates: Annotated[str | None, typer.Option("--rates", help="Numbers with commas; else the paper's ten.")] = None,
+    deviations: Annotated[
+        str | None, typer.Option("--deviations", help="Of the start: numbers with commas; else the paper's twelve.")
+    ] = None,
     pictures: Pictures = True,
 ) -> None:
     """The toy model of "Beyond Zero Initialization": its figure 2, with intervals, at the paper's own size."""
-    from headstart.dynamics.experiment import Settings, read_toy, run_toy
+    from headstart.dynamics.experiment import DEVIATIONS, RATES, Settings, read_toy, run_toy
     from headstart.dynamics.figure import findings, gathered
     from headstart.errors import RunError
     from headstart.reports.document import check_plotly
@@ -65,6 +69,8 @@ def toy(
         steps=steps,
         pretrain="each" if pretrain == "each" else "once",
         pretrain_steps=pretrain_steps,
+        rates=_numbers("--rates", rates) if rates else RATES,
+        deviations=_numbers("--deviations", deviations) if deviations else DEVIATIONS,
         seeds=seeds,
         test_images=test_images,
     )
@@ -119,7 +125,7 @@ def exponents(
     _report(findings(made, settings, names), folder, pictures)
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _numbers(option: str, text: str) -> tuple[float, ...]:
     """Return numbers that commas part.
 
     Raises:
@@ -128,7 +134,7 @@ def _numbers(option: str, text: str) -> list[float]:
     from headstart.errors import RunError
 
     try:
-        return [float(part) for part in text.split(",")]
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise RunError(f"{option} takes numbers with commas between them, not {text!r}.") from None
 

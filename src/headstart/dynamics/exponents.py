@@ -110,9 +110,9 @@ def answer(made: Sequence[Measured], settings: Settings, methods: Sequence[str] 
     if methods:
         return said
     rows = claims_sheet(made).rows
-    held = sum(row[-1] == "holds" for row in rows)
+    holding = sum(row[-1] == "holds" for row in rows)
     failing = [row[0] for row in rows if row[-1] == "fails"]
-    said += f" Of {len(rows)} claims {held} hold"
+    said += f" Of {len(rows)} claims {holding} hold"
     return said + (f"; these fail: {'; '.join(failing)}." if failing else ".")
 
 
