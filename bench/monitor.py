@@ -51,9 +51,9 @@ def main() -> None:
     text = [
         *paragraph(
             f"SmolLM2-135M, rank 8 on all linear layers, batches of 4 rows ({tokens} tokens), AdamW. hs.Monitor "
-            f"watches 7 layers, one of each kind; of {STEPS} steps the first and the tenth are recorded, twice as many as "
-            f"a loop's default (every {EVERY}) has in the long run. Seconds a step, median and range of {rounds} rounds "
-            "in turn."
+            f"watches 7 layers, one of each kind; of {STEPS} steps the first and the tenth are recorded, twice as many "
+            f"as a loop's default (every {EVERY}) has in the long run. Seconds a step, median and range of {rounds} "
+            "rounds in turn."
         ),
         *table(["", "seconds a step"], rows),
         *paragraph(
