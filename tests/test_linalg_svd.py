@@ -23,7 +23,7 @@ def check(W: Tensor, svd: TruncatedSVD, k: int) -> None:
     eye = torch.eye(k, dtype=torch.float64)
     for vectors in (svd.U.double(), svd.V.double()):
         assert float((vectors.mT @ vectors - eye).abs().max()) < 2e-6
-    best = svd.U.gather(0, svd.U.abs().argmax(dim=0, keepdim=True))
+    best = svd.V.gather(0, svd.V.abs().argmax(dim=0, keepdim=True))
     assert bool((best > 0).all())
     assert svd.residual <= 1e-5
     # The optimum, whatever the gaps: the product's own error is within 1e-5 of Eckart and Young's.
@@ -122,7 +122,7 @@ def test_zero_matrix(shape: tuple[int, int], which: str) -> None:
 
 def test_one_entry_matrix_and_its_sign() -> None:
     svd = truncated_svd(torch.tensor([[-2.0]]), 1)
-    assert (float(svd.U), float(svd.S), float(svd.V)) == (1.0, 2.0, -1.0)
+    assert (float(svd.U), float(svd.S), float(svd.V)) == (-1.0, 2.0, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -42,9 +42,10 @@ class TruncatedSVD:
     """k singular triplets of a (d_out, d_in) matrix W, in descending order of value, in float32.
 
     Attributes:
-        U: (d_out, k) orthonormal left vectors; in each, the entry of largest magnitude is positive.
+        U: (d_out, k) orthonormal left vectors.
         S: (k,) singular values.
-        V: (d_in, k) orthonormal right vectors, so that W is approximated by ``U @ diag(S) @ V.T``.
+        V: (d_in, k) orthonormal right vectors, so that W is approximated by ``U @ diag(S) @ V.T``; in each, the entry of
+            largest magnitude is positive, so that starts which pair vectors of different triplets are the same everywhere.
         residual: the largest, over the triplets, of ``||W v - s u||`` and ``||W' u - s v||``, each relative to
             its own s: W has a singular value within this relative distance of s. Measured before the rounding
             to float32. For an s that is zero to working precision, below ``eps * max(d_out, d_in) *
@@ -292,7 +293,7 @@ def _dense(work: Tensor, k: int, which: Which, zero: float) -> _Triplets:
 
 
 def _result(triplets: _Triplets, scale: float, iterations: int, exact: bool) -> TruncatedSVD:
-    largest = triplets.U.gather(0, triplets.U.abs().argmax(dim=0, keepdim=True))
+    largest = triplets.V.gather(0, triplets.V.abs().argmax(dim=0, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).to(triplets.U)
     return TruncatedSVD(
         U=(triplets.U * sign).float().contiguous(),
