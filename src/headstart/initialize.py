@@ -46,6 +46,7 @@ def initialize_(
     method: Method | str,
     *,
     data: Iterable[Any] | Trainer | TrainingData | None = None,
+    preserve: Iterable[Any] | TrainingData | None = None,
     seed: int = 0,
     form: Subtracting = "anchored",
     adapter: str | None = None,
@@ -81,6 +82,8 @@ def initialize_(
             are used (:func:`headstart.statistics.trainer.from_trainer`); or an iterable of batches that the model
             accepts as keyword arguments and returns a loss for; or a tokenised dataset together with ``collator``.
             Samples are counted, not batches.
+        preserve: for methods that protect an ability (sc-lora, lora-null): data of it, as ``data`` but for trainers;
+            read forward only, without labels.
         seed: the same seed gives the same factors.
         form: of methods whose start must not change the model: "anchored" leaves the frozen weights untouched (see
             :mod:`headstart.layers.anchored`); "residual" subtracts s B A from them, as the papers do.
@@ -131,10 +134,11 @@ def initialize_(
             for part in parts:
                 check(part.method, part.layers, source.training)
                 check_weights(part.method, part.layers, form)
+            to_preserve = TrainingData.of(preserve, collator, batch_size, None, context.processes)
             kept = open_cache(cache, context.notes.append)
         starts: dict[str, Factors] = {}
         read: dict[str, Statistics] = {}
-        for part, statistics in context.timed("collect", collect(model, parts, source, reading, context)):
+        for part, statistics in context.timed("collect", collect(model, parts, source, to_preserve, reading, context)):
             with context.clock("solve"):
                 starts |= solve(part.method, part.layers, statistics, context, source.training, kept)
             read |= {str(part.method): statistics} if statistics.plan else {}
@@ -201,8 +205,8 @@ def _source(
 
 
 def _reads(part: Part) -> bool:
-    """Return whether a part's method reads data, in general or for one of its layers."""
-    return part.method.reads_data or any(part.method.wants(layer.facts()).data for layer in part.layers)
+    """Return whether a part's method reads the data to learn, in general or for one of its layers."""
+    return part.method.reads_task or any(part.method.wants(layer.facts()).task for layer in part.layers)
 
 
 def _check_readable(model: nn.Module) -> None:

@@ -84,7 +84,7 @@ def init(
     for own in parsed.methods:
         with suppress(LayerError):  # of a setting that is missing; what is wrong with layers, the verb finds
             own.check(probe)
-    reading = [own for own in parsed.methods if own.reads_data]
+    reading = [own for own in parsed.methods if own.reads_task]
     if reading and data is None:
         raise DataError(f"method {reading[0].name!r} needs data: give a JSONL file with --data.")
     if data is not None and not reading:

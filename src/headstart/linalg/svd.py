@@ -44,8 +44,9 @@ class TruncatedSVD:
     Attributes:
         U: (d_out, k) orthonormal left vectors.
         S: (k,) singular values.
-        V: (d_in, k) orthonormal right vectors, so that W is approximated by ``U @ diag(S) @ V.T``; in each, the entry of
-            largest magnitude is positive, so that starts which pair vectors of different triplets are the same everywhere.
+        V: (d_in, k) orthonormal right vectors, so that W is approximated by ``U @ diag(S) @ V.T``; in each, the entry
+            of largest magnitude is positive, so that starts which pair vectors of different triplets are the same
+            everywhere.
         residual: the largest, over the triplets, of ``||W v - s u||`` and ``||W' u - s v||``, each relative to
             its own s: W has a singular value within this relative distance of s. Measured before the rounding
             to float32. For an s that is zero to working precision, below ``eps * max(d_out, d_in) *
