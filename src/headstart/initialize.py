@@ -26,7 +26,7 @@ from headstart.methods.base import Factors, Method
 from headstart.methods.registry import parse_method
 from headstart.processes import Processes, is_sharded
 from headstart.progress import Show
-from headstart.report import Report
+from headstart.report import Report, Searched
 from headstart.reporting import fallbacks, layer_reports
 from headstart.solve import check, check_weights, settled, solve
 from headstart.statistics.batches import Collator
@@ -34,6 +34,7 @@ from headstart.statistics.collect import Reading, collect
 from headstart.statistics.gather import Statistics
 from headstart.statistics.plan import parse_bytes
 from headstart.statistics.runs import Loss
+from headstart.statistics.search import samples_for, scaled, search_scale
 from headstart.statistics.training import TrainingData
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def initialize_(
             _check_early(model, parts)
             memory = Memory(model_device(model))
             source = _source(data, parts, collator, batch_size, loss, context)
+            source, to_search = source.twice()
             for part in parts:
                 check(part.method, part.layers, source.training)
                 check_weights(part.method, part.layers, form)
@@ -145,6 +147,11 @@ def initialize_(
     with context.clock("solve"):
         for part in parts:
             starts |= settled(part.method, part.layers, {layer.name: starts[layer.name] for layer in part.layers})
+    searched: dict[str, Searched] = {}
+    with shown(progress, context.processes) as context.show, context.clock("search"):
+        for part in parts:
+            if part.method.searches_scale:
+                searched[str(part.method)] = _searched(model, part, starts, to_search, context)
     notes = [*fallbacks(starts, strict), *context.notes]
     part_of = by_layer(parts)
     pairs = [(layer, starts[layer.name]) for layer in target.layers]
@@ -170,6 +177,7 @@ def initialize_(
         cached=kept.served if kept else 0,
         trainable=sum(layer.trainable for layer in target.layers),
         left_out=left_out(model, target.layers),
+        searched=searched,
         warnings=notes,
     )
 
@@ -200,8 +208,21 @@ def _source(
         )
     reading = [part.method for part in parts if _reads(part)]
     population = known_training(data).population
-    samples = max((method.sample_count(population) for method in reading), default=0)
+    counts = [(method.sample_count(population), method.searches_scale) for method in reading]
+    samples = max((count + (samples_for(count) if searches else 0) for count, searches in counts), default=0)
     return from_trainer(data, samples, context.seed)
+
+
+def _searched(
+    model: nn.Module, part: Part, starts: dict[str, Factors], data: TrainingData, context: Context
+) -> Searched:
+    """Search the scale of a part's starts, and give it to them."""
+    own = {layer.name: starts[layer.name] for layer in part.layers}
+    layers = {layer.name: layer for layer in part.layers}
+    count = part.method.sample_count(data.training.population)
+    result = search_scale(model, own, layers, data, count, context)
+    starts |= {name: scaled(factors, result.multiple) for name, factors in own.items()}
+    return result
 
 
 def _reads(part: Part) -> bool:

@@ -174,6 +174,11 @@ class Method(ABC):
         return [self.factors(layer) for layer in layers]
 
     @property
+    def searches_scale(self) -> bool:
+        """Whether its product is to be multiplied by what lowers the loss most: its setting ``scale`` is "search"."""
+        return getattr(self, "scale", None) == "search"
+
+    @property
     def methods(self) -> tuple[Method, ...]:
         """The methods that start layers: itself, unless it holds others (:class:`headstart.PerLayer`)."""
         return (self,)
