@@ -37,6 +37,7 @@ class GeoRA(Method):
 
     source: ClassVar[str] = "GeoRA (arXiv 2601.09361)"
     cost: ClassVar[str] = "two truncated SVDs of each weight"
+    keep: ClassVar[bool] = True
 
     rho: float = 0.2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from headstart.linalg.norms import squared_norm
 from headstart.methods.base import Factors, Layer, Method, Wants
 from headstart.methods.registry import register
 from headstart.methods.zero import as_lora
+from headstart.progress import Show, silent
 
 
 @register("loram")
@@ -49,13 +51,21 @@ class LoRAM(Method):
 
     def factors(self, layer: Layer) -> Factors:
         """Scale the sines."""
+        return self.factors_batch([layer])[0]
+
+    def factors_batch(self, layers: Sequence[Layer], show: Show = silent) -> list[Factors]:
+        """Scale the sines for several layers of one shape and rank, which share them."""
+        first = layers[0]
+        A, B = _sines(first.d_in, first.r).T, _sines(first.d_out, first.r)
+        share = math.log(first.r) / math.log(min(first.d_out, first.d_in))
+        return [self._scaled(layer, A, B, share) for layer in layers]
+
+    def _scaled(self, layer: Layer, A: Tensor, B: Tensor, share: float) -> Factors:
         energy = squared_norm(layer.require_weight())
         if energy == 0:
             return as_lora(layer, "its weight is zero; it starts as 'lora' does")
-        share = math.log(layer.r) / math.log(min(layer.d_out, layer.d_in))
         beta = (share * energy / layer.r) ** 0.25 / math.sqrt(layer.scaling)
-        A, B = (beta * _sines(side, layer.r) for side in (layer.d_in, layer.d_out))
-        return Factors(A.T.float(), B.float(), info={"norm_share": math.sqrt(share)})
+        return Factors((beta * A).float(), (beta * B).float(), info={"norm_share": math.sqrt(share)})
 
 
 def _sines(order: int, columns: int) -> Tensor:

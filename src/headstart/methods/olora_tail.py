@@ -26,6 +26,7 @@ class OLoRATail(SingularTriplets):
 
     source: ClassVar[str] = "On the Scaling of PEFT (arXiv 2606.02437)"
     cost: ClassVar[str] = "a full SVD of each weight"
+    keep: ClassVar[bool] = True
     which: ClassVar[Literal["largest", "smallest"]] = "smallest"
 
     def start(self, layer: Layer, svd: TruncatedSVD) -> Factors:

@@ -52,4 +52,5 @@ class RLMO(_RightVectors):
 
     source: ClassVar[str] = "geometry-preserving orthonormal initialisation (arXiv 2606.31813)"
     cost: ClassVar[str] = "a full SVD of each weight"
+    keep: ClassVar[bool] = True
     which: ClassVar[Literal["largest", "smallest"]] = "smallest"

@@ -75,6 +75,7 @@ class MiLoRA(SingularTriplets):
 
     source: ClassVar[str] = "MiLoRA (Wang et al. 2024), section 3"
     cost: ClassVar[str] = "a full SVD of each weight"
+    keep: ClassVar[bool] = True
     rate: ClassVar[float | None] = 1 / 3.2
     which: ClassVar[Literal["largest", "smallest"]] = "smallest"
 
