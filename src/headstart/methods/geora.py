@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from headstart.errors import MethodError
-from headstart.linalg.precision import one_thread_each
+from headstart.linalg.precision import double, one_thread_each
 from headstart.linalg.svd import truncated_svd
 from headstart.methods.base import Factors, Layer, Method, Wants
 from headstart.methods.registry import register
 from headstart.methods.spectral import split_evenly
 from headstart.progress import Show, silent
+
+# Of the first decomposition: an entry beside a quantile comes or goes whole, so that an error moves W_geo by its root.
+_TOLERANCE = 1e-7
 
 
 @register("geora")
@@ -62,7 +65,7 @@ class GeoRA(Method):
 
     def _start(self, layer: Layer) -> Factors:
         W = layer.require_weight()
-        svd = truncated_svd(W, layer.r)
+        svd = truncated_svd(double(W), layer.r, tol=_TOLERANCE)
         W = W.to(svd.U.device)
         image = (svd.U * svd.S) @ svd.V.T
         stays = image.abs() <= _quantile(image.abs(), self.rho)
