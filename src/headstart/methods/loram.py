@@ -29,8 +29,8 @@ class LoRAM(Method):
     bfloat16 (form "residual"), so large a product costs a rounding of W. Nothing is drawn. A weight of zeros starts as
     ``lora`` does.
 
-    Source: LoRAM (arXiv 2507.06558). How the scaling enters isn't published: beta is divided by sqrt(s), which is the
-    published start at s = 1.
+    Source: LoRAM (arXiv 2507.06558), by an account of it. How the scaling enters was not found: beta is divided by
+    sqrt(s), which is the published start at s = 1.
     """
 
     source: ClassVar[str] = "LoRAM (arXiv 2507.06558)"
