@@ -90,6 +90,7 @@ def test_the_gradients_subspace_without_fisher_information(budget):
 
 
 INFO = {"objective", "objective_error", "steps", "dense", "condition", "damping", "damping_outputs", "sigma"}
+INFO |= {"variance_share", "noise", "rank_inputs", "energy_inputs", "in_rounding", "in_noise"}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
