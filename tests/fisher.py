@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import headstart as hs
 from headstart.methods.base import Kronecker, Layer, Training
 from inputs import normal
 from oracles import relative
+
+# Whichever preset is the default.
+published = partial(hs.LoRADA, preset="published")
 
 ATTENTION = "model.layers.0.self_attn.q_proj"
 FEED_FORWARD = "model.layers.0.mlp.up_proj"

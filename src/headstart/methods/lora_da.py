@@ -95,6 +95,15 @@ class LoRADA(GradientMethod):
         iterations: None to solve to ``tol``; a number for so many steps of LOBPCG from a random start, whatever they
             leave: 10 in the published code.
         layers: where to use the method; the layers left out start as 'lora' does (appendix I).
+
+    In the report's ``info`` of a layer, beside what its arithmetic did:
+        noise: what the samples' noise is expected to hold of Delta's squared norm, by the Fisher factors, relative to
+            what it has: about 1 where there is nothing else.
+        variance_share: of both terms of Omega in the chosen directions, the share of the first.
+        rank_inputs: the numerical rank of Z.
+        energy_inputs: the share of the inputs' mean square along the chosen directions; r / d_in of any others.
+        in_rounding, in_noise: how many of the chosen directions have no more input than rounding errors, and how many
+            no more of Delta than the samples' noise alone could have there. The report cautions where there are any.
     """
 
     source: ClassVar[str] = "LoRA-DA, Theorem 4.2, Algorithm 1"
