@@ -87,7 +87,7 @@ def test_the_damping_that_is_reported_is_relative_to_the_mean_diagonals():
     assert start.info["damping_outputs"] == pytest.approx(0.5 * float(Y.mean()), rel=1e-6)
     # Nothing at all is raised, whatever the unit, and said in words that have none.
     bare = hs.LoRADA(preset="scale-free", damping=0).factors(layer(G, torch.ones(8, 8), Y, 3))
-    assert "with 0 of the mean diagonals" in bare.repair
+    assert "with 0 of mean diagonals" in bare.repair
 
 
 @pytest.mark.parametrize(

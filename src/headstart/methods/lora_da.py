@@ -98,7 +98,8 @@ class LoRADA(GradientMethod):
 
     In the report's ``info`` of a layer, beside what its arithmetic did:
         noise: what the samples' noise is expected to hold of Delta's squared norm, by the Fisher factors, relative to
-            what it has: about 1 where there is nothing else.
+            what it has: about 1 where there is nothing else. These take a sample's tokens for independent; where they
+            aren't, there is more.
         variance_share: of both terms of Omega in the chosen directions, the share of the first.
         rank_inputs: the numerical rank of Z.
         energy_inputs: the share of the inputs' mean square along the chosen directions; r / d_in of any others.
@@ -222,7 +223,10 @@ class LoRADA(GradientMethod):
         # Of Delta, by the samples that it was measured on.
         on_outputs = (spread / samples, outputs.largest_spread * kronecker.tokens / samples**2)
         noise = _Chosen.of(A0, moved, inputs, *on_outputs)
-        terms = weight * float((A0 * (inputs.variance @ A0)).sum()), self.bias * float(moved.square().sum())
+        # Over sigma, so that squares stay in the range of numbers.
+        spread_there = weight / sigma * float((A0 * (inputs.variance @ A0)).sum()) / sigma
+        held_there = self.bias * float((moved / sigma).square().sum())
+        expected = math.sqrt(on_outputs[0] * Z.spread_trace()) / sigma
         info = {
             "objective": space.objective * scale**2,
             "objective_error": space.error,
@@ -232,8 +236,8 @@ class LoRADA(GradientMethod):
             "damping": Z.damping,
             "damping_outputs": outputs.damping,
             "sigma": sigma,
-            "variance_share": terms[0] / sum(terms) if sum(terms) > 0 else 0.0,
-            "noise": on_outputs[0] * Z.spread_trace() / float(delta.square().sum()),
+            "variance_share": spread_there / (spread_there + held_there) if spread_there > 0 else 0.0,
+            "noise": (expected / float((delta / sigma).norm())) ** 2,
             "rank_inputs": float(inputs.rank),
             "energy_inputs": noise.energy,
             "in_rounding": float(noise.in_rounding),
@@ -241,7 +245,7 @@ class LoRADA(GradientMethod):
         }
         raised = [f"of inputs to {Z.damping:.0e}"] if Z.raised else []
         raised += [f"of output gradients to {outputs.damping:.0e}"] if outputs.damping > asked[1] else []
-        less = f"{settled.damping:g}" if not settled.relative else f"{settled.damping:g} of the mean diagonals"
+        less = f"{math.sqrt(settled.damping):g} of mean diagonals" if settled.relative else f"{settled.damping:g}"
         repair = f"damping {' and '.join(raised)}: with {less}, rounding errors would rule" if raised else ""
         return self._scaled(A0, moved * scale, info, repair, noise.caution(inputs.rank, layer.r))
 
