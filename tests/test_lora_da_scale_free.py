@@ -12,8 +12,9 @@ from torch.nn import functional
 
 import headstart as hs
 from conftest import all_factors, tiny_llama, token_batch, wrap
-from fisher import check, draw, layer, sampled
+from fisher import check, draw, layer, logspace, sampled
 from headstart.methods import parse_method
+from inputs import normal
 from oracles import relative
 
 NOISE = ["published", "tokens", "unbiased"]
@@ -156,3 +157,19 @@ def test_the_units_of_a_models_inputs_do_not_matter():
         assert relative(other[name], product) < 1e-4, name
     one, other = (started(model, data, method.format("published"))[0] for model in (base, scaled))
     assert any(relative(other[name], product) > 1e-2 for name, product in one.items())
+
+
+@pytest.mark.parametrize("seed", [0, 10, 20])
+def test_fewer_tokens_than_inputs_leave_nothing_to_rounding(seed):
+    """Statistics in float32 and in float64 give one start, which an absolute damping much below Z's scale does not."""
+    x = normal(92, 96, seed=seed) * logspace(-2, 0.5, 96)
+    g = 1e-3 * normal(92, 40, seed=seed + 1) * logspace(-2, 0, 40)
+    exact = g.T @ x / 4, x.T @ x / 92, g.square().mean(0)
+    single = g.float().T @ x.float() / 4, x.float().T @ x.float() / 92, g.float().square().mean(0)
+    apart = {}
+    for preset in ("scale-free", "published"):
+        method = hs.LoRADA(preset=preset, population=7473)
+        starts = [method.factors(layer(*parts, 4, tokens=92, samples=4)) for parts in (exact, single)]
+        products = [start.B.double() @ start.A.double() for start in starts]
+        apart[preset] = relative(products[1], products[0])
+    assert apart["scale-free"] < 1e-4 and apart["published"] > 20 * apart["scale-free"], (apart, seed)
