@@ -94,6 +94,8 @@ class LoRADA(GradientMethod):
         tol: how far tr(A0' Omega A0) may be from its optimum, relative to it.
         iterations: None to solve to ``tol``; a number for so many steps of LOBPCG from a random start, whatever they
             leave: 10 in the published code.
+        scale: "published"; or "search": that multiple of it, the same for all layers, which lowers the loss of further
+            samples most (:mod:`headstart.statistics.search`).
         layers: where to use the method; the layers left out start as 'lora' does (appendix I).
 
     In the report's ``info`` of a layer, beside what its arithmetic did:
@@ -123,6 +125,7 @@ class LoRADA(GradientMethod):
     gamma: float = 1024.0
     tol: float = 1e-6
     iterations: int | None = None
+    scale: Literal["published", "search"] = "published"
     layers: Literal["all", "attention", "feed-forward"] = "all"
 
     def __post_init__(self) -> None:
