@@ -142,7 +142,7 @@ def test_an_interrupt_leaves_the_model_as_it_was() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hs.initialize_(model, "inilora", progress=show)
+        hs.initialize_(model, "inilora:solver=adam", progress=show)
     after = model.state_dict()
     assert set(after) == set(before) and all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
