@@ -122,8 +122,8 @@ def test_inilora_without_steps_is_the_draw(s):
 def test_inilora_adam_is_the_published_loop(d_out, d_in, r, std, s):
     weights = [normal(d_out, d_in, std=std, seed=seed) for seed in range(2)]
     given_layers = [of_weight(W, r, s=s, name=f"layer{place}") for place, W in enumerate(weights)]
-    loop = dict(solver="adam", steps=150, lr=2e-3, decay=0.7, decay_every=40)
-    starts = hs.IniLoRA(**loop).factors_batch(given_layers)
+    loop = dict(steps=150, lr=2e-3, decay=0.7, decay_every=40)
+    starts = hs.IniLoRA(solver="adam", **loop).factors_batch(given_layers)
     for W, given_layer, start in zip(weights, given_layers, starts, strict=True):
         A0, B0 = the_draw(given_layer)
         A, B = published_adam(W.double() / s, A0.double(), B0.double(), **loop)
