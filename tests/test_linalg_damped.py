@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher import logspace, of_spectrum
-from headstart.linalg.damped import DampedInverse, damped_inverse
+from headstart.linalg.damped import DampedInverse, damped_inverse, factored_damping
 from inputs import normal
 
 EPS32 = float(torch.finfo(torch.float32).eps)
@@ -273,3 +273,38 @@ def test_what_is_no_finite_square_matrix_is_refused(matrix):
 def test_a_damping_out_of_range_is_refused(damping):
     with pytest.raises(ValueError, match="damping"):
         damped_inverse(torch.eye(2), damping)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.booleans(),
+    st.sampled_from([1e-3, 0.1, 1.0, 10.0]),
+    st.floats(-25, 25),
+    st.floats(-25, 25),
+    st.integers(0, 2**16),
+)
+def test_the_factored_split_of_a_damping_without_a_unit(n, m, diagonal, damping, log_inputs, log_outputs, seed):
+    """Martens and Grosse: pi sqrt(l) on one factor and sqrt(l) / pi on the other, l relative to the product's mean."""
+    Z = of_spectrum(logspace(-3, 0, n), seed) * 10.0**log_inputs
+    Y = of_spectrum(logspace(-3, 0, m), seed + 1) * 10.0**log_outputs
+    on_inputs, on_outputs = factored_damping(Z, Y.diagonal() if diagonal else Y, damping)
+    product = torch.kron(Y, Z).diagonal().mean()
+    assert on_inputs * on_outputs == pytest.approx(float(damping * product), rel=1e-10)
+    pi = (Z.diagonal().mean() / Y.diagonal().mean()).sqrt()
+    assert on_inputs / on_outputs == pytest.approx(float(pi.square()), rel=1e-10)
+    scaled = factored_damping(Z * 10.0**-log_inputs, Y * 10.0**-log_outputs, damping)
+    assert scaled == pytest.approx((on_inputs * 10.0**-log_inputs, on_outputs * 10.0**-log_outputs), rel=1e-10)
+
+
+def test_the_factored_split_where_a_factor_is_zero_or_negative_by_rounding():
+    assert factored_damping(torch.zeros(3, 3), torch.ones(2), 0.25) == (0.0, 0.5)
+    assert factored_damping(torch.tensor([1.0, -1e-9]), torch.ones(2), 4.0) == (1.0, 2.0)
+    assert factored_damping(torch.eye(2), torch.ones(2), 0.0) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("damping", [-1e-6, math.nan, math.inf])
+def test_a_factored_damping_out_of_range_is_refused(damping):
+    with pytest.raises(ValueError, match="damping"):
+        factored_damping(torch.eye(2), torch.ones(2), damping)

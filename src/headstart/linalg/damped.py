@@ -1,4 +1,7 @@
-"""The inverse of a damped covariance, with a damping that is raised until the inverse means something."""
+"""The inverse of a damped covariance, with a damping that is raised until the inverse means something.
+
+The damping itself may be one that has no unit, divided between the two factors of a Kronecker product.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,36 @@ class DampedInverse:
     raised: bool
     condition: float
     scaled_condition: float
+
+
+@torch.no_grad()
+def factored_damping(input_moment: Tensor, output_moment: Tensor, damping: float) -> tuple[float, float]:
+    """Return what to add to the diagonals of Z and Y so that Y (x) Z is damped relative to its own mean diagonal.
+
+    Martens and Grosse's factored split (K-FAC, section 6.3, with the trace norm) of
+    ``damping * mean(diag Z) * mean(diag Y)``: sqrt(damping) times each factor's mean diagonal. Whatever the units of
+    the loss or of the inputs, the damped factors are the same but for these units.
+
+    Args:
+        input_moment: Z (n, n), or its diagonal (n,).
+        output_moment: Y (m, m), or its diagonal (m,).
+        damping: lambda, without a unit, at least 0.
+
+    Returns:
+        Those of Z and Y, in their units; 0 where a factor is 0.
+
+    Raises:
+        ValueError: damping is negative or not finite.
+    """
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping must be at least 0 and finite, got {damping}")
+    root = math.sqrt(damping)
+    on_inputs, on_outputs = (
+        # What rounding leaves of a variance may be negative.
+        root * float(double(moment.diagonal() if moment.ndim == 2 else moment).clamp_min(0).mean())
+        for moment in (input_moment, output_moment)
+    )
+    return on_inputs, on_outputs
 
 
 @torch.no_grad()
