@@ -82,7 +82,8 @@ def test_every_method_is_exported_and_described(name):
 def test_needs_are_those_of_the_table():
     expected = dict.fromkeys(DRAWN, "shapes") | dict.fromkeys(("pissa", "milora", "olora", "lora-xs"), "weight")
     expected |= dict.fromkeys(("lora-ga", "lora-one", "lora-sb"), "gradient")
-    expected |= {"inilora": "weight + moments", "lora-da": "gradient + Fisher factors"}
+    expected |= {"inilora": "weight + moments"}
+    expected |= dict.fromkeys(("lora-da", "kfac-newton"), "gradient + Fisher factors")
     assert {name: str(method_class(name)().wants(ANY_LAYER)) for name in expected} == expected
 
 
@@ -106,6 +107,7 @@ def test_what_was_not_collected_is_asked_for(name):
         ("lora-ga", "anchored"),
         ("lora-one", "kept"),
         ("lora-da", "kept"),
+        ("kfac-newton", "kept"),
         ("lora-xs", "core"),
         ("lora-sb", "core"),
     ],

@@ -49,6 +49,12 @@ def no_gradient(layer: Layer) -> Factors:
     return as_lora(layer, "no gradient reached this layer in the samples; it starts as 'lora' does")
 
 
+def downhill(U: Tensor, S: Tensor, V: Tensor, gamma: float, info: dict[str, float], repair: str = "") -> Factors:
+    """Return B A = -U S V' / gamma, split evenly between B and A."""
+    root = S.sqrt() / math.sqrt(gamma)
+    return Factors((-root[:, None] * V.T).float(), (U * root).float(), info=info, repair=repair)
+
+
 @register("lora-one")
 @dataclass(frozen=True)
 class LoRAOne(GradientMethod):
@@ -75,9 +81,7 @@ class LoRAOne(GradientMethod):
         svd, info = self.decompose(layer, layer.r)
         if svd is None:
             return no_gradient(layer)
-        root = (svd.S / svd.S[0]).sqrt() / math.sqrt(self.gamma)
-        # -G = U S (-V)'.
-        return Factors(-root[:, None] * svd.V.T, svd.U * root, info=info)
+        return downhill(svd.U, svd.S / svd.S[0], svd.V, self.gamma, info)
 
 
 def _share(G: Tensor, S: Tensor) -> float:
