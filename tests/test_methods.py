@@ -108,6 +108,7 @@ def test_what_was_not_collected_is_asked_for(name):
         ("lora-one", "kept"),
         ("lora-da", "kept"),
         ("kfac-newton", "kept"),
+        ("gora", "kept"),
         ("lora-xs", "core"),
         ("lora-sb", "core"),
     ],
