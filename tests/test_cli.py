@@ -373,7 +373,7 @@ def test_the_page_of_methods_is_the_registrys(capsys):
     assert run(capsys, "methods", "--markdown") == (0, page, "")
     assert all(f"| `{name}` |" in page for name in method_names())
     reading = {name for name in method_names() if describe(name)["data"] == "yes"}
-    of_gradient = {"lora-ga", "lora-one", "lora-sb", "lora-da", "kfac-newton", "gora"}
+    of_gradient = {"lora-ga", "lora-one", "lora-sb", "lora-da", "kfac-newton", "gora"} | {"keeplora", "keeplora-plus"}
     assert reading == {"eva", "corda"} | of_gradient
 
 

@@ -109,6 +109,8 @@ def test_what_was_not_collected_is_asked_for(name):
         ("lora-da", "kept"),
         ("kfac-newton", "kept"),
         ("gora", "kept"),
+        ("keeplora", "anchored"),
+        ("keeplora-plus", "kept"),
         ("lora-xs", "core"),
         ("lora-sb", "core"),
     ],

@@ -29,6 +29,7 @@ METHODS = [
     "lora-ga:samples=10",
     "kfac-newton:samples=10",
     "gora:samples=10",
+    "keeplora:samples=10",
 ]
 
 
