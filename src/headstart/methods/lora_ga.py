@@ -99,9 +99,9 @@ class LoRAGA(GradientMethod):
         """Return which of the 2 r triplets, from 0, give A's rows and B's columns."""
         r = layer.r
         if self.directions == "random":
-            drawn = torch.randperm(2 * r, generator=layer.generator(), device="cpu")
+            drawn = torch.randperm(2 * r, generator=layer.generator(), dtype=torch.int64, device="cpu")
             return drawn[:r], drawn[:r] if self.convention == "peft" else drawn[r:]
-        every = torch.arange(2 * r, device="cpu")
+        every = torch.arange(2 * r, dtype=torch.int64, device="cpu")
         if self.directions == "ArBr":
             return every[1::2], every[::2]
         return (every[:r], every[r:]) if self.directions == "ArB2r" else (every[r:], every[:r])
