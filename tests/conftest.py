@@ -298,7 +298,7 @@ WRAPPERS = pytest.mark.parametrize("wrapped", [injected, added])
 def started(base: nn.Module, method="init-ab", *, seed=0, data=None, form="anchored", **changes):
     """Wrap and initialise."""
     model = wrap(base, **changes)
-    hs.initialize_(model, method, seed=seed, data=data, form=form)
+    hs.initialize_(model, method, seed=seed, data=data, preserve=data, form=form)
     return model
 
 

@@ -45,7 +45,10 @@ def everything(d_out=24, d_in=20, r=4, s=1.5, seed=0, name=NAME):
     Z, Y = x.T @ x / len(x), g.square().mean(0)
     kronecker = Kronecker(inputs=Z, outputs=Y, mean_input=x.mean(0), mean_output=g.mean(0), tokens=len(x))
     original = W + normal(d_out, d_in, seed=15, std=0.05)
+    kept = normal(4 * d_in, d_in, seed=16)
+    preserved = Kronecker(kept.T @ kept / len(kept), None, kept.mean(0), None, len(kept))
     known = dict(gradient=G, kronecker=kronecker, original=original, training=Training(1000, 1e-3))
+    known |= {"preserved": preserved}
     return of_weight(W, r, s=s, seed=seed, name=name, **known)
 
 

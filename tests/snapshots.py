@@ -16,9 +16,9 @@ from inputs import normal
 from known_layers import ZERO_PRODUCT
 
 SUBTRACTING = ["init-ab", "inilora-alpha", "inilora-beta", "inilora:steps=3", "inilora:solver=svd", "pissa"]
-SUBTRACTING += ["milora", "olora"]
+SUBTRACTING += ["milora", "olora", "olora-tail", "geora", "loram"]
 WITH_DATA = ["lora-ga:samples=4", "lora-one:samples=4"]
-ALL = [*ZERO_PRODUCT, *SUBTRACTING, "init-ab-plus", *WITH_DATA]
+ALL = [*ZERO_PRODUCT, "rlpo", "rlmo", *SUBTRACTING, "init-ab-plus", *WITH_DATA]
 RANDOM = [*ZERO_PRODUCT, "init-ab", "init-ab-plus", "inilora-alpha", "inilora-beta"]
 
 

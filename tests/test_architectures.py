@@ -116,7 +116,7 @@ def test_every_method_on_every_architecture(name, architecture, tmp_path):
     model = wrap(copy.deepcopy(base), target_modules=targets).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", hs.errors.HeadstartWarning)  # layers that no gradient reaches are told of
-        report = hs.initialize_(model, small(name), data=[batch], progress=False)
+        report = hs.initialize_(model, small(name), data=[batch], preserve=[batch], progress=False)
 
     # The start is the dense model's, and the base model's to the bit where nothing is added.
     weights = dense_weights(model, base_wide)
@@ -164,7 +164,7 @@ def refused(model, match, name="init-ab"):
     """LayerError in these words, before data are read or anything is changed."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(hs.LayerError, match=match):
-        hs.initialize_(model, small(name), data=unread(), progress=False)
+        hs.initialize_(model, small(name), data=unread(), preserve=unread(), progress=False)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
@@ -214,4 +214,4 @@ def test_routers_too_small_for_the_rank_are_named():
     for name, sentence in (("lora-ga", r"mlp\.gate'.*8"), ("lora-sb", r"mlp\.gate'.*rank below 4.*lower r")):
         model = wrap(tiny_experts(), **gate)
         with pytest.raises(hs.LayerError, match=sentence):
-            hs.initialize_(model, small(name), data=[token_batch()], progress=False)
+            hs.initialize_(model, small(name), data=[token_batch()], preserve=[token_batch()], progress=False)

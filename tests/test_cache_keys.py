@@ -52,6 +52,8 @@ def test_which_methods_can_be_kept():
     assert {"inilora", "pissa", "milora", "olora", "lora-xs"} <= kept
     needs = {str(method_class(name)().wants(ANY_LAYER)) for name in kept}
     assert needs == {"weight", "weight + moments"}
+    by_default = {name for name in method_names() if method_class(name).keep}
+    assert by_default == {"inilora", "milora", "mica", "olora-tail", "rlmo", "geora"} and by_default <= kept
 
 
 def test_a_method_from_elsewhere_must_declare_its_version():

@@ -13,7 +13,7 @@ from headstart.errors import HeadstartWarning
 from headstart.layers.find import lora_layers
 from headstart.stream import stream_start
 
-KEPT = ["pissa", "milora", "olora", "lora-xs", "inilora:steps=30", "inilora:solver=svd"]
+KEPT = ["pissa", "milora", "olora", "rlmo", "geora", "loram", "lora-xs", "inilora:steps=30", "inilora:solver=svd"]
 
 
 @pytest.fixture
@@ -109,8 +109,9 @@ def test_the_users_folder_is_used_by_default(folder, monkeypatch):
     monkeypatch.setenv("HEADSTART_CACHE", str(folder))
     started(tiny_llama(), "pissa")
     assert not open_cache(True).entries()  # costs less than looking it up
-    started(tiny_llama(), "inilora:steps=3")
-    assert open_cache(True).entries()
+    for count, method in enumerate(("inilora:steps=3", "milora", "mica", "olora-tail", "rlmo", "geora"), start=1):
+        started(tiny_llama(), method)
+        assert len(open_cache(True).entries()) == 14 * count, method
 
 
 @pytest.mark.parametrize("method", KEPT)

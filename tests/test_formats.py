@@ -141,7 +141,7 @@ def test_methods_that_read_the_weight_name_layer_and_format(method):
     base, _ = rounded(tiny_llama())
     model = wrap(base, target_modules=["q_proj", "down_proj"])
     with pytest.raises(LayerError, match=r"layer 'model.layers.0.self_attn.q_proj' .*int8 codes \(Rounded\)"):
-        hs.initialize_(model, method, data=[token_batch()], progress=False)
+        hs.initialize_(model, method, data=[token_batch()], preserve=[token_batch()], progress=False)
 
 
 @pytest.mark.parametrize("method", ["pissa", "lora-xs", "inilora"])
@@ -168,7 +168,7 @@ def test_methods_that_do_not_read_it_work_as_on_the_model_that_it_stands_for(met
     base, twin = rounded(tiny_llama())
     batch = token_batch()
     models = [wrap(each, target_modules=["q_proj", "down_proj"]) for each in (base, twin)]
-    reports = [hs.initialize_(model, method, data=[batch], progress=False) for model in models]
+    reports = [hs.initialize_(model, method, data=[batch], preserve=[batch], progress=False) for model in models]
     for own, other in zip(*(lora_layers(model, "default") for model in models), strict=True):
         for found, expected in zip(factors_of(own.module), factors_of(other.module), strict=True):
             assert torch.allclose(found, expected, atol=1e-6), own.name

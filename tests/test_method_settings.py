@@ -66,6 +66,7 @@ OUT_OF_RANGE = [
     *(("inilora", setting, 0) for setting in ("lr", "decay", "decay_every", "tolerance", "std")),
     *((name, setting, v) for name in ("lora-ga", "lora-one") for setting in ("gamma", "samples") for v in (0, -4)),
     ("lora-ga", "gamma", math.inf),
+    *(("geora", "rho", v) for v in (0, -0.1, 1.001, math.nan, math.inf)),
 ]
 # What the command line can also hand over: text, a fraction, or nothing, where a number or a whole number is due.
 WRONG_TYPE = [
@@ -81,6 +82,7 @@ WRONG_TYPE = [
     ("inilora", "decay", None),
     ("inilora", "tolerance", "x"),
     ("inilora", "solver", None),
+    *(("geora", "rho", v) for v in ("x", None)),
     *((name, "gamma", v) for name in ("lora-ga", "lora-one") for v in ("x", None)),
     *((name, "samples", v) for name in ("lora-ga", "lora-one") for v in (2.5, "all", None)),
 ]

@@ -28,6 +28,7 @@ DRAWN_VARIANTS = (
     "inilora:solver=svd,gauge=aligned",
 )
 OWN = hs.method_names()
+SPECTRAL = ("pissa", "milora", "olora", "olora-tail", "rlpo", "rlmo", "mica", "geora", "loram", "lora-xs")
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -80,14 +81,14 @@ def test_every_method_is_exported_and_described(name):
 
 
 def test_needs_are_those_of_the_table():
-    expected = dict.fromkeys(DRAWN, "shapes") | dict.fromkeys(("pissa", "milora", "olora", "lora-xs"), "weight")
+    expected = dict.fromkeys(DRAWN, "shapes") | dict.fromkeys(SPECTRAL, "weight")
     expected |= dict.fromkeys(("lora-ga", "lora-one", "lora-sb"), "gradient")
     expected |= {"inilora": "weight + moments"}
     expected |= dict.fromkeys(("lora-da", "kfac-newton"), "gradient + Fisher factors")
     assert {name: str(method_class(name)().wants(ANY_LAYER)) for name in expected} == expected
 
 
-@pytest.mark.parametrize("name", ["pissa", "milora", "olora", "inilora", "lora-ga", "lora-one"])
+@pytest.mark.parametrize("name", [*SPECTRAL, "inilora", "lora-ga", "lora-one"])
 def test_what_was_not_collected_is_asked_for(name):
     with pytest.raises(hs.LayerError, match=NAME):
         hs.get_method(name).factors(layer(12, 9, 3))
@@ -104,6 +105,11 @@ def test_what_was_not_collected_is_asked_for(name):
         ("pissa", "anchored"),
         ("milora", "anchored"),
         ("olora", "anchored"),
+        ("olora-tail", "anchored"),
+        ("rlpo", "kept"),
+        ("rlmo", "kept"),
+        ("geora", "anchored"),
+        ("loram", "anchored"),
         ("lora-ga", "anchored"),
         ("lora-one", "kept"),
         ("lora-da", "kept"),

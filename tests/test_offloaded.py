@@ -57,7 +57,7 @@ def test_the_start_is_that_of_the_base_in_memory_and_trains_alike(method, offloa
         wrap(base, target_modules=["q_proj", "down_proj"]),
         wrap(offloaded, target_modules=["q_proj", "down_proj"]),
     )
-    reports = [hs.initialize_(model, method, data=[batch], progress=False) for model in (here, there)]
+    reports = [hs.initialize_(model, method, data=[batch], preserve=[batch], progress=False) for model in (here, there)]
     for own, other in zip(listed_factors(there), listed_factors(here), strict=True):
         assert own.device.type == "cpu"
         assert torch.equal(own, other)
@@ -121,7 +121,7 @@ def test_a_model_without_values_is_named(method):
         base = tiny_llama()
     model = wrap(base, target_modules=["q_proj"])
     with pytest.raises(LayerError, match=r"layer 'model.layers.0.self_attn.q_proj' .*meta device.*load the model's"):
-        hs.initialize_(model, method, data=[token_batch()], progress=False)
+        hs.initialize_(model, method, data=[token_batch()], preserve=[token_batch()], progress=False)
 
 
 def test_a_layer_whose_hook_is_on_a_module_above_it_is_named(tmp_path):

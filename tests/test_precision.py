@@ -64,7 +64,7 @@ def deterministic():
 def start(base, method, setting=contextlib.nullcontext):
     model = wrap(copy.deepcopy(base), target_modules=["q_proj", "down_proj"])
     with setting():
-        report = hs.initialize_(model, method, data=[token_batch()], progress=False)
+        report = hs.initialize_(model, method, data=[token_batch()], preserve=[token_batch()], progress=False)
     return listed_factors(model), report
 
 

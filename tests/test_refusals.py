@@ -44,6 +44,10 @@ def half():
     return wrap(tiny_llama(), r=17, target_modules=["q_proj"])
 
 
+def single():
+    return wrap(tiny_llama(), rank_pattern={"k_proj": 1}, target_modules=["q_proj", "k_proj"])
+
+
 def broken():
     model = wrap(tiny_llama())
     model.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight.data[0, 0] = float("nan")
@@ -64,6 +68,7 @@ CONFLICTS = {
     ),
     "twice the rank over the smaller side": (half, lambda m: m == "lora-ga", "2 r = 34 singular vectors"),
     "an odd rank": (half, lambda m: m == "orthogonal", "even rank, and r is 17"),
+    "a rank of 1": (single, lambda m: m == "loram", r"k_proj.*at rank 1 both factors would be zero"),
     "a weight that is not finite": (
         broken,
         lambda m: method_class(m.partition(":")[0])().wants(ANY_LAYER).moments,

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM
 
 import headstart as hs
 from conftest import (
+    ANY_BASE,
     class_batch,
     logits,
+    quick,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
@@ -36,23 +38,8 @@ from headstart.stream import load_residual, stream_start
 from headstart.stream.run import _own_device
 from headstart.stream.tensors import Planned, TensorFile, write_file
 
-METHODS = [
-    "lora",
-    "init-a",
-    "init-b",
-    "init-ab:beta=2",
-    "init-ab-plus",
-    "gaussian",
-    "orthogonal",
-    "inilora-alpha",
-    "inilora-beta",
-    "pissa",
-    "milora",
-    "olora",
-    "lora-xs",
-    "inilora:solver=svd",
-    "inilora:steps=5",
-]
+METHODS = [quick(name) for name in ANY_BASE if not method_class(name)().wants(ANY_LAYER).data]
+METHODS += ["init-ab:beta=2", "inilora:solver=svd"]
 
 
 MODELS = {
@@ -119,7 +106,7 @@ def test_streamed_is_in_memory_byte_for_byte(folders, tmp_path, method):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("method", ["init-ab", "pissa", "lora-xs", "inilora:solver=svd"])
+@pytest.mark.parametrize("method", ["init-ab", "pissa", "geora", "loram", "lora-xs", "inilora:solver=svd"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture(folders, tmp_path, name, method):
     folder = folders(name)

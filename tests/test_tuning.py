@@ -192,7 +192,7 @@ def test_loraplus_leaves_a_core_at_the_base_rate():
 def test_rslora_scales_every_form_and_leaves_with_it(method, tmp_path):
     base = tiny_llama().eval()
     model = wrap(copy.deepcopy(base), use_rslora=True, rank_pattern={"q_proj": 2})
-    hs.initialize_(model, method, data=[token_batch()], progress=False)
+    hs.initialize_(model, method, data=[token_batch()], preserve=[token_batch()], progress=False)
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
     run(model, optimizer, steps=2)
     for target in lora_layers(model, "default"):
@@ -212,22 +212,22 @@ def test_rslora_scales_every_form_and_leaves_with_it(method, tmp_path):
 @pytest.mark.parametrize("name", ANY_BASE)
 def test_dora_takes_every_start_that_is_kept_and_refuses_the_rest(name):
     plain = wrap(tiny_llama())
-    hs.initialize_(plain, small(name), data=[token_batch()], progress=False)
+    hs.initialize_(plain, small(name), data=[token_batch()], preserve=[token_batch()], progress=False)
     targets = list(lora_layers(plain, "default"))
     formed = any(anchors(t.module, "default") or core_of(t.module, "default") is not None for t in targets)
     model = wrap(tiny_llama(), use_dora=True)
     # Of a magnitude that trains, what keeplora-plus protects would not be safe.
     if formed or name == "keeplora-plus":
         with pytest.raises(hs.LayerError, match="uses DoRA"):
-            hs.initialize_(model, small(name), data=[token_batch()], progress=False)
+            hs.initialize_(model, small(name), data=[token_batch()], preserve=[token_batch()], progress=False)
         return
-    hs.initialize_(model, small(name), data=[token_batch()], progress=False)
+    hs.initialize_(model, small(name), data=[token_batch()], preserve=[token_batch()], progress=False)
     assert torch.allclose(logits(model, token_batch()), logits(plain, token_batch()), atol=2e-5)
 
 
 def test_dora_with_lora_fa_trains_b_and_the_magnitude():
     model = wrap(tiny_llama(), use_dora=True)
-    hs.initialize_(model, "lora-one:samples=4", data=[token_batch()], progress=False)
+    hs.initialize_(model, "lora-one:samples=4", data=[token_batch()], preserve=[token_batch()], progress=False)
     hs.lora_fa_(model)
     assert {name.split(".")[-3] for name in trained(model)} == {"lora_B", "lora_magnitude_vector"}
     before = {name: p.detach().clone() for name, p in trained(model).items()}
@@ -241,14 +241,14 @@ def test_dora_with_lora_fa_trains_b_and_the_magnitude():
 @pytest.mark.parametrize("method", ["lora-xs", "lora-sb:samples=4,lr=1e-3"])
 def test_lora_fa_and_a_core_exclude_each_other_in_either_order(method):
     model = wrap(tiny_llama())
-    hs.initialize_(model, method, data=[token_batch()], progress=False)
+    hs.initialize_(model, method, data=[token_batch()], preserve=[token_batch()], progress=False)
     with pytest.raises(hs.LayerError, match=r"q_proj' trains a core alone.*both frozen.*LoRA-FA.*means nothing"):
         hs.lora_fa_(model)
     model = wrap(tiny_llama())
     hs.lora_fa_(model)
     before = trained(model).keys()
     with pytest.raises(hs.LayerError, match=r"q_proj': LoRA-FA has frozen its A and trains B.*freezes B as well"):
-        hs.initialize_(model, method, data=[token_batch()], progress=False)
+        hs.initialize_(model, method, data=[token_batch()], preserve=[token_batch()], progress=False)
     assert trained(model).keys() == before
 
 
@@ -296,7 +296,7 @@ def test_what_trains_beside_an_adapter_leaves_and_comes_back(method, beside, tmp
         changes["bias"] = beside.removeprefix("bias ")
     base = tiny_bert().eval()
     model = wrap(copy.deepcopy(base), **changes).eval()
-    hs.initialize_(model, method, data=[class_batch()], progress=False)
+    hs.initialize_(model, method, data=[class_batch()], preserve=[class_batch()], progress=False)
     others = {name: p.detach().clone() for name, p in trained(model).items() if "lora_" not in name}
     assert len(others) == {"head": 2, "bias all": 20, "bias lora_only": 6}[beside]
     run(model, torch.optim.AdamW(trained(model).values(), lr=1e-2), steps=3, batch_of=class_batch)

@@ -26,7 +26,7 @@ from headstart.methods.base import Factors, Method
 from headstart.methods.registry import parse_method
 from headstart.processes import Processes, is_sharded
 from headstart.progress import Show
-from headstart.report import Report
+from headstart.report import Report, Searched
 from headstart.reporting import fallbacks, layer_reports
 from headstart.solve import check, check_weights, settled, solve
 from headstart.statistics.batches import Collator
@@ -34,6 +34,7 @@ from headstart.statistics.collect import Reading, collect
 from headstart.statistics.gather import Statistics
 from headstart.statistics.plan import parse_bytes
 from headstart.statistics.runs import Loss
+from headstart.statistics.search import samples_for, scaled, search_scale
 from headstart.statistics.training import TrainingData
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def initialize_(
     method: Method | str,
     *,
     data: Iterable[Any] | Trainer | TrainingData | None = None,
+    preserve: Iterable[Any] | TrainingData | None = None,
     seed: int = 0,
     form: Subtracting = "anchored",
     adapter: str | None = None,
@@ -81,6 +83,8 @@ def initialize_(
             are used (:func:`headstart.statistics.trainer.from_trainer`); or an iterable of batches that the model
             accepts as keyword arguments and returns a loss for; or a tokenised dataset together with ``collator``.
             Samples are counted, not batches.
+        preserve: for methods that protect an ability (sc-lora, lora-null): data of it, as ``data`` but for trainers;
+            read forward only, without labels.
         seed: the same seed gives the same factors.
         form: of methods whose start must not change the model: "anchored" leaves the frozen weights untouched (see
             :mod:`headstart.layers.anchored`); "residual" subtracts s B A from them, as the papers do.
@@ -128,19 +132,26 @@ def initialize_(
             _check_early(model, parts)
             memory = Memory(model_device(model))
             source = _source(data, parts, collator, batch_size, loss, context)
+            source, to_search = source.twice()
             for part in parts:
                 check(part.method, part.layers, source.training)
                 check_weights(part.method, part.layers, form)
+            to_preserve = TrainingData.of(preserve, collator, batch_size, None, context.processes)
             kept = open_cache(cache, context.notes.append)
         starts: dict[str, Factors] = {}
         read: dict[str, Statistics] = {}
-        for part, statistics in context.timed("collect", collect(model, parts, source, reading, context)):
+        for part, statistics in context.timed("collect", collect(model, parts, source, to_preserve, reading, context)):
             with context.clock("solve"):
                 starts |= solve(part.method, part.layers, statistics, context, source.training, kept)
             read |= {str(part.method): statistics} if statistics.plan else {}
     with context.clock("solve"):
         for part in parts:
             starts |= settled(part.method, part.layers, {layer.name: starts[layer.name] for layer in part.layers})
+    searched: dict[str, Searched] = {}
+    with shown(progress, context.processes) as context.show, context.clock("search"):
+        for part in parts:
+            if part.method.searches_scale:
+                searched[str(part.method)] = _searched(model, part, starts, to_search, context)
     notes = [*fallbacks(starts, strict), *context.notes]
     part_of = by_layer(parts)
     pairs = [(layer, starts[layer.name]) for layer in target.layers]
@@ -166,6 +177,7 @@ def initialize_(
         cached=kept.served if kept else 0,
         trainable=sum(layer.trainable for layer in target.layers),
         left_out=left_out(model, target.layers),
+        searched=searched,
         warnings=notes,
     )
 
@@ -196,13 +208,26 @@ def _source(
         )
     reading = [part.method for part in parts if _reads(part)]
     population = known_training(data).population
-    samples = max((method.sample_count(population) for method in reading), default=0)
+    counts = [(method.sample_count(population), method.searches_scale) for method in reading]
+    samples = max((count + (samples_for(count) if searches else 0) for count, searches in counts), default=0)
     return from_trainer(data, samples, context.seed)
 
 
+def _searched(
+    model: nn.Module, part: Part, starts: dict[str, Factors], data: TrainingData, context: Context
+) -> Searched:
+    """Search the scale of a part's starts, and give it to them."""
+    own = {layer.name: starts[layer.name] for layer in part.layers}
+    layers = {layer.name: layer for layer in part.layers}
+    count = part.method.sample_count(data.training.population)
+    result = search_scale(model, own, layers, data, count, context)
+    starts |= {name: scaled(factors, result.multiple) for name, factors in own.items()}
+    return result
+
+
 def _reads(part: Part) -> bool:
-    """Return whether a part's method reads data, in general or for one of its layers."""
-    return part.method.reads_data or any(part.method.wants(layer.facts()).data for layer in part.layers)
+    """Return whether a part's method reads the data to learn, in general or for one of its layers."""
+    return part.method.reads_task or any(part.method.wants(layer.facts()).task for layer in part.layers)
 
 
 def _check_readable(model: nn.Module) -> None:

@@ -78,6 +78,30 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
+class Searched:
+    """What a search for a start's scale came to (:mod:`headstart.statistics.search`).
+
+    Attributes:
+        multiple: of the published product; 1 where no multiple lowers the loss.
+        before, after: the loss at the base model and with that multiple.
+        losses: by multiple, all that were tried; 0 is the base model.
+        samples: how many it was measured on.
+    """
+
+    multiple: float
+    before: float
+    after: float
+    losses: dict[float, float]
+    samples: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.multiple:.3g} times the published scale, by a search on {self.samples} samples: loss "
+            f"{self.before:.4f} before, {self.after:.4f} with it"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """What :func:`headstart.initialize_` returns.
 
@@ -96,6 +120,7 @@ class Report:
         cached: layers whose factors were found in the cache.
         trainable: parameters of the adapter's layers that train; heads beside it (modules_to_save) are not counted.
         left_out: what of the model the adapter doesn't reach.
+        searched: by method, of those whose scale was searched, what that came to.
         warnings: sentences about what was not as asked for.
     """
 
@@ -113,6 +138,7 @@ class Report:
     cached: int = 0
     trainable: int = 0
     left_out: LeftOut | None = None
+    searched: dict[str, Searched] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,6 +176,8 @@ class Report:
         yield self._table()
         if worst := self._worst():
             yield worst
+        for method, searched in self.searched.items():
+            yield f"scale of {method}: {searched}"
         if self.left_out:
             yield str(self.left_out)
         for repair in self.repairs():

@@ -18,7 +18,7 @@ from headstart.errors import LayerError
 from headstart.layers.find import TargetLayer
 from headstart.layers.formats import check_readable
 from headstart.layers.weights import full_precision
-from headstart.methods.base import Factors, Form, Layer, Method, Training
+from headstart.methods.base import Factors, Form, Kronecker, Layer, Method, Training
 from headstart.processes import together
 from headstart.statistics.gather import Statistics
 
@@ -209,10 +209,10 @@ class _Solver:
         gradient = statistics.gradients.get(layer.name)
         kronecker = statistics.kronecker.get(layer.name)
         if kronecker is not None:
-            shared = on_device.setdefault(id(kronecker.inputs), kronecker.inputs.to(device))
             outputs = None if kronecker.outputs is None else kronecker.outputs.to(device)
-            kronecker = replace(kronecker, inputs=shared, outputs=outputs)
-        if wants.data and layer.name not in statistics.groups:
+            kronecker = replace(_inputs_on(kronecker, device, on_device), outputs=outputs)
+        preserved = statistics.preserved.get(layer.name)
+        if wants.task and layer.name not in statistics.groups:
             # Nothing reached the layer: to the method that is a gradient of zero.
             gradient = torch.zeros(layer.d_out, layer.d_in, dtype=torch.float32, device="cpu")
         return replace(
@@ -222,6 +222,7 @@ class _Solver:
             moments=statistics.moments.get(layer.kind) if wants.moments else None,
             gradient=None if gradient is None else gradient.to(device),
             kronecker=kronecker,
+            preserved=None if preserved is None else _inputs_on(preserved, device, on_device),
             samples=statistics.samples or None,
         )
 
@@ -266,6 +267,11 @@ def check_factors(target: TargetLayer, factors: Factors, form: Form, rank: int |
             raise LayerError(f"layer {target.name!r}: {name} has shape {tuple(matrix.shape)}, not {shapes[name]}.")
         if not bool(torch.isfinite(matrix).all()):
             raise LayerError(f"layer {target.name!r}: the method gave NaN or infinity in {name}.")
+
+
+def _inputs_on(moments: Kronecker, device: torch.device, on_device: dict[int, Tensor]) -> Kronecker:
+    """Return moments with Z on a device, where layers that read the same input share it."""
+    return replace(moments, inputs=on_device.setdefault(id(moments.inputs), moments.inputs.to(device)))
 
 
 def _on_cpu(factors: Factors) -> Factors:

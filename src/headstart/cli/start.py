@@ -40,6 +40,9 @@ def init(
     method: Annotated[str, typer.Option("--method", "-m", help=_METHOD)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     data: Annotated[str | None, typer.Option("--data", help="JSONL file, folder or hub name; see the README.")] = None,
+    preserve: Annotated[
+        str | None, typer.Option("--preserve", metavar="TEXT", help="Of an ability that sc-lora, lora-null protect.")
+    ] = None,
     rank: Rank = 8,
     alpha: Alpha = 16,
     rslora: RsLora = False,
@@ -67,7 +70,7 @@ def init(
     # What can be refused is refused before the model is loaded.
     parsed = parse_method(method)
     if stream:
-        for name in ("data", "batch_size", "max_length", "lr", "memory_budget"):
+        for name in ("data", "preserve", "batch_size", "max_length", "lr", "memory_budget"):
             source = context.get_parameter_source(name)
             if source is not None and source.name != "DEFAULT":
                 raise DataError(
@@ -84,15 +87,20 @@ def init(
     for own in parsed.methods:
         with suppress(LayerError):  # of a setting that is missing; what is wrong with layers, the verb finds
             own.check(probe)
-    reading = [own for own in parsed.methods if own.reads_data]
+    reading = [own for own in parsed.methods if own.reads_task]
     if reading and data is None:
         raise DataError(f"method {reading[0].name!r} needs data: give a JSONL file with --data.")
+    if parsed.reads_preserved and preserve is None:
+        raise DataError(f"method {parsed.name!r} protects an ability: give a text that shows it with --preserve.")
+    if preserve is not None and not parsed.reads_preserved:
+        console.print(f"note: method {parsed.name!r} protects no ability, so --preserve is left unread", markup=False)
     if data is not None and not reading:
         console.print(f"note: method {parsed.name!r} reads no data, so --data is left unread", markup=False)
         data = None
 
     from headstart.initialize import initialize_
     from headstart.layers.checkpoint import save_checkpoint
+    from headstart.runs.preserved import preserved_data
     from headstart.statistics.training import TrainingData
     from headstart.tasks.rows import read
     from headstart.tasks.text import Text
@@ -136,6 +144,7 @@ def init(
         data=TrainingData(
             batches(rows, batch_size, tokenizer.pad_token_id) if rows else None, training=Training(population, lr)
         ),
+        preserve=preserved_data(preserve, parsed, tokenizer, max_length=max_length, batch_size=batch_size),
         seed=seed,
         form=form.word,
         memory_budget=memory_budget,

@@ -134,6 +134,11 @@ def read_texts(source: str, split: str) -> list[str]:
     return texts
 
 
+def windows_of(tokenizer: Any, text: str, length: int) -> list[list[int]]:
+    """Return the tokens of a text in windows of at most ``length``, each beginning with the last of the one before."""
+    return [ids for ids, _ in _windows(tokenizer, text, length)]
+
+
 def _windows(tokenizer: Any, text: str, length: int) -> list[tuple[list[int], int]]:
     """Return a text's windows of tokens, each beginning with the last of the one before, and the bytes they predict."""
     fast = bool(getattr(tokenizer, "is_fast", False))

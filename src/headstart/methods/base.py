@@ -124,6 +124,16 @@ class Method(ABC):
         return any(self.wants(layer).data for layer in BOTH_KINDS)
 
     @property
+    def reads_task(self) -> bool:
+        """Whether it wants the data to learn, be it for some kinds of layers alone."""
+        return any(self.wants(layer).task for layer in BOTH_KINDS)
+
+    @property
+    def reads_preserved(self) -> bool:
+        """Whether it wants data whose ability is to stay, be it for some kinds of layers alone."""
+        return any(self.wants(layer).preserved for layer in BOTH_KINDS)
+
+    @property
     def reads_rate(self) -> bool:
         """Whether the start depends on the rate that it will be trained at."""
         return any(self.wants(layer).rate for layer in BOTH_KINDS)
@@ -164,6 +174,11 @@ class Method(ABC):
         much there is).
         """
         return [self.factors(layer) for layer in layers]
+
+    @property
+    def searches_scale(self) -> bool:
+        """Whether its product is to be multiplied by what lowers the loss most: its setting ``scale`` is "search"."""
+        return getattr(self, "scale", None) == "search"
 
     @property
     def methods(self) -> tuple[Method, ...]:

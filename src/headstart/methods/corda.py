@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from headstart.errors import MethodError
 from headstart.linalg.precision import double
 from headstart.linalg.svd import truncated_svd
 from headstart.methods.base import Factors, Layer, Method, Wants, check_positive
@@ -24,6 +25,9 @@ class CorDA(Method):
     A = U_r' W / sqrt(s S_r), and s B A = U_r U_r' W. Of all products of rank r, "ipm" has the one with the least
     ||(W - s B A) Zf||_F.
 
+    With W Zf^p decomposed instead, exponents p of 0, 1/2 and 1 are one family: PiSSA's product (MiLoRA's in "kpm"),
+    Astra's, which has the least mean of |(W - s B A) x|^2, and CorDA's.
+
     Source: CorDA (Yang et al. 2024), section 3, and its published code. That inverts Zf in float32 and doubles the
     damping until the inverse passes a test; in float64, without an inverse, the first damping always does.
 
@@ -33,6 +37,7 @@ class CorDA(Method):
             is small; the report has its largest entry.
         samples: how many samples Z is a mean over.
         damping: relative to the mean of Z's diagonal.
+        exponent: p, from 0 to 2.
         tokens: Z is a mean over the tokens that the attention mask shows, or over those that predict a label. The
             published code divides each sample's inputs by their largest entry first, and takes padding along.
     """
@@ -43,11 +48,14 @@ class CorDA(Method):
     mode: Literal["ipm", "kpm"] = "ipm"
     samples: int = 256
     damping: float = 0.01
+    exponent: float = 1.0
     tokens: Literal["attention", "labels"] = "attention"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self.name, samples=self.samples, damping=self.damping)
+        if not 0 <= self.exponent <= 2:
+            raise MethodError(f"method {self.name!r}: exponent={self.exponent!r} must lie from 0 to 2.")
 
     def wants(self, layer: Layer) -> Wants:
         """Return that the weight and the second moment of the inputs are needed."""
@@ -64,7 +72,7 @@ class CorDA(Method):
         Zf = torch.lerp(Z, Z.mT, 0.5)
         damping = self.damping * mean_square
         Zf.diagonal().add_(damping)
-        product = W @ Zf
+        product = W @ _power(Zf, self.exponent)
         U, S = self._left_triplets(product, layer.r)
         # A triplet that isn't there (S = 0) is zero in both factors, as its product is.
         inverse_root = torch.where(S > 0, (S * layer.scaling).rsqrt(), 0.0)
@@ -82,3 +90,13 @@ class CorDA(Method):
         # What is divided by the root of a small singular value must not have been rounded to float32.
         U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
         return U[:, -r:], S[-r:]
+
+
+def _power(Zf: Tensor, exponent: float) -> Tensor:
+    """Return a power of a positive definite matrix, in float64."""
+    if exponent == 1:
+        return Zf
+    if exponent == 0:
+        return torch.eye(len(Zf), dtype=Zf.dtype, device=Zf.device)
+    values, vectors = torch.linalg.eigh(Zf)
+    return (vectors * values.clamp_min(0.0) ** exponent) @ vectors.mT

@@ -18,8 +18,8 @@ T = TypeVar("T")
 class Wants:
     """What a method must be given about a layer, beyond its shape.
 
-    Data are read where ``inputs``, ``gradient`` or ``outputs`` ask for it; a backward pass, and so labels, are needed
-    for the last two only.
+    The data to learn are read where ``inputs``, ``gradient`` or ``outputs`` ask for it; a backward pass, and so labels,
+    are needed for the last two only. Data whose ability is to stay are read for ``preserved``.
 
     Attributes:
         weight: W itself.
@@ -28,6 +28,7 @@ class Wants:
         gradient: G, the mean gradient.
         outputs: Y, the mean of g g' over tokens: its diagonal or all of it, with the mean of g; brings ``inputs``
             along.
+        preserved: Z and the mean of x over the data whose ability is to stay (the verb's ``preserve=``).
         tokens: which tokens Z and Y are means over: those of the attention mask, or those whose output predicts a
             label.
         population: the size of the training set.
@@ -42,6 +43,7 @@ class Wants:
     inputs: bool = False
     gradient: bool = False
     outputs: Literal["diagonal", "full"] | None = None
+    preserved: bool = False
     tokens: Literal["attention", "labels"] = "attention"
     population: bool = False
     rate: bool = False
@@ -64,9 +66,14 @@ class Wants:
         return self.weight or self.moments
 
     @property
-    def data(self) -> bool:
-        """Whether data are read."""
+    def task(self) -> bool:
+        """Whether the data to learn are read."""
         return self.backward or self.input_moments
+
+    @property
+    def data(self) -> bool:
+        """Whether any data are read."""
+        return self.task or self.preserved
 
     def __str__(self) -> str:
         words = {
@@ -76,6 +83,7 @@ class Wants:
             "gradient": self.gradient,
             "Fisher factors": self.outputs is not None,
             "inputs": self.inputs and self.outputs is None,
+            "inputs to preserve": self.preserved,
         }
         return " + ".join(word for word, wanted in words.items() if wanted) or "shapes"
 
@@ -140,6 +148,7 @@ class Layer:
         moments: of the weights of this layer's kind.
         gradient: the mean gradient G of the loss (d_out, d_in) in float32.
         kronecker: the second moments of inputs and output gradients.
+        preserved: the second moment of the inputs over data whose ability is to stay; no ``outputs``.
         samples: how many samples were read.
     """
 
@@ -158,6 +167,7 @@ class Layer:
     moments: Moments | None = None
     gradient: Tensor | None = None
     kronecker: Kronecker | None = None
+    preserved: Kronecker | None = None
     samples: int | None = None
 
     def generator(self) -> torch.Generator:
@@ -180,6 +190,10 @@ class Layer:
     def require_kronecker(self) -> Kronecker:
         """Return the second moments, which the method must want."""
         return self._required(self.kronecker, "the second moments of its inputs")
+
+    def require_preserved(self) -> Kronecker:
+        """Return the second moment of the inputs over data to preserve, which the method must want."""
+        return self._required(self.preserved, "the second moment of its inputs over data to preserve")
 
     def require_moments(self) -> Moments:
         """Return the moments of its kind's weights, which the method must want."""

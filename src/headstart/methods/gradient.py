@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -65,12 +65,15 @@ class LoRAOne(GradientMethod):
     Settings:
         samples: how many samples the gradient is averaged over. The method sets no number; ours is LoRA-DA's.
         gamma: the published scale is 128.
+        scale: "published"; or "search": that multiple of it, the same for all layers, which lowers the loss of further
+            samples most (:mod:`headstart.statistics.search`).
     """
 
     source: ClassVar[str] = "LoRA-One (Zhang et al. 2025), Algorithm 1"
     form: ClassVar[Form] = "kept"
 
     gamma: float = 128.0
+    scale: Literal["published", "search"] = "published"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,6 +38,8 @@ class LoRASB(GradientMethod):
         source_matrix: what is decomposed: the "update"; the update with "noise" of ``noise`` times its own standard
             deviation; or a "kaiming" matrix, uniform with variance 1 / (3 d_in), scaled to the update's norm.
         noise: see there.
+        scale: of R: "published"; or "search": that multiple, the same for all layers, which lowers the loss of further
+            samples most (:mod:`headstart.statistics.search`).
     """
 
     source: ClassVar[str] = "LoRA-SB, section 3, Algorithm 1"
@@ -51,6 +53,7 @@ class LoRASB(GradientMethod):
     split: Literal["orthonormal", "suboptimal"] = "orthonormal"
     source_matrix: Literal["update", "noise", "kaiming"] = "update"
     noise: float = 1.0
+    scale: Literal["published", "search"] = "published"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,6 +26,7 @@ class MiCA(SingularTriplets):
 
     source: ClassVar[str] = "MiCA (arXiv 2604.01694)"
     cost: ClassVar[str] = "a full SVD of each weight"
+    keep: ClassVar[bool] = True
     form: ClassVar[Form] = "kept"
     starts_A: ClassVar[bool] = False
     which: ClassVar[Literal["largest", "smallest"]] = "smallest"

@@ -94,6 +94,16 @@ class PerLayer(Method):
         return [(method, taken[pattern]) for pattern, method in self.by_pattern if taken[pattern]]
 
     @property
+    def reads_task(self) -> bool:
+        """Whether any of its methods wants the data to learn."""
+        return any(method.reads_task for method in self.methods)
+
+    @property
+    def reads_preserved(self) -> bool:
+        """Whether any of its methods wants data whose ability is to stay."""
+        return any(method.reads_preserved for method in self.methods)
+
+    @property
     def reads_data(self) -> bool:
         """Whether one of the methods does."""
         return any(method.reads_data for method in self.methods)

@@ -11,6 +11,7 @@ import torch
 from headstart.linalg.svd import TruncatedSVD, truncated_svd_batch
 from headstart.methods.base import Factors, Layer, Method, Wants
 from headstart.methods.registry import register
+from headstart.methods.zero import as_lora
 from headstart.progress import Show, silent
 
 
@@ -40,7 +41,12 @@ class SingularTriplets(Method):
 
 
 def split_evenly(layer: Layer, svd: TruncatedSVD, **info: float) -> Factors:
-    """Return B = U_r sqrt(S_r / s) and A = sqrt(S_r / s) V_r', so that s B A = U_r S_r V_r'; ``info`` is reported."""
+    """Return B = U_r sqrt(S_r / s) and A = sqrt(S_r / s) V_r', so that s B A = U_r S_r V_r'; ``info`` is reported.
+
+    Where all values are zero, so would both factors be, and never train: such a layer starts as 'lora' does.
+    """
+    if not float(svd.S[0]) > 0:
+        return as_lora(layer, "the matrix to split is zero; it starts as 'lora' does")
     root = (svd.S / layer.scaling).sqrt()
     return Factors(root[:, None] * svd.V.T, svd.U * root, info={"residual": svd.residual, **info})
 
@@ -69,6 +75,7 @@ class MiLoRA(SingularTriplets):
 
     source: ClassVar[str] = "MiLoRA (Wang et al. 2024), section 3"
     cost: ClassVar[str] = "a full SVD of each weight"
+    keep: ClassVar[bool] = True
     rate: ClassVar[float | None] = 1 / 3.2
     which: ClassVar[Literal["largest", "smallest"]] = "smallest"
 

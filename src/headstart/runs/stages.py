@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from headstart.runs.folder import (
     take_trained,
 )
 from headstart.runs.model import load_base, made_ready
+from headstart.runs.preserved import check_preserved, preserved_data
 from headstart.runs.read import tasks_of
 from headstart.runs.result import Result, read_result, write_result
 from headstart.runs.shared import Shared
@@ -119,6 +121,8 @@ def _executed(run: Run, folder: Path, shared: Shared | None, judge: Judge | None
     (task, asked), clock = tasks_of(run), Clock()
     reset_peak_resident()
     method = parse_method(run.start.method) if run.trains in ("adapter", "lora-fa") else None
+    if method is not None:
+        check_preserved(method, run.start.preserve, "start.preserve")
     with clock("data"):
         examples = _loaded(run, task, asked, shared)
         to_grade = _to_grade(run, asked, examples.held_out.examples)
@@ -241,6 +245,13 @@ def _started(trainer: Any, method: Method, run: Run, place: Path, show: Show) ->
         trainer.model,
         method,
         data=trainer,
+        preserve=preserved_data(
+            run.start.preserve,
+            method,
+            trainer.processing_class,
+            max_length=run.batch.max_length,
+            batch_size=run.batch.size,
+        ),
         seed=run.seed,
         form=run.start.form,
         memory_budget=run.start.memory_budget,
@@ -255,6 +266,7 @@ def _started(trainer: Any, method: Method, run: Run, place: Path, show: Show) ->
         "cached": report.cached,
         "peak_memory": report.peak_memory,
         "seconds_by_step": dict(report.seconds_by_step),
+        "searched": {name: asdict(searched) for name, searched in report.searched.items()},
         **_approximated(report),
     }
     started.warnings = list(report.warnings)

@@ -131,11 +131,14 @@ class Start(Node):
             mapping of these by pattern of layers, such as ``{"q_proj|v_proj": pissa, "*": lora}``
             (:class:`headstart.PerLayer`), which is held as text.
         form: of starts that must not change the model: "anchored" or "residual".
+        preserve: of methods that protect an ability (sc-lora, lora-null), a text of it: a file, or a hub name, as
+            ``evaluation.forgetting`` takes it; its first windows of ``batch.max_length`` tokens are read.
         memory_budget: for what a pass over the data sums, such as "6GiB"; None for half of what is free.
     """
 
     method: Annotated[str, BeforeValidator(_of_layers)] = "lora"
     form: Subtracting = "anchored"
+    preserve: str | None = None
     memory_budget: str | None = None
 
 

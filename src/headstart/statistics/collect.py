@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+import torch
 from torch import nn
 
 from headstart.context import Context
-from headstart.errors import DataError, MethodError
+from headstart.errors import DataError, LayerError, MethodError
 from headstart.layers.original import Original
 from headstart.layers.parts import Part
+from headstart.layers.weights import model_device
+from headstart.methods.base import Method, Wants
+from headstart.statistics.collector import Collector
 from headstart.statistics.gather import Statistics
 from headstart.statistics.moments import kind_moments
+from headstart.statistics.plan import parse_bytes
 from headstart.statistics.prepare import prepare
 from headstart.statistics.training import TrainingData
+
+# Of memory, for what is known to fit.
+_NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,12 @@ class Reading:
 
 
 def collect(
-    model: nn.Module, parts: Sequence[Part], data: TrainingData, reading: Reading, context: Context
+    model: nn.Module,
+    parts: Sequence[Part],
+    data: TrainingData,
+    preserve: TrainingData,
+    reading: Reading,
+    context: Context,
 ) -> Iterator[tuple[Part, Statistics]]:
     """Yield what each part's method wants, pass by pass; free each item before asking for the next.
 
@@ -48,15 +61,15 @@ def collect(
     Raises:
         DataError, MethodError: see below.
     """
-    copies = data.copies(len(parts))
-    of_parts = [_of_part(model, part, own, reading, context) for part, own in zip(parts, copies, strict=True)]
+    copies = zip(parts, data.copies(len(parts)), preserve.copies(len(parts)), strict=True)
+    of_parts = [_of_part(model, part, own, kept, reading, context) for part, own, kept in copies]
     for passes in (1, None):
         for part, statistics in zip(parts, of_parts, strict=True):
             yield from ((part, item) for item in islice(statistics, passes))
 
 
 def _of_part(
-    model: nn.Module, part: Part, data: TrainingData, reading: Reading, context: Context
+    model: nn.Module, part: Part, data: TrainingData, preserve: TrainingData, reading: Reading, context: Context
 ) -> Iterator[Statistics]:
     """Yield what a method wants of its layers.
 
@@ -70,13 +83,7 @@ def _of_part(
     method, layers = part.method, part.layers
     wants = {layer.name: method.wants(layer.facts()) for layer in layers}
     read_for = {name: wanted for name, wanted in wants.items() if wanted.data}
-    reads = method.reads_data or bool(read_for)
-    if reads and data.batches is None:
-        labels = " with labels" if any(wanted.backward for wanted in read_for.values()) else ""
-        raise DataError(f"method {method.name!r} needs data: give batches{labels} as data=.")
-    if reads and not read_for:
-        raise MethodError(f"method '{method}' leaves out every layer that the adapter has; change its setting layers.")
-    samples = method.sample_count(data.training.population) if read_for else 0
+    _check_given(method, wants, data, preserve)
     measured = [layer for layer in layers if wants[layer.name].moments]
     quantised = [layer for layer in layers if wants[layer.name].original]
     path = wants[quantised[0].name].model_path if quantised else None
@@ -86,26 +93,95 @@ def _of_part(
         layers=tuple(name for name in wants if name not in read_for),
         moments=kind_moments((layer.kind, layer.weight()) for layer in measured),
     )
-    if data.batches is None or not read_for:
-        return
-    collector = prepare(
-        model,
-        {layer.name: layer.module for layer in layers},
-        read_for,
-        data.batches,
-        samples,
-        collator=data.collator,
-        batch_size=data.batch_size,
-        memory_budget=reading.memory_budget,
-        offload=reading.offload,
-        seed=context.seed,
-        processes=context.processes,
-        adapter=layers[0].adapter,
-        loss=data.loss,
-        single=data.single,
-    )
-    for statistics in collector.passes(context.show):
-        context.notes += statistics.notes
-        statistics.plan = str(collector.plan)
-        statistics.original = original
-        yield statistics
+    to_learn = {name: wanted for name, wanted in read_for.items() if wanted.task}
+    to_keep = {name: Wants(inputs=True, tokens=wanted.tokens) for name, wanted in read_for.items() if wanted.preserved}
+    passes = _Passes(model, part, reading, context)
+    if to_learn:
+        # Each of the two gets half of the memory where both are read.
+        for statistics in passes.over(data, to_learn, shared=bool(to_keep)):
+            names = [name for name in statistics.layers if name in to_keep]
+            if names:
+                preserve, again = preserve.twice()
+                _add_preserved(statistics, passes.at_once(again, {name: to_keep[name] for name in names}))
+            statistics.original = original
+            yield statistics
+    alone = {name: wanted for name, wanted in to_keep.items() if name not in to_learn}
+    if alone:
+        for statistics in passes.over(preserve, alone, shared=False):
+            statistics.preserved, statistics.kronecker = statistics.kronecker, {}
+            yield statistics
+
+
+def _check_given(method: Method, wants: Mapping[str, Wants], data: TrainingData, preserve: TrainingData) -> None:
+    """Refuse data that are missing, and settings that leave no layer to read them for."""
+    to_learn = [wanted for wanted in wants.values() if wanted.task]
+    to_keep = [wanted for wanted in wants.values() if wanted.preserved]
+    if (method.reads_task or to_learn) and data.batches is None:
+        labels = " with labels" if any(wanted.backward for wanted in to_learn) else ""
+        raise DataError(f"method {method.name!r} needs data: give batches{labels} as data=.")
+    if (method.reads_preserved or to_keep) and preserve.batches is None:
+        raise DataError(
+            f"method {method.name!r} needs data of the ability that is to stay: give batches of it as preserve=."
+        )
+    if method.reads_data and not to_learn and not to_keep:
+        raise MethodError(f"method '{method}' leaves out every layer that the adapter has; change its setting layers.")
+
+
+class _Passes:
+    """Reads data for one part's layers."""
+
+    def __init__(self, model: nn.Module, part: Part, reading: Reading, context: Context) -> None:
+        self._model, self._part, self._reading, self._context = model, part, reading, context
+
+    def over(self, data: TrainingData, wants: Mapping[str, Wants], *, shared: bool) -> Iterator[Statistics]:
+        """Yield what is wanted, in as many passes as memory makes it; ``shared`` plans for half of it."""
+        budget = self._reading.memory_budget
+        if shared:
+            where = torch.device("cpu") if self._reading.offload == "cpu" else model_device(self._model)
+            budget = parse_bytes(budget, where) // 2
+        collector = self._prepared(data, wants, budget)
+        for statistics in collector.passes(self._context.show):
+            self._context.notes += statistics.notes
+            statistics.plan = str(collector.plan)
+            yield statistics
+
+    def at_once(self, data: TrainingData, wants: Mapping[str, Wants]) -> Statistics:
+        """Return what is wanted of layers that are all read in one pass."""
+        (statistics,) = self._prepared(data, wants, _NO_LIMIT).passes(self._context.show)
+        self._context.notes += statistics.notes
+        return statistics
+
+    def _prepared(self, data: TrainingData, wants: Mapping[str, Wants], budget: int | str | None) -> Collector:
+        layers, method = self._part.layers, self._part.method
+        assert data.batches is not None
+        return prepare(
+            self._model,
+            {layer.name: layer.module for layer in layers},
+            wants,
+            data.batches,
+            method.sample_count(data.training.population),
+            collator=data.collator,
+            batch_size=data.batch_size,
+            memory_budget=budget,
+            offload=self._reading.offload,
+            seed=self._context.seed,
+            processes=self._context.processes,
+            adapter=layers[0].adapter,
+            loss=data.loss,
+            single=data.single,
+        )
+
+
+def _add_preserved(statistics: Statistics, kept: Statistics) -> None:
+    """Add the moments of data to preserve to those of the data to learn, of which each process solves the same layers.
+
+    Raises:
+        LayerError: the layers were shared out differently, as their inputs are grouped differently.
+    """
+    for name, owner in kept.owners.items():
+        if statistics.owners[name] != owner:
+            raise LayerError(
+                f"layer {name!r} reads its input together with other layers in one set of data and not in the other; "
+                "initialise in one process."
+            )
+    statistics.preserved = kept.kronecker

@@ -26,6 +26,7 @@ class Statistics:
         gradients: by layer, G (d_out, d_in) in float32: the mean over samples of each sample's own loss gradient.
             A layer that no gradient reached is missing, here and below.
         kronecker: by layer, the factors of its Fisher information.
+        preserved: by layer, the inputs' moment over data whose ability is to stay.
         groups: by layer, the number of the group of layers that read the same input.
         samples: how many samples were read, in all processes together.
         tokens: how many tokens they held, padding not counted (0 where the data are no tokens).
@@ -39,6 +40,7 @@ class Statistics:
     owners: dict[str, int] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     kronecker: dict[str, Kronecker] = field(default_factory=dict)
+    preserved: dict[str, Kronecker] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
     samples: int = 0
     tokens: int = 0
@@ -49,8 +51,9 @@ class Statistics:
 
     def drop(self, name: str) -> None:
         """Free what is held of a layer."""
-        for by_layer in (self.gradients, self.kronecker):
-            by_layer.pop(name, None)
+        self.gradients.pop(name, None)
+        self.kronecker.pop(name, None)
+        self.preserved.pop(name, None)
 
 
 def finest(partitions: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -59,6 +59,11 @@ class TrainingData:
             return [self] * count
         return [replace(self, batches=batches) for batches in tee(self.batches, count)]
 
+    def twice(self) -> tuple[TrainingData, TrainingData]:
+        """Return two of itself: one to keep, one to read."""
+        first, second = self.copies(2)
+        return first, second
+
 
 def _known_length(data: Iterable[Any] | None, collator: object, processes: Processes) -> int | None:
     """Return how many samples the data hold, where that can be known without reading them."""
