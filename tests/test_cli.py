@@ -374,7 +374,7 @@ def test_the_page_of_methods_is_the_registrys(capsys):
     assert all(f"| `{name}` |" in page for name in method_names())
     reading = {name for name in method_names() if describe(name)["data"] == "yes"}
     of_gradient = {"lora-ga", "lora-one", "lora-sb", "lora-da", "kfac-newton", "gora"} | {"keeplora", "keeplora-plus"}
-    assert reading == {"eva", "corda"} | of_gradient
+    assert reading == {"eva", "corda", "astra", "sc-lora", "lora-null"} | of_gradient
 
 
 def test_the_readmes_numbers_are_of_benchmarks_that_can_be_run_by_name():

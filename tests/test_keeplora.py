@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import headstart as hs
 from conftest import all_factors, logits, started, tiny_gpt2, tiny_llama, token_batch, wrap
 from headstart.layers.weights import dense
-from headstart.methods.keeplora import leading_inputs
-from inputs import NAME, product, worst_angle
+from headstart.methods.keeplora import leading_inputs, with_inputs
+from inputs import NAME, inputs_by_layer, inputs_of, moments, product, worst_angle
 from known_layers import everything, from_spectrum, layer, normal
 from oracles import best, exact_gradients, relative
 from snapshots import targets_of
@@ -53,6 +53,62 @@ def test_the_fewest_leading_inputs_that_hold_the_share(d_out, d_in, share):
 
 def test_a_weight_of_zeros_protects_nothing():
     assert leading_inputs(torch.zeros(5, 7), 0.9).shape == (7, 0)
+
+
+def energy(x, basis):
+    """The share of the tokens' squared norm that lies in the span of an orthonormal basis."""
+    return float((x.double() @ basis).square().sum() / x.double().square().sum())
+
+
+def extended(P, x, share):
+    """P by its definition for tokens x: leading right singular vectors of what they have outside P, one at a time."""
+    x = x.double()
+    directions = torch.linalg.svd(x - x @ P @ P.T).Vh
+    k = 0
+    while energy(x, torch.cat((P, directions[:k].T), 1)) < share:
+        k += 1
+    return torch.cat((P, directions[:k].T), 1)
+
+
+@pytest.mark.parametrize("of_weight", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.99])
+@pytest.mark.parametrize("tokens", [5, 60])
+def test_the_fewest_inputs_beside_the_weights_that_hold_the_share(of_weight, share, tokens):
+    x, P = inputs_of(tokens, 14), oracle(weighted(20, 14), of_weight)
+    found, expected = with_inputs(P, moments(x).inputs, share), extended(P, x, share)
+    assert found.shape == expected.shape and torch.equal(found[:, : P.shape[1]], P)
+    assert torch.allclose(found.T @ found, torch.eye(found.shape[1], dtype=torch.float64), atol=1e-10)
+    assert found.shape[1] == 0 or worst_angle(found, expected) < 1e-3
+    assert energy(x, found) >= share - 1e-6
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_inputs_to_preserve_are_protected_too(cls):
+    x, at = inputs_of(60, 14), of(preserved=moments(inputs_of(60, 14)))
+    method = cls(weight_share=0.3, inputs_share=0.9)
+    assert method.wants(at).preserved and not cls(weight_share=0.3).wants(at).preserved
+    P = extended(oracle(at.weight, 0.3), x, 0.9)
+    start = method.factors(at)
+    assert start.info["protected"] == P.shape[1] > oracle(at.weight, 0.3).shape[1]
+    assert float((start.A.double() @ P).abs().max()) < 1e-4
+    unreached = method.factors(of())
+    assert unreached.note == "no input to preserve reached it"
+    assert torch.equal(unreached.A, cls(weight_share=0.3).factors(of()).A)
+
+
+@pytest.mark.parametrize("name", ["keeplora", "keeplora-plus"])
+def test_the_verb_reads_both_sets_of_data(name):
+    batch, keep = token_batch(), token_batch(seed=3)
+    model = wrap(tiny_llama())
+    read = inputs_by_layer(model, [keep])
+    hs.initialize_(model, f"{name}:samples=4,inputs_share=0.8", data=[batch], preserve=[keep])
+    for each, target in targets_of(model).items():
+        P = extended(oracle(target.weight(), 0.2), read[each], 0.8)
+        A = all_factors(model)[each][0].double()
+        assert float((A @ P).abs().max()) < 1e-3, each
+        assert energy(read[each], A.T) < 0.2, each
+    with pytest.raises(hs.DataError, match="preserve="):
+        hs.initialize_(wrap(tiny_llama()), f"{name}:samples=4,inputs_share=0.8", data=[batch])
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
@@ -150,15 +206,16 @@ def test_what_is_drawn_is_the_layers_own():
 @pytest.mark.parametrize("cls", BOTH)
 @pytest.mark.parametrize("share", [-0.1, 1.0, math.nan])
 def test_a_share_out_of_range_is_refused(cls, share):
-    with pytest.raises(hs.MethodError, match="weight_share"):
-        cls(weight_share=share)
+    for setting in ("weight_share", "inputs_share"):
+        with pytest.raises(hs.MethodError, match=setting):
+            cls(**{setting: share})
 
 
 @pytest.mark.parametrize("name", ["keeplora", "keeplora-plus"])
 def test_too_many_protected_is_a_sentence_and_changes_nothing(name):
     model, batch = wrap(tiny_llama(), r=16, target_modules=["q_proj"]), token_batch()
     before = logits(model, batch)
-    with pytest.raises(hs.LayerError, match=r"q_proj.*protects \d+ of 32 input directions.*lower weight_share or r"):
+    with pytest.raises(hs.LayerError, match=r"q_proj.*protects \d+ of 32 input directions.*lower weight_share"):
         hs.initialize_(model, f"{name}:samples=4,weight_share=0.98", data=[batch])
     assert torch.equal(logits(model, batch), before)
     assert all(target.module.lora_A["default"].weight.requires_grad for target in targets_of(model).values())

@@ -33,7 +33,7 @@ class GoRA(GradientMethod):
     Source: GoRA (arXiv 2502.12171), and its published code, whose costs of a rank are d_in + d_out (the paper's are
     the root of that). The sign is the paper's: the published code of 2026-03 adds the gradient, against its own measure
     of the error. There s is alpha / sqrt(rank), of the layer's own rank; here a layer keeps its s, and lora_alpha
-    follows. The published search for ``step`` by the loss of a batch is left out.
+    follows. The published search for ``step``, down from 1 by the loss of one batch, gives way to ``scale``.
 
     Settings:
         samples: how many samples the gradient is averaged over. The published code takes 32 training batches; ours is
@@ -42,6 +42,8 @@ class GoRA(GradientMethod):
         ranks: "chosen" as above, or "given": every layer keeps its rank, and the weight isn't read.
         smallest, largest: of a chosen rank, relative to the layer's own; a half and 4 in the published scripts, 4 and
             32 for 8.
+        scale: "published", of ``step``; or "search": that multiple of it, the same for all layers, which lowers the
+            loss of further samples most (:mod:`headstart.statistics.search`).
     """
 
     source: ClassVar[str] = "GoRA (arXiv 2502.12171)"
@@ -52,6 +54,7 @@ class GoRA(GradientMethod):
     ranks: Literal["chosen", "given"] = "chosen"
     smallest: float = 0.5
     largest: float = 4.0
+    scale: Literal["published", "search"] = "published"
 
     def __post_init__(self) -> None:
         super().__post_init__()

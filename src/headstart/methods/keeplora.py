@@ -1,9 +1,9 @@
-"""KeepLoRA: the gradient's directions outside those that the weight reads most, in an A that stays."""
+"""KeepLoRA: the gradient's directions outside those to protect, the weight's and inputs', in an A that stays."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,15 +27,19 @@ class _Keeping(GradientMethod):
     cost: ClassVar[str] = "a gradient pass over the samples, an eigenproblem of each weight"
 
     weight_share: float = 0.2
+    inputs_share: float = 0.0
+    tokens: Literal["attention", "labels"] = "attention"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.weight_share < 1:
-            raise MethodError(f"method {self.name!r}: weight_share={self.weight_share!r} must be at least 0, below 1.")
+        for setting, value in (("weight_share", self.weight_share), ("inputs_share", self.inputs_share)):
+            if not 0 <= value < 1:
+                raise MethodError(f"method {self.name!r}: {setting}={value!r} must be at least 0, below 1.")
 
     def wants(self, layer: Layer) -> Wants:
-        """Return what to collect: the gradient, and the weight where it protects directions."""
-        return replace(super().wants(layer), weight=self.weight_share > 0)
+        """Return what to collect: the gradient, and what directions are protected by."""
+        weight, inputs = self.weight_share > 0, self.inputs_share > 0
+        return replace(super().wants(layer), weight=weight, preserved=inputs, tokens=self.tokens)
 
     def check(self, layer: Layer) -> None:
         """Refuse DoRA, whose magnitude would change what protected inputs give."""
@@ -48,9 +52,12 @@ class _Keeping(GradientMethod):
 
     def protected(self, layer: Layer) -> Tensor:
         """Return an orthonormal basis (d_in, k) of the input directions in which the layer must stay as it is."""
-        if self.weight_share == 0:
-            return torch.zeros(layer.d_in, 0, dtype=torch.float64, device=layer.require_gradient().device)
-        return leading_inputs(layer.require_weight(), self.weight_share)
+        P = torch.zeros(layer.d_in, 0, dtype=torch.float64, device=double(layer.require_gradient()).device)
+        if self.weight_share > 0:
+            P = leading_inputs(layer.require_weight(), self.weight_share)
+        if self.inputs_share > 0 and layer.preserved is not None:
+            P = with_inputs(P, layer.preserved.inputs, self.inputs_share)
+        return P
 
     def start(self, layer: Layer) -> tuple[Tensor, Tensor, Factors]:
         """Return A, frozen, and G A' in float64, and factors with B = 0 that say so.
@@ -63,7 +70,7 @@ class _Keeping(GradientMethod):
         if left < layer.r:
             raise LayerError(
                 f"layer {layer.name!r}: method {self.name!r} protects {P.shape[1]} of {layer.d_in} input directions, "
-                f"which leaves {left} for rank {layer.r}; lower weight_share or r."
+                f"which leaves {left} for rank {layer.r}; lower weight_share, inputs_share or r."
             )
         free = G - (G @ P) @ P.mT
         whole = float(G.square().sum())
@@ -77,12 +84,14 @@ class _Keeping(GradientMethod):
         info = {"protected": float(P.shape[1]), "residual": svd.residual}
         if whole > 0:
             info["free_share"] = float(free.square().sum()) / whole
-        note = ""
+        notes = []
         if directions < layer.r:
-            note = f"its gradient has {directions} directions beside those protected; A's other rows are drawn"
+            notes.append(f"its gradient has {directions} directions beside those protected; A's other rows are drawn")
+        if self.inputs_share > 0 and layer.preserved is None:
+            notes.append("no input to preserve reached it")
         A = V.mT.float().contiguous()
         B = torch.zeros(layer.d_out, layer.r, dtype=torch.float32, device=A.device)
-        return double(A), G @ double(A).mT, Factors(A, B, info=info, note=note, frozen=("lora_A",))
+        return double(A), G @ double(A).mT, Factors(A, B, info=info, note="; ".join(notes), frozen=("lora_A",))
 
 
 @register("keeplora")
@@ -91,11 +100,12 @@ class KeepLoRA(_Keeping):
     """KeepLoRA: with G (I - P P') = U S V', A = V_r', frozen, and B = U_r S_r; s B A is subtracted, and only B trains.
 
     P holds the input directions to protect: the leading right singular vectors of W, until they have ``weight_share``
-    of the sum of its squared singular values. As A P = 0 and A stays, training changes nothing of what the layer makes
-    of an input in their span.
+    of the sum of its squared singular values; then, of data whose ability is to stay (``preserve=``), those leading
+    directions of the layer's inputs outside of these that bring what is protected of their energy to ``inputs_share``.
+    As A P = 0 and A stays, training changes nothing of what the layer makes of an input in their span.
 
-    Source: KeepLoRA (arXiv 2601.19659) and its published code, without the inputs of earlier tasks, which it adds to P.
-    One of its code trees takes left singular vectors, of layers that are square; right ones are meant.
+    Source: KeepLoRA (arXiv 2601.19659) and its published code, whose data to preserve are those of earlier tasks. One
+    of its code trees takes left singular vectors, of layers that are square; right ones are meant.
 
     Settings:
         samples: how many samples the gradient is averaged over. The published code takes all of the task's; ours is
@@ -103,6 +113,8 @@ class KeepLoRA(_Keeping):
         weight_share: from 0, nothing is protected, to below 1. Published: 0.2 for CLIP's text tower, 0.85 for its
             vision tower, and 0.99 in the scripts for a larger model. Where too few directions are left for the rank,
             the layer is refused.
+        inputs_share: 0, no data to preserve are read, to below 1; 0.99 is published for tasks after the first.
+        tokens: of the inputs to preserve, those that the attention mask shows, or those that predict a label.
     """
 
     source: ClassVar[str] = "KeepLoRA (arXiv 2601.19659)"
@@ -119,12 +131,11 @@ class KeepLoRA(_Keeping):
 class KeepLoRAPlus(_Keeping):
     """KeepLoRA++: KeepLoRA's A, frozen, and B = 0; nothing to subtract, and only B trains.
 
-    Source: KeepLoRA++ (arXiv 2606.16256) and its published code, without the inputs of earlier tasks and without a
-    scale for each layer.
+    Source: KeepLoRA++ (arXiv 2606.16256) and its published code, without its scale for each layer.
 
     Settings:
         samples: how many samples the gradient is averaged over, as in keeplora.
-        weight_share: as in keeplora.
+        weight_share, inputs_share, tokens: as in keeplora.
     """
 
     source: ClassVar[str] = "KeepLoRA++ (arXiv 2606.16256)"
@@ -147,8 +158,38 @@ def leading_inputs(W: Tensor, share: float) -> Tensor:
     """
     W = double(W)
     wide = W.shape[0] < W.shape[1]
-    values, vectors = torch.linalg.eigh(W @ W.mT if wide else W.mT @ W)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    before = values.cumsum(0) - values
-    count = int((before < share * values.sum()).sum())
+    values, vectors = _descending(W @ W.mT if wide else W.mT @ W)
+    count = _fewest(values, share * float(values.sum()))
     return torch.linalg.qr(W.mT @ vectors[:, :count]).Q if wide else vectors[:, :count]
+
+
+def with_inputs(P: Tensor, Z: Tensor, share: float) -> Tensor:
+    """Return a basis P with the fewest further directions with which it holds ``share`` of inputs' energy.
+
+    Args:
+        P: (d_in, k), orthonormal, in float64.
+        Z: the inputs' second moment (d_in, d_in), whose trace is their energy.
+        share: at least 0, below 1.
+
+    Returns:
+        An orthonormal basis (d_in, k + more), whose first k columns are P's.
+    """
+    Z = double(Z)
+    outside = Z - P @ (P.mT @ Z)
+    outside = outside - (outside @ P) @ P.mT
+    values, vectors = _descending(outside)
+    protected = float((P * (Z @ P)).sum())
+    more = vectors[:, : _fewest(values, share * float(Z.trace()) - protected)]
+    more = torch.linalg.qr(more - P @ (P.mT @ more)).Q
+    return torch.cat((P, more), 1)
+
+
+def _descending(moment: Tensor) -> tuple[Tensor, Tensor]:
+    # Products aren't symmetric to the last digit, and rounding leaves small eigenvalues negative.
+    values, vectors = torch.linalg.eigh(torch.lerp(moment, moment.mT, 0.5))
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _fewest(values: Tensor, enough: float) -> int:
+    """Return how many of the first values it takes for their sum to be enough."""
+    return int((values.cumsum(0) - values < enough).sum())

@@ -50,6 +50,8 @@ class KFACNewton(GradientMethod):
         normalize: divide D by its largest singular value; without, B A = D / gamma, and layers keep their relative
             sizes.
         gamma: as in lora-one: s B A has the largest singular value s / gamma.
+        scale: "gamma" as above; or "search": that multiple of it, the same for all layers, which lowers the loss of
+            further samples most (:mod:`headstart.statistics.search`).
     """
 
     source: ClassVar[str] = "headstart's own, on K-FAC (Martens and Grosse 2015)"
@@ -62,6 +64,7 @@ class KFACNewton(GradientMethod):
     tokens: Literal["attention", "labels"] = "attention"
     normalize: bool = True
     gamma: float = 128.0
+    scale: Literal["gamma", "search"] = "gamma"
 
     def __post_init__(self) -> None:
         super().__post_init__()
