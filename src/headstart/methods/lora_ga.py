@@ -90,8 +90,8 @@ class LoRAGA(GradientMethod):
             size = self._size(layer)
             A, B = size * A, size * B
         if self.norm_clip:
-            ratio = float(layer.require_weight().abs().max() / (layer.scaling * (B @ A)).abs().max())
-            info["clipped"] = min(ratio, 1.0)
+            largest = layer.scaling * float((B @ A).abs().max())
+            info["clipped"] = min(float(layer.require_weight().abs().max()) / largest, 1.0)
             A, B = A * math.sqrt(info["clipped"]), B * math.sqrt(info["clipped"])
         return Factors(A.contiguous(), B.contiguous(), info=info)
 
