@@ -59,8 +59,8 @@ class _Keeping(GradientMethod):
             P = with_inputs(P, layer.preserved.inputs, self.inputs_share)
         return P
 
-    def start(self, layer: Layer) -> tuple[Tensor, Tensor, Factors]:
-        """Return A, frozen, and G A' in float64, and factors with B = 0 that say so.
+    def start(self, layer: Layer) -> tuple[Factors, Tensor]:
+        """Return a frozen A with B = 0, and G A' (d_out, r) in float64.
 
         Raises:
             LayerError: fewer than r directions are left.
@@ -91,7 +91,8 @@ class _Keeping(GradientMethod):
             notes.append("no input to preserve reached it")
         A = V.mT.float().contiguous()
         B = torch.zeros(layer.d_out, layer.r, dtype=torch.float32, device=A.device)
-        return double(A), G @ double(A).mT, Factors(A, B, info=info, note="; ".join(notes), frozen=("lora_A",))
+        start = Factors(A, B, info=info, note="; ".join(notes), frozen=("lora_A",))
+        return start, G @ double(A).mT
 
 
 @register("keeplora")
@@ -121,7 +122,7 @@ class KeepLoRA(_Keeping):
 
     def factors(self, layer: Layer) -> Factors:
         """Decompose what of the gradient is free."""
-        _, image, start = self.start(layer)
+        start, image = self.start(layer)
         # G A' is U_r S_r, as A's rows are free of P.
         return replace(start, B=image.float())
 
@@ -143,7 +144,7 @@ class KeepLoRAPlus(_Keeping):
 
     def factors(self, layer: Layer) -> Factors:
         """Decompose what of the gradient is free, and keep the directions alone."""
-        return self.start(layer)[2]
+        return self.start(layer)[0]
 
 
 def leading_inputs(W: Tensor, share: float) -> Tensor:
