@@ -26,7 +26,7 @@ PATH = "inilora"
 CLOSED = "inilora:solver=svd,gauge=aligned"
 METHODS = (
     PATH,
-    "inilora:tolerance=0.001",
+    "inilora:solver=adam,tolerance=0.001",
     CLOSED,
     "inilora:solver=svd,gauge=flow",
     "inilora:solver=svd,gauge=random",

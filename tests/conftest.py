@@ -255,7 +255,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict], lis
 
 # Those that give back what quantisation took need a quantised base.
 ANY_BASE = [name for name in hs.method_names() if not method_class(name)().wants(ANY_LAYER).original]
-QUICK = {"inilora": "steps=20", "lora-sb": "samples=4,lr=1e-3"}
+QUICK = {"inilora": "solver=adam,steps=20", "lora-sb": "samples=4,lr=1e-3"}
 
 
 def quick(name):

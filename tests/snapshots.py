@@ -15,7 +15,7 @@ from headstart.layers.find import lora_layers, record
 from inputs import normal
 from known_layers import ZERO_PRODUCT
 
-SUBTRACTING = ["init-ab", "inilora-alpha", "inilora-beta", "inilora:steps=3", "inilora:solver=svd", "pissa"]
+SUBTRACTING = ["init-ab", "inilora-alpha", "inilora-beta", "inilora:solver=adam,steps=3", "inilora:solver=svd", "pissa"]
 SUBTRACTING += ["milora", "olora", "olora-tail", "geora", "loram"]
 WITH_DATA = ["lora-ga:samples=4", "lora-one:samples=4"]
 ALL = [*ZERO_PRODUCT, "rlpo", "rlmo", *SUBTRACTING, "init-ab-plus", *WITH_DATA]

@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from headstart.stream import stream_start
 from headstart.stream.work import Work
 
-METHOD = "inilora:steps=30"
+METHOD = "inilora:solver=adam,steps=30"
 # Of the checkpoint: a piece of moments for each is put first, then one of factors for each.
 LAYERS = 21
 

@@ -21,7 +21,7 @@ SUBTRACTING = [
     "pissa",
     "milora",
     "olora",
-    "inilora:steps=3",
+    "inilora:solver=adam,steps=3",
     "inilora:solver=svd",
 ]
 

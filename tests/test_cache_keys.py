@@ -85,7 +85,7 @@ def test_whatever_the_factors_depend_on_changes_the_key(monkeypatch):
     method = hs.IniLoRA()
     first = layer_key(method, known(), "0", device="cpu")
     assert layer_key(method, known(weight=torch.zeros(6, 5)), "0", device=torch.device("cpu")) == first
-    assert layer_key(hs.IniLoRA(lr=5e-4), known(scaling=2), "0", device="cpu") == first
+    assert layer_key(hs.IniLoRA(solver="adam", lr=5e-4), known(scaling=2), "0", device="cpu") == first
     others = [
         layer_key(method, known(**change), "0", device="cpu")
         for change in (
@@ -146,7 +146,7 @@ def test_precision_that_a_program_allows_its_model_makes_no_other_key(backend):
 
 @pytest.mark.parametrize("name", ["pissa", "milora", "olora", "lora-xs", "inilora"])
 def test_seed_and_name_count(name):
-    method = get_method(name, **(dict(steps=3) if name == "inilora" else {}))
+    method = get_method(name, **(dict(solver="adam", steps=3) if name == "inilora" else {}))
     W = torch.randn(6, 5)
     layers = [known(weight=W), known(weight=W, seed=1), known(weight=W, name="other")]
     keys = {layer_key(method, layer, weight_digest(W), device="cpu") for layer in layers}
@@ -154,7 +154,9 @@ def test_seed_and_name_count(name):
     assert len(keys) == 3 >= len(different)
 
 
-@pytest.mark.parametrize("text", ["pissa", "milora", "olora", "lora-xs", "inilora:steps=3", "inilora:solver=svd"])
+@pytest.mark.parametrize(
+    "text", ["pissa", "milora", "olora", "lora-xs", "inilora:solver=adam,steps=3", "inilora:solver=svd"]
+)
 def test_a_methods_factors_are_served_again(text, tmp_path):
     method = parse_method(text)
     layers = [known(name=f"layer{number}", weight=torch.randn(6, 5)) for number in range(3)]

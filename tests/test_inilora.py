@@ -16,7 +16,7 @@ from headstart.methods.base import Factors, Layer, Moments
 from headstart.methods.registry import parse_method
 from oracles import relative, tail
 
-SOLVERS = ["inilora:steps=120", "inilora:steps=400,lr=0.005,tolerance=0.05"]
+SOLVERS = ["inilora:solver=adam,steps=120", "inilora:solver=adam,steps=400,lr=0.005,tolerance=0.05"]
 SOLVERS += [f"inilora:solver=svd,gauge={gauge}" for gauge in ("aligned", "random", "balanced")]
 
 
@@ -65,22 +65,22 @@ def test_a_layer_is_the_same_to_the_last_bit_whatever_comes_with_it(method: str,
 @pytest.mark.parametrize("tolerance", [0.1, 1e-3])
 def test_a_stop_is_within_the_tolerance(tolerance: float) -> None:
     given = layers(3, s=2.0)
-    method = hs.IniLoRA(lr=5e-3, tolerance=tolerance)
+    method = hs.IniLoRA(solver="adam", lr=5e-3, tolerance=tolerance)
     for layer, found in zip(given, method.factors_batch(given), strict=True):
         assert error(layer, found) <= (1 + tolerance) * bound(layer) * (1 + 1e-6)
         taken = int(found.info["steps"])
         assert 0 < taken < 20_000 and taken % 100 == 0
         # A look earlier it wasn't.
-        earlier = hs.IniLoRA(lr=5e-3, steps=taken - 100).factors(layer)
+        earlier = hs.IniLoRA(solver="adam", lr=5e-3, steps=taken - 100).factors(layer)
         assert error(layer, earlier) > (1 + tolerance) * bound(layer)
-        full = hs.IniLoRA(lr=5e-3, steps=taken).factors(layer)
+        full = hs.IniLoRA(solver="adam", lr=5e-3, steps=taken).factors(layer)
         assert torch.equal(found.A, full.A) and torch.equal(found.B, full.B)
 
 
 def test_the_path_ends_where_the_closed_form_is() -> None:
     given = layers(2, 24, 18, 3)
     # A rate that falls faster than the paper's: Adam's last digits don't settle before it does.
-    path = hs.IniLoRA(steps=8_000, lr=5e-3, decay=0.5, decay_every=800).factors_batch(given)
+    path = hs.IniLoRA(solver="adam", steps=8_000, lr=5e-3, decay=0.5, decay_every=800).factors_batch(given)
     closed = hs.IniLoRA(solver="svd").factors_batch(given)
     for layer, one, other in zip(given, path, closed, strict=True):
         assert one.info["steps"] == 8_000
@@ -93,11 +93,11 @@ def test_the_path_ends_where_the_closed_form_is() -> None:
 def test_the_papers_checkpoints_lie_on_one_path() -> None:
     """Figure 2: the approximation after 100 … 20,000 steps."""
     layer = layers(1)[0]
-    longest = hs.IniLoRA(steps=2_000).factors(layer)
+    longest = hs.IniLoRA(solver="adam", steps=2_000).factors(layer)
     history = dict(tuple(point) for point in longest.history)
     errors = []
     for steps in (0, 100, 500, 1_000, 2_000):
-        found = parse_method(f"inilora:steps={steps}").factors(layer)
+        found = parse_method(f"inilora:solver=adam,steps={steps}").factors(layer)
         errors.append(error(layer, found))
         assert history[steps] == pytest.approx(errors[-1] / (50 * 30), rel=1e-5)
     assert errors == sorted(errors, reverse=True)
@@ -107,17 +107,17 @@ def test_the_papers_checkpoints_lie_on_one_path() -> None:
 def test_the_papers_deviations(std: float) -> None:
     """Figure 3, with no step and with some."""
     given = layers(1, 400, 300, 8)[0]
-    start = parse_method(f"inilora:steps=0,std={std}").factors(given)
+    start = parse_method(f"inilora:solver=adam,steps=0,std={std}").factors(given)
     assert float(start.A.std()) == pytest.approx(std, rel=0.1) and float(start.B.std()) == pytest.approx(std, rel=0.1)
     alpha = parse_method(f"inilora-alpha:std={std}").factors(given)
     assert torch.equal(start.A, alpha.A) and torch.equal(start.B, alpha.B)
-    moved = parse_method(f"inilora:steps=50,std={std}").factors(given)
+    moved = parse_method(f"inilora:solver=adam,steps=50,std={std}").factors(given)
     assert moved.info["error"] < start.info["error"]
 
 
 def test_history_reaches_the_report_and_the_cache() -> None:
     model = wrap(tiny_llama(), r=4, target_modules=["q_proj", "v_proj"])
-    report = hs.initialize_(model, "inilora:steps=250")
+    report = hs.initialize_(model, "inilora:solver=adam,steps=250")
     for layer in report.layers:
         assert [step for step, _ in layer.history] == [0, 100, 200, 250]
         means = [mean for _, mean in layer.history]
@@ -128,7 +128,7 @@ def test_history_reaches_the_report_and_the_cache() -> None:
         [list(point) for point in layer.history] for layer in report.layers
     ]
     assert all(layer.history == [] for layer in hs.initialize_(wrap(tiny_llama(), r=4), "pissa").layers)
-    found = hs.IniLoRA(steps=150).factors(layers(1)[0])
+    found = hs.IniLoRA(solver="adam", steps=150).factors(layers(1)[0])
     kept = decoded("key", encoded("key", found))
     assert [tuple(point) for point in kept.history] == found.history
 
@@ -150,5 +150,5 @@ def test_an_interrupt_leaves_the_model_as_it_was() -> None:
 def test_an_own_deviation_needs_no_moments() -> None:
     layer = dataclasses.replace(layers(1)[0], moments=None)
     with pytest.raises(hs.LayerError, match="layer0"):
-        hs.IniLoRA(steps=1).factors(layer)
-    assert hs.IniLoRA(steps=1, std=0.1).factors(layer).info["steps"] == 1
+        hs.IniLoRA(solver="adam", steps=1).factors(layer)
+    assert hs.IniLoRA(solver="adam", steps=1, std=0.1).factors(layer).info["steps"] == 1

@@ -26,7 +26,7 @@ from oracles import best, published_adam, relative, tail
 
 
 def the_draw(given_layer):
-    start = hs.IniLoRA(steps=0).factors(given_layer)
+    start = hs.IniLoRA(solver="adam", steps=0).factors(given_layer)
     return start.A, start.B
 
 
@@ -103,14 +103,16 @@ def test_inilora_random_gauge_is_no_other_gauge():
 @pytest.mark.parametrize("s", [1.0, 4.0])
 def test_inilora_without_steps_is_the_draw(s):
     W = normal(D_OUT, D_IN, std=0.02)
-    start = hs.IniLoRA(steps=0).factors(of_weight(W, R, s=s, moments=Moments(mean=0.3, std=0.037)))
+    start = hs.IniLoRA(solver="adam", steps=0).factors(of_weight(W, R, s=s, moments=Moments(mean=0.3, std=0.037)))
     # The published code uses mean 0 and the averaged sigma.
     assert_drawn(start.A, 0.037)
     assert_drawn(start.B, 0.037)
     assert_uncorrelated(start.A, start.B)
     assert start.info["steps"] == 0
     assert start.info["error"] == pytest.approx(dense_error(W, start, s), rel=1e-9)
-    own = hs.IniLoRA(steps=0, std=0.5).factors(of_weight(W, R, s=s, moments=Moments(mean=0.3, std=0.037)))
+    own = hs.IniLoRA(solver="adam", steps=0, std=0.5).factors(
+        of_weight(W, R, s=s, moments=Moments(mean=0.3, std=0.037))
+    )
     assert_drawn(own.A, 0.5)
 
 
@@ -153,7 +155,7 @@ def test_inilora_default_rate_and_schedule_are_used():
     W = normal(30, 20)
     given_layer = of_weight(W, 3)
     A0, _ = the_draw(given_layer)
-    one = hs.IniLoRA(steps=1).factors(given_layer)
+    one = hs.IniLoRA(solver="adam", steps=1).factors(given_layer)
     assert torch.allclose((one.A - A0).abs(), torch.full_like(A0, 5e-4), rtol=1e-2)
 
 

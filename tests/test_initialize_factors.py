@@ -59,7 +59,7 @@ def test_moments_are_averaged_over_layers_of_one_kind():
             block.mlp.down_proj.weight.mul_(50)
     model = wrap(base, r=16, target_modules=["q_proj", "down_proj"])
     weights = {name: dense_weight(target) for name, target in targets_of(model).items()}
-    hs.initialize_(model, "inilora:steps=0")
+    hs.initialize_(model, "inilora:solver=adam,steps=0")
     for kind in ("q_proj", "down_proj"):
         names = [name for name in weights if name.endswith(kind)]
         sigma = sum(float(weights[name].std(correction=0)) for name in names) / len(names)
@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_factors(method):
     assert same(all_factors(one), all_factors(two))
 
 
-@pytest.mark.parametrize("method", [*RANDOM, "inilora:steps=3"])
+@pytest.mark.parametrize("method", [*RANDOM, "inilora:solver=adam,steps=3"])
 def test_another_seed_gives_other_factors_in_every_layer(method):
     one = all_factors(started(tiny_llama(), method, seed=0))
     two = all_factors(started(tiny_llama(), method, seed=1))

@@ -127,7 +127,8 @@ def test_another_kind_of_adapter():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("form", ["anchored", "residual"])
 @pytest.mark.parametrize(
-    "method", ["pissa", "milora", "olora", "inilora:steps=2", "inilora:solver=svd", "lora-one:samples=4", "lora-ga"]
+    "method",
+    ["pissa", "milora", "olora", "inilora:solver=adam,steps=2", "inilora:solver=svd", "lora-one:samples=4", "lora-ga"],
 )
 def test_a_weight_that_is_not_finite_is_named(method, form, value):
     base = tiny_llama()

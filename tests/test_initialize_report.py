@@ -69,7 +69,7 @@ def test_report_as_text_and_as_json(method):
 
 def test_report_shows_error_over_bound():
     model = wrap(tiny_llama(), r=4, target_modules=["q_proj"])
-    report = hs.initialize_(model, "inilora:steps=20")
+    report = hs.initialize_(model, "inilora:solver=adam,steps=20")
     ratios = []
     for layer, target in zip(report.layers, targets_of(model).values(), strict=True):
         A, B = (factor.double() for factor in factors_of(target.module))

@@ -20,7 +20,7 @@ from headstart.cache import open_cache
 from headstart.stream import stream_start
 
 ROUNDS = int(os.environ.get("HEADSTART_KILL_ROUNDS", "6"))
-METHOD = "inilora:steps=40"
+METHOD = "inilora:solver=adam,steps=40"
 
 
 def in_memory(base, out, cache):

@@ -61,6 +61,7 @@ OUT_OF_RANGE = [
     ("init-ab-plus", "scheme", "LORA+"),
     *(("inilora-alpha", "std", v) for v in (0, -0.5, math.nan)),
     ("inilora", "solver", "lbfgs"),
+    *(("inilora", setting, 3) for setting in ("steps", "decay_every")),  # of the descent, which isn't asked for
     ("inilora", "gauge", "balance"),
     ("inilora", "steps", -1),
     *(("inilora", setting, 0) for setting in ("lr", "decay", "decay_every", "tolerance", "std")),
@@ -109,8 +110,16 @@ def test_a_value_of_the_wrong_type_names_the_setting(name, setting, value):
         ("init-ab:", hs.InitAB(), "init-ab"),
         ("init-ab:beta=1.0", hs.InitAB(), "init-ab"),
         ("pissa", hs.PiSSA(), "pissa"),
-        ("inilora:tolerance=1e-3", hs.IniLoRA(tolerance=1e-3), "inilora:tolerance=0.001"),
-        ("inilora:tolerance=None,steps=7", hs.IniLoRA(steps=7), "inilora:steps=7"),
+        (
+            "inilora:solver=adam,tolerance=1e-3",
+            hs.IniLoRA(solver="adam", tolerance=1e-3),
+            "inilora:solver=adam,tolerance=0.001",
+        ),
+        (
+            "inilora:solver=adam,tolerance=None,steps=7",
+            hs.IniLoRA(solver="adam", steps=7),
+            "inilora:solver=adam,steps=7",
+        ),
         ("inilora-beta:distribution=K-U", hs.IniLoRABeta("kaiming-uniform"), None),
         ("lora-one:samples=64", hs.LoRAOne(samples=64), "lora-one:samples=64"),
     ],

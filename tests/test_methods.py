@@ -23,7 +23,7 @@ DRAWN_VARIANTS = (
     *(f"inilora-beta:distribution={name}" for name in ("K-U", "xavier-normal", "xavier-uniform", "normal", "uniform")),
     "inilora-beta:distribution=orthogonal",
     "inilora-beta:distribution=sparse",
-    "inilora:steps=0",
+    "inilora:solver=adam,steps=0",
     "inilora:solver=svd,gauge=random",
     "inilora:solver=svd,gauge=aligned",
 )
@@ -36,7 +36,7 @@ def test_every_method_gives_finite_factors_of_the_right_shape(name):
     given_layer = everything()
     W, G = given_layer.weight.clone(), given_layer.gradient.clone()
     state = torch.random.get_rng_state()
-    method = hs.get_method(name, **({"steps": 5} if name == "inilora" else {}))
+    method = hs.get_method(name, **({"solver": "adam", "steps": 5} if name == "inilora" else {}))
     start = method.factors(given_layer)
     assert start.A.shape == (4, 20) and start.B.shape == (24, 4)
     assert start.A.dtype == start.B.dtype == torch.float32
@@ -52,7 +52,7 @@ def test_every_method_gives_finite_factors_of_the_right_shape(name):
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_batch_is_the_same_as_one_at_a_time(name):
-    method = hs.get_method(name, **({"steps": 20} if name == "inilora" else {}))
+    method = hs.get_method(name, **({"solver": "adam", "steps": 20} if name == "inilora" else {}))
     layers = [
         dataclasses.replace(
             everything(name=f"layer{i}"),

@@ -31,7 +31,7 @@ METHODS = [
     "pissa",
     "mica",
     "lora-xs",
-    "inilora:steps=5",
+    "inilora:solver=adam,steps=5",
     "lora-one:samples=4",
     "lora-sb:samples=6,lr=0.001",
     "lora-da:samples=10",
@@ -239,13 +239,15 @@ def test_a_method_with_a_rule_across_layers_sees_those_of_its_own_pattern():
 
 def test_deviations_of_weights_are_those_of_the_own_pattern():
     """A pattern may divide a kind: the first layer's q_proj has another deviation than both have."""
-    method = hs.PerLayer({r"layers\.0\.self_attn\.q_proj": "inilora:steps=0", "*": "inilora:steps=0,lr=0.001"})
+    method = hs.PerLayer(
+        {r"layers\.0\.self_attn\.q_proj": "inilora:solver=adam,steps=0", "*": "inilora:solver=adam,steps=0,lr=0.001"}
+    )
     base = tiny_llama()
     base.model.layers[1].self_attn.q_proj.weight.data *= 3
     model = wrap(base)
     hs.initialize_(model, method, seed=3, progress=False)
     single = wrap(tiny_llama(), target_modules=r".*layers\.0\.self_attn\.q_proj")
-    hs.initialize_(single, "inilora:steps=0", seed=3, progress=False)
+    hs.initialize_(single, "inilora:solver=adam,steps=0", seed=3, progress=False)
     ((name, factors),) = all_factors(single).items()
     assert same(all_factors(model)[name], factors)
 
@@ -294,9 +296,9 @@ def test_what_was_computed_alone_is_found_in_the_cache(tmp_path, monkeypatch):
     def cached(method):
         return hs.initialize_(wrap(tiny_llama()), method, cache=tmp_path, progress=False).cached
 
-    assert cached("pissa") == 0 and cached("inilora:steps=5") == 0
+    assert cached("pissa") == 0 and cached("inilora:solver=adam,steps=5") == 0
     # Four layers are q_proj or v_proj, ten are others.
-    assert cached(hs.PerLayer({"q_proj|v_proj": "pissa", "*": "inilora:steps=5"})) == 14
+    assert cached(hs.PerLayer({"q_proj|v_proj": "pissa", "*": "inilora:solver=adam,steps=5"})) == 14
     assert cached(hs.PerLayer({"q_proj|v_proj": "pissa", "*": "lora"})) == 4
     assert cached(hs.PerLayer({"q_proj|v_proj": "milora", "*": "pissa"})) == 10
     assert cached("milora") == 4

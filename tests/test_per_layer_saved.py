@@ -202,7 +202,7 @@ def test_layers_that_were_quantised_and_layers_that_were_not(tmp_path):
 
 STREAMED = hs.PerLayer(
     {
-        r"layers\.0\.self_attn\.\w+": "inilora:steps=5",
+        r"layers\.0\.self_attn\.\w+": "inilora:solver=adam,steps=5",
         "self_attn.*": "inilora:solver=svd",
         "up_proj": "lora-xs",
         "*": "lora",

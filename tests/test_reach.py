@@ -55,7 +55,7 @@ def test_layers_of_one_name_in_different_places_are_different_kinds(tmp_path):
         for block in base.bert.encoder.layer:
             block.attention.output.dense.weight.mul_(10)
     model = wrap(base, target_modules=r".*encoder.*\.dense", r=8)
-    report = hs.initialize_(model, "inilora:steps=0", progress=False)
+    report = hs.initialize_(model, "inilora:solver=adam,steps=0", progress=False)
     assert sorted({target.kind for target in lora_layers(model, "default")}) == DENSE
     assert rows(str(report)) == DENSE
     # The draw has the deviation of its own kind's weights, not of all that are called dense.

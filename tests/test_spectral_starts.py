@@ -116,13 +116,13 @@ def test_a_weight_of_lower_rank_is_fitted_whole(name):
     assert relative(2.0 * product(start), W) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["pissa", "milora", "olora", "inilora:solver=svd", "inilora:steps=3"])
+@pytest.mark.parametrize("name", ["pissa", "milora", "olora", "inilora:solver=svd", "inilora:solver=adam,steps=3"])
 def test_a_zero_weight_gives_finite_factors(name):
     start = parse_method(name).factors(of_weight(torch.zeros(12, 9), 3, moments=Moments(0.0, 0.1)))
     assert bool(torch.isfinite(start.A).all() and torch.isfinite(start.B).all())
 
 
-@pytest.mark.parametrize("name", ["pissa", "milora", "olora", "inilora:solver=svd", "inilora:steps=30"])
+@pytest.mark.parametrize("name", ["pissa", "milora", "olora", "inilora:solver=svd", "inilora:solver=adam,steps=30"])
 def test_a_transposed_view_is_as_good_as_a_matrix(name):
     """GPT-2 stores its weights the other way round, and they come as views."""
     W = normal(20, 30)

@@ -81,7 +81,7 @@ def test_a_digit_changed_in_a_report_is_not_believed(folder, expected, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "change", [dict(seed=1), dict(method="inilora:steps=31"), dict(form="anchored"), dict(method="pissa")]
+    "change", [dict(seed=1), dict(method="inilora:solver=adam,steps=31"), dict(form="anchored"), dict(method="pissa")]
 )
 def test_pieces_of_other_settings_are_not_used(folder, tmp_path, change):
     out, alone = tmp_path / "out", tmp_path / "alone"

@@ -194,8 +194,9 @@ def _one_seed(settings: Settings, network: Network, images: Images, test: Images
     data = [frozen_part(network, images, rows) for rows in order]
     held_out = frozen_part(network, test)
     generator = torch.Generator("cpu").manual_seed(seed)
-    normal_A = torch.randn(settings.rank, settings.width, generator=generator)
-    normal_B = torch.randn(settings.width, settings.rank, generator=generator)
+    r, n = settings.rank, settings.width
+    normal_A = torch.randn(r, n, generator=generator, dtype=torch.float32, device="cpu")
+    normal_B = torch.randn(n, r, generator=generator, dtype=torch.float32, device="cpu")
 
     def trained(cell: tuple[str, float, float]) -> Cell:
         start, deviation, rate = cell
@@ -213,7 +214,7 @@ def _one_seed(settings: Settings, network: Network, images: Images, test: Images
 
 
 def _before(network: Network, held_out: Frozen) -> float:
-    nothing = torch.zeros(1, network.width)
+    nothing = network.middle.new_zeros(1, network.width)
     return measure(nothing, nothing.mT, network.out, held_out)[0]
 
 

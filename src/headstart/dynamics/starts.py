@@ -21,6 +21,10 @@ _ADAPTER, _LAYER = "default", "middle"
 _SAMPLES = 32
 
 
+def _normal(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 class OneLayer(nn.Module):
     """f(z) = mean(w relu(W_0 z)), with W_0 (n, n) of entries of order n^(-1/2).
 
@@ -32,8 +36,8 @@ class OneLayer(nn.Module):
     def __init__(self, width: int, generator: torch.Generator) -> None:
         super().__init__()
         self.middle = nn.Linear(width, width, bias=False)
-        self.middle.weight.data = torch.randn(width, width, generator=generator) / math.sqrt(width)
-        self.out = torch.randn(width, generator=generator)
+        self.middle.weight.data = _normal(width, width, generator=generator) / math.sqrt(width)
+        self.out = _normal(width, generator=generator)
         self.config = {"model_type": "one layer"}  # which PEFT looks for
 
     def forward(self, z: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -54,11 +58,11 @@ def of_method(method: Method, settings: Settings) -> Maker:
     def make(scheme: Scheme, width: int, generator: torch.Generator) -> tuple[Layer, Tensor, Tensor]:
         base = OneLayer(width, generator)
         count = int(getattr(method, "samples", None) or _SAMPLES)
-        points = torch.randn(count, width, generator=generator)
-        data = [{"z": points, "labels": torch.ones(count)}]
+        points = _normal(count, width, generator=generator)
+        data = [{"z": points, "labels": points.new_ones(count)}]
         config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=[_LAYER])
         model: Any = get_peft_model(base, config)
-        seed = int(torch.randint(2**31, (), generator=generator))
+        seed = generator.initial_seed() % 2**31
         initialize_(model, method, data=data, seed=seed, cache=False, progress=False)
         layer = model.base_model.model.middle
         A, B = (part.double() for part in current_factors(layer, _ADAPTER))

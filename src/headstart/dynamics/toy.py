@@ -60,7 +60,8 @@ def fresh_network(width: int, seed: int) -> Network:
     """Return untrained weights by He's initialisation (Kaiming normal for relu), as appendix D.1 has it."""
     generator = torch.Generator("cpu").manual_seed(seed)
     shapes = ((width, PIXELS), (width, width), (CLASSES, width))
-    return Network(*(torch.randn(shape, generator=generator).mul_((2 / shape[1]) ** 0.5) for shape in shapes))
+    drawn = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
+    return Network(*(part.mul_((2 / part.shape[1]) ** 0.5) for part in drawn))
 
 
 def pretrain(
@@ -83,10 +84,10 @@ def pretrain(
 def batches(count: int, steps: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Yield the rows of each step: passes over all rows, each in an order of its own."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    rows = torch.empty(0, dtype=torch.long)
+    rows = torch.empty(0, dtype=torch.long, device="cpu")
     for _ in range(steps):
         while len(rows) < batch:
-            rows = torch.cat([rows, torch.randperm(count, generator=generator)])
+            rows = torch.cat([rows, torch.randperm(count, generator=generator, dtype=torch.long, device="cpu")])
         yield rows[:batch]
         rows = rows[batch:]
 

@@ -181,10 +181,10 @@ def gaussian(settings: Settings) -> Maker:
 
     def make(scheme: Scheme, width: int, generator: torch.Generator) -> tuple[Layer, Tensor, Tensor]:
         def part(exponent: float, *shape: int) -> Tensor:
-            normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+            normal = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
             return normal * (settings.size * width**exponent if exponent > NOTHING else 0.0)
 
-        z, base, out = torch.randn(3, width, generator=generator, dtype=torch.float64)
+        z, base, out = torch.randn(3, width, generator=generator, dtype=torch.float64, device="cpu")
         layer: Layer = Scalar(z) if scheme.optimizer == "sgd" else Wide(z, base, out)
         d_out = 1 if scheme.optimizer == "sgd" else width
         return layer, part(scheme.a, settings.rank, width), part(scheme.b, d_out, settings.rank)

@@ -32,7 +32,9 @@ class IniLoRA(Method):
     Source: IniLoRA, section 3 (equations 1 to 3), settings from section 4.1 and the published code.
 
     Settings:
-        solver: "adam", the paper's descent, or "svd", the closed form that it converges to.
+        solver: "svd", the closed form that the paper's descent converges to, and trains as well as
+            (docs/results/inilora_gsm8k.md); or "adam", the descent itself, which takes some 3,000 times as long and
+            alone knows the settings that follow.
         steps: of Adam; 0 leaves the draw (the paper's Table 7).
         lr: Adam's rate.
         decay, decay_every: the rate is multiplied by ``decay`` every ``decay_every`` steps.
@@ -45,10 +47,10 @@ class IniLoRA(Method):
     """
 
     source: ClassVar[str] = "IniLoRA, section 3"
-    cost: ClassVar[str] = "20,000 Adam steps a weight, or a truncated SVD"
+    cost: ClassVar[str] = "a truncated SVD, or 20,000 Adam steps a weight"
     keep: ClassVar[bool] = True
 
-    solver: Literal["adam", "svd"] = "adam"
+    solver: Literal["adam", "svd"] = "svd"
     steps: int = 20_000
     lr: float = 5e-4
     decay: float = 0.9
@@ -64,6 +66,12 @@ class IniLoRA(Method):
             raise MethodError(f"method {self.name!r}: decay={self.decay!r} must be above 0 and at most 1.")
         if self.steps < 0:
             raise MethodError(f"method {self.name!r}: steps={self.steps!r} must not be negative.")
+        descent = ("steps", "lr", "decay", "decay_every", "tolerance")
+        given = [name for name in descent if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        if self.solver == "svd" and given:
+            raise MethodError(
+                f"method {self.name!r}: {given[0]} is of the descent: give solver=adam as well, or leave it out."
+            )
 
     def wants(self, layer: Layer) -> Wants:
         """Return that the weight is needed, and the moments of its kind where they scale the draw."""

@@ -70,7 +70,7 @@ class LoRAM(Method):
 
 def _sines(order: int, columns: int) -> Tensor:
     """Return the first columns (order, columns) of the orthogonal sine matrix, in float64 on the CPU."""
-    places = torch.arange(1, order + 1, device="cpu")
+    places = torch.arange(1, order + 1, dtype=torch.long, device="cpu")
     # Whole turns are taken out while the numbers are whole.
     halves = torch.outer(places, places[:columns]) % (2 * (order + 1))
     return math.sqrt(2 / (order + 1)) * torch.sin(halves.double() * (math.pi / (order + 1)))

@@ -295,7 +295,8 @@ class _Watched:
             return
         self._armed = False
         rows = inputs[0].detach().reshape(-1, self.target.d_in)
-        chosen = torch.linspace(0, len(rows) - 1, min(self._tokens, len(rows)), device=rows.device).long()
+        count = min(self._tokens, len(rows))
+        chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float32, device=rows.device).long()
         self._inputs = rows[chosen].float().cpu()
         self._before = self._copied(self._factors())
 

@@ -125,6 +125,8 @@ def _check_given(method: Method, wants: Mapping[str, Wants], data: TrainingData,
         )
     if method.reads_data and not to_learn and not to_keep:
         raise MethodError(f"method '{method}' leaves out every layer that the adapter has; change its setting layers.")
+    if to_learn:
+        method.sample_count(data.training.population)  # which may refuse data whose size isn't known
 
 
 class _Passes:
