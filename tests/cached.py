@@ -36,6 +36,7 @@ def factors_of(key, r=2, d_out=5, d_in=7):
         info=info,
         note="a note: é",
         repair=f"repair {number}",
+        caution=f"caution {number}",
         frozen=("lora_A",) if number % 2 else (),
         history=((0, 0.1 * number), (100, 1e-300)),
         spare=torch.randn(1, d_in, generator=generator) if number % 5 else None,

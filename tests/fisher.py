@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import headstart as hs
 from headstart.methods.base import Kronecker, Layer, Training
 from inputs import normal
 from oracles import relative
+
+# Whichever preset is the default.
+published = partial(hs.LoRADA, preset="published")
 
 ATTENTION = "model.layers.0.self_attn.q_proj"
 FEED_FORWARD = "model.layers.0.mlp.up_proj"
@@ -42,12 +47,12 @@ def draw(d_out, d_in, seed=0, full=False, scale_G=1.0, scale_Z=1.0, scale_Y=1.0)
     return (scale_G * normal(d_out, d_in, seed=seed + 2)).float(), Z.float(), Y.float()
 
 
-def layer(G, Z, Y, r, *, name=ATTENTION, s=1.0, seed=0, population=None):
+def layer(G, Z, Y, r, *, name=ATTENTION, s=1.0, seed=0, population=None, tokens=1, samples=None):
     d_out, d_in = G.shape
     # The means are not LoRA-DA's business.
-    kronecker = Kronecker(Z, Y, torch.full((d_in,), math.nan), torch.full((d_out,), math.nan), tokens=1)
+    kronecker = Kronecker(Z, Y, torch.full((d_in,), math.nan), torch.full((d_out,), math.nan), tokens=tokens)
     given_layer = dict(name=name, d_out=d_out, d_in=d_in, r=r, scaling=s, seed=seed, training=Training(population))
-    return Layer(**given_layer, gradient=G, kronecker=kronecker)
+    return Layer(**given_layer, gradient=G, kronecker=kronecker, samples=samples)
 
 
 def layer_named(name):
@@ -82,6 +87,34 @@ def dense(G, Z, Y, *, N, damping=1e-6, variance=0.03, bias=1.0, normalize=True):
     omega = scale**2 * (variance * spread - bias * delta.T @ delta)
     norm = scale**2 * max(variance * float(torch.linalg.matrix_norm(spread, 2)), bias * sigma**2)
     return SimpleNamespace(delta=scale * delta, omega=omega, sigma=sigma, inverse=inverse, norm=norm)
+
+
+def sampled(G, Z, Y, *, damping, noise, N, n, T, variance=1.0, bias=1.0):
+    """Delta and Omega from the Fisher matrix of all weights where it is damped relative to its own mean diagonals.
+
+    ``noise`` is what LoRADA has under that name, but "published"; n samples of T tokens each gave G. Not normalised.
+    """
+    m, d = G.shape
+    Z, Y = Z.double(), Y.double().diag() if Y.dim() == 1 else Y.double()
+    root = math.sqrt(damping)
+    Zi = torch.linalg.inv(Z + root * Z.trace() / d * eye(d))
+    Yi = torch.linalg.inv(Y + root * Y.trace() / m * eye(m))
+    inverse, fisher = torch.kron(Yi.contiguous(), Zi.contiguous()), torch.kron(Y.contiguous(), Z.contiguous())
+    delta = -(inverse @ G.double().reshape(-1)).reshape(m, d)
+
+    def summed(matrix):
+        """Over outputs, the diagonal blocks of a matrix of all weights."""
+        blocks = matrix.reshape(m, d, m, d)
+        return sum(blocks[j, :, j, :] for j in range(m))
+
+    spread = variance * T / N * summed(torch.kron((Yi @ Y @ Yi).contiguous(), Zi.contiguous()))
+    if noise == "unbiased":
+        # The covariance of all of Delta's entries, from n sums of T independent products g x' each.
+        spread = spread + bias * variance * T / n * summed(inverse @ fisher @ inverse)
+    sigma = float(torch.linalg.matrix_norm(delta, 2))
+    omega = spread - bias * delta.T @ delta
+    norm = max(float(torch.linalg.matrix_norm(spread, 2)), bias * sigma**2)
+    return SimpleNamespace(delta=delta, omega=(omega + omega.T) / 2, sigma=sigma, norm=norm)
 
 
 def objective(omega, A0):

@@ -138,10 +138,10 @@ def test_inilora_adam_is_the_published_loop(d_out, d_in, r, std, s):
         assert start.info["bound"] <= start.info["error"] < dense_error(W, Factors(A0, B0), s)
 
 
-def test_inilora_defaults_are_the_published_ones():
+def test_inilora_defaults_are_the_published_ones_but_for_the_solver():
     method = hs.IniLoRA()
     assert (method.solver, method.steps, method.lr, method.decay, method.decay_every) == (
-        "adam",
+        "svd",
         20_000,
         5e-4,
         0.9,

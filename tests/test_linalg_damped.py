@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher import logspace, of_spectrum
-from headstart.linalg.damped import DampedInverse, damped_inverse, factored_damping
+from headstart.linalg.damped import DampedInverse, damped_inverse, factored_damping, numerical_rank
 from inputs import normal
 
 EPS32 = float(torch.finfo(torch.float32).eps)
@@ -308,3 +308,44 @@ def test_the_factored_split_where_a_factor_is_zero_or_negative_by_rounding():
 def test_a_factored_damping_out_of_range_is_refused(damping):
     with pytest.raises(ValueError, match="damping"):
         factored_damping(torch.eye(2), torch.ones(2), damping)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("n", [1, 7, 60])
+def test_what_noise_of_the_matrix_itself_leaves(n, damping):
+    matrix = of_spectrum(logspace(-3, 0, n), n)
+    solved = damped_inverse(matrix, damping)
+    inverse = torch.linalg.inv(plus(matrix, damping))
+    expected = inverse @ matrix @ inverse
+    assert torch.allclose(solved.spread(), expected, rtol=1e-9, atol=1e-11 * float(expected.abs().max()))
+    assert solved.spread_trace() == pytest.approx(float(expected.trace()), rel=1e-8)
+    norm = float(torch.linalg.matrix_norm(expected, 2))
+    assert 0.5 * norm <= solved.spread_norm() <= norm * (1 + 1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.data(), st.floats(-20, 20), st.booleans(), st.integers(0, 2**16))
+def test_the_numerical_rank_is_the_number_of_tokens_where_these_are_few(n, data, log_scale, single, seed):
+    tokens = data.draw(st.integers(0, 2 * n))
+    silent = data.draw(st.integers(0, n - 1))
+    x = 10.0 ** (log_scale / 2) * normal(tokens, n, seed=seed)
+    x = x.float() if single else x
+    x[:, :silent] = 0
+    values = eigenvalues((x.double().T @ x.double())[silent:, silent:])
+    # Neighbours of what rounding hides could be counted either way.
+    assume(tokens == 0 or values[-min(tokens, n - silent)] > 1e-2 * values[-1])
+    assert numerical_rank(x.T @ x / max(1, tokens)) == min(tokens, n - silent)
+
+
+@pytest.mark.parametrize("n", [5, 80])
+@pytest.mark.parametrize("floor", [-4, -9])
+def test_the_numerical_rank_counts_eigenvalues_beyond_rounding(n, floor):
+    """With ones on the diagonal, so that nothing is to be scaled: a circulant matrix."""
+    wave = logspace(floor, 0, n // 2 + 1)
+    values = torch.cat([wave, wave[1 : (n + 1) // 2].flip(0)])
+    row = torch.fft.ifft(values / values.mean()).real
+    matrix = torch.stack([row.roll(k) for k in range(n)])
+    expected = int((eigenvalues(matrix) > n * EPS32).sum())
+    assert numerical_rank(matrix) == expected and (expected == n) == (floor == -4)
+    scale = 10.0 ** torch.linspace(-12, 12, n, dtype=torch.float64)
+    assert numerical_rank(matrix * scale * scale[:, None]) == expected

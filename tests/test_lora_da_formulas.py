@@ -10,8 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import headstart as hs
-from fisher import check, dense, draw, eye, fisher_of, layer, logspace, objective, of_spectrum
+from fisher import check, dense, draw, eye, fisher_of, layer, logspace, objective, of_spectrum, published
 from inputs import normal
 from oracles import relative
 
@@ -39,7 +38,7 @@ def test_the_formulas_of_METHODS_are_those_of_the_dense_fisher_matrix(d_out, d_i
     variance = 0.03 / 50 * torch.kron(eye(d_out), P).mul(expected.inverse).sum()
     missed = (expected.delta - expected.delta @ P).square().sum() - expected.delta.square().sum()
     assert objective(expected.omega, A0) == pytest.approx(float(variance + missed), rel=1e-9)
-    start = hs.LoRADA(fisher="full" if full else "diagonal", normalize=False).factors(layer(G, Z, Y, r, population=50))
+    start = published(fisher="full" if full else "diagonal", normalize=False).factors(layer(G, Z, Y, r, population=50))
     check(start, expected, r)
 
 
@@ -60,7 +59,7 @@ def test_any_settings(data):
     expected = dense(G, Z, Y, N=N, **options)
     # Beyond this no two ways of computing agree.
     assume(expected.norm > 0)
-    method = hs.LoRADA(fisher="full" if full else "diagonal", gamma=gamma, population=N, **options)
+    method = published(fisher="full" if full else "diagonal", gamma=gamma, population=N, **options)
     start = method.factors(layer(G, Z, Y, r))
     assert start.repair == "" and start.info["damping"] == start.info["damping_outputs"] == damping
     check(start, expected, r, gamma=gamma)
@@ -76,7 +75,7 @@ def test_layers_too_wide_for_the_dense_decomposition(d_out, r, options):
     n, N = 300, 1000
     G = (normal(d_out, n, seed=1) @ of_spectrum(logspace(-3, 0, n), seed=2)).float()
     Z, Y = of_spectrum(logspace(-3, 2, n), seed=3).float(), logspace(-6, -4, d_out).float()
-    start = hs.LoRADA(**options).factors(layer(G, Z, Y, r, population=N))
+    start = published(**options).factors(layer(G, Z, Y, r, population=N))
     assert start.repair == ""
     Zi = torch.linalg.inv(Z.double() + 1e-6 * eye(n))
     Zi = (Zi + Zi.T) / 2
@@ -92,7 +91,7 @@ def test_layers_too_wide_for_the_dense_decomposition(d_out, r, options):
 
 def test_normalising_changes_B_alone():
     G, Z, Y = draw(6, 9, seed=3)
-    one, other = (hs.LoRADA(normalize=flag).factors(layer(G, Z, Y, 3)) for flag in (True, False))
+    one, other = (published(normalize=flag).factors(layer(G, Z, Y, 3)) for flag in (True, False))
     assert torch.equal(one.A, other.A)
     assert relative(one.B * one.info["sigma"], other.B) < 1e-6
     # Of what is normalised, the largest part that a direction can hold is 1.
@@ -102,7 +101,7 @@ def test_normalising_changes_B_alone():
 def test_layers_that_share_their_input_are_solved_as_if_alone():
     (G, Z, Y), (H, X, V) = draw(5, 7, seed=1), draw(4, 7, seed=2)
     given_layers = [layer(G, Z, Y, 2), layer(H, Z, V, 3), layer(H, X, V, 3), layer(G, Z, Y, 3), layer(G, X, Y, 1)]
-    method = hs.LoRADA()
+    method = published()
     for one, together in zip(given_layers, method.factors_batch(given_layers), strict=True):
         alone = method.factors(one)
         assert torch.equal(alone.A, together.A) and torch.equal(alone.B, together.B)
@@ -115,10 +114,10 @@ def test_the_size_of_the_training_set_by_precedence():
     def A_of(method, population):
         return method.factors(layer(G, Z, Y, 2, population=population)).info["objective"]
 
-    assert A_of(hs.LoRADA(population=9), 5000) == A_of(hs.LoRADA(), 9)
-    assert A_of(hs.LoRADA(samples=9), None) == A_of(hs.LoRADA(), 9)
-    assert A_of(hs.LoRADA(samples=9), 5000) == A_of(hs.LoRADA(), 5000)
-    assert A_of(hs.LoRADA(), 9) > A_of(hs.LoRADA(), 5000)
+    assert A_of(published(population=9), 5000) == A_of(published(), 9)
+    assert A_of(published(samples=9), None) == A_of(published(), 9)
+    assert A_of(published(samples=9), 5000) == A_of(published(), 5000)
+    assert A_of(published(), 9) > A_of(published(), 5000)
 
 
 def minimum(cost, n, r, restarts=12):
@@ -153,7 +152,7 @@ def test_one_output_by_brute_force(n, r, N):
     def cost(A0):
         return (A0 * (covariance @ A0)).sum() + (delta - A0 @ (A0.T @ delta)).square().sum()
 
-    start = hs.LoRADA(variance=1.0, normalize=False, gamma=1.0).factors(layer(G, Z, Y, r, population=N))
+    start = published(variance=1.0, normalize=False, gamma=1.0).factors(layer(G, Z, Y, r, population=N))
     A0 = start.A.double().T
     least = minimum(cost, n, r)
     assert float(cost(A0)) == pytest.approx(least, rel=1e-6, abs=1e-9 * float(delta.square().sum()))
@@ -163,7 +162,7 @@ def test_one_output_by_brute_force(n, r, N):
     assert relative((start.B @ start.A)[0], A0 @ (A0.T @ delta)) < 1e-5
     # Neither part alone does better.
     for options in (dict(variance=0.0), dict(bias=0.0)):
-        other = hs.LoRADA(gamma=1.0, **options).factors(layer(G, Z, Y, r)).A.double().T
+        other = published(gamma=1.0, **options).factors(layer(G, Z, Y, r)).A.double().T
         assert float(cost(other)) >= least - 1e-6 * constant
 
 
@@ -180,7 +179,7 @@ def test_one_output_and_one_direction_on_a_fine_grid():
         return (rows @ covariance * rows).sum(1) + delta.square().sum() - (rows @ delta).square()
 
     grid = costs(a)
-    start = hs.LoRADA(variance=1.0, gamma=1.0).factors(layer(G, Z, Y, 1, population=N))
+    start = published(variance=1.0, gamma=1.0).factors(layer(G, Z, Y, 1, population=N))
     reached = float(costs(start.A.double()))
     spread = float(grid.max() - grid.min())
     assert reached <= float(grid.min()) + 1e-7 * spread
@@ -199,6 +198,6 @@ def test_several_outputs_by_brute_force(m, n, r):
         P = A0 @ A0.T
         return (torch.kron(eye(m), P) * covariance).sum() + (delta - delta @ P).square().sum()
 
-    method = hs.LoRADA(variance=1.0, normalize=False, gamma=1.0, fisher="full")
+    method = published(variance=1.0, normalize=False, gamma=1.0, fisher="full")
     start = method.factors(layer(G, Z, Y, r, population=20))
     assert float(cost(start.A.double().T)) == pytest.approx(minimum(cost, n, r, 12), rel=1e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import headstart as hs
-from fisher import ATTENTION, check, dense, draw, eye, layer, logspace, objective, of_spectrum
+from fisher import ATTENTION, check, dense, draw, eye, layer, logspace, objective, of_spectrum, published
 from inputs import normal
 from oracles import relative
 
@@ -40,7 +40,7 @@ def test_ten_steps_are_worse_than_the_optimum_and_say_so(seed, ratio, bias):
     optimum = float(torch.linalg.eigvalsh(omega)[:r].sum())
     excess, errors = {}, {}
     for iterations in (None, 10, 40):
-        method = hs.LoRADA(iterations=iterations, variance=variance, bias=bias, damping=1e-3)
+        method = published(iterations=iterations, variance=variance, bias=bias, damping=1e-3)
         start = method.factors(layer(G, Z, Y, r, population=N, seed=seed))
         A0 = 32 * start.A.double().T
         assert float((A0.T @ A0 - eye(r)).abs().max()) < 1e-5
@@ -64,7 +64,7 @@ def test_ten_steps_are_worse_than_the_optimum_and_say_so(seed, ratio, bias):
 def test_steps_on_narrow_layers_are_dense(iterations):
     G, Z, Y = draw(5, 8, seed=3)
     expected = dense(G, Z, Y, N=256)
-    check(hs.LoRADA(iterations=iterations).factors(layer(G, Z, Y, 3)), expected, 3)
+    check(published(iterations=iterations).factors(layer(G, Z, Y, 3)), expected, 3)
 
 
 def low_rank(n, tokens, scale=1.0):
@@ -97,7 +97,7 @@ def test_inputs_that_cannot_be_inverted_as_they_are(inputs, damping, options):
     Z = HARD_INPUTS[inputs]
     full = options.get("fisher") == "full"
     G, _, Y = draw(6, N_IN, seed=8, full=full)
-    start = hs.LoRADA(damping=damping, **options).factors(layer(G, Z, Y, 3))
+    start = published(damping=damping, **options).factors(layer(G, Z, Y, 3))
     assert bool(torch.isfinite(start.A).all() and torch.isfinite(start.B).all())
     assert bool(start.B.any())
     assert all(math.isfinite(value) for value in start.info.values())
@@ -131,9 +131,9 @@ def test_inputs_that_cannot_be_inverted_as_they_are(inputs, damping, options):
 def test_what_can_be_inverted_is_not_repaired(damping):
     """Representable exactly: powers of two on a diagonal, well within the precision."""
     Z, Y = torch.diag(2.0 ** torch.arange(-4.0, 12.0)), 2.0 ** torch.arange(-3.0, 3.0)
-    start = hs.LoRADA(damping=damping).factors(layer(normal(6, 16).float(), Z, Y, 3))
+    start = published(damping=damping).factors(layer(normal(6, 16).float(), Z, Y, 3))
     assert start.repair == "" and start.info["damping"] == damping
-    bare = hs.LoRADA(damping=0).factors(layer(normal(6, 16).float(), Z, Y, 3))
+    bare = published(damping=0).factors(layer(normal(6, 16).float(), Z, Y, 3))
     assert bare.repair == "" and bare.info["damping"] == 0
     expected = dense(normal(6, 16).float(), Z, Y, N=256, damping=0.0)
     check(bare, expected, 3)
@@ -146,7 +146,7 @@ def test_outputs_that_no_gradient_reached(zeros, damping, options):
     """Where g is always zero, so is the gradient's row."""
     G, Z, Y = draw(6, 8, seed=3)
     Y[:zeros], G[:zeros] = 0, 0
-    start = hs.LoRADA(damping=damping, **options).factors(layer(G, Z, Y, 3))
+    start = published(damping=damping, **options).factors(layer(G, Z, Y, 3))
     assert bool(torch.isfinite(start.A).all() and torch.isfinite(start.B).all())
     assert not start.B[:zeros].any() and bool(start.B.any())
     assert ("output gradients" in start.repair) == (damping == 0) == (start.info["damping_outputs"] > damping)
@@ -158,12 +158,12 @@ def test_full_outputs_of_low_rank():
     G, Z, _ = draw(6, 8, seed=3)
     g = normal(2, 6, seed=4).float()
     for damping in (0, 1e-6):
-        start = hs.LoRADA(damping=damping, fisher="full").factors(layer(G, Z, g.T @ g / 2, 3))
+        start = published(damping=damping, fisher="full").factors(layer(G, Z, g.T @ g / 2, 3))
         assert bool(torch.isfinite(start.A).all() and torch.isfinite(start.B).all() and start.B.any())
         if damping == 0:
             assert "output gradients" in start.repair
         assert ("output gradients" in start.repair) == (start.info["damping_outputs"] > damping)
-    assert hs.LoRADA(damping=1e-3, fisher="full").factors(layer(G, Z, g.T @ g / 2, 3)).repair == ""
+    assert published(damping=1e-3, fisher="full").factors(layer(G, Z, g.T @ g / 2, 3)).repair == ""
 
 
 @pytest.mark.parametrize("case", ["outputs zero, no damping", "large gradient", "small gradient"])
@@ -178,7 +178,7 @@ def test_delta_beyond_the_range_of_float32(case):
         G, Y = G * 1e30, Y * 1e-20
     else:
         G, Z, Y = G * 1e-30, Z * 1e8, Y * 1e8
-    start = hs.LoRADA(**options).factors(layer(G, Z, Y, 3))
+    start = published(**options).factors(layer(G, Z, Y, 3))
     assert float(torch.linalg.matrix_norm(start.B.double(), 2)) == pytest.approx(1 / 32, rel=1e-5)
 
 
@@ -186,13 +186,13 @@ def test_delta_beyond_the_range_of_float32(case):
 def test_delta_beyond_the_range_of_float64_names_the_layer(normalize):
     G, Z, Y = draw(6, 8, seed=3)
     with pytest.raises(hs.LayerError, match=rf"{ATTENTION}.*damping"):
-        hs.LoRADA(damping=1e200, normalize=normalize).factors(layer(G, Z, Y, 3))
+        published(damping=1e200, normalize=normalize).factors(layer(G, Z, Y, 3))
 
 
 @pytest.mark.parametrize("scales", [(1e-12, 1e-6, 1e-12), (1e6, 1e6, 1e6), (1e-20, 1.0, 1e-30), (1.0, 1e-20, 1.0)])
 def test_undamped_the_scales_of_the_statistics_do_not_matter(scales):
     G, Z, Y = draw(6, 8, seed=3)
-    method = hs.LoRADA(damping=0, variance=0)
+    method = published(damping=0, variance=0)
     plain = method.factors(layer(G, Z, Y, 3))
     scaled = method.factors(layer(G * scales[0], Z * scales[1], Y * scales[2], 3))
     assert scaled.repair == ""

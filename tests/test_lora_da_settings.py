@@ -15,8 +15,8 @@ from headstart.methods.base import ANY_LAYER, Layer
 
 def test_published_settings_are_the_defaults():
     method = hs.LoRADA()
-    assert (method.samples, method.damping, method.gamma) == (256, 1e-6, 1024)
-    assert (method.variance, method.bias, method.normalize, method.fisher) == (0.03, 1, True, "diagonal")
+    assert (method.samples, method.gamma, method.preset) == (256, 1024, "published")
+    assert (method.bias, method.normalize, method.fisher) == (1, True, "diagonal")
     assert (method.population, method.iterations, method.layers, method.tokens) == (None, None, "all", "attention")
     assert str(method.wants(ANY_LAYER)) == "gradient + Fisher factors"
 
@@ -33,8 +33,12 @@ OUT_OF_RANGE = [
     ("iterations", 2.5),
     ("iterations", "ten"),
     ("normalize", 1),
-    ("damping", None),
+    ("damping", "1e-6x"),
     ("tol", None),
+    ("preset", "ours"),
+    ("preset", None),
+    ("noise", "samples"),
+    ("variance", "tokens"),
 ]
 
 
@@ -64,6 +68,8 @@ def test_settings_that_contradict_each_other(options, match):
         hs.LoRADA(samples=16, damping=0, population=7473, fisher="full", tokens="labels", normalize=False),
         hs.LoRADA(variance=0.0, gamma=1, tol=1e-3, iterations=10, layers="feed-forward"),
         hs.LoRADA(bias=0, layers="attention"),
+        hs.LoRADA(preset="scale-free", damping=1.0, noise="tokens"),
+        hs.LoRADA(preset="scale-free", variance=0, noise="published"),
         # None and "none" look the same as text.
         hs.LoRADA(variance=0, fisher="none"),
     ],

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 import headstart as hs
 from conftest import ARCHITECTURES, all_factors, logits, perturb, started, tiny_llama, token_batch, wrap
-from fisher import check, eye, linear
+from fisher import check, eye, linear, published
 from headstart.errors import HeadstartWarning
 from headstart.layers.anchored import anchors
 from headstart.layers.find import lora_layers
@@ -44,7 +44,7 @@ def test_the_verb_against_autograd(architecture, options):
     model = wrap(copy.deepcopy(base), target_modules=targets)
     with warnings.catch_warnings():
         warnings.simplefilter("error", HeadstartWarning)
-        report = hs.initialize_(model, hs.LoRADA(samples=8, damping=1e-2, **options), data=batches)
+        report = hs.initialize_(model, published(samples=8, damping=1e-2, **options), data=batches)
     factors = all_factors(model)
     truth = exact_factors(base, batches, list(factors))
     for layer in report.layers:
@@ -62,7 +62,7 @@ def test_tokens_with_a_label(architecture):
     make, batch_of, targets = ARCHITECTURES[architecture]
     base, batches = make(), [batch_of(seed=1)]
     model = wrap(copy.deepcopy(base), target_modules=targets)
-    report = hs.initialize_(model, hs.LoRADA(samples=4, damping=1e-2, tokens="labels"), data=batches)
+    report = hs.initialize_(model, published(samples=4, damping=1e-2, tokens="labels"), data=batches)
     factors = all_factors(model)
     truth = exact_factors(base, batches, list(factors), tokens="labels")
     for layer in report.layers:
@@ -77,7 +77,7 @@ def test_the_gradients_subspace_without_fisher_information(budget):
     base, data = tiny_llama(), [token_batch()]
     truth = exact_gradients(base, data, [name for name, _ in linear(base) if name != "lm_head"])
     model = wrap(tiny_llama())
-    method = hs.LoRADA(samples=4, variance=0, fisher="none")
+    method = published(samples=4, variance=0, fisher="none")
     report = hs.initialize_(model, method, data=data, memory_budget=budget)
     assert report.warnings == []
     factors = all_factors(model)
@@ -90,6 +90,7 @@ def test_the_gradients_subspace_without_fisher_information(budget):
 
 
 INFO = {"objective", "objective_error", "steps", "dense", "condition", "damping", "damping_outputs", "sigma"}
+INFO |= {"variance_share", "noise", "rank_inputs", "energy_inputs", "in_rounding", "in_noise"}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -99,8 +100,8 @@ def test_the_verb_with_published_settings(architecture):
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
     with warnings.catch_warnings():
         warnings.simplefilter("error", HeadstartWarning)
-        report = hs.initialize_(model, "lora-da:samples=4", data=[batch_of()])
-    assert report.method == "lora-da:samples=4"
+        report = hs.initialize_(model, published(samples=4), data=[batch_of()])
+    assert report.method == str(published(samples=4))
     assert report.samples == 4
     assert [layer.name for layer in report.layers] == [target.name for target in lora_layers(model, "default")]
     for layer in report.layers:
@@ -143,7 +144,7 @@ def test_the_start_is_downhill():
     gradients = exact_gradients(base, [batch], [n for n, _ in linear(base) if n != "lm_head"])
     for options in ({}, dict(bias=0), dict(fisher="none", variance=0)):
         model = wrap(copy.deepcopy(base))
-        hs.initialize_(model, hs.LoRADA(samples=4, damping=1e-2, **options), data=[batch])
+        hs.initialize_(model, published(samples=4, damping=1e-2, **options), data=[batch])
         factors = all_factors(model)
         assert sum(float((gradients[name] * (B.double() @ A.double())).sum()) for name, (A, B) in factors.items()) < 0
 
@@ -166,26 +167,26 @@ def test_the_population_of_the_verb():
 
     four = dict(samples=4)
     # The length of the data, not what was read of them.
-    assert started(hs.LoRADA(**four)) == started(hs.LoRADA(**four, population=8))
+    assert started(published(**four)) == started(published(**four, population=8))
     batches = [token_batch(), token_batch(seed=1)]
     known = hs.TrainingData(batches, training=hs.Training(population=1000))
-    assert started(hs.LoRADA(**four), data=known) == started(hs.LoRADA(**four, population=1000))
+    assert started(published(**four), data=known) == started(published(**four, population=1000))
     # The setting goes before what the data tell.
-    assert started(hs.LoRADA(**four, population=8), data=known) == started(hs.LoRADA(**four))
+    assert started(published(**four, population=8), data=known) == started(published(**four))
     # What has no length: the samples.
-    assert started(hs.LoRADA(**four), data=iter([token_batch()])) == started(hs.LoRADA(**four, population=4))
-    assert started(hs.LoRADA(**four)) != started(hs.LoRADA(**four), data=known)
+    assert started(published(**four), data=iter([token_batch()])) == started(published(**four, population=4))
+    assert started(published(**four)) != started(published(**four), data=known)
 
 
 def test_repairs_are_reported_once_for_many_layers():
     """Four samples of one token see four of eight directions; without damping that can't be inverted."""
-    report = hs.initialize_(small("used"), hs.LoRADA(samples=4, damping=0), data=[small_batch()], strict=True)
+    report = hs.initialize_(small("used"), published(samples=4, damping=0), data=[small_batch()], strict=True)
     assert len(report.repairs()) == 1
     assert report.repairs()[0].startswith("used: damping of inputs to ")
     assert report.warnings == []
     assert "repaired: used" in str(report)
     assert report.layers[0].info["damping"] > 0
-    enough = hs.initialize_(small("used"), hs.LoRADA(samples=24, damping=1e-6), data=[small_batch(24)])
+    enough = hs.initialize_(small("used"), published(samples=24, damping=1e-6), data=[small_batch(24)])
     assert enough.repairs() == [] and enough.layers[0].info["damping"] == 1e-6
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -27,6 +28,7 @@ class LayerReport:
         info: the method's own numbers, such as ``error`` and ``bound`` (squared Frobenius), ``steps``, ``residual``.
         note: what had to be done differently, else empty.
         repair: what was done to make its arithmetic safe, else empty.
+        caution: how noise may decide it, else empty.
         form: how the start lives in the layer: "kept", "anchored", "residual" or "core".
         history: of a descent, [step, mean squared error] on the way; empty for all else.
         method: the method that started it, with the settings that differ from its defaults.
@@ -44,6 +46,7 @@ class LayerReport:
     info: dict[str, float] = field(default_factory=dict)
     note: str = ""
     repair: str = ""
+    caution: str = ""
     form: str = "kept"
     history: list[list[float]] = field(default_factory=list)
     method: str = ""
@@ -147,11 +150,11 @@ class Report:
 
     def repairs(self) -> list[str]:
         """Return what was done to make the arithmetic safe, a sentence a kind of repair, with its layers."""
-        by_repair: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.repair:
-                by_repair.setdefault(layer.repair, []).append(layer.name)
-        return [f"{', '.join(names)}: {repair}" for repair, names in by_repair.items()]
+        return _by_sentence((layer.name, layer.repair) for layer in self.layers)
+
+    def cautions(self) -> list[str]:
+        """Return how noise may decide starts, a sentence a kind of noise, with its layers."""
+        return _by_sentence(((layer.name, layer.caution) for layer in self.layers), most=3)
 
     def summary(self) -> str:
         """Return one sentence."""
@@ -169,7 +172,7 @@ class Report:
         return capture.get().rstrip()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Show the summary, a table with a row a kind of layer, repairs and the warnings."""
+        """Show the summary, a table with a row a kind of layer, repairs, cautions and the warnings."""
         yield self.summary()
         if self.plan:
             yield f"data: {self.plan}"
@@ -182,6 +185,8 @@ class Report:
             yield str(self.left_out)
         for repair in self.repairs():
             yield f"repaired: {repair}"
+        for caution in self.cautions():
+            yield f"caution: {caution}"
         for warning in self.warnings:
             yield f"warning: {warning}"
 
@@ -217,6 +222,20 @@ class Report:
                 *([method] if several else []),
             )
         return table
+
+
+def _by_sentence(said: Iterable[tuple[str, str]], most: int | None = None) -> list[str]:
+    """Return each sentence once, behind the names (or the first of them) of its layers; nothing of empty ones."""
+    names: dict[str, list[str]] = {}
+    for name, sentence in said:
+        if sentence:
+            names.setdefault(sentence, []).append(name)
+    sentences = []
+    for sentence, layers in names.items():
+        shown = layers[:most]
+        rest = f" and {len(layers) - len(shown)} more" if len(shown) < len(layers) else ""
+        sentences.append(f"{', '.join(shown)}{rest}: {sentence}")
+    return sentences
 
 
 def _known(value: float) -> str:

@@ -62,6 +62,7 @@ def layer_report(
         info=dict(factors.info),
         note=factors.note,
         repair=factors.repair,
+        caution=factors.caution,
         form=form,
         method=str(method),
         history=[list(point) for point in factors.history],

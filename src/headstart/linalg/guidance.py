@@ -86,7 +86,8 @@ def guidance_space(
     """Return the orthonormal A0 that minimises ``tr(A0' (variance Z^-1 - bias Delta'Delta) A0)``.
 
     With no variance these are the leading right singular vectors of Delta, with no bias the leading eigenvectors
-    of Z. Where eigenvalues beyond the r smallest equal one of them, the space isn't unique; the seed settles it.
+    of Z. In place of Z^-1 any positive definite matrix will do. Where eigenvalues beyond the r smallest equal one of
+    them, the space isn't unique; the seed settles it.
 
     Args:
         inverse: Z^-1 (n, n), symmetric positive definite, best in float64; what comes back is on its solving device.

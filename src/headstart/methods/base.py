@@ -62,6 +62,7 @@ class Factors:
         info: numbers for the report, such as ``error``, ``bound``, ``steps``.
         note: one sentence for the report where something had to be done differently, else empty.
         repair: one sentence for the report where arithmetic had to be made safer (damping raised), else empty.
+        caution: one sentence for the report where noise may decide the start, done as asked for, else empty.
         frozen: which of "lora_A" and "lora_B" must not train.
         history: of a descent, (step, mean squared error) on the way; empty for all else.
         spare: (more, d_in), of a method that shares ranks out among layers: what A could go on with, for
@@ -78,6 +79,7 @@ class Factors:
     info: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     repair: str = ""
+    caution: str = ""
     frozen: tuple[str, ...] = ()
     history: Sequence[Sequence[float]] = ()
     spare: Tensor | None = None
