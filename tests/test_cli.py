@@ -373,7 +373,8 @@ def test_the_page_of_methods_is_the_registrys(capsys):
     assert run(capsys, "methods", "--markdown") == (0, page, "")
     assert all(f"| `{name}` |" in page for name in method_names())
     reading = {name for name in method_names() if describe(name)["data"] == "yes"}
-    assert reading == {"eva", "corda", "lora-ga", "lora-one", "lora-sb", "lora-da"}
+    of_gradient = {"lora-ga", "lora-one", "lora-sb", "lora-da", "kfac-newton", "gora"} | {"keeplora", "keeplora-plus"}
+    assert reading == {"eva", "corda", "astra", "sc-lora", "lora-null"} | of_gradient
 
 
 def test_the_readmes_numbers_are_of_benchmarks_that_can_be_run_by_name():

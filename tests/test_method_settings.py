@@ -38,6 +38,7 @@ def test_a_name_like_no_other_suggests_none():
         ("init-ab", "bta", "beta"),
         ("inilora", "step", "steps"),
         ("lora-ga", "gama", "gamma"),
+        ("kfac-newton", "dampin", "damping"),
         ("init-a", "beat", "beta"),
     ],
 )

@@ -83,7 +83,8 @@ def test_every_method_is_exported_and_described(name):
 def test_needs_are_those_of_the_table():
     expected = dict.fromkeys(DRAWN, "shapes") | dict.fromkeys(SPECTRAL, "weight")
     expected |= dict.fromkeys(("lora-ga", "lora-one", "lora-sb"), "gradient")
-    expected |= {"inilora": "weight + moments", "lora-da": "gradient + Fisher factors"}
+    expected |= {"inilora": "weight + moments"}
+    expected |= dict.fromkeys(("lora-da", "kfac-newton"), "gradient + Fisher factors")
     assert {name: str(method_class(name)().wants(ANY_LAYER)) for name in expected} == expected
 
 
@@ -112,6 +113,10 @@ def test_what_was_not_collected_is_asked_for(name):
         ("lora-ga", "anchored"),
         ("lora-one", "kept"),
         ("lora-da", "kept"),
+        ("kfac-newton", "kept"),
+        ("gora", "kept"),
+        ("keeplora", "anchored"),
+        ("keeplora-plus", "kept"),
         ("lora-xs", "core"),
         ("lora-sb", "core"),
     ],

@@ -27,6 +27,10 @@ METHODS = [
     "lora-da:samples=10,fisher=full,tokens=labels",
     "lora-one:samples=10",
     "lora-ga:samples=10",
+    "lora-ga:samples=10,directions=random",
+    "kfac-newton:samples=10",
+    "gora:samples=10",
+    "keeplora:samples=10",
 ]
 
 

@@ -58,6 +58,7 @@ def broken():
 CONFLICTS = {
     "rank over the smaller side": (wide, lambda method: True, r"k_proj.*rank 20 is more than its smaller side, 16"),
     "DoRA with a start that is subtracted": (dora, lambda m: form(m) == "anchored", "uses DoRA, whose norms"),
+    "DoRA with protected inputs": (dora, lambda m: m.startswith("keeplora-plus"), "uses DoRA, whose magnitude changes"),
     "DoRA with a core": (dora, lambda m: form(m) == "core", "uses DoRA, which trains A and B"),
     "LoRA-FA with a core": (frozen, lambda m: form(m) == "core", "LoRA-FA has frozen its A.*freezes B as well"),
     "LoRA-FA with A at zero": (

@@ -73,7 +73,9 @@ def loss(model, batches):
     return sum(size * one for size, one in zip(sizes, losses, strict=True)) / sum(sizes)
 
 
-@pytest.mark.parametrize("method", ["lora-one:samples=8", "lora-sb:samples=8,lr=0.001"])
+@pytest.mark.parametrize(
+    "method", ["lora-one:samples=8", "lora-sb:samples=8,lr=0.001", "kfac-newton:samples=8", "gora:samples=8"]
+)
 def test_the_verb_searches_on_samples_that_were_not_read(method):
     plain = wrap(tiny_llama())
     hs.initialize_(plain, method, data=iter(DATA))

@@ -216,7 +216,9 @@ def test_nan_in_an_input_names_the_layer(value, gradient):
         collect(model, [whole_batch()], gradient=gradient)
 
 
-@pytest.mark.parametrize("method", ["lora-da:samples=4", "lora-da:samples=4,fisher=full", "lora-one:samples=4"])
+@pytest.mark.parametrize(
+    "method", ["lora-da:samples=4", "lora-da:samples=4,fisher=full", "lora-one:samples=4", "kfac-newton:samples=4"]
+)
 def test_nan_in_an_input_reaches_no_factor(method):
     model = lora(Tokens(Poisoned(math.nan), loss_from=1), ["body.a", "body.b"])
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -216,7 +216,8 @@ def test_dora_takes_every_start_that_is_kept_and_refuses_the_rest(name):
     targets = list(lora_layers(plain, "default"))
     formed = any(anchors(t.module, "default") or core_of(t.module, "default") is not None for t in targets)
     model = wrap(tiny_llama(), use_dora=True)
-    if formed:
+    # Of a magnitude that trains, what keeplora-plus protects would not be safe.
+    if formed or name == "keeplora-plus":
         with pytest.raises(hs.LayerError, match="uses DoRA"):
             hs.initialize_(model, small(name), data=[token_batch()], preserve=[token_batch()], progress=False)
         return

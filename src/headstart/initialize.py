@@ -63,8 +63,8 @@ def initialize_(
 ) -> Report:
     """Initialise the LoRA factors of a PEFT model in place.
 
-    Rank, scaling, patterns and targets are read from the model; methods that share ranks out among layers (eva) write
-    them anew. A failure half-way, Ctrl-C included, leaves the model as it was.
+    Rank, scaling, patterns and targets are read from the model; methods that share ranks out among layers (eva, gora)
+    write them anew. A failure half-way, Ctrl-C included, leaves the model as it was.
 
     Under ``torchrun`` or ``accelerate launch`` call it in every process with the same seed. Methods that read data
     share the work: each process reads its part of the samples (of the same data, or of data that are already divided)
@@ -75,7 +75,7 @@ def initialize_(
             inside DistributedDataParallel, DataParallel or torch.compile, or its parameters sharded by FSDP2. DoRA
             layers take methods that keep their start, and get the magnitude that goes with it; the layers of a VeRA
             adapter get a common dictionary from what the method finds in each (:mod:`headstart.layers.vera`). Methods
-            that train a core (lora-xs, lora-sb) or share ranks out (eva) have to come before DDP, FSDP2 and the
+            that train a core (lora-xs, lora-sb) or share ranks out (eva, gora) have to come before DDP, FSDP2 and the
             optimizer.
         method: such as ``hs.LoRAOne(samples=64)``, or its name with settings, ``"lora-one:samples=64"``; of different
             layers different ones, ``hs.PerLayer({"q_proj|v_proj": hs.PiSSA(), "*": hs.LoRA()})``.

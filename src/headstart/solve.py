@@ -278,4 +278,5 @@ def _on_cpu(factors: Factors) -> Factors:
     """Return factors that another process can receive, whichever devices it sees."""
     core = None if factors.core is None else factors.core.cpu()
     spare = None if factors.spare is None else factors.spare.cpu()
-    return replace(factors, A=factors.A.cpu(), B=factors.B.cpu(), core=core, spare=spare)
+    spare_B = None if factors.spare_B is None else factors.spare_B.cpu()
+    return replace(factors, A=factors.A.cpu(), B=factors.B.cpu(), core=core, spare=spare, spare_B=spare_B)

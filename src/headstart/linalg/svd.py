@@ -45,8 +45,8 @@ class TruncatedSVD:
         U: (d_out, k) orthonormal left vectors.
         S: (k,) singular values.
         V: (d_in, k) orthonormal right vectors, so that W is approximated by ``U @ diag(S) @ V.T``; in each, the entry
-            of largest magnitude is positive, so that starts which pair vectors of different triplets are the same
-            everywhere.
+            of largest magnitude is positive (:func:`right_signs`), so that starts which pair vectors of different
+            triplets are the same everywhere.
         residual: the largest, over the triplets, of ``||W v - s u||`` and ``||W' u - s v||``, each relative to
             its own s: W has a singular value within this relative distance of s. Measured before the rounding
             to float32. For an s that is zero to working precision, below ``eps * max(d_out, d_in) *
@@ -173,6 +173,12 @@ def eckart_young_tail(matrix: Tensor, svd: TruncatedSVD) -> float:
     return max(0.0, squared_norm(matrix) - float(double(svd.S).square().sum()))
 
 
+def right_signs(V: Tensor) -> Tensor:
+    """Return the signs (1, k) with which the entry of largest magnitude in each column of V (n, k) is positive."""
+    largest = V.gather(0, V.abs().argmax(dim=0, keepdim=True))
+    return torch.where(largest < 0, -1.0, 1.0).to(V)
+
+
 @dataclass(frozen=True)
 class _Triplets:
     U: Tensor
@@ -294,8 +300,7 @@ def _dense(work: Tensor, k: int, which: Which, zero: float) -> _Triplets:
 
 
 def _result(triplets: _Triplets, scale: float, iterations: int, exact: bool) -> TruncatedSVD:
-    largest = triplets.V.gather(0, triplets.V.abs().argmax(dim=0, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(triplets.U)
+    sign = right_signs(triplets.V)
     return TruncatedSVD(
         U=(triplets.U * sign).float().contiguous(),
         S=(triplets.S * scale).float().contiguous(),

@@ -16,7 +16,8 @@ from headstart.methods.registry import get_method, method_class, method_names, m
 # The order of the tables: random, spectral, approximation, inputs, gradient. A file that is not named comes last.
 _RANDOM = ("zero", "nonzero", "inilora_random")
 _SPECTRAL = ("spectral", "olora_tail", "rlpo", "mica", "geora", "loram", "lora_xs")
-_FAMILIES = (*_RANDOM, *_SPECTRAL, "inilora", "loftq", "eva", "corda", "gradient", "lora_sb", "lora_da")
+_GRADIENT = ("gradient", "lora_ga", "gora", "keeplora", "lora_sb", "lora_da", "kfac_newton")
+_FAMILIES = (*_RANDOM, *_SPECTRAL, "inilora", "loftq", "eva", "corda", *_GRADIENT)
 _modules = [module.name for module in pkgutil.iter_modules(__path__)]
 for _name in [*_FAMILIES, *(name for name in _modules if name not in _FAMILIES)]:
     importlib.import_module(f"{__name__}.{_name}")

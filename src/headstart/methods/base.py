@@ -66,7 +66,8 @@ class Factors:
         frozen: which of "lora_A" and "lora_B" must not train.
         history: of a descent, (step, mean squared error) on the way; empty for all else.
         spare: (more, d_in), of a method that shares ranks out among layers: what A could go on with, for
-            :meth:`Method.settle`; B is zero there.
+            :meth:`Method.settle`.
+        spare_B: (d_out, more), what B could go on with there; None where B is zero.
         worth: what each row of A, and then of ``spare``, is worth to the layer, in descending order; empty where the
             layer keeps its rank.
         keeps: what stays where the rank becomes another one, the scaling s or lora_alpha.
@@ -82,6 +83,7 @@ class Factors:
     frozen: tuple[str, ...] = ()
     history: Sequence[Sequence[float]] = ()
     spare: Tensor | None = None
+    spare_B: Tensor | None = None
     worth: Sequence[float] = ()
     keeps: Literal["scaling", "alpha"] = "scaling"
 

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from headstart.errors import LayerError
 from headstart.linalg.precision import double
 from headstart.linalg.svd import TruncatedSVD, truncated_svd
 from headstart.methods.base import Factors, Form, Layer, Method, Wants, check_positive
@@ -50,44 +49,10 @@ def no_gradient(layer: Layer) -> Factors:
     return as_lora(layer, "no gradient reached this layer in the samples; it starts as 'lora' does")
 
 
-@register("lora-ga")
-@dataclass(frozen=True)
-class LoRAGA(GradientMethod):
-    """LoRA-GA: with G = U S V', B = c U[:, r:2r] and A = c V[:, :r]', c = d_out^(1/4) / sqrt(gamma); subtracted.
-
-    Source: Wang et al. 2024 (LoRA-GA), section 3, "stable" scale. The rank must be at most min(d_out, d_in) / 2.
-
-    Settings:
-        samples: how many samples the gradient is averaged over. The method sets no number; ours is LoRA-DA's.
-        gamma: the published scale is 16.
-    """
-
-    source: ClassVar[str] = "LoRA-GA (Wang et al. 2024), section 3"
-    rate: ClassVar[float | None] = 1 / 18
-
-    gamma: float = 16.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self.name, gamma=self.gamma)
-
-    def check(self, layer: Layer) -> None:
-        """Refuse a rank of which the smaller side holds no two."""
-        super().check(layer)
-        if 2 * layer.r > min(layer.d_out, layer.d_in):
-            raise LayerError(
-                f"layer {layer.name!r}: method 'lora-ga' takes 2 r = {2 * layer.r} singular vectors, more than its "
-                f"smaller side ({min(layer.d_out, layer.d_in)}); choose a rank of at most "
-                f"{min(layer.d_out, layer.d_in) // 2} or leave the layer out of target_modules."
-            )
-
-    def factors(self, layer: Layer) -> Factors:
-        """Take the leading right and the following left singular vectors of G."""
-        svd, info = self.decompose(layer, 2 * layer.r)
-        if svd is None:
-            return no_gradient(layer)
-        c = layer.d_out**0.25 / math.sqrt(self.gamma)
-        return Factors(c * svd.V[:, : layer.r].T, c * svd.U[:, layer.r :], info=info)
+def downhill(U: Tensor, S: Tensor, V: Tensor, gamma: float, info: dict[str, float], repair: str = "") -> Factors:
+    """Return B A = -U S V' / gamma, split evenly between B and A."""
+    root = S.sqrt() / math.sqrt(gamma)
+    return Factors((-root[:, None] * V.T).float(), (U * root).float(), info=info, repair=repair)
 
 
 @register("lora-one")
@@ -119,9 +84,7 @@ class LoRAOne(GradientMethod):
         svd, info = self.decompose(layer, layer.r)
         if svd is None:
             return no_gradient(layer)
-        root = (svd.S / svd.S[0]).sqrt() / math.sqrt(self.gamma)
-        # -G = U S (-V)'.
-        return Factors(-root[:, None] * svd.V.T, svd.U * root, info=info)
+        return downhill(svd.U, svd.S / svd.S[0], svd.V, self.gamma, info)
 
 
 def _share(G: Tensor, S: Tensor) -> float:
