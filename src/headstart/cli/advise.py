@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from headstart.runs.tree import Run
 
 # Reported to fail under reinforcement learning (arXiv 2512.23165), where what they change of the model counts more.
-_SPECTRAL = ("pissa", "milora", "corda")
+_SPECTRAL = ("pissa", "milora", "corda", "lora-ga")
 
 
 @app.command()
@@ -97,7 +97,8 @@ def sentences(rows: list[Advice], run: Run, batches: int) -> list[str]:
     if spectral := [row.method for row in rows if row.method.partition(":")[0] in _SPECTRAL]:
         said.append(
             f"For reinforcement learning take none of {', '.join(spectral)}: at one rate for all such starts were "
-            "reported to collapse (arXiv 2512.23165)."
+            "reported to collapse (arXiv 2512.23165), and the singular values in their factors are said to be why (arXiv "
+            "2606.31813). lora, rlpo, rlmo and olora-tail hold there, at a lower rate."
         )
     return said
 
