@@ -30,6 +30,7 @@ ROOMS: dict[str, str] = {
     "solve": "from what is known of the layers to their factors",
     "reporting": "the lines of the report",
     "initialize": "the verb: find, check, collect, solve, install, report",
+    "allocate": "an adapter's ranks, shared out among its layers before a start",
     "tasks": "one file a family: how rows become examples, the prompt, how answers are graded",
     "training": "models, data, one run of fine-tuning",
     "evaluation": "what a model is worth: losses, graded answers, intervals; generated programs run confined",

@@ -51,9 +51,9 @@ def test_nothing_is_beyond_what_lowers_the_loss():
 
 
 def test_how_many_samples():
-    assert [samples_for(read) for read in (8, 64, 256, 10_000)] == [8, 8, 16, 32]
+    assert [samples_for(read) for read in (8, 64, 256, 10_000)] == [8, 8, 10, 32]
     # At most 11 forward passes over them, against a forward and a backward pass of twice its cost.
-    assert all(11 * samples_for(read) <= 0.25 * 3 * read for read in (256, 512, 4096))
+    assert all(11 * samples_for(read) <= 0.15 * 3 * read for read in (256, 512, 4096))
 
 
 def test_a_product_is_multiplied():

@@ -37,6 +37,7 @@ from headstart.methods import (
 from headstart.methods.registry import load_plugins
 
 if TYPE_CHECKING:
+    from headstart.allocate import allocate_ranks_
     from headstart.initialize import initialize_
     from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
     from headstart.layers.core import optimal_gradient
@@ -52,6 +53,7 @@ _LATER = {
     "Monitor": "headstart.monitor",
     "Report": "headstart.report",
     "TrainingData": "headstart.statistics.training",
+    "allocate_ranks_": "headstart.allocate",
     "initialize_": "headstart.initialize",
     "load_checkpoint": "headstart.layers.checkpoint",
     "lora_fa_": "headstart.layers.lora_fa",
@@ -101,6 +103,7 @@ __all__ = [
     "TrainingData",
     "Wants",
     "__version__",
+    "allocate_ranks_",
     "get_method",
     "initialize_",
     "load_checkpoint",

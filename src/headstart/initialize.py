@@ -129,9 +129,9 @@ def initialize_(
         with context.clock("find"):
             target = find(model, adapter)
             parts = divide(method, target.layers)
-            _check_early(model, parts)
+            check_early(model, parts)
             memory = Memory(model_device(model))
-            source = _source(data, parts, collator, batch_size, loss, context)
+            source = source_of(data, parts, collator, batch_size, loss, context)
             source, to_search = source.twice()
             for part in parts:
                 check(part.method, part.layers, source.training)
@@ -182,7 +182,7 @@ def initialize_(
     )
 
 
-def _source(
+def source_of(
     data: object,
     parts: Sequence[Part],
     collator: Collator | None,
@@ -241,7 +241,7 @@ def _check_readable(model: nn.Module) -> None:
         )
 
 
-def _check_early(model: nn.Module, parts: Sequence[Part]) -> None:
+def check_early(model: nn.Module, parts: Sequence[Part]) -> None:
     """Raise LayerError where new parameters would come too late."""
     distributed = any(isinstance(wrapper, DistributedDataParallel) for wrapper in looked_through())
     if (distributed or is_sharded(model)) and (does := _new_parameters(parts)):

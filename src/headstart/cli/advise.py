@@ -97,8 +97,8 @@ def sentences(rows: list[Advice], run: Run, batches: int) -> list[str]:
     if spectral := [row.method for row in rows if row.method.partition(":")[0] in _SPECTRAL]:
         said.append(
             f"For reinforcement learning take none of {', '.join(spectral)}: at one rate for all such starts were "
-            "reported to collapse (arXiv 2512.23165), and the singular values in their factors are said to be why (arXiv "
-            "2606.31813). lora, rlpo, rlmo and olora-tail hold there, at a lower rate."
+            "reported to collapse (arXiv 2512.23165), and the singular values in their factors are said to be why "
+            "(arXiv 2606.31813). lora, rlpo, rlmo and olora-tail hold there, at a lower rate."
         )
     return said
 

@@ -33,7 +33,7 @@ _FACTOR, _MOST, _REFINED = 4.0, 6, 2
 # A multiple as near as this, relatively, to one that was tried says nothing new.
 _NEAR = 0.02
 # A forward pass over these samples costs a small share of a gradient pass over all that a start reads.
-_SHARE, _FEWEST, _MOST_SAMPLES = 16, 8, 32
+_SHARE, _FEWEST, _MOST_SAMPLES = 24, 8, 32
 
 
 def samples_for(read: int) -> int:
