@@ -74,7 +74,7 @@ def test_every_start_leaves_or_moves_the_quantised_base_as_it_says(folder, bits,
     base, batch = quantised(folder, bits), token_batch()
     before, held = trained_logits(base, batch), {n: p.clone() for n, p in base.named_parameters()}
     model = wrap(base)
-    report = hs.initialize_(model, quick(name), data=[batch])
+    report = hs.initialize_(model, quick(name), data=[batch], preserve=[batch])
     after = trained_logits(model, batch)
     kept = {layer.name for layer in report.layers if layer.norm_product > 0}
     starts = [target.module.headstart_record["default"]["form"] for target in lora_layers(model, "default")]
