@@ -52,17 +52,18 @@ WRAPPERS = {
     "DataParallel": DataParallel,
     "compile(DDP(compiled parts))": lambda model: eager(DistributedDataParallel(compiled_parts(model))),
 }
+# A core that is not so large that outputs are small differences of large parts, which rounding would rule.
 FORMS = {
     "kept": ("init-ab-plus", {}),
     "anchored": ("pissa", {}),
     "residual": ("pissa", {"form": "residual"}),
-    "core": ("lora-xs:std=0.5", {}),
+    "core": ("lora-xs:std=0.25", {}),
 }
 CASTS = ("none", "double", "bfloat16 factors", "bfloat16 model")
 # Casts of the whole model, made after training; the other one is made before it, and of the factors alone.
 WHOLE = {"double": torch.float64, "bfloat16 model": torch.bfloat16}
 # Of the running model beside exact arithmetic on its numbers: twice the most over all combinations, and in double none.
-RUNNING = {"none": 1.4e-6, "double": 1e-14, "bfloat16 factors": 1.5e-2, "bfloat16 model": 2.3e-2}
+RUNNING = {"none": 6e-7, "double": 1e-14, "bfloat16 factors": 1.5e-2, "bfloat16 model": 2.3e-2}
 WAYS = ("save_lora", "rank", "uniform", "save_checkpoint", "save_pretrained", "merge_and_unload")
 
 
