@@ -55,7 +55,9 @@ def main() -> None:
             f"as a loop's default (every {EVERY}) has in the long run. Seconds a step, median and range of {rounds} "
             "rounds in turn."
         ),
+        "",
         *table(["", "seconds a step"], rows),
+        "",
         *paragraph(
             f"Watched takes {paired_ratio(timings, 'watched', 'plain'):.3f} times as long (goal: under 1.03); the "
             f"monitor itself counts {sorted(seconds)[len(seconds) // 2] / 2:.3f} s a record of all 7 layers."
