@@ -23,7 +23,20 @@ from headstart.dynamics.exponents import (
     verdict,
 )
 from headstart.dynamics.starts import OneLayer, of_method
-from headstart.dynamics.theory import BOTH, LARGE, NOTHING, STARTS, ZERO_A, ZERO_B, Scheme, init, predicted, schemes
+from headstart.dynamics.theory import (
+    BOTH,
+    LARGE,
+    NOTHING,
+    STARTS,
+    ZERO_A,
+    ZERO_B,
+    Scheme,
+    init,
+    of_start,
+    parsed,
+    predicted,
+    schemes,
+)
 from headstart.dynamics.widths import Scalar, Settings, Slope, Wide, fitted, gaussian, measure_all, measured, trained
 from headstart.errors import MethodError, RunError
 from headstart.methods import parse_method
@@ -248,6 +261,43 @@ def test_an_anchored_start_begins_at_the_base_models_output():
     assert layer.loss(A, B) == pytest.approx(float(plain), rel=1e-4)
 
 
+@settings(max_examples=60, deadline=None)
+@given(POWERS, POWERS, POWERS, st.sampled_from(["adam", "lora+", "sgd"]))
+def test_a_scheme_of_ones_own_is_read(a, b, rate, optimizer):
+    made = parsed(f"{a},{b},{rate}", optimizer)
+    assert (made.a, made.b, made.rate_a, made.rate_b) == (a, b, rate, rate)
+    assert made.outputs == ("one" if optimizer == "sgd" else "n")
+    own = parsed(f"{a}, zero, {rate}, 0.5", optimizer)
+    assert (own.b, own.rate_b) == (NOTHING, 0.5)
+    assert own.name == f"A of n^{a}, B = 0"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-0.5", "-0.5,-0.5", "a,b,c", "zero,zero,-0.5", "1,2,3,4,5", "nan,0,-1", "0,0,zero"]
+)
+def test_what_is_no_scheme_is_refused(text):
+    with pytest.raises(RunError, match="is no scheme: give the exponents"):
+        parsed(text, "adam")
+
+
+def test_sgd_of_a_layer_with_many_outputs():
+    """Each output is sent back a gradient smaller by n, so that a rate of n for B is one of order 1 for one output."""
+    wide = Scheme("both", -0.5, 0.0, -1.0, 1.0, "sgd")
+    one = measured(wide, replace(QUICK, rate=0.1))
+    expected = predicted(wide, QUICK.steps, aligned=False)
+    for name in ("z_a", "z_b", "delta1", "delta2"):
+        assert one.slopes[name].value == pytest.approx(getattr(expected, name), abs=0.2), name
+
+
+def test_a_start_of_the_verb_may_be_trained_otherwise():
+    sizes = Settings(widths=(32, 64, 128), rank=2, seeds=2)
+    for optimizer in ("lora+", "sgd"):
+        scheme = of_start("lora", -1.0, optimizer)
+        assert scheme.rate_b == (0.0 if optimizer == "lora+" else -1.0)
+        one = measured(scheme, sizes, of_method(parse_method("lora"), sizes))
+        assert one.slopes["delta2"] is not None
+
+
 def test_cores_are_refused():
     with pytest.raises(MethodError, match="trains a core"):
         of_method(parse_method("lora-xs"), QUICK)
@@ -271,6 +321,23 @@ def test_command(tmp_path, capsys):
     assert {row["quantity"] for row in rows} == {"z_a", "z_b", "delta1", "delta2", "delta3", "loss"}
     main(["dynamics", "exponents", "--methods", "lora,pissa", "--rates", "-0.5,-1", *small.split()])
     assert {row["start"] for row in json.loads((tmp_path / "exponents.json").read_text())} == {"lora", "pissa"}
+    main(
+        [
+            "dynamics",
+            "exponents",
+            "--scheme=-0.5,zero,-0.75",
+            "--scheme=0,-0.5,-0.75",
+            "--optimizer",
+            "sgd",
+            *small.split(),
+        ]
+    )
+    rows = json.loads((tmp_path / "exponents.json").read_text())
+    assert {row["start"] for row in rows} == {"A of n^-0.5, B = 0", "A of n^0, B of n^-0.5"}
+    assert "Claims" not in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["dynamics", "exponents", "--optimizer", "adamw"])
+    assert left.value.code == 2
     with pytest.raises(SystemExit) as left:
         main(["dynamics", "exponents", "--widths", "16,x"])
     assert left.value.code == 2

@@ -28,7 +28,7 @@ from headstart.dynamics.toy import (
 from headstart.errors import CheckpointError, DataError, HeadstartError, RunError
 from headstart.reports.findings import as_markdown, as_page
 from headstart.reports.tables import escaped
-from headstart.store.claims import take_lock
+from headstart.store.claims import alone_in
 
 SMALL = Settings(
     width=24, rank=3, pretrain_steps=5, steps=4, batch=8, rates=(1e-3, 1e-2), deviations=(1e-3, 0.3), seeds=2
@@ -188,7 +188,7 @@ def test_an_experiment_goes_on_after_a_kill_and_ends_the_same(tmp_path, folders,
 
 
 def test_all_cells_are_there_once_and_small_starts_of_both_kinds_agree(tmp_path, folders):
-    seeds = run_toy(SMALL, *folders, tmp_path / "toy")
+    _, seeds = run_toy(SMALL, *folders, tmp_path / "toy")
     assert [seed.seed for seed in seeds] == [0, 1]
     for seed in seeds:
         keys = [(cell.start, cell.deviation, cell.rate) for cell in seed.cells]
@@ -212,8 +212,8 @@ def test_models_are_pretrained_once_or_for_each_seed(tmp_path, folders):
 
 def test_more_seeds_are_more_of_the_same_and_other_settings_are_refused(tmp_path, folders):
     run_toy(Settings(**{**SMALL.__dict__, "seeds": 1}), *folders, tmp_path / "toy")
-    assert len(run_toy(SMALL, *folders, tmp_path / "toy")) == 2
-    assert len(run_toy(Settings(**{**SMALL.__dict__, "seeds": 1}), *folders, tmp_path / "toy")) == 2
+    assert len(run_toy(SMALL, *folders, tmp_path / "toy")[1]) == 2
+    assert len(run_toy(Settings(**{**SMALL.__dict__, "seeds": 1}), *folders, tmp_path / "toy")[1]) == 2
     with pytest.raises(RunError, match=r"other rank, width: give another --out"):
         run_toy(Settings(**{**SMALL.__dict__, "rank": 2, "width": 8}), *folders, tmp_path / "toy")
     with pytest.raises(RunError, match="holds no toy experiment"):
@@ -221,13 +221,9 @@ def test_more_seeds_are_more_of_the_same_and_other_settings_are_refused(tmp_path
 
 
 def test_two_commands_on_one_folder_are_refused(tmp_path, folders):
-    (tmp_path / "toy").mkdir()
-    lock = take_lock(tmp_path / "toy" / ".lock")
-    try:
-        with pytest.raises(RunError, match=r"is in use by process \d+"):
-            run_toy(SMALL, *folders, tmp_path / "toy")
-    finally:
-        lock.release()
+    run_toy(Settings(**{**SMALL.__dict__, "seeds": 1}), *folders, tmp_path / "toy")
+    with alone_in(tmp_path / "toy"), pytest.raises(RunError, match=r"is being worked on by process \d+"):
+        run_toy(SMALL, *folders, tmp_path / "toy")
 
 
 @pytest.mark.parametrize("name", ["toy.json", "seed-0.json", "pretrained-0.safetensors"])

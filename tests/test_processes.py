@@ -31,6 +31,8 @@ METHODS = [
     "kfac-newton:samples=10",
     "gora:samples=10",
     "keeplora:samples=10",
+    "astra:samples=10",
+    "sc-lora:samples=10,beta=0.2",
 ]
 
 
@@ -55,7 +57,9 @@ def whole(parameter):
 
 def alone(method, make=tiny_llama, data=None, **settings):
     model = wrap(make())
-    report = hs.initialize_(model, method, data=data or batches(), progress=False, **settings)
+    # Of the same lengths, and so of the same groups of layers, but other tokens.
+    kept = [batch | {"input_ids": batch["input_ids"].flip(1)} for batch in batches()]
+    report = hs.initialize_(model, method, data=data or batches(), preserve=kept, progress=False, **settings)
     return factors(model), report
 
 
@@ -233,6 +237,21 @@ def test_two_processes_find_what_one_finds(two, index):
     for name, (A, B) in two[0][index][0].items():
         assert torch.equal(A, two[1][index][0][name][0])
         assert torch.equal(B, two[1][index][0][name][1])
+
+
+def test_two_processes_agree_where_a_choice_is_arbitrary(tmp_path):
+    """Of these few tokens many directions have next to nothing, and rounding chooses among them: for all alike."""
+    first, second = together(tmp_path, same_data, ["lora-null:samples=10"], {})
+    for name, (A, B) in first[0][0].items():
+        assert torch.equal(A, second[0][0][name][0])
+        assert torch.equal(B, second[0][0][name][1])
+
+
+def test_two_processes_search_one_scale(tmp_path):
+    method = "lora-one:samples=2,scale=search"
+    expected, report = alone(method)
+    for ((made, *_),) in together(tmp_path, same_data, [method], {}):
+        check(made, expected, report)
 
 
 def test_several_passes_in_two_processes(tmp_path):

@@ -66,7 +66,10 @@ def test_astra_keeps_the_smallest_in_the_other_mode():
     assert relative(start.B.double() @ start.B.double().T, Q @ Q.T) < 1e-4
     # Of more outputs than inputs the smallest are null, and so is their part of W.
     layer, _, _ = case(14, 5, 3)
-    assert float(hs.Astra(mode="kpm").factors(layer).A.abs().max()) < 1e-4
+    start = hs.Astra(mode="kpm").factors(layer)
+    assert float(start.A.abs().max()) < 1e-4
+    assert start.caution.startswith("3 of 3 chosen directions hold nothing of the weight")
+    assert hs.Astra().factors(layer).caution == ""
 
 
 @settings(max_examples=50, deadline=None)
@@ -142,7 +145,7 @@ def test_lora_null_says_where_its_choice_is_arbitrary():
     layer = replace(layer_of(few, W, 2), preserved=layer_of(few, W, 2).kronecker)
     start = hs.LoRANull().factors(layer)
     assert start.info["rank_of_inputs"] == 5
-    assert "leave 7 directions free, of which 2 are taken arbitrarily" in start.repair
+    assert "leave 7 directions free, of which 2 are taken arbitrarily" in start.caution
     assert start.info["energy"] < 1e-6
 
 

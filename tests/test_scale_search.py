@@ -61,6 +61,8 @@ def test_a_product_is_multiplied():
     both = scaled(Factors(A, B), 2.5)
     torch.testing.assert_close(both.B @ both.A, 2.5 * B @ A)
     assert float(both.A.norm() / A.norm()) == pytest.approx(float(both.B.norm() / B.norm()))
+    # A layer that starts as 'lora' has no product to multiply.
+    assert scaled(Factors(A, torch.zeros(6, 3)), 2.5).A is A
     core = scaled(Factors(A, B, core=R), 2.5)
     assert core.A is A
     torch.testing.assert_close(core.core, 2.5 * R)

@@ -12,7 +12,7 @@ from torch import nn
 
 from headstart.context import Context, shown
 from headstart.errors import LayerError, MethodError
-from headstart.initialize import check_early, source_of
+from headstart.initialize import check_early, check_unsharded, solved, source_of
 from headstart.layers.adapters import find
 from headstart.layers.parts import Part, divide
 from headstart.layers.ranks import set_ranks
@@ -22,9 +22,9 @@ from headstart.methods.registry import parse_method
 from headstart.methods.zero import LoRA
 from headstart.processes import Processes
 from headstart.progress import Show
-from headstart.solve import check, check_weights, settled, solve
+from headstart.solve import check, check_weights
 from headstart.statistics.batches import Collator
-from headstart.statistics.collect import Reading, collect
+from headstart.statistics.collect import Reading
 from headstart.statistics.runs import Loss
 from headstart.statistics.training import TrainingData
 
@@ -68,6 +68,7 @@ def allocate_ranks_(
     method = parse_method(method) if isinstance(method, str) else method
     if not method.shares_ranks:
         raise MethodError(f"method '{method}' shares no ranks out among layers; eva does, and gora.")
+    check_unsharded(model)
     context = Context(seed=seed, processes=Processes.joined())
     with shown(progress, context.processes) as context.show:
         target = find(model, adapter)
@@ -79,12 +80,8 @@ def allocate_ranks_(
         for part in parts:
             check(part.method, part.layers, source.training)
             check_weights(part.method, part.layers, "kept")
-        starts: dict[str, Factors] = {}
         nothing = TrainingData.of(None, None, batch_size, None, context.processes)
-        for part, statistics in collect(model, parts, source, nothing, Reading(memory_budget), context):
-            starts |= solve(part.method, part.layers, statistics, context, source.training)
-        for part in parts:
-            starts |= settled(part.method, part.layers, {layer.name: starts[layer.name] for layer in part.layers})
+        starts, _ = solved(model, parts, source, nothing, Reading(memory_budget), context)
     _install(model, target.name, parts, starts, seed)
     return {layer.name: len(starts[layer.name].A) for layer in target.layers}
 

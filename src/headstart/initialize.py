@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from headstart.cache import open_cache
+from headstart.cache import FactorCache, open_cache
 from headstart.context import Context, Memory, shown
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.adapters import find
@@ -121,7 +121,7 @@ def initialize_(
         raise MethodError(f"{method!r} is not a method: give one like hs.PiSSA(), or its name.")
     check_form(form)
     reading = Reading(memory_budget, offload)
-    _check_readable(model)
+    check_unsharded(model)
     context = Context(seed=seed, processes=Processes.joined())
     # Approximations hold a weight twice: as it is, and divided by the scaling.
     context.batch_bytes = None if memory_budget is None else parse_bytes(memory_budget, torch.device("cpu")) // 2
@@ -138,20 +138,12 @@ def initialize_(
                 check_weights(part.method, part.layers, form)
             to_preserve = TrainingData.of(preserve, collator, batch_size, None, context.processes)
             kept = open_cache(cache, context.notes.append)
-        starts: dict[str, Factors] = {}
-        read: dict[str, Statistics] = {}
-        for part, statistics in context.timed("collect", collect(model, parts, source, to_preserve, reading, context)):
-            with context.clock("solve"):
-                starts |= solve(part.method, part.layers, statistics, context, source.training, kept)
-            read |= {str(part.method): statistics} if statistics.plan else {}
-    with context.clock("solve"):
-        for part in parts:
-            starts |= settled(part.method, part.layers, {layer.name: starts[layer.name] for layer in part.layers})
-    searched: dict[str, Searched] = {}
-    with shown(progress, context.processes) as context.show, context.clock("search"):
-        for part in parts:
-            if part.method.searches_scale:
-                searched[str(part.method)] = _searched(model, part, starts, to_search, context)
+        starts, read = solved(model, parts, source, to_preserve, reading, context, kept)
+        searched: dict[str, Searched] = {}
+        with context.clock("search"):
+            for part in parts:
+                if part.method.searches_scale:
+                    searched[str(part.method)] = _searched(model, part, starts, to_search, context)
     notes = [*fallbacks(starts, strict), *context.notes]
     part_of = by_layer(parts)
     pairs = [(layer, starts[layer.name]) for layer in target.layers]
@@ -180,6 +172,28 @@ def initialize_(
         searched=searched,
         warnings=notes,
     )
+
+
+def solved(
+    model: nn.Module,
+    parts: Sequence[Part],
+    data: TrainingData,
+    preserve: TrainingData,
+    reading: Reading,
+    context: Context,
+    cache: FactorCache | None = None,
+) -> tuple[dict[str, Factors], dict[str, Statistics]]:
+    """Collect what the parts want and solve it; return the start of each layer, and of each method what was read."""
+    starts: dict[str, Factors] = {}
+    read: dict[str, Statistics] = {}
+    for part, statistics in context.timed("collect", collect(model, parts, data, preserve, reading, context)):
+        with context.clock("solve"):
+            starts |= solve(part.method, part.layers, statistics, context, data.training, cache)
+        read |= {str(part.method): statistics} if statistics.plan else {}
+    with context.clock("solve"):
+        for part in parts:
+            starts |= settled(part.method, part.layers, {layer.name: starts[layer.name] for layer in part.layers})
+    return starts, read
 
 
 def source_of(
@@ -230,7 +244,7 @@ def _reads(part: Part) -> bool:
     return part.method.reads_task or any(part.method.wants(layer.facts()).task for layer in part.layers)
 
 
-def _check_readable(model: nn.Module) -> None:
+def check_unsharded(model: nn.Module) -> None:
     """Raise LayerError where layers can't be read."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +16,7 @@ from headstart.progress import progress_bars
 if TYPE_CHECKING:
     from headstart.reports.findings import Findings
 
-# Where the packages of Debian put them.
+# Where they are looked for: Debian's packages, and a folder of one's own.
 _MNIST = ("/usr/share/datasets/mnist", "data/mnist")
 _FASHION = ("/usr/share/datasets/fashion-mnist", "data/fashion-mnist")
 
@@ -55,7 +54,7 @@ def toy(
     pictures: Pictures = True,
 ) -> None:
     """The toy model of "Beyond Zero Initialization": its figure 2, with intervals, at the paper's own size."""
-    from headstart.dynamics.experiment import DEVIATIONS, RATES, Settings, read_toy, run_toy
+    from headstart.dynamics.experiment import DEVIATIONS, RATES, Settings, run_toy
     from headstart.dynamics.figure import findings, gathered
     from headstart.errors import RunError
     from headstart.reports.document import check_plotly
@@ -76,8 +75,8 @@ def toy(
     )
     places = _folder(mnist, _MNIST, "--mnist"), _folder(fashion, _FASHION, "--fashion")
     with progress_bars() as show:
-        run_toy(settings, *places, out.expanduser(), show)
-    _report(findings(gathered(*read_toy(out.expanduser()))), out.expanduser(), pictures)
+        made = run_toy(settings, *places, out.expanduser(), show)
+    _report(findings(gathered(*made)), out.expanduser(), pictures)
 
 
 @dynamics.command()
@@ -85,9 +84,14 @@ def exponents(
     methods: Annotated[
         str | None, typer.Option("--methods", help="Starts, made by the verb, in place of the paper's own.")
     ] = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option("--scheme", help="Exponents of A0, B0 and the rate in their place: -0.5,zero,-0.75[,RATE OF B]."),
+    ] = None,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="Of these: adam, lora+ or sgd.")] = "adam",
     widths: Annotated[str | None, typer.Option("--widths", help="Numbers with commas; else 256 to 32,768.")] = None,
     rates: Annotated[
-        str, typer.Option("--rates", help="Of --methods: exponents of the rate, with commas.")
+        str, typer.Option("--rates", help="Of --methods: exponents of A's rate; LoRA+'s of B is n times that.")
     ] = "-0.5,-0.75,-1",
     rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
     steps: Annotated[int, typer.Option("--steps", min=2, help="The step that is measured.")] = 4,
@@ -98,31 +102,31 @@ def exponents(
 ) -> None:
     """How sizes, updates and the loss of a low-rank layer grow with its width: measured beside predicted."""
     from headstart.dynamics.exponents import as_plain, findings
-    from headstart.dynamics.theory import Scheme, schemes
+    from headstart.dynamics.theory import of_start, parsed, schemes
     from headstart.dynamics.widths import Settings, measure_all
+    from headstart.errors import RunError
     from headstart.files import write_json
     from headstart.methods import parse_method
     from headstart.reports.document import check_plotly
 
     check_plotly()
+    if optimizer not in ("adam", "lora+", "sgd"):
+        raise RunError(f"--optimizer is adam, lora+ or sgd, not {optimizer!r}.")
     names = split_methods(methods) if methods else []
     usual = (256, 512, 1024, 2048) if names else Settings().widths
     grid = tuple(int(n) for n in _numbers("--widths", widths)) if widths else usual
     settings = Settings(widths=tuple(sorted(grid)), rank=rank, steps=steps, seeds=seeds, rate=rate)
+    chosen = [parsed(text, optimizer) for text in scheme or ()]
     with progress_bars() as show:
-        if not names:
-            made = measure_all(schemes(), settings, show=show)
-        else:
+        made = measure_all(chosen or ([] if names else schemes()), settings, show=show)
+        for name in names:
             from headstart.dynamics.starts import of_method
 
-            powers, made = _numbers("--rates", rates), []
-            for name in names:
-                maker = of_method(parse_method(name), settings)
-                own = [Scheme(name, math.nan, math.nan, power, power) for power in powers]
-                made += measure_all(own, settings, maker, show)
+            own = [of_start(name, power, optimizer) for power in _numbers("--rates", rates)]
+            made += measure_all(own, settings, of_method(parse_method(name), settings), show)
     folder = out.expanduser()
     write_json(as_plain(made, settings), folder / "exponents.json")
-    _report(findings(made, settings, names), folder, pictures)
+    _report(findings(made, settings), folder, pictures)
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
@@ -167,8 +171,6 @@ def _folder(given: Path | None, usual: tuple[str, ...], option: str) -> Path:
     for name in usual:
         if Path(name).is_dir():
             return Path(name)
-    raise DataError(
-        f"give {option} the folder of the IDX files, as none of {', '.join(usual)} is there. Debian's package "
-        "dataset-fashion-mnist has FashionMNIST; both are at github.com/zalandoresearch/fashion-mnist and "
-        "yann.lecun.com/exdb/mnist."
-    )
+    from headstart.dynamics.images import WHERE
+
+    raise DataError(f"give {option} the folder of the IDX files, as none of {', '.join(usual)} is there. {WHERE}.")

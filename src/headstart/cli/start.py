@@ -90,8 +90,9 @@ def init(
     reading = [own for own in parsed.methods if own.reads_task]
     if reading and data is None:
         raise DataError(f"method {reading[0].name!r} needs data: give a JSONL file with --data.")
-    if parsed.reads_preserved and preserve is None:
-        raise DataError(f"method {parsed.name!r} protects an ability: give a text that shows it with --preserve.")
+    from headstart.runs.preserved import check_preserved, preserved_data
+
+    check_preserved(parsed, preserve, "--preserve")
     if preserve is not None and not parsed.reads_preserved:
         console.print(f"note: method {parsed.name!r} protects no ability, so --preserve is left unread", markup=False)
     if data is not None and not reading:
@@ -100,7 +101,6 @@ def init(
 
     from headstart.initialize import initialize_
     from headstart.layers.checkpoint import save_checkpoint
-    from headstart.runs.preserved import preserved_data
     from headstart.statistics.training import TrainingData
     from headstart.tasks.rows import read
     from headstart.tasks.text import Text

@@ -8,14 +8,12 @@ that all its cells scale, so that cells of one seed are paired.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -35,7 +33,7 @@ from headstart.files import write_json, write_whole
 from headstart.linalg.precision import full_precision, one_thread_each
 from headstart.progress import Show, silent
 from headstart.settings import differing
-from headstart.store.claims import owner, take_lock
+from headstart.store.claims import alone_in
 
 STARTS = ("Init[A]", "Init[AB]")
 RATES = (3e-4, 4e-4, 5e-4, 6e-4, 7e-4, 8e-4, 9e-4, 1e-3, 2e-3, 3e-3)
@@ -122,8 +120,10 @@ class Seed:
     cells: tuple[Cell, ...]
 
 
-def run_toy(settings: Settings, pretraining: Path, fine_tuning: Path, folder: Path, show: Show = silent) -> list[Seed]:
-    """Do what is left of the experiment in its folder; return all seeds.
+def run_toy(
+    settings: Settings, pretraining: Path, fine_tuning: Path, folder: Path, show: Show = silent
+) -> tuple[Settings, list[Seed]]:
+    """Do what is left of the experiment in its folder; return what :func:`read_toy` then does.
 
     Args:
         settings: of the experiment.
@@ -141,12 +141,13 @@ def run_toy(settings: Settings, pretraining: Path, fine_tuning: Path, folder: Pa
     for images, place in ((first, pretraining), (second, fine_tuning)):
         if len(images) < settings.batch:
             raise DataError(f"{place} has {len(images)} images to learn from, fewer than a batch of {settings.batch}.")
-    with _claimed(folder, settings), full_precision():
+    _claim(folder, settings)
+    with alone_in(folder), full_precision():
         for seed in range(settings.seeds):
             if read_seed(folder, settings, seed) is None:
                 network = _pretrained(folder, settings, seed if settings.pretrain == "each" else 0, first, show)
                 write_json(asdict(_one_seed(settings, network, second, test, seed, show)), _file(folder, seed))
-    return read_toy(folder)[1]
+    return read_toy(folder)
 
 
 def read_toy(folder: Path) -> tuple[Settings, list[Seed]]:
@@ -248,36 +249,19 @@ def _pretrained(folder: Path, settings: Settings, seed: int, images: Images, sho
     return network
 
 
-@contextmanager
-def _claimed(folder: Path, settings: Settings) -> Iterator[None]:
-    """Have the folder for this experiment alone within the block."""
+def _claim(folder: Path, settings: Settings) -> None:
+    """Note whose the folder is, or check that it is this experiment's."""
     path, known = folder / SETTINGS, _plain(settings)
-    if folder.exists() and not path.is_file() and (not folder.is_dir() or any(_visible(folder))):
+    if path.is_file():
+        before, _ = read_toy(folder)
+        # More seeds are more of the same.
+        changed = sorted(set(differing(_plain(before), known)) - {"seeds"})
+        if changed:
+            raise RunError(f"{folder} holds an experiment with other {', '.join(changed)}: give another --out.")
+        known["seeds"] = max(known["seeds"], before.seeds)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and holds no toy experiment: give another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = take_lock(folder / ".lock")
-    except Timeout:
-        raise RunError(
-            f"{folder} is in use by {owner(folder / '.lock')}: wait for it, or give another --out."
-        ) from None
-    try:
-        if path.is_file():
-            before, _ = read_toy(folder)
-            # More seeds are more of the same.
-            changed = sorted(set(differing(_plain(before), known)) - {"seeds"})
-            if changed:
-                raise RunError(f"{folder} holds an experiment with other {', '.join(changed)}: give another --out.")
-            known["seeds"] = max(known["seeds"], before.seeds)
-        write_json(known, path)
-        yield
-    finally:
-        if lock is not None:
-            lock.release()
-
-
-def _visible(folder: Path) -> Sequence[Path]:
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    write_json(known, path)
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -79,26 +80,18 @@ CLAIMS = (
 )
 
 
-def findings(made: Sequence[Measured], settings: Settings, methods: Sequence[str] = ()) -> Findings:
-    """Return the report.
-
-    Args:
-        made: all schemes.
-        settings: what they depend on.
-        methods: names of starts that the verb made, in the place of the paper's.
-    """
-    claims = () if methods else (claims_sheet(made),)
-    title = "Exponents of low-rank training over widths"
-    subject = "the starts of Beyond Zero Initialization"
-    if methods:
-        subject = f"starts made by the verb: {', '.join(methods)}"
-    sections: list[tuple[str, Sequence[Chart], Sequence[Sheet]]] = [("Claims", (), claims)] if claims else []
+def findings(made: Sequence[Measured], settings: Settings) -> Findings:
+    """Return the report of these schemes."""
+    claims = claims_sheet(made)
+    sections: list[tuple[str, Sequence[Chart], Sequence[Sheet]]] = [("Claims", (), (claims,))] if claims.rows else []
     sections.append(("Measured beside predicted", (), (exponents_sheet(made, settings),)))
     sections.append(("Over widths", charts(made, settings), ()))
-    return Findings(title, subject, answer(made, settings, methods), sections, _conditions(settings, methods), _NOTES)
+    subject = ", ".join(dict.fromkeys(one.scheme.name for one in made))
+    title = "Exponents of low-rank training over widths"
+    return Findings(title, subject, answer(made, settings), sections, _conditions(made, settings), _NOTES)
 
 
-def answer(made: Sequence[Measured], settings: Settings, methods: Sequence[str] = ()) -> str:
+def answer(made: Sequence[Measured], settings: Settings) -> str:
     """Return what the tables say, in three sentences."""
     verdicts = [verdict for one in made for _, _, _, _, verdict in _compared(one, settings)]
     random, aligned, both = (verdicts.count(word) for word in ("drawn", "aligned", "either"))
@@ -107,9 +100,9 @@ def answer(made: Sequence[Measured], settings: Settings, methods: Sequence[str] 
         f"of drawn numbers cancel, and {aligned + both} of what it gives where all sums are bounded as if aligned, as "
         f"the paper has it; {verdicts.count('neither')} lie at neither."
     )
-    if methods:
-        return said
     rows = claims_sheet(made).rows
+    if not rows:
+        return said
     holding = sum(row[-1] == "holds" for row in rows)
     failing = [row[0] for row in rows if row[-1] == "fails"]
     said += f" Of {len(rows)} claims {holding} hold"
@@ -180,11 +173,10 @@ def exponents_sheet(made: Sequence[Measured], settings: Settings) -> Sheet:
 
 def charts(made: Sequence[Measured], settings: Settings) -> list[Chart]:
     """Return a chart for each quantity: its size over widths, relative to the smallest, at the middle rate."""
-    rates = sorted({one.scheme.rate_a for one in made if one.scheme.optimizer == "adam"})
-    if not rates:
-        return []
+    optimizer = made[0].scheme.optimizer
+    rates = sorted({one.scheme.rate_a for one in made if one.scheme.optimizer == optimizer})
     rate = rates[len(rates) // 2]
-    shown = [one for one in made if one.scheme.optimizer == "adam" and one.scheme.rate_a == rate]
+    shown = [one for one in made if (one.scheme.optimizer, one.scheme.rate_a) == (optimizer, rate)]
     drawn = []
     for name in ("z_b", "delta1", "delta2", "loss"):
         traces, rows = [], []
@@ -199,7 +191,8 @@ def charts(made: Sequence[Measured], settings: Settings) -> list[Chart]:
             continue
         shape = layout("width", f"{NAMES[name]} relative to the smallest width", xaxis=axis("width", type="log"))
         shape["yaxis"] = axis(f"{NAMES[name]}, relative", type="log")
-        caption = f"With Adam at rates of n^{rate:g}; geometric means over seeds. A level line is an exponent of 0."
+        caption = f"With {optimizer}, at rates of n^{rate:g} for A; geometric means over seeds."
+        caption += " A level line is an exponent of 0."
         heads = ("start", "width", "relative size")
         title = f"{NAMES[name]} over widths"
         drawn.append(Chart(f"over-{name}", "widths", title, caption, {"data": traces, "layout": shape}, heads, rows))
@@ -242,7 +235,7 @@ def _compared(one: Measured, settings: Settings) -> list[tuple[str, float, float
 
 def _own(one: Measured) -> Scheme:
     """Return the scheme, of a start that the verb made with the sizes that its entries were measured to have."""
-    if one.scheme.a == one.scheme.a:
+    if not math.isnan(one.scheme.a):
         return one.scheme
     sizes = [NOTHING if slope is None else slope.value for slope in one.start]
     return replace(one.scheme, a=sizes[0], b=sizes[1])
@@ -256,10 +249,11 @@ def _slope_text(slope: Slope | None) -> str:
     return NO_NUMBER if slope is None else f"{slope.value:.2f} ± {(slope.high - slope.low) / 2:.2f}"
 
 
-def _conditions(settings: Settings, methods: Sequence[str]) -> list[tuple[str, str]]:
-    frozen = "W_0 z, W_0 of entries of n^(-1/2)" if methods else "drawn with entries of order 1, as W_0 z has"
+def _conditions(made: Sequence[Measured], settings: Settings) -> list[tuple[str, str]]:
+    by_verb = any(math.isnan(one.scheme.a) for one in made)
+    frozen = "W_0 z, W_0 of entries of n^(-1/2)" if by_verb else "drawn with entries of order 1, as W_0 z has"
     return [
-        ("model", f"mean(w relu(u_0 + B A z)) on one data point, u_0 {frozen}; with SGD b'A x (appendix C)"),
+        ("model", f"mean(w relu(u_0 + B A z)) on one data point, u_0 {frozen}; of one output b'A x (appendix C)"),
         ("widths", ", ".join(f"{width:,}" for width in settings.widths)),
         ("rank, step", f"{settings.rank}; measured at step {settings.steps}"),
         ("constants", f"rates {settings.rate:g}, sizes {settings.size:g} times their powers of n"),

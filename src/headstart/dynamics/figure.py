@@ -96,12 +96,16 @@ def answer(figure: Figure) -> str:
 
 def findings(figure: Figure) -> Findings:
     """Return the report."""
-    maps, curves = charts(figure)[:3], charts(figure)[3:]
+    *maps, over_rates, over_steps = charts(figure)
     return Findings(
         TITLE,
         f'figure 2 of "Beyond Zero Initialization", width {figure.settings.width}',
         answer(figure),
-        (("Loss by rate and size", maps, ()), ("By size of the start", (), (sheet(figure),)), ("Curves", curves, ())),
+        (
+            ("Loss by rate and size", maps, ()),
+            ("By size of the start", (), (sheet(figure),)),
+            ("Curves", (over_rates, over_steps), ()),
+        ),
         conditions(figure),
     )
 

@@ -22,7 +22,7 @@ CLASSES = 10
 Part = Literal["train", "test"]
 # Of each part, how the names of its files begin.
 _PREFIX = {"train": "train", "test": "t10k"}
-_WHERE = (
+WHERE = (
     "MNIST's and FashionMNIST's four files each are read, packed by gzip or not: of FashionMNIST, Debian's package "
     "dataset-fashion-mnist has them in /usr/share/datasets/fashion-mnist; both are at "
     "github.com/zalandoresearch/fashion-mnist and yann.lecun.com/exdb/mnist"
@@ -102,4 +102,4 @@ def _file(folder: Path, part: Part, kind: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise DataError(f"{folder} has no {name} or {name}.gz. {_WHERE}.")
+    raise DataError(f"{folder} has no {name} or {name}.gz. {WHERE}.")

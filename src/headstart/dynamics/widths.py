@@ -138,7 +138,7 @@ def trained(scheme: Scheme, settings: Settings, width: int, layer: Layer, A: Ten
     """Return what a scheme's layer of one width did; A and B are trained in place."""
     start = A.clone(), B.clone()
     # Of b'A x the r parts of a gradient step add up.
-    constant = settings.rate / (settings.rank if scheme.optimizer == "sgd" else 1)
+    constant = settings.rate / (settings.rank if scheme.outputs == "one" else 1)
     rates = constant * width**scheme.rate_a, constant * width**scheme.rate_b
     optimizer = _Sgd(rates) if scheme.optimizer == "sgd" else _Adam(rates)
     first = layer.loss(A, B)
@@ -185,8 +185,8 @@ def gaussian(settings: Settings) -> Maker:
             return normal * (settings.size * width**exponent if exponent > NOTHING else 0.0)
 
         z, base, out = torch.randn(3, width, generator=generator, dtype=torch.float64, device="cpu")
-        layer: Layer = Scalar(z) if scheme.optimizer == "sgd" else Wide(z, base, out)
-        d_out = 1 if scheme.optimizer == "sgd" else width
+        layer: Layer = Scalar(z) if scheme.outputs == "one" else Wide(z, base, out)
+        d_out = 1 if scheme.outputs == "one" else width
         return layer, part(scheme.a, settings.rank, width), part(scheme.b, d_out, settings.rank)
 
     return make

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from headstart.linalg.precision import double
-from headstart.methods.base import Factors, Layer, Method, Wants, check_positive
+from headstart.methods.base import Factors, Layer, Wants
+from headstart.methods.inputs import InputsMethod
 from headstart.methods.registry import register
 from headstart.methods.zero import as_lora
 
@@ -18,7 +20,7 @@ _ROUNDING = 1e-6
 
 @register("lora-null")
 @dataclass(frozen=True)
-class LoRANull(Method):
+class LoRANull(InputsMethod):
     """LoRA-Null: with W P = U S V', B = U sqrt(S / s), A = sqrt(S / s) V'; s B A = W P is subtracted.
 
     P = N N', N the r eigenvectors of Z with the smallest eigenvalues, Z the mean of x x' over tokens of data whose
@@ -40,12 +42,6 @@ class LoRANull(Method):
     cost: ClassVar[str] = "a forward pass over the samples to preserve, an eigenproblem a layer"
 
     version: Literal["v1", "v2"] = "v1"
-    samples: int = 256
-    tokens: Literal["attention", "labels"] = "attention"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self.name, samples=self.samples)
 
     def wants(self, layer: Layer) -> Wants:
         """Return that the weight and the second moment of the inputs to preserve are needed."""
@@ -63,10 +59,13 @@ class LoRANull(Method):
         root = (S / layer.scaling).sqrt()
         A, B = root[:, None] * (Vh @ N.mT), U * root
         rank = int((values > _ROUNDING * values[-1]).sum())
+        gap = float(values[layer.r] - values[layer.r - 1]) if layer.r < layer.d_in else float(values[-1])
         info = {"energy": float(values[: layer.r].clamp_min(0.0).sum() / values.sum()), "rank_of_inputs": float(rank)}
+        # By how much rounding errors of Z turn the chosen directions.
+        info["condition"] = float(values[-1]) / gap if gap > 0 else math.inf
         frozen = ("lora_A",) if self.version == "v2" else ()
         free = layer.d_in - rank
         note = ""
         if free > layer.r:
             note = f"inputs to preserve leave {free} directions free, of which {layer.r} are taken arbitrarily"
-        return Factors(A.float(), B.float(), info=info, repair=note, frozen=frozen)
+        return Factors(A.float(), B.float(), info=info, caution=note, frozen=frozen)

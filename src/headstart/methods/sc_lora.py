@@ -11,16 +11,19 @@ from torch import Tensor
 from headstart.errors import MethodError
 from headstart.linalg.precision import double
 from headstart.linalg.svd import truncated_svd
-from headstart.methods.base import Factors, Kronecker, Layer, Method, Wants, check_positive
+from headstart.methods.base import Factors, Kronecker, Layer, Wants
+from headstart.methods.inputs import InputsMethod
 from headstart.methods.registry import register
 from headstart.methods.zero import as_lora
 
-_NO_INPUT = "no input reached this layer in the samples, or only zeros; it starts as 'lora' does"
+# Of a moment in float32, and what follows from it.
+_ROUNDING = 1e-5
+NO_INPUT = "no input reached this layer in the samples, or only zeros; it starts as 'lora' does"
 
 
 @register("astra")
 @dataclass(frozen=True)
-class Astra(Method):
+class Astra(InputsMethod):
     """Astra: B = Q, A = Q' W / s, Q the r leading eigenvectors of C; s B A = Q Q' W is subtracted.
 
     C = W Z W' is the second moment of the layer's outputs (without a bias), Z the mean of x x' over tokens. Of all
@@ -40,12 +43,6 @@ class Astra(Method):
     cost: ClassVar[str] = "a forward pass over the samples, an eigenproblem a layer"
 
     mode: Literal["ipm", "kpm"] = "ipm"
-    samples: int = 256
-    tokens: Literal["attention", "labels"] = "attention"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self.name, samples=self.samples)
 
     def wants(self, layer: Layer) -> Wants:
         """Return that the weight and the second moment of the inputs are needed."""
@@ -56,14 +53,14 @@ class Astra(Method):
         W = double(layer.require_weight())
         C = _outputs_moment(W, layer.kronecker)
         if C is None:
-            return as_lora(layer, _NO_INPUT)
+            return as_lora(layer, NO_INPUT)
         values, Q = _leading(C, layer.r, definite=True) if self.mode == "ipm" else _smallest(C, layer.r)
         return _projector(layer, W, Q, {"share": float(values.sum() / C.trace())})
 
 
 @register("sc-lora")
 @dataclass(frozen=True)
-class SCLoRA(Method):
+class SCLoRA(InputsMethod):
     """SC-LoRA: B = Q, A = Q' W / s, Q the r leading eigenvectors of (1 - beta) C - beta C_keep; subtracted.
 
     C and C_keep are the second moments of the layer's outputs (without a bias) over the data to learn and over data
@@ -83,12 +80,9 @@ class SCLoRA(Method):
     cost: ClassVar[str] = "a forward pass over two sets of samples, an eigenproblem a layer"
 
     beta: float = 0.8
-    samples: int = 256
-    tokens: Literal["attention", "labels"] = "attention"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.name, samples=self.samples)
         if not 0 <= self.beta <= 1:
             raise MethodError(f"method {self.name!r}: beta={self.beta!r} must lie from 0 to 1.")
 
@@ -101,7 +95,7 @@ class SCLoRA(Method):
         W = double(layer.require_weight())
         C, C_keep = _outputs_moment(W, layer.kronecker), _outputs_moment(W, layer.preserved)
         if C is None or C_keep is None:
-            return as_lora(layer, _NO_INPUT)
+            return as_lora(layer, NO_INPUT)
         M = (1 - self.beta) * C - self.beta * C_keep
         _, Q = _leading(M, layer.r, definite=self.beta == 0)
         shares = {
@@ -141,5 +135,9 @@ def _smallest(M: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 def _projector(layer: Layer, W: Tensor, Q: Tensor, info: dict[str, float]) -> Factors:
     """Return B = Q, A = Q' W / s."""
-    A = Q.mT @ W / layer.scaling
-    return Factors(A.float(), Q.float(), info=info)
+    image = Q.mT @ W
+    # The least of a moment's eigenvalues are zero where there are more outputs than inputs.
+    nowhere = int((image.norm(dim=1) < _ROUNDING * torch.linalg.matrix_norm(W)).sum())
+    caution = f"{nowhere} of {layer.r} chosen directions hold nothing of the weight, so that A is zero there"
+    A = image / layer.scaling
+    return Factors(A.float(), Q.float(), info=info, caution=caution if nowhere else "")

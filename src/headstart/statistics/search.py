@@ -21,9 +21,8 @@ from headstart.errors import DataError
 from headstart.layers.find import TargetLayer
 from headstart.layers.weights import model_device
 from headstart.methods.base import Factors
-from headstart.processes import together
 from headstart.report import Searched
-from headstart.statistics.batches import Samples, iterate_samples, moved
+from headstart.statistics.batches import Samples, iterate_samples, moved, take
 from headstart.statistics.quiet import drawn_from, quiet
 from headstart.statistics.runs import Runs
 from headstart.statistics.training import TrainingData
@@ -146,9 +145,14 @@ def _between(before: float, best: tuple[float, float], above: tuple[float, float
 
 
 def scaled(factors: Factors, multiple: float) -> Factors:
-    """Return a start whose product is a positive multiple of what it was, shared evenly by A and B, or in its core."""
+    """Return a start whose product is a positive multiple of what it was, shared evenly by A and B, or in its core.
+
+    A start without a product, of a layer that starts as 'lora' does, stays what it is.
+    """
     if factors.core is not None:
         return replace(factors, core=factors.core * multiple)
+    if not bool(factors.B.count_nonzero()):
+        return factors
     root = math.sqrt(multiple)
     return replace(factors, A=factors.A * root, B=factors.B * root)
 
@@ -171,27 +175,15 @@ def _chunks(data: TrainingData, read: int, context: Context) -> tuple[list[Sampl
             "read, too: the data hold no more"
         )
     chosen: list[Samples] = []
-    place = 0
     for chunk in every:
-        # Whole batches: one that begins before the border was cut there only if it can be.
-        if place >= first or place + chunk.size > first:
-            chosen.append(_tail(chunk, max(0, first - place)))
-        place += chunk.size
-    with together(context.processes):
-        if not chosen:
-            raise DataError("there are no samples to search the scale on.")
+        # A batch that can't be cut is searched on whole, where any of its samples is.
+        left = [place for place, index in enumerate(chunk.indices) if index >= first]
+        if left and chunk.cut:
+            kept = tuple(chunk.indices[place] for place in left)
+            chosen.append(Samples(take(chunk.batch, left), kept))
+        elif left:
+            chosen.append(chunk)
     return chosen, sum(chunk.size for chunk in chosen)
-
-
-def _tail(chunk: Samples, skipped: int) -> Samples:
-    """Return a batch without its first samples, where it can be cut."""
-    if not skipped or not chunk.cut:
-        return chunk
-    batch: dict[str, Any] = {
-        key: value[skipped:] if isinstance(value, Tensor) and len(value) == chunk.size else value
-        for key, value in chunk.batch.items()
-    }
-    return Samples(batch, chunk.indices[skipped:], chunk.cut)
 
 
 @contextmanager
