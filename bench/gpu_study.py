@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,12 @@ def study(chosen: argparse.Namespace, rates: dict[str, Any], seeds: tuple[int, .
         "batch": {"size": chosen.batch, "max_length": 384},
         "evaluation": {
             "graded_examples": chosen.test if graded else 0,
-            "max_new_tokens": 256,
-            "batch_size": 128 if graded else 32,
+            "max_new_tokens": 224,
+            "batch_size": chosen.test_batch,
         },
-        "precision": chosen.dtype,
+        # Adapters in float32 on a half-precision base, as PEFT makes them: without autocast a step has fewer kernels,
+        # and their number is what a step of so small a model takes.
+        "precision": "float32",
     }
     axes: dict[str, Any] = {START: starts, RATE: {method: list(grid) for method, grid in rates.items()}}
     return Study(base=base, axes=axes, seeds=seeds, reference=BASELINE, chosen_by="loss")
@@ -71,7 +74,8 @@ def done(work: Study, folder: Path, chosen: argparse.Namespace, until: float, re
     summary = summarised(grid, folder)
     if summary.counted().get("done"):
         write_whole(folder / PAGES[1], markdown(summary))
-        write_page(folder / PAGES[0], summary)
+        with suppress(HeadstartError):  # without Plotly, which a machine without network may lack: the text says it all
+            write_page(folder / PAGES[0], summary)
     print(folder, summary.counted(), flush=True)
     return summary
 
@@ -85,12 +89,14 @@ def main() -> None:
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     add("--methods", nargs="+", default=list(RATES), choices=list(RATES))
     add("--seeds", type=int, default=5, help="of the graded runs")
-    add("--sweep-steps", type=int, default=220)
+    add("--sweep-steps", type=int, default=110)
     add("--steps", type=int, default=442, help="of the graded runs; 442 are an epoch")
     add("--batch", type=int, default=16)
     add("--validation", type=int, default=400, help="training problems that rates are chosen by")
-    add("--test", type=int, default=1319, help="test problems")
-    add("--workers", type=int, default=6, help="runs at a time")
+    add("--test", type=int, default=512, help="test problems")
+    add("--test-batch", type=int, default=256, help="answers written, or losses read, at a time")
+    add("--workers", type=int, default=8, help="runs at a time")
+    add("--refine", action="store_true", help="add rates where a start's best lies at the edge of its grid")
     add("--seconds", type=float, default=420, help="no run begins after so long")
     chosen = parser.parse_args()
     if BASELINE not in chosen.methods:
@@ -102,7 +108,7 @@ def main() -> None:
     try:
         resolve_model(chosen.model, progress=False)  # converted once, before several would
         rates = {method: RATES[method] for method in chosen.methods}
-        swept = done(study(chosen, rates, (0,), False), chosen.out / "rates", chosen, half, True)
+        swept = done(study(chosen, rates, (0,), False), chosen.out / "rates", chosen, half, chosen.refine)
         best = {start: (choice.rate,) for start, choice in swept.parts[0].choices.items()}
         if best:
             done(study(chosen, best, tuple(range(chosen.seeds)), True), chosen.out / "graded", chosen, until, False)

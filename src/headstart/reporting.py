@@ -7,15 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from headstart.context import Context
 from headstart.errors import LayerError, not_finite
 from headstart.layers.find import TargetLayer
 from headstart.layers.formats import unreadable
 from headstart.layers.install import LayerForm
-from headstart.layers.weights import dense
 from headstart.linalg.norms import squared_norm
 from headstart.linalg.precision import one_thread_each
 from headstart.methods.base import Factors, Method
@@ -32,21 +29,21 @@ def layer_reports(
 
     rows = list(zip(pairs, methods, strict=True))
     # What is gathered from all processes is so in one order; what is fetched or on an accelerator gains nothing.
-    at_hand = all(_at_hand(layer.module.get_base_layer()) for layer, _ in pairs)
+    at_hand = all(_at_hand(layer) for layer, _ in pairs)
     return one_thread_each(line, rows) if at_hand else [line(row) for row in rows]
 
 
-def _at_hand(base: nn.Module) -> bool:
-    weight = getattr(base, "weight", None)
-    return isinstance(weight, Tensor) and not isinstance(weight, DTensor) and weight.device.type == "cpu"
+def _at_hand(layer: TargetLayer) -> bool:
+    weights = layer.parameters()
+    return bool(weights) and not layer.sharded and all(weight.device.type == "cpu" for weight in weights)
 
 
 def layer_report(
     layer: TargetLayer, factors: Factors, method: Method, form: LayerForm, context: Context
 ) -> LayerReport:
     """Return a layer's line in the report: the norms of its start and of its weight, before that is installed."""
-    base = layer.module.get_base_layer()
-    norm_weight = None if unreadable(base) else math.sqrt(squared_norm(dense(base)))
+    unread = unreadable(layer.module.get_base_layer())
+    norm_weight = None if unread else math.sqrt(squared_norm(layer.stored()))
     if norm_weight is not None and not math.isfinite(norm_weight):
         raise not_finite(layer.name)
     return LayerReport(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from headstart.layers.experts import ExpertLayer, experts_of, is_stack, joined
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.install import Subtracting, install, start_note
 from headstart.layers.parts import Part, by_layer
@@ -35,10 +36,13 @@ class Adapter:
     def install(self, starts: Starts, parts: Sequence[Part], subtracting: Subtracting, seed: int) -> None:
         """Put the starts into the layers, and give these the starts' ranks: all of them, or none."""
         part_of = by_layer(parts)
+        for layer, _ in starts:
+            if isinstance(layer, ExpertLayer):
+                part_of.setdefault(layer.stack.name, part_of[layer.name])
         forms = {name: part.form(subtracting) for name, part in part_of.items()}
         notes = {name: start_note(part.method, seed) for name, part in part_of.items()}
         with ExitStack() as undo:
-            starts = set_ranks(self.model, self.name, starts, undo)
+            starts = set_ranks(self.model, self.name, joined(starts), undo)
             install(self.model, starts, forms, notes)
             undo.pop_all()
 
@@ -64,4 +68,7 @@ def find(model: nn.Module, adapter: str | None) -> Adapter:
     if vera is not None:
         return VeraAdapter(model, vera, find_vera_layers(model, vera))
     name = resolve_adapter(model, adapter)
-    return Adapter(model, name, find_layers(model, name))
+    layers: list[TargetLayer] = []
+    for target in find_layers(model, name):
+        layers += experts_of(target) if is_stack(target.module) else [target]
+    return Adapter(model, name, layers)

@@ -19,11 +19,12 @@ import threading
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
 from headstart import compat
+from headstart.layers.stacks import AnchoredParamWrapper, stacked
 from headstart.layers.weights import oriented, product, whole
 
 # The names of the modules that hold A0 and B0. Files tell the two forms apart by them.
@@ -185,6 +186,8 @@ def set_anchors(module: LoraLayer, adapter: str, A0: Tensor, B0: Tensor, kind: s
         # FSDP2 gathers the factors for the forward pass, so anchors beside them are held whole.
         getattr(module, name)[adapter] = Start(whole(value.detach()).to(device=like.device, dtype=like.dtype).clone())
     module.lora_variant[adapter] = VARIANTS[kind]()
+    if isinstance(module, ParamWrapper):
+        module.__class__ = AnchoredParamWrapper  # which asks no variant what it computes
 
 
 @torch.no_grad()
@@ -214,13 +217,3 @@ def delta_weight(module: LoraLayer, adapter: str) -> Tensor:
     A0, B0 = module.lora_start_A[adapter].weight, module.lora_start_B[adapter].weight
     A_out, B_out = stacked(module.lora_A[adapter].weight, module.lora_B[adapter].weight, A0, B0)
     return oriented(module, product(B_out, A_out) * module.scaling[adapter])
-
-
-def stacked(dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (A_out (2 r, d_in), B_out (d_out, 2 r)) of the plain LoRA that does what an anchored layer does.
-
-    A_out = [A0 + dA; dA] and B_out = [dB, B0], in float32 at least: in half precision the sum would lose digits of dA
-    that the layer computes with.
-    """
-    dA, dB, A0, B0 = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (dA, dB, A0, B0))
-    return torch.cat((A0 + dA, dA)), torch.cat((dB, B0), dim=1)

@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import BASE_PREFIX, LayerError, nearest, not_finite
 from headstart.layers.core import core_of, form_of
-from headstart.layers.formats import check_not_tensor_parallel, format_of, home, quantisation, unreadable
+from headstart.layers.formats import NUMBERS, check_not_tensor_parallel, format_of, home, quantisation, unreadable
 from headstart.layers.frozen import frozen_factors
 from headstart.layers.unwrap import plain_name
-from headstart.layers.weights import base_weight, dense, is_transposed, place, weight_digest
+from headstart.layers.weights import adapted_parameter, dense, is_transposed, place, weight_digest
 from headstart.linalg.product import product_norm
 from headstart.methods.base import Factors, Layer
 from headstart.names import kind_of
@@ -91,7 +91,19 @@ class TargetLayer:
     @property
     def sharded(self) -> bool:
         """Whether the weight is sharded over processes, so that all must read it together."""
-        return isinstance(self.module.get_base_layer().weight, DTensor)
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the base model's parameters that the layer adapts: the weight, and what stands beside it."""
+        return list(self.module.get_base_layer().parameters())
+
+    def stored(self) -> Tensor:
+        """Return the weight as it is stored, detached; whole, and dequantised where it has to be.
+
+        Raises:
+            LayerError: it can't be read.
+        """
+        return dense(self.module.get_base_layer(), adapted_parameter(self.module))
 
     def weight(self) -> Tensor:
         """Return W (d_out, d_in) in float32.
@@ -99,7 +111,7 @@ class TargetLayer:
         Raises:
             LayerError: it holds NaN or infinity.
         """
-        weight = base_weight(self.module)
+        weight = (self.stored().T if self.transposed else self.stored()).to(self.device).float()
         # The extremes are NaN or infinite where any entry is, and need no memory of their own.
         if not all(math.isfinite(float(extreme)) for extreme in torch.aminmax(weight)):
             raise not_finite(self.name)
@@ -107,7 +119,7 @@ class TargetLayer:
 
     def digest(self) -> str:
         """Return the digest of the weight as it is stored."""
-        return weight_digest(dense(self.module.get_base_layer()))
+        return weight_digest(self.stored())
 
     def start_norm(self, factors: Factors) -> float:
         """Return the Frobenius norm of s B A, or of s B R A."""
@@ -251,12 +263,8 @@ def set_residual_owner(module: LoraLayer, adapter: str | None) -> None:
 def _check_kind(target: TargetLayer) -> None:
     base = target.module.get_base_layer()
     if isinstance(target.module, ParamWrapper):
-        raise LayerError(
-            f"layer {target.name.replace('.base_layer', '')!r} is adapted through its parameter "
-            f"{target.module.parameter_name!r} (PEFT's target_parameters, as for the experts that some mixtures hold "
-            "in one tensor): only whole linear layers can be initialised. Name those in target_modules, such as "
-            "['q_proj', 'v_proj'], because 'all-linear' takes such parameters too."
-        )
+        _check_stack(target, target.module)
+        return
     # PEFT's layers on bitsandbytes' can't be imported where that isn't installed.
     supported = isinstance(target.module, Linear) or type(target.module).__module__ == "peft.tuners.lora.bnb"
     if not supported or not isinstance(base, (nn.Linear, Conv1D)):
@@ -273,13 +281,27 @@ def _check_kind(target: TargetLayer) -> None:
         raise LayerError(f"layer {target.name!r} has lora_bias=True, which is not supported; set lora_bias=False.")
 
 
+def _check_stack(target: TargetLayer, module: ParamWrapper) -> None:
+    """Refuse a parameter (of experts, of a router) that is none of plain numbers."""
+    base, name = module.get_base_layer(), module.parameter_name
+    words, parameter = format_of(base), module.get_param()
+    if not words and parameter.dtype not in NUMBERS:
+        words = f"{str(parameter.dtype).removeprefix('torch.')} codes"
+    if words:
+        raise LayerError(
+            f"layer {target.name.replace('.base_layer', '')!r} holds its parameter {name!r} in {words}: only plain "
+            "numbers can be initialised; load the base model unquantised."
+        )
+
+
 def _check_tied(target: TargetLayer, holders: dict[int, list[str]]) -> None:
-    weight = target.module.get_base_layer().weight
-    own = f"{target.name}.base_layer"
-    others = [name for name in holders.get(id(weight), []) if name.removeprefix(BASE_PREFIX) != own]
+    weight = getattr(target.module.get_base_layer(), adapted_parameter(target.module))
+    own = target.name.replace(".base_layer", "")
+    names = (name.removeprefix(BASE_PREFIX).replace(".base_layer", "") for name in holders.get(id(weight), []))
+    others = [name for name in names if name != own]
     if others:
         raise LayerError(
-            f"layer {target.name!r} shares its weight with {others[0].removeprefix(BASE_PREFIX)!r} (tied weights): an "
+            f"layer {target.name!r} shares its weight with {others[0]!r} (tied weights): an "
             "adapter on one of them can't be merged; leave it out of target_modules."
         )
 

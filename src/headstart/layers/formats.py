@@ -21,7 +21,7 @@ from torch.distributed.tensor.placement_types import Shard
 from headstart.errors import LayerError
 
 _BITSANDBYTES = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
-_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Names of what quantisers keep beside a weight, or in place of it: weight_scale_inv, qweight, W_q, codebooks, ...
 _BESIDE = re.compile(r"scale|zero|quant|qweight|W_q|code|packed|absmax|g_idx|tables|qbias|lut", re.IGNORECASE)
 # Layers that round their weight when they run, or hold it rounded.
@@ -126,7 +126,7 @@ def format_of(base: nn.Module) -> str:
             return f"FP8 ({layer}, {_plain(weight.dtype)})"
         if type(numbers) not in (Tensor, nn.Parameter):
             return f"a {type(numbers).__name__} of {type(numbers).__module__.partition('.')[0]}"
-        if weight.dtype not in _NUMBERS:
+        if weight.dtype not in NUMBERS:
             return f"{_plain(weight.dtype)} codes ({layer})"
     beside = next((name for name in _tensors(base) if name not in ("weight", "bias") and _BESIDE.search(name)), None)
     if beside is None:

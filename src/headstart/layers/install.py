@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch.distributed.tensor import DTensor
 
 from headstart._version import __version__
@@ -18,8 +19,10 @@ from headstart.layers.find import TargetLayer, is_dora, lora_layers, set_record,
 from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, thaw_factors
 from headstart.layers.mark import PLAIN, make_mark
+from headstart.layers.stacks import product_of_stack
 from headstart.layers.watch import watch
 from headstart.layers.weights import (
+    adapted_parameter,
     assign,
     base_weight,
     fingerprint,
@@ -62,7 +65,7 @@ def install(
     """
     with ExitStack() as undo:
         for target, factors in starts:
-            sample = fingerprint(target.module.get_base_layer())
+            sample = fingerprint(target.module.get_base_layer(), adapted_parameter(target.module))
             with full_precision([target.module]):
                 _install_one(target, factors, forms[target.name], undo)
             undo.callback(set_record, target, None)
@@ -137,7 +140,7 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
             f"layer {target.name!r} holds adapter {others[0]!r} as well, which residual weights would change; use "
             'form="anchored".'
         )
-    weight = module.get_base_layer().weight
+    weight = getattr(module.get_base_layer(), adapted_parameter(module))
     if kind := quantisation(module.get_base_layer()):
         raise LayerError(
             f"layer {target.name!r} is quantised ({kind}), and nothing can be subtracted from its weight; use "
@@ -157,8 +160,9 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
     set_residual_owner(module, adapter)
     undo.callback(setattr, weight, "data", weight.data)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    start = product(whole(module.lora_B[adapter].weight).to(dtype), whole(module.lora_A[adapter].weight).to(dtype))
-    residual = weight.data.to(dtype) - oriented(module, start * target.scaling)
+    A, B = (whole(factor[adapter].weight).to(dtype) for factor in (module.lora_A, module.lora_B))
+    start = product_of_stack(module, A, B) if isinstance(module, ParamWrapper) else oriented(module, product(B, A))
+    residual = weight.data.to(dtype) - start * target.scaling
     weight.data = residual.to(weight.dtype)
 
 

@@ -26,8 +26,7 @@ def left_out(model: nn.Module, layers: Sequence[TargetLayer]) -> LeftOut:
     """
     added = {id(parameter) for module in model.modules() for parameter in _added(module)}
     # Where a method shares ranks out, a layer may be left without any, and so without the adapter.
-    adapted = [layer.module.get_base_layer() for layer in layers if layer.trainable]
-    reached = {id(parameter) for base in adapted for parameter in base.parameters()}
+    reached = {id(parameter) for layer in layers if layer.trainable for parameter in layer.parameters()}
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             reached |= {id(parameter) for parameter in module.original_module.parameters()}

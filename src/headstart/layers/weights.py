@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -47,7 +47,12 @@ def place(layer: LoraLayer) -> torch.device:
     return precision.solving_device(home(layer.get_base_layer()))
 
 
-def dense(base: nn.Module) -> Tensor:
+def adapted_parameter(layer: LoraLayer) -> str:
+    """Return the name that the parameter which a LoRA layer adapts has in its base layer."""
+    return layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+
+
+def dense(base: nn.Module, parameter: str = "weight") -> Tensor:
     """Return a base layer's weight, detached and in its own storage order; whole, and dequantised where it has to be.
 
     One that accelerate keeps elsewhere is brought in for the moment. bitsandbytes' 4-bit layers are reordered for
@@ -60,7 +65,7 @@ def dense(base: nn.Module) -> Tensor:
     if why := unreadable(base):
         raise LayerError(f"a layer {why}")
     with align_module_device(base):
-        return _dense(base)
+        return _dense(base) if parameter == "weight" else whole(base.get_parameter(parameter).detach())
 
 
 def _dense(base: nn.Module) -> Tensor:
@@ -142,14 +147,14 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(base, Conv1D) else (rows, columns)
 
 
-def fingerprint(base: nn.Module, values: int = 8) -> list[float] | None:
+def fingerprint(base: nn.Module, parameter: str = "weight", values: int = 8) -> list[float] | None:
     """Return a few of a base layer's weights, evenly spread over it: enough to tell one base model from another.
 
     None where they can't be read.
     """
     if unreadable(base):
         return None
-    flat = dense(base).reshape(-1)
+    flat = dense(base, parameter).reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, values, dtype=torch.float64, device="cpu").long()
     return [float(value) for value in flat[places.to(flat.device)].float()]
 

@@ -147,6 +147,12 @@ class Method(ABC):
             LayerError: the start's form doesn't go with what the layer is.
             MethodError: a setting is missing.
         """
+        if layer.stacked and (why := self._not_for_stacks(layer)):
+            raise LayerError(
+                f"layer {layer.name!r} is a matrix in a parameter that PEFT adapts as a whole, and method "
+                f"{self.name!r} {why}, which such matrices can't give; use another method for them, as in "
+                "hs.PerLayer({'experts.*': hs.PiSSA(), '*': ...}), or leave the parameter out of target_parameters."
+            )
         if layer.dora and self.form == "anchored":
             raise LayerError(
                 f"layer {layer.name!r} uses DoRA, whose norms leave no place for a start that is subtracted again; use "
@@ -163,6 +169,18 @@ class Method(ABC):
                 + ("freezes B as well, for a core." if self.form == "core" else "starts A at zero, so B can't matter.")
                 + " Use another method, or one without lora_fa_."
             )
+
+    def _not_for_stacks(self, layer: Layer) -> str:
+        """Return what the method needs that a matrix in a stack of experts doesn't have; empty where it has all."""
+        wants = self.wants(layer)
+        needs = {
+            "puts a core between A and B": self.form == "core",
+            "shares ranks out among layers": self.shares_ranks,
+            "searches the scale of its start in each layer's output": self.searches_scale,
+            "reads the layer's inputs": wants.input_moments or wants.preserved,
+            "reads the weights before their quantisation": wants.original,
+        }
+        return next((words for words, needed in needs.items() if needed), "")
 
     @abstractmethod
     def factors(self, layer: Layer) -> Factors:

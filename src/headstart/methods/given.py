@@ -140,6 +140,7 @@ class Layer:
         scaling: s, the factor in front of ``B A``.
         dora: the layer splits its weight into magnitude and direction.
         frozen: which of "lora_A" and "lora_B" don't train (LoRA-FA).
+        stacked: it is a matrix in a parameter that PEFT adapts as a whole, such as one of a mixture's experts.
         quantised: "4-bit" or "8-bit" where bitsandbytes holds the weight, else None.
         seed: the user's seed; :meth:`generator` derives the layer's own stream from it and the name.
         training: what is known of the fine-tuning to come.
@@ -159,6 +160,7 @@ class Layer:
     scaling: float
     dora: bool = False
     frozen: tuple[str, ...] = ()
+    stacked: bool = False
     quantised: str | None = None
     seed: int = 0
     training: Training = field(default_factory=Training)

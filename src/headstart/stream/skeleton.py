@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from headstart.errors import CheckpointError, LayerError, ModelError
+from headstart.layers.experts import is_stack
 from headstart.layers.find import TargetLayer, find_layers, lora_layers
 from headstart.stream.source import Source, check_model_folder
 from headstart.training.wrap import wrap_lora
@@ -118,6 +119,12 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
     layers = find_layers(model, ADAPTER)
     keys = {}
     for layer in layers:
+        if is_stack(layer.module):
+            raise LayerError(
+                f"layer {layer.name.replace('.base_layer', '')!r} is adapted through its parameter "
+                f"{layer.module.parameter_name!r}, which is not streamed: name linear layers in target_modules, such "
+                "as ['q_proj', 'v_proj'], because 'all-linear' takes such parameters too; or start the loaded model."
+            )
         keys[f"{layer.name}.weight"] = _key(layer, names, source)
     return Skeleton(model, layers, {**tied, **names, **keys})
 

@@ -1,0 +1,97 @@
+"""Experts that a mixture holds in one tensor: each expert's matrix is a layer of its own to a start.
+
+Transformers keeps the experts of a layer as parameters of shape (E, d_out, d_in), or (E, d_in, d_out) where the module
+says ``is_transposed``, and PEFT adapts such a parameter, or a matrix on a module that is no linear layer such as a
+router's, through one ``ParamWrapper`` (``target_parameters``): W_e + s B_e A_e for each expert e. It holds all A_e on
+top of each other, expert by expert, (E r, d_in), and of all B_e the first columns, then the second ones, (d_out, r E).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import Tensor, nn
+
+from headstart.layers.find import TargetLayer
+from headstart.layers.stacks import laid_together, swapped
+from headstart.methods.base import Factors, Layer
+
+
+@dataclass(frozen=True)
+class ExpertLayer(TargetLayer):
+    """One expert's matrix in a parameter that holds several.
+
+    Attributes:
+        stack: PEFT's layer of the parameter, under its own name.
+        expert: which of its matrices, from 0.
+    """
+
+    stack: TargetLayer
+    expert: int
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the matrices are stored as (d_in, d_out)."""
+        return not swapped(self.module)
+
+    @property
+    def trainable(self) -> int:
+        """The numbers of A_e and B_e that train."""
+        sides = {"lora_A": self.d_in, "lora_B": self.d_out}
+        frozen = self.module.frozen_peft_weight_names.get(self.adapter, ())
+        return self.r * sum(side for name, side in sides.items() if name not in frozen)
+
+    def facts(self) -> Layer:
+        """Return what a method may know of the matrix before anything is read."""
+        return replace(super().facts(), stacked=True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameter that the matrix lies in, and the bias that belongs to it (gpt-oss has such)."""
+        own = self.module.get_base_layer().named_parameters(recurse=False)
+        return [parameter for name, parameter in own if name.startswith(self.module.parameter_name)]
+
+    def stored(self) -> Tensor:
+        """Return the matrix in its own storage order, detached."""
+        stack = super().stored()
+        return stack[self.expert] if stack.ndim == 3 else stack
+
+
+def is_stack(module: LoraLayer) -> bool:
+    """Return whether a layer of PEFT's adapts a parameter, and not a module."""
+    return isinstance(module, ParamWrapper)
+
+
+def experts_of(stack: TargetLayer) -> list[TargetLayer]:
+    """Return the layers that a start sees in place of a parameter's: one for each expert, or for a single matrix one.
+
+    Their names are those that separate experts would have, ``mlp.experts.3.gate_up_proj``, so that patterns and kinds
+    are the same.
+    """
+    module: Any = stack.module
+    holder, parameter = stack.name.replace(".base_layer", ""), module.parameter_name
+    if module.get_param().ndim == 2:
+        names = [holder if parameter == "weight" else f"{holder}.{parameter}"]
+    else:
+        names = [f"{holder}.{expert}.{parameter}" for expert in range(module.num_experts)]
+    return [ExpertLayer(name, module, stack.adapter, stack, expert) for expert, name in enumerate(names)]
+
+
+def joined(starts: Sequence[tuple[TargetLayer, Factors]]) -> list[tuple[TargetLayer, Factors]]:
+    """Return starts with those of a parameter's experts put together, in PEFT's layout, as one of its layer."""
+    ready: dict[str, tuple[TargetLayer, Factors]] = {}
+    by_stack: dict[str, list[tuple[ExpertLayer, Factors]]] = defaultdict(list)
+    for layer, factors in starts:
+        if not isinstance(layer, ExpertLayer):
+            ready[layer.name] = layer, factors
+            continue
+        by_stack[layer.stack.name].append((layer, factors))
+        ready.setdefault(layer.stack.name, (layer.stack, factors))
+    for name, experts in by_stack.items():
+        parts = [factors for _, factors in sorted(experts, key=lambda pair: pair[0].expert)]
+        A, B = laid_together([part.A for part in parts], [part.B for part in parts])
+        ready[name] = ready[name][0], replace(parts[0], A=A, B=B)
+    return list(ready.values())

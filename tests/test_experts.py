@@ -1,0 +1,203 @@
+"""Starts for experts that a mixture holds in one tensor, and for routers: against dense oracles and PEFT's own merge."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
+
+import headstart as hs
+from conftest import logits
+from headstart.errors import LayerError
+from headstart.layers.adapters import find
+from headstart.layers.experts import ExpertLayer
+from headstart.layers.stacks import laid_together, taken_apart
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+COMMON = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    num_experts_per_tok=2,
+)
+CONFIGS = {
+    "mixtral": lambda: MixtralConfig(**COMMON, num_local_experts=4),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**COMMON, num_experts=4, moe_intermediate_size=24, head_dim=8),
+    "gpt-oss": lambda: GptOssConfig(**COMMON, num_local_experts=4, head_dim=8),
+    "llama4": lambda: Llama4TextConfig(
+        **COMMON | {"num_experts_per_tok": 1},
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        head_dim=8,
+        interleave_moe_layer_step=1,
+    ),
+    "deepseek-v3": lambda: DeepseekV3Config(
+        **COMMON,
+        n_routed_experts=4,
+        moe_intermediate_size=24,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_shared_experts=1,
+    ),
+}
+
+
+def moe(kind, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+    for parameter in model.parameters():
+        # Some of these models leave their experts without values, or at zero.
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.02)
+    return model.to(dtype)
+
+
+def wrapped(model, **settings):
+    defaults = {"target_modules": ["q_proj", "o_proj"], "target_parameters": EXPERTS} | settings
+    return get_peft_model(model, LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **defaults))
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 64, (2, 12), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def stacks(model):
+    return {layer.stack.name: layer.stack for layer in find(model, None).layers if isinstance(layer, ExpertLayer)}
+
+
+def parts(module, adapter="default"):
+    return taken_apart(module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.num_experts)
+
+
+def matrices(module):
+    """Each expert's W (d_out, d_in) as PEFT takes it, in float64."""
+    parameter = module.get_param().detach().double()
+    return parameter if module._did_swap_in_out_features else parameter.mT
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_layouts_are_pefts_own(kind):
+    model = wrapped(moe(kind))
+    for stack in stacks(model).values():
+        module = stack.module
+        torch.nn.init.normal_(module.lora_B["default"].weight)
+        A, B = parts(module)
+        expected = module.get_delta_weight("default").double()
+        product = module.scaling["default"] * B.double() @ A.double()
+        torch.testing.assert_close(product if module._did_swap_in_out_features else product.mT, expected)
+        again = laid_together(list(A), list(B))
+        assert torch.equal(again[0], module.lora_A["default"].weight)
+        assert torch.equal(again[1], module.lora_B["default"].weight)
+
+
+@pytest.mark.parametrize("form", ["anchored", "residual"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_pissa_of_every_expert_is_that_of_its_matrix(kind, form):
+    model = wrapped(moe(kind))
+    weights = {name: matrices(stack.module) for name, stack in stacks(model).items()}
+    layers = {name: stack.module for name, stack in stacks(model).items()}
+    before = logits(model, batch())
+    report = hs.initialize_(model, "pissa", form=form, cache=False)
+    for name, module in layers.items():
+        s = module.scaling["default"]
+        if form == "anchored":
+            A, B = taken_apart(
+                module.lora_start_A["default"].weight, module.lora_start_B["default"].weight, module.num_experts
+            )
+        else:
+            A, B = parts(module)
+        for expert, W in enumerate(weights[name]):
+            U, S, Vh = torch.linalg.svd(W)
+            best = (U[:, :3] * S[:3]) @ Vh[:3]
+            torch.testing.assert_close(s * B[expert].double() @ A[expert].double(), best, rtol=1e-5, atol=1e-6)
+    after = logits(model, batch())
+    if form == "anchored":
+        assert torch.equal(before, after)
+    else:
+        torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)
+    experts = [layer for layer in report.layers if "experts" in layer.name]
+    assert {layer.name.split(".")[-1] for layer in experts} == {"gate_up_proj", "down_proj"}
+    assert not any(name.endswith(".experts") for name in report.left_out.experts)  # shared ones are linear layers
+
+
+WEIGHT_ONLY = ["lora", "init-ab", "pissa", "olora", "milora", "inilora", "mica", "rlpo", "olora-tail", "geora", "loram"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("method", WEIGHT_ONLY)
+def test_training_and_merging(method, dtype):
+    """A trained start computes what PEFT's own merge of it does, and the base comes back when it is taken out."""
+    model = wrapped(moe("qwen3-moe", dtype))
+    base = {name: value.clone() for name, value in model.state_dict().items() if "lora" not in name}
+    before = logits(model, batch())
+    hs.initialize_(model, method, cache=False)
+    assert torch.equal(logits(model, batch()), before)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    trained = logits(model, batch())
+    assert not torch.equal(trained, before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch()), before)
+    merged = copy.deepcopy(model).merge_and_unload()
+    tolerance = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.1, atol=0.1)
+    torch.testing.assert_close(logits(merged, batch()).float(), trained.float(), **tolerance)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    for name, value in model.state_dict().items():
+        if name in base:
+            torch.testing.assert_close(value, base[name], rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-6)
+
+
+def test_routers_start_as_matrices():
+    model = wrapped(moe("mixtral"), target_modules="all-linear", target_parameters=None)
+    names = [layer.name for layer in find(model, None).layers]
+    assert "model.layers.0.mlp.gate" in names
+    assert "model.layers.1.mlp.experts.3.down_proj" in names
+    before = logits(model, batch())
+    hs.initialize_(model, "pissa", cache=False)
+    assert torch.equal(logits(model, batch()), before)
+
+
+@pytest.mark.parametrize("method", ["lora-xs", "gora", "lora-one:scale=search", "eva", "corda", "lora-da"])
+def test_what_experts_cannot_give_is_refused(method):
+    model = wrapped(moe("mixtral"))
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(LayerError, match=r"experts\.0\.down_proj' is a matrix in a parameter.*PerLayer"):
+        hs.initialize_(model, method, data=[batch()])
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+def test_different_starts_for_experts_and_attention():
+    model = wrapped(moe("qwen3-moe"))
+    report = hs.initialize_(model, hs.PerLayer({"experts.*": hs.PiSSA(), "*": hs.OLoRA()}), cache=False)
+    assert {layer.method for layer in report.layers if "experts" in layer.name} == {"pissa"}
+    assert {layer.method for layer in report.layers if "self_attn" in layer.name} == {"olora"}
