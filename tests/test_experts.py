@@ -18,9 +18,10 @@ from transformers import (
 
 import headstart as hs
 from conftest import logits
-from headstart.errors import LayerError
+from headstart.errors import HeadstartWarning, LayerError
 from headstart.layers.adapters import find
-from headstart.layers.experts import ExpertLayer
+from headstart.layers.experts import ExpertLayer, is_stack
+from headstart.layers.find import lora_layers
 from headstart.layers.stacks import laid_together, taken_apart
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -201,3 +202,72 @@ def test_different_starts_for_experts_and_attention():
     report = hs.initialize_(model, hs.PerLayer({"experts.*": hs.PiSSA(), "*": hs.OLoRA()}), cache=False)
     assert {layer.method for layer in report.layers if "experts" in layer.name} == {"pissa"}
     assert {layer.method for layer in report.layers if "self_attn" in layer.name} == {"olora"}
+
+
+def sample_gradients(model, batches, names):
+    """The mean over samples of each sample's own loss gradient, in float64, by parameter."""
+    model = copy.deepcopy(model).double()
+    model.set_experts_implementation("eager")  # the others compute in float32 at most
+    sums = {}
+    count = 0
+    for whole in batches:
+        for row in range(len(whole["input_ids"])):
+            model.zero_grad()
+            model(**{key: value[row : row + 1] for key, value in whole.items()}).loss.backward()
+            count += 1
+            for name, parameter in model.named_parameters():
+                if name in names:
+                    sums[name] = sums.get(name, 0) + parameter.grad
+    return {name: value / count for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("target_modules", [["q_proj"], []], ids=["beside attention", "alone"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_gradient_starts_of_experts_are_those_of_their_matrices(kind, target_modules):
+    base = moe(kind)
+    data = [batch(seed) for seed in range(3)]
+    names = [name for name, parameter in base.named_parameters() if parameter.ndim == 3]
+    gradients = sample_gradients(base, data, names)
+    for parameter in base.parameters():
+        assert parameter.grad is None
+    model = wrapped(base, target_modules=target_modules)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    hs.initialize_(model, "lora-one:samples=6", data=data)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, stack in named_stacks(model):
+        module = stack.module
+        G = gradients[name].double()
+        G = G if module._did_swap_in_out_features else G.mT
+        A, B = parts(module)
+        for expert in range(module.num_experts):
+            U, S, Vh = torch.linalg.svd(-G[expert])
+            best = (U[:, :3] * S[:3]) @ Vh[:3]
+            product = B[expert].double() @ A[expert].double()
+            if not float(S[0]):
+                assert not product.any()
+                continue
+            # LoRA-One's product is the rank-r part of -G up to its own scale.
+            cosine = float((product * best).sum() / product.norm() / best.norm())
+            assert cosine > 1 - 1e-4
+
+
+def named_stacks(model):
+    for target in lora_layers(model, "default"):
+        if is_stack(target.module):
+            holder = target.name.replace(".base_layer", "")
+            yield f"{holder}.{target.module.parameter_name}", target
+
+
+def test_experts_that_no_token_reached_start_as_lora_does():
+    base = moe("mixtral")
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.mlp.gate.weight[2:] = -layer.mlp.gate.weight[:1] * 0  # equal logits: ties go to the first two
+            layer.mlp.gate.weight[:2] = 0
+    model = wrapped(base)
+    with pytest.warns(HeadstartWarning, match=r"experts\.\d\.\w+, .* and \d+ more: .*no gradient") as caught:
+        report = hs.initialize_(model, "lora-one:samples=4", data=[batch(0), batch(1)])
+    assert len([warning for warning in caught if "no gradient" in str(warning.message)]) == 1
+    unreached = [layer for layer in report.layers if "experts" in layer.name and layer.norm_product == 0]
+    assert unreached and all(layer.note for layer in unreached)

@@ -12,6 +12,7 @@ from torch import nn
 
 from headstart.context import Context
 from headstart.errors import DataError, LayerError, MethodError
+from headstart.layers.experts import ExpertLayer
 from headstart.layers.original import Original
 from headstart.layers.parts import Part
 from headstart.layers.weights import model_device
@@ -21,6 +22,7 @@ from headstart.statistics.gather import Statistics
 from headstart.statistics.moments import kind_moments
 from headstart.statistics.plan import parse_bytes
 from headstart.statistics.prepare import prepare
+from headstart.statistics.stacks import stacks_of
 from headstart.statistics.training import TrainingData
 
 # Of memory, for what is known to fit.
@@ -158,7 +160,7 @@ class _Passes:
         assert data.batches is not None
         return prepare(
             self._model,
-            {layer.name: layer.module for layer in layers},
+            {layer.name: layer.module for layer in layers if not isinstance(layer, ExpertLayer)},
             wants,
             data.batches,
             method.sample_count(data.training.population),
@@ -171,6 +173,7 @@ class _Passes:
             adapter=layers[0].adapter,
             loss=data.loss,
             single=data.single,
+            stacks=stacks_of([layer for layer in layers if layer.name in wants]),
         )
 
 

@@ -26,6 +26,7 @@ from headstart.statistics.probe import InputsSeen, inputs_seen
 from headstart.statistics.quiet import active_beside, drawn_from, quiet
 from headstart.statistics.reader import Reader
 from headstart.statistics.runs import Loss
+from headstart.statistics.stacks import Stack
 from headstart.statistics.sums import Shape
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def prepare(
     adapter: str | None = None,
     loss: Loss | None = None,
     single: bool = False,
+    stacks: Sequence[Stack] = (),
 ) -> Collector:
     """Read the data into memory, run two samples forward, and plan the passes.
 
@@ -73,6 +75,7 @@ def prepare(
         adapter: the one that is started; others that are active, and so switched off, are named in a note.
         loss: see :class:`headstart.statistics.reader.Reader`.
         single: each batch is one sample, and read as a whole.
+        stacks: parameters whose matrices are layers, of which gradients are all that is wanted.
 
     Raises:
         DataError: the data are empty, a sample has no label, the model gives no loss, or the loss is not finite.
@@ -80,15 +83,14 @@ def prepare(
     processes = processes or Processes()
     lockstep = processes.several and is_sharded(model)
     device = model_device(model)
-    modules = {name: layers[name].get_base_layer() for name in wanted}
+    sizes = {name: (int(layer.out_features), int(layer.in_features)) for name, layer in layers.items()}
+    stacked = {name: stack.size for stack in stacks for name in stack.names}
+    modules = {name: layers[name].get_base_layer() for name in wanted if name in layers}
     tokens: Tokens = next((wants.tokens for wants in wanted.values()), "attention")
     backward = any(wants.backward for wants in wanted.values())
     in_step_with = processes if lockstep else None
-    reader = Reader(model, modules, tokens, in_step_with=in_step_with, loss=loss, whole=single, seed=seed)
-    shapes = {
-        name: Shape(int(layers[name].out_features), int(layers[name].in_features), wants)
-        for name, wants in wanted.items()
-    }
+    reader = Reader(model, modules, tokens, in_step_with=in_step_with, loss=loss, whole=single, seed=seed, stacks=stacks)
+    shapes = {name: Shape(*(sizes | stacked)[name], wants) for name, wants in wanted.items()}
     # One plan for all, though each has its own idea of what is free.
     budget = min(processes.gather(parse_bytes(memory_budget, torch.device("cpu") if offload == "cpu" else device)))
     with together(processes), drawn_from(seed, device):
@@ -97,6 +99,8 @@ def prepare(
             check_labels(chunk)
     own_chunks, spare = _share(chunks, samples, reader, processes, lockstep, single)
     groups, layouts, seconds = _probe(model, modules, own_chunks or [spare], reader, processes, lockstep)
+    # What reads a matrix of a stack is the stack's own business.
+    groups |= {name: len(modules) + place for place, name in enumerate(shapes) if name in stacked}
     plan = make_plan(_needs(shapes, groups), budget, seconds=seconds)
     logger.info("data: %s", plan)
     return Collector(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -29,6 +29,7 @@ from headstart.statistics.losses import infinite_loss, loss_of, only_first_label
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.quiet import drawn_from
 from headstart.statistics.runs import Loss, Runs
+from headstart.statistics.stacks import Stack, parameters_tapped
 from headstart.statistics.sums import Regroup, Sums
 from headstart.statistics.tap import LossScale, tapped
 from headstart.statistics.trial import Run, Seen, rounding, tried
@@ -58,6 +59,7 @@ class Reader:
             or has no loss by itself, of whole batches.
         whole: read batches as wholes with their own loss, as losses need that compare the samples of a batch.
         seed: of what a loss draws at random.
+        stacks: parameters whose matrices are layers.
 
     Attributes:
         device: of the model's inputs.
@@ -74,7 +76,9 @@ class Reader:
         loss: Loss | None = None,
         whole: bool = False,
         seed: int = 0,
+        stacks: Sequence[Stack] = (),
     ) -> None:
+        self._stacks = stacks
         self._model = model
         self._modules = modules
         self._tokens = tokens
@@ -105,11 +109,16 @@ class Reader:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
         samples = Samples(moved(samples.batch, self.device), samples.indices, samples.cut)
         self.learn(samples)
-        names = {name: self._modules[name] for name in sums.shapes}
+        modules = {name: self._modules[name] for name in sums.shapes if name in self._modules}
+        stacks = [stack for stack in self._stacks if not sums.shapes.keys().isdisjoint(stack.names)]
+
+        def add(stack: Stack, gradient: Tensor) -> None:
+            sums.add_matrices(stack.names, stack.matrices(gradient))
+
         for part in self._parts(samples):
             expected = self._expected(part)
             draws = drawn_from(self._seed + 7919 * part.first, self.device)
-            with draws, tapped(names, sums.watch, self._scale):
+            with draws, tapped(modules, sums.watch, self._scale), parameters_tapped(stacks, add, self._scale):
                 self._accumulate(part, sums, expected)
 
     def learn(self, samples: Samples) -> None:
@@ -268,7 +277,7 @@ class Reader:
         return partial(self._runs.apart, batch, 1) if self._way == "own" else partial(self._runs.whole, batch, 1)
 
     def _tried(self, run: Callable[[], Run], draw: int) -> Seen:
-        return tried(run, self._modules, self._scale, self._seed + draw, self.device, self._most)
+        return tried(run, self._modules, self._scale, self._seed + draw, self.device, self._most, self._stacks)
 
     # Reading.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -131,6 +131,19 @@ class Sums:
         if not self.muted:
             shared = self._shared(name, inputs)
             self._add_inputs(name, inputs.detach().reshape(-1, inputs.shape[-1]), shared)
+
+    def add_matrices(self, names: Sequence[str], gradients: Tensor) -> None:
+        """Add gradients (E, d_out, d_in) of matrices that one parameter stacks; those of zeros were not reached."""
+        if self.muted:
+            return
+        for name, gradient in zip(names, gradients, strict=True):
+            if name not in self.shapes or not bool(gradient.count_nonzero()):
+                continue
+            layer, shape = self.layers[name], self.shapes[name]
+            layer.reached = True
+            if layer.gradient is None:
+                layer.gradient = _zeros(shape.d_out, shape.d_in, device=self._place(gradient))
+            layer.gradient += gradient.to(layer.gradient)
 
     def clear(self) -> None:
         """Forget all that was summed, to begin anew."""

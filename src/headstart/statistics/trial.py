@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headstart.linalg.precision import float32_switches
 from headstart.statistics.quiet import drawn_from
+from headstart.statistics.stacks import Stack, parameters_tapped, squared_norm
 from headstart.statistics.tap import LossScale, Sink, tapped
 
 
@@ -55,6 +56,7 @@ def tried(
     seed: int,
     device: torch.device,
     agreed: Callable[[float], float],
+    stacks: Sequence[Stack] = (),
 ) -> Seen:
     """Run forward and backward once, with chance drawn from a seed, without anything being summed.
 
@@ -64,6 +66,7 @@ def tried(
         scale, agreed: see :class:`headstart.statistics.tap.LossScale`.
         seed: of whatever is drawn at random.
         device: of the model.
+        stacks: parameters whose gradients are looked at likewise.
     """
     squares: dict[str, list[Tensor]] = {}
     loss = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -74,7 +77,10 @@ def tried(
 
         return sink
 
-    with drawn_from(seed, device), tapped(modules, watch, scale):
+    def notice(stack: Stack, gradient: Tensor) -> None:
+        squares.setdefault(stack.names[0], []).append(squared_norm(gradient))
+
+    with drawn_from(seed, device), tapped(modules, watch, scale), parameters_tapped(stacks, notice, scale):
         forward = run()
 
         def gradient_at(factor: float) -> Tensor:
