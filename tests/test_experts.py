@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -18,10 +19,14 @@ from transformers import (
 
 import headstart as hs
 from conftest import logits
-from headstart.errors import HeadstartWarning, LayerError
+from headstart.errors import CheckpointError, HeadstartWarning, LayerError
+from headstart.layers.adapter import make_plain
 from headstart.layers.adapters import find
+from headstart.layers.checkpoint import read_adapter
 from headstart.layers.experts import ExpertLayer, is_stack
+from headstart.layers.export import write_plain
 from headstart.layers.find import lora_layers
+from headstart.layers.inspection import inspect_adapter
 from headstart.layers.stacks import laid_together, taken_apart
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -271,3 +276,93 @@ def test_experts_that_no_token_reached_start_as_lora_does():
     assert len([warning for warning in caught if "no gradient" in str(warning.message)]) == 1
     unreached = [layer for layer in report.layers if "experts" in layer.name and layer.norm_product == 0]
     assert unreached and all(layer.note for layer in unreached)
+
+
+def trained(model, steps=3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        model(**batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+STARTS = {"anchored": ("pissa", {}), "residual": ("pissa", {"form": "residual"}), "kept": ("lora-one:samples=2", {})}
+
+
+def started(kind, start, rslora=False):
+    method, settings = STARTS[start]
+    model = wrapped(moe(kind), use_rslora=rslora)
+    hs.initialize_(model, method, data=[batch()] if start == "kept" else None, cache=False, **settings)
+    return trained(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*no gradient reached")
+@pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_is_exported_peft_loads_with_the_same_logits(kind, start, rslora, tmp_path):
+    model = started(kind, start, rslora)
+    expected = logits(model, batch())
+    hs.save_lora(model, tmp_path / "plain")
+    loaded = PeftModel.from_pretrained(moe(kind), tmp_path / "plain")
+    assert {type(module) for module in loaded.modules() if isinstance(module, ParamWrapper)} == {ParamWrapper}
+    torch.testing.assert_close(logits(loaded, batch()), expected, rtol=1e-4, atol=1e-4)
+    for target in lora_layers(loaded, "default"):
+        assert target.r == (3 if start == "kept" else 6)
+    # A rank that all of it fits into changes nothing; one that it doesn't loses what is said.
+    assert hs.save_lora(model, tmp_path / "whole", rank=6) == pytest.approx(0, abs=1e-4)
+    again = PeftModel.from_pretrained(moe(kind), tmp_path / "whole")
+    torch.testing.assert_close(logits(again, batch()), expected, rtol=1e-3, atol=1e-3)
+    lost = hs.save_lora(model, tmp_path / "less", rank=1)
+    assert 0 < lost < 1
+
+
+@pytest.mark.filterwarnings("ignore:.*no gradient reached")
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss", "llama4"])
+def test_checkpoints_come_back_and_go_on(kind, start, tmp_path):
+    model = started(kind, start)
+    expected = logits(model, batch())
+    hs.save_checkpoint(model, tmp_path / "checkpoint")
+    loaded = hs.load_checkpoint(moe(kind), tmp_path / "checkpoint")
+    loaded.eval()
+    # What is subtracted anew is rounded anew.
+    close = dict(rtol=1e-4, atol=1e-4) if start == "residual" else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(loaded, batch()), expected, **close)
+    torch.testing.assert_close(logits(trained(loaded), batch()), logits(trained(model), batch()), rtol=1e-3, atol=1e-3)
+    other = moe(kind)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name.endswith("down_proj") and parameter.ndim == 3:
+                parameter += 0.1
+    with pytest.raises(CheckpointError, match=r"another base model.*experts"):
+        hs.load_checkpoint(other, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+def test_pefts_own_saving_and_loading_keeps_anchors(kind, tmp_path):
+    """As a trainer saves and resumes."""
+    model = started(kind, "anchored")
+    expected = logits(model, batch())
+    model.save_pretrained(tmp_path / "peft")
+    loaded = PeftModel.from_pretrained(moe(kind), tmp_path / "peft", is_trainable=True)
+    torch.testing.assert_close(logits(loaded, batch()), expected, rtol=1e-5, atol=1e-5)
+    into = started(kind, "anchored")
+    into.load_adapter(tmp_path / "peft", "default", is_trainable=True)
+    torch.testing.assert_close(logits(into, batch()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_is_exported_and_looked_into(tmp_path):
+    model = started("mixtral", "anchored", rslora=True)
+    expected = logits(model, batch())
+    model.save_pretrained(tmp_path / "peft")  # without headstart.json
+    saved = read_adapter(tmp_path / "peft")
+    described = inspect_adapter(saved)
+    names = [layer.name for layer in described.layers]
+    assert "model.layers.1.mlp.experts.3.gate_up_proj" in names
+    assert all(len(layer.singular_values) >= 6 and layer.r == 3 for layer in described.layers)
+    plain = make_plain(saved.layers, saved.other_tensors, saved.config, None)
+    write_plain(plain, tmp_path / "plain")
+    loaded = PeftModel.from_pretrained(moe("mixtral"), tmp_path / "plain")
+    torch.testing.assert_close(logits(loaded, batch()), expected, rtol=1e-4, atol=1e-4)

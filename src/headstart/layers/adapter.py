@@ -17,17 +17,20 @@ from torch.nn.functional import pad
 from headstart.errors import BASE_PREFIX, CheckpointError
 from headstart.layers.anchored import START_NAMES, stacked
 from headstart.layers.core import CORE
+from headstart.layers.stacks import StackOf, key_of, laid_together, taken_apart
 from headstart.layers.unwrap import plain_name
 from headstart.linalg.product import product_norm, truncate_product
 
 T = TypeVar("T")
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class AdapterLayer:
     """One layer's tensors as they are stored: A (r, d_in), B (d_out, r), anchors or core where there are any, and s.
 
-    Of an anchored layer A and B are the differences to the anchors A0 and B0.
+    Of an anchored layer A and B are the differences to the anchors A0 and B0. Of a parameter that stacks matrices they
+    are (E r, d_in) and (d_out, r E), see :mod:`headstart.layers.stacks`.
     """
 
     A: Tensor
@@ -37,9 +40,31 @@ class AdapterLayer:
     scaling: float
     kind: str = "lora"
     core: Tensor | None = None
+    stack: StackOf | None = None
+
+    @property
+    def r(self) -> int:
+        """The rank, of each matrix of a stack."""
+        return self.A.shape[0] // (1 if self.stack is None else self.stack.experts)
+
+    def matrices(self) -> list[AdapterLayer]:
+        """Return the layers of a stack's matrices, each for itself; of any other layer itself."""
+        if self.stack is None:
+            return [self]
+        pairs = [(self.A, self.B)] + ([] if self.A0 is None or self.B0 is None else [(self.A0, self.B0)])
+        apart = [taken_apart(*pair, self.stack.experts) for pair in pairs]
+        return [
+            AdapterLayer(
+                *(part[expert] for part in apart[0]),
+                *(part[expert] for part in apart[-1]) if len(apart) == 2 else (None, None),
+                self.scaling,
+                self.kind,
+            )
+            for expert in range(self.stack.experts)
+        ]
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        """Return (A_out, B_out) of the plain LoRA that does the same on the untouched base model.
+        """Return (A_out, B_out) of the plain LoRA that does the same on the untouched base model; of no stack.
 
         That is (A, B) itself; of an anchored or residual layer A_out = [A0 + dA; dA] and B_out = [dB, B0], where
         dA = A - A0 and dB = B - B0; of a core layer A and B R. Whatever is computed for it is in float32 at least, as
@@ -55,10 +80,17 @@ class AdapterLayer:
         return stacked(self.A, self.B, self.A0, self.B0)
 
 
-def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, AdapterLayer], dict[str, Tensor]]:
+def split(
+    tensors: Mapping[str, Tensor], config: LoraConfig, stacks: Mapping[str, StackOf]
+) -> tuple[dict[str, AdapterLayer], dict[str, Tensor]]:
     """Sort a PEFT adapter's tensors into layers, and the others (heads that are trained beside it).
 
     Those that earlier versions of headstart wrote are read, too.
+
+    Args:
+        tensors: by PEFT's names.
+        config: of the adapter.
+        stacks: by layer, what is known of those whose parameter stacks several matrices.
 
     Raises:
         CheckpointError: a layer lacks one of its tensors, or their shapes don't fit together.
@@ -77,7 +109,7 @@ def split(tensors: Mapping[str, Tensor], config: LoraConfig) -> tuple[dict[str, 
             continue
         ending = next(ending for ending, its_role in roles.items() if its_role == role)
         parts.setdefault(key.removesuffix(f".{ending}").removeprefix(BASE_PREFIX), {})[role] = tensor
-    return {name: _layer(name, by_role, config) for name, by_role in parts.items()}, other_tensors
+    return {name: _layer(name, by_role, config, stacks.get(name)) for name, by_role in parts.items()}, other_tensors
 
 
 # How earlier versions named anchors and cores, which were parameters and not modules.
@@ -111,7 +143,7 @@ def renewed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return new
 
 
-def _layer(name: str, by_role: dict[str, Tensor], config: LoraConfig) -> AdapterLayer:
+def _layer(name: str, by_role: dict[str, Tensor], config: LoraConfig, stack: StackOf | None) -> AdapterLayer:
     kind = next((kind for kind in START_NAMES if any(role.startswith(kind) for role in by_role)), "lora")
     roles = ["A", "B"] if kind == "lora" else ["A", "B", f"{kind} A0", f"{kind} B0"]
     if kind == "lora" and "core" in by_role:
@@ -126,10 +158,13 @@ def _layer(name: str, by_role: dict[str, Tensor], config: LoraConfig) -> Adapter
     shapes_fit = shapes_fit and (core is None or tuple(core.shape) == (A.shape[0], A.shape[0]))
     if not shapes_fit or (A0 is not None and (A0.shape != A.shape or (B0 is not None and B0.shape != B.shape))):
         raise CheckpointError(f"the adapter's layer {name!r} has tensors whose shapes don't fit together.")
-    rank = A.shape[0]
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
-    scaling = alpha / rank**0.5 if config.use_rslora else alpha / rank
-    return AdapterLayer(A, B, A0, B0, float(scaling), kind, core)
+    if stack is not None and A.shape[0] % stack.experts:
+        raise CheckpointError(f"the adapter's layer {name!r} has tensors that don't fit {stack.experts} experts.")
+    layer = AdapterLayer(A, B, A0, B0, 1.0, kind, core, stack)
+    pattern_key = get_pattern_key(list(config.alpha_pattern), key_of(name, stack))
+    alpha = config.alpha_pattern.get(pattern_key, config.lora_alpha)
+    scaling = alpha / layer.r**0.5 if config.use_rslora else alpha / layer.r
+    return replace(layer, scaling=float(scaling))
 
 
 # What is said of any plain adapter: that PEFT draws its factors before it reads them, and that it is not for training.
@@ -173,29 +208,31 @@ def make_plain(
     """
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise CheckpointError(f"rank={rank!r} must be a whole number of at least 1.")
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    factors: dict[str, list[Pair]] = {}
     lost = whole = 0.0
     for name, layer in layers.items():
-        A, B = layer.plain()
-        if rank is not None and rank < A.shape[0]:
-            norm = layer.scaling * product_norm(B, A)
-            B, A, error = truncate_product(B, A, rank)
-            lost, whole = lost + (error * norm) ** 2, whole + norm**2
-        elif rank is not None:
-            whole += (layer.scaling * product_norm(B, A)) ** 2
-        factors[name] = A, B
+        factors[name] = []
+        for A, B in (matrix.plain() for matrix in layer.matrices()):
+            if rank is not None and rank < A.shape[0]:
+                norm = layer.scaling * product_norm(B, A)
+                B, A, error = truncate_product(B, A, rank)
+                lost, whole = lost + (error * norm) ** 2, whole + norm**2
+            elif rank is not None:
+                whole += (layer.scaling * product_norm(B, A)) ** 2
+            factors[name].append((A, B))
     scalings = {name: layer.scaling for name, layer in layers.items()}
     if uniform:
         factors, scalings = _uniform(factors, scalings)
-    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    ranks = {name: len(pairs[0][0]) for name, pairs in factors.items()}
     stranded = next((key for key in other_tensors if "lora_" in key), None)
-    fits = all(ranks[name] == layer.A.shape[0] and scalings[name] == layer.scaling for name, layer in layers.items())
+    fits = all(ranks[name] == layer.r and scalings[name] == layer.scaling for name, layer in layers.items())
     if stranded and not fits:
         raise CheckpointError(
             f"{stranded!r} can't be given another rank or scaling: only linear layers are exported at 2 r or less."
         )
     tensors: dict[str, Tensor] = dict(other_tensors)
-    for name, (A, B) in factors.items():
+    for name, pairs in factors.items():
+        A, B = pairs[0] if layers[name].stack is None else laid_together(*zip(*pairs, strict=True))
         tensors[f"{BASE_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{BASE_PREFIX}{name}.lora_B.weight"] = B
     if stranded:
@@ -206,19 +243,21 @@ def make_plain(
 
 
 def _uniform(
-    factors: Mapping[str, tuple[Tensor, Tensor]], scalings: Mapping[str, float]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+    factors: Mapping[str, list[Pair]], scalings: Mapping[str, float]
+) -> tuple[dict[str, list[Pair]], dict[str, float]]:
     """Return factors that do the same at the largest rank and the most common scaling."""
     if not factors:
         return {}, {}
-    rank, scaling = max(A.shape[0] for A, _ in factors.values()), _most_common(scalings)
-    padded = {}
-    for name, (A, B) in factors.items():
-        more = rank - A.shape[0]
-        if scalings[name] != scaling:
-            B = B.to(torch.promote_types(B.dtype, torch.float32)) * (scalings[name] / scaling)
-        padded[name] = pad(A, (0, 0, 0, more)), pad(B, (0, more))
-    return padded, dict.fromkeys(factors, scaling)
+    rank, scaling = max(len(pairs[0][0]) for pairs in factors.values()), _most_common(scalings)
+
+    def padded(A: Tensor, B: Tensor, own: float) -> Pair:
+        more = rank - len(A)
+        if own != scaling:
+            B = B.to(torch.promote_types(B.dtype, torch.float32)) * (own / scaling)
+        return pad(A, (0, 0, 0, more)), pad(B, (0, more))
+
+    alike = {name: [padded(A, B, scalings[name]) for A, B in pairs] for name, pairs in factors.items()}
+    return alike, dict.fromkeys(factors, scaling)
 
 
 def _fitting_config(
@@ -231,7 +270,7 @@ def _fitting_config(
 ) -> LoraConfig:
     """Return a config that gives every layer its rank and scaling, where ``patterns`` by the user's own patterns."""
     alphas = {name: _tidy(scalings[name] * rank) for name, rank in ranks.items()}
-    factors = {ranks[name] / layer.A.shape[0] for name, layer in layers.items()}
+    factors = {ranks[name] / layer.r for name, layer in layers.items()}
     if len(factors) == 1 and patterns and not config.use_rslora:
         # All layers grew alike (by 1 or by 2), so the user's own patterns stay readable: scale their values.
         factor = factors.pop()
@@ -244,12 +283,13 @@ def _fitting_config(
             **_WRITTEN,
         )
     r, alpha = _most_common(ranks), _most_common(alphas)
+    keys = {name: key_of(name, layer.stack) for name, layer in layers.items()}
     return replace(
         config,
         r=r,
         lora_alpha=alpha,
-        rank_pattern=exact_pattern(ranks, r),
-        alpha_pattern=exact_pattern(alphas, alpha),
+        rank_pattern=exact_pattern({keys[name]: rank for name, rank in ranks.items()}, r),
+        alpha_pattern=exact_pattern({keys[name]: own for name, own in alphas.items()}, alpha),
         use_rslora=False,
         **_WRITTEN,
     )

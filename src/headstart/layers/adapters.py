@@ -42,8 +42,8 @@ class Adapter:
         forms = {name: part.form(subtracting) for name, part in part_of.items()}
         notes = {name: start_note(part.method, seed) for name, part in part_of.items()}
         with ExitStack() as undo:
-            starts = set_ranks(self.model, self.name, joined(starts), undo)
-            install(self.model, starts, forms, notes)
+            starts = set_ranks(self.model, self.name, starts, undo)
+            install(self.model, joined(starts), forms, notes)
             undo.pop_all()
 
 

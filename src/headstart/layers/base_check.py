@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from headstart.layers.adapter import AdapterLayer
 from headstart.layers.files import RESIDUAL_MARK
 from headstart.layers.find import TargetLayer, base_of, lora_layers, residual_owner
 from headstart.layers.formats import quantisation
+from headstart.layers.stacks import StackOf
 from headstart.layers.weights import fingerprint, linear_shape
 
 
@@ -23,11 +25,12 @@ def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adap
     plain: dict[str, Any] = {}
     for name, layer in layers.items():
         try:
-            module: Any = base.get_submodule(name)
+            module: Any = base.get_submodule(name.replace(".base_layer", ""))
         except AttributeError:
             raise CheckpointError(f"{folder} belongs to another base model: this one has no layer {name!r}.") from None
         plain[name] = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        shape, saved_shape = linear_shape(plain[name]), (layer.B.shape[0], layer.A.shape[1])
+        saved_shape = layer.B.shape[0], layer.A.shape[1]
+        shape = linear_shape(plain[name]) if layer.stack is None else _matrix_shape(plain[name], layer.stack)
         if shape != saved_shape:
             raise CheckpointError(
                 f"{folder} belongs to another base model: layer {name!r} is {_times(shape)} here, and "
@@ -36,10 +39,8 @@ def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adap
         if name not in adapted:
             continue
         r, s = adapted[name].r, adapted[name].scaling
-        if r != layer.A.shape[0]:
-            raise CheckpointError(
-                f"{folder} has another rank: layer {name!r} has r = {r} here, and {layer.A.shape[0]} there."
-            )
+        if r != layer.r:
+            raise CheckpointError(f"{folder} has another rank: layer {name!r} has r = {r} here, and {layer.r} there.")
         if not math.isclose(s, layer.scaling, rel_tol=1e-6):
             raise CheckpointError(
                 f"{folder} has another scaling: layer {name!r} has s = {s:g} here, and {layer.scaling:g} there; wrap "
@@ -48,7 +49,22 @@ def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adap
     return plain
 
 
-def check_weights(model: Any, plain: dict[str, Any], records: dict[str, Any], folder: Path, adapter: str) -> None:
+def _matrix_shape(module: Any, stack: StackOf) -> tuple[int, ...]:
+    """Return (d_out, d_in) of the matrices in a parameter; all it has where it isn't as many matrices."""
+    parameter = getattr(module, stack.parameter, None)
+    if parameter is None or parameter.ndim < 2:
+        return ()
+    if parameter.ndim == 2:
+        return tuple(parameter.shape)
+    experts, rows, columns = parameter.shape
+    if experts != stack.experts:
+        return tuple(parameter.shape)
+    return (columns, rows) if getattr(module, "is_transposed", False) else (rows, columns)
+
+
+def check_weights(
+    model: Any, plain: dict[str, Any], layers: Mapping[str, AdapterLayer], records: dict[str, Any], folder: Path, adapter: str
+) -> None:
     """Compare a sample of the weights of each layer with that of the base model that a checkpoint was made on."""
     base, adapted = base_of(model), _adapted(model, adapter)
     differing: set[tuple[str, str]] = set()
@@ -59,8 +75,10 @@ def check_weights(model: Any, plain: dict[str, Any], records: dict[str, Any], fo
         if expected is None:
             continue
         bits, saved_bits = quantisation(plain[name]), content.get("quantised")
-        sample = fingerprint(plain[name])
-        if sample is None or _alike(sample, expected, plain[name].weight.dtype):
+        stack = layers[name].stack if name in layers else None
+        parameter = "weight" if stack is None else stack.parameter
+        sample = fingerprint(plain[name], parameter)
+        if sample is None or _alike(sample, expected, getattr(plain[name], parameter).dtype):
             continue
         if (bits or saved_bits) and _near(sample, expected):
             differing.add((_words(bits), _words(saved_bits)))
@@ -107,5 +125,5 @@ def _alike(sample: list[float], expected: list[float], dtype: torch.dtype) -> bo
     )
 
 
-def _times(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} x {shape[1]}"
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "no matrix"

@@ -22,6 +22,7 @@ from headstart.layers.anchored import anchors, drop_anchors, set_anchors
 from headstart.layers.base_check import check_shapes, check_weights
 from headstart.layers.core import core_of, drop_core, form_of, set_core
 from headstart.layers.export import adapter_tensors, one_writes, plainly_named, portable_config, save_config
+from headstart.layers.experts import stack_of
 from headstart.layers.files import (
     ADAPTER_FOLDER,
     CONFIG,
@@ -43,9 +44,11 @@ from headstart.layers.find import (
 from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
+from headstart.layers.mark import marked_stacks
+from headstart.layers.stacks import StackOf
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.watch import watch
-from headstart.layers.weights import assign, fingerprint, give_values
+from headstart.layers.weights import adapted_parameter, assign, fingerprint, give_values
 
 _FORMAT = 1
 
@@ -121,7 +124,7 @@ def load_checkpoint(
     config, layers, records = saved.config, saved.layers, saved.record.get("layers", {})
     plain = check_shapes(model, layers, folder, adapter)
     if check_base:
-        check_weights(model, plain, records, folder, adapter)
+        check_weights(model, plain, layers, records, folder, adapter)
 
     config.inference_mode = not trainable
     with ExitStack() as undo:
@@ -249,8 +252,8 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     folder = Path(path)
     record = _read_record(folder)
     tensors = {plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
-    config = _read_config(folder)
-    layers, other_tensors = split(tensors, config)
+    config, stacks = _read_config(folder)
+    layers, other_tensors = split(tensors, config, stacks | _recorded_stacks(record))
     if not layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no LoRA layer.")
     return AdapterFolder(folder, tensors, layers, other_tensors, config, record)
@@ -260,9 +263,11 @@ def _record_to_save(layer: TargetLayer) -> dict[str, object]:
     base = layer.module.get_base_layer()
     content = record(layer)
     if content is None:
-        sample = fingerprint(base)
+        sample = fingerprint(base, adapted_parameter(layer.module))
         content = {"method": None} | ({} if sample is None else {"weight": sample})
-    quantised = quantisation(base)
+    quantised, stack = quantisation(base), stack_of(layer)
+    if stack is not None:
+        content |= {"stack": [stack.experts, stack.parameter]}
     return content | ({} if quantised is None else {"quantised": quantised})
 
 
@@ -287,14 +292,22 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def _recorded_stacks(record: dict[str, Any]) -> dict[str, StackOf]:
+    """Return what the record says of layers whose parameters stack matrices."""
+    told = {name: (content or {}).get("stack") for name, content in record.get("layers", {}).items()}
+    return {name: StackOf(int(stack[0]), str(stack[1])) for name, stack in told.items() if stack}
+
+
+def _read_config(folder: Path) -> tuple[LoraConfig, dict[str, StackOf]]:
+    """Read the adapter's config, and what its mark says of stacks."""
     content = read_json(folder / CONFIG)
     if content.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder / CONFIG} has peft_type {content.get('peft_type')!r}; headstart reads LORA.")
     config = plainly_named(LoraConfig.from_pretrained(str(folder)))
+    stacks = marked_stacks(config.init_lora_weights)
     # What it holds says that unaware programs must not load it; here the layers are made plain and then anchored.
     config.init_lora_weights = True
-    return config
+    return config, stacks
 
 
 def _check_targets(targets: dict[str, TargetLayer], layers: dict[str, AdapterLayer], folder: Path) -> None:

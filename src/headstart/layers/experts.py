@@ -16,8 +16,8 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from headstart.layers.find import TargetLayer
-from headstart.layers.stacks import laid_together, swapped
+from headstart.layers.find import TargetLayer, lora_layers
+from headstart.layers.stacks import StackOf, key_of, laid_together, swapped
 from headstart.methods.base import Factors, Layer
 
 
@@ -37,6 +37,11 @@ class ExpertLayer(TargetLayer):
     def transposed(self) -> bool:
         """Whether the matrices are stored as (d_in, d_out)."""
         return not swapped(self.module)
+
+    @property
+    def pattern_key(self) -> str:
+        """The name by which PEFT's patterns know the parameter."""
+        return key_of(self.stack.name, StackOf(self.module.num_experts, self.module.parameter_name))
 
     @property
     def trainable(self) -> int:
@@ -63,6 +68,20 @@ class ExpertLayer(TargetLayer):
 def is_stack(module: LoraLayer) -> bool:
     """Return whether a layer of PEFT's adapts a parameter, and not a module."""
     return isinstance(module, ParamWrapper)
+
+
+def stack_of(target: TargetLayer) -> StackOf | None:
+    """Return what is known of a layer that is a parameter's, None for a module's and what is as plain as that."""
+    module: Any = target.module
+    if not is_stack(module) or (module.num_experts == 1 and module.parameter_name == "weight"):
+        return None
+    return StackOf(int(module.num_experts), str(module.parameter_name))
+
+
+def stacks_in(model: nn.Module, adapter: str) -> dict[str, StackOf]:
+    """Return what is known of an adapter's layers that are parameters', by name."""
+    found = {target.name: stack_of(target) for target in lora_layers(model, adapter)}
+    return {name: stack for name, stack in found.items() if stack is not None}
 
 
 def experts_of(stack: TargetLayer) -> list[TargetLayer]:

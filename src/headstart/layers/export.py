@@ -25,6 +25,7 @@ from headstart.layers.files import (
     WEIGHTS,
     write_tensors,
 )
+from headstart.layers.experts import stacks_in
 from headstart.layers.find import base_of, resolve_adapter
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.weights import product, whole
@@ -78,7 +79,9 @@ def save_lora(
         raise CheckpointError(f"layout={layout!r} is not one of 'peft', 'diffusers'.")
     adapter = resolve_adapter(model, adapter)
     config = portable_config(model, adapter)
-    layers, other_tensors = split(adapter_tensors(model, adapter, save_embedding_layers), config)
+    layers, other_tensors = split(
+        adapter_tensors(model, adapter, save_embedding_layers), config, stacks_in(model, adapter)
+    )
     _restore_bases(layers, other_tensors)
     plain = make_plain(layers, other_tensors, config, rank, uniform=uniform)
     with one_writes(model) as writes:

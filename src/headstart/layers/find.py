@@ -89,6 +89,11 @@ class TargetLayer:
         return is_transposed(self.module)
 
     @property
+    def pattern_key(self) -> str:
+        """The name by which PEFT's patterns (``rank_pattern``, ``alpha_pattern``) know the layer."""
+        return self.name
+
+    @property
     def sharded(self) -> bool:
         """Whether the weight is sharded over processes, so that all must read it together."""
         return any(isinstance(parameter, DTensor) for parameter in self.parameters())
@@ -252,12 +257,18 @@ def set_record(target: TargetLayer, content: dict[str, object] | None) -> None:
 
 def residual_owner(module: LoraLayer) -> str | None:
     """Return the adapter that made the frozen weight a residual one, None where it is the base model's own."""
-    return getattr(module.get_base_layer(), _RESIDUAL, None)
+    return getattr(module.get_base_layer(), _residual_note(module), None)
 
 
 def set_residual_owner(module: LoraLayer, adapter: str | None) -> None:
     """Note on the base layer, where it outlives the adapter, that its weight is a residual one."""
-    setattr(module.get_base_layer(), _RESIDUAL, adapter)
+    setattr(module.get_base_layer(), _residual_note(module), adapter)
+
+
+def _residual_note(module: LoraLayer) -> str:
+    """Return the attribute that says so; a base layer may hold several parameters that are adapted."""
+    parameter = adapted_parameter(module)
+    return _RESIDUAL if parameter == "weight" else f"{_RESIDUAL}_{parameter}"
 
 
 def _check_kind(target: TargetLayer) -> None:

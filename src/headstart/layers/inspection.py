@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from headstart.layers.adapter import AdapterLayer
 from headstart.layers.checkpoint import AdapterFolder
 from headstart.linalg.product import product_svd
 from headstart.names import kind_of
@@ -100,7 +101,12 @@ class Description:
 def inspect_adapter(saved: AdapterFolder) -> Description:
     """Describe an adapter that was read from its folder."""
     layers = []
-    for name, layer in saved.layers.items():
+    matrices = [
+        (_name(name, layer, place), matrix)
+        for name, layer in saved.layers.items()
+        for place, matrix in enumerate(layer.matrices())
+    ]
+    for name, layer in matrices:
         A, B = layer.plain()
         singular_values = (layer.scaling * product_svd(B, A)[1]).tolist()
         layers.append(
@@ -108,7 +114,7 @@ def inspect_adapter(saved: AdapterFolder) -> Description:
                 name=name,
                 d_out=layer.B.shape[0],
                 d_in=layer.A.shape[1],
-                r=layer.A.shape[0],
+                r=layer.r,
                 form=layer.kind,
                 scaling=layer.scaling,
                 norm=sum(value * value for value in singular_values) ** 0.5,
@@ -130,3 +136,10 @@ def inspect_adapter(saved: AdapterFolder) -> Description:
         other_tensors=sorted(saved.other_tensors),
         layers=layers,
     )
+
+
+def _name(name: str, layer: AdapterLayer, place: int) -> str:
+    """Return what a layer is called, or the matrix at a place of its stack: as separate experts are."""
+    if layer.stack is None:
+        return name
+    return f"{name.replace('.base_layer', '')}.{place}.{layer.stack.parameter}"

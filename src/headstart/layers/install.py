@@ -15,6 +15,7 @@ from headstart._version import __version__
 from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import drop_anchors, set_anchors, start_at
 from headstart.layers.core import drop_core, form_of, set_core
+from headstart.layers.experts import stacks_in
 from headstart.layers.find import TargetLayer, is_dora, lora_layers, set_record, set_residual_owner
 from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, thaw_factors
@@ -92,7 +93,8 @@ def mark_config(model: Any, adapter: str, undo: ExitStack, forms: Mapping[str, s
     config = model.peft_config[adapter]
     undo.callback(model.peft_config.__setitem__, adapter, config)
     marked = copy.copy(config)
-    marked.init_lora_weights = make_mark({name: form or PLAIN for name, form in forms.items()})
+    named = {name: form or PLAIN for name, form in forms.items()}
+    marked.init_lora_weights = make_mark(named, stacks_in(model, adapter))
     model.peft_config[adapter] = marked
 
 

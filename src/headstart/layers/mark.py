@@ -11,17 +11,26 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
+
+from headstart.layers.stacks import StackOf
 
 SENTENCE = "headstart: load with headstart.load_checkpoint, or make a plain LoRA with headstart.save_lora"
 PLAIN = "plain"
 _REST = "*"
+_STACKS = "#"
 
 
-def make_mark(forms: Mapping[str, str]) -> str:
-    """Return the mark of an adapter whose layers have these forms, by name: the usual one, and who differs."""
+def make_mark(forms: Mapping[str, str], stacks: Mapping[str, StackOf] | None = None) -> str:
+    """Return the mark of an adapter whose layers have these forms, by name: the usual one, and who differs.
+
+    Of layers whose parameters stack matrices it says how many and what the parameters are called, which their tensors
+    don't tell.
+    """
     usual = Counter(forms.values()).most_common(1)[0][0]
     others = {name: form for name, form in sorted(forms.items()) if form != usual}
-    return f"{SENTENCE} {json.dumps({_REST: usual, **others})}"
+    told = {name: [stack.experts, stack.parameter] for name, stack in sorted((stacks or {}).items())}
+    return f"{SENTENCE} {json.dumps({_REST: usual, **others, **({_STACKS: told} if told else {})})}"
 
 
 def is_mark(value: object) -> bool:
@@ -34,11 +43,22 @@ def marked_form(value: object, layer: str) -> str | None:
 
     Earlier versions wrote the sentence alone: there the tensors say which form a layer has.
     """
+    forms = _read(value)
+    form = forms.get(layer, forms.get(_REST))
+    return form if isinstance(form, str) and form != PLAIN else None
+
+
+def marked_stacks(value: object) -> dict[str, StackOf]:
+    """Return what a mark says of layers whose parameters stack matrices, by name."""
+    told = _read(value).get(_STACKS, {})
+    return {name: StackOf(int(experts), str(parameter)) for name, (experts, parameter) in told.items()}
+
+
+def _read(value: object) -> dict[str, Any]:
     if not isinstance(value, str) or not is_mark(value):
-        return None
+        return {}
     try:
-        forms = json.loads(value.removeprefix(SENTENCE) or "{}")
-        form = forms.get(layer, forms.get(_REST))
-    except (json.JSONDecodeError, AttributeError):
-        return None
-    return None if form == PLAIN else form
+        content = json.loads(value.removeprefix(SENTENCE) or "{}")
+    except json.JSONDecodeError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from headstart.errors import CheckpointError, LayerError
@@ -29,6 +29,7 @@ from headstart.layers.adapter import renewed, split
 from headstart.layers.anchored import Formed, set_anchors
 from headstart.layers.checkpoint import check_form
 from headstart.layers.core import form_of, set_core
+from headstart.layers.experts import stacks_in
 from headstart.layers.find import TargetLayer, lora_layers, residual_owner
 from headstart.layers.install import mark_config
 from headstart.layers.mark import marked_form
@@ -58,9 +59,13 @@ class FromConfig(Formed):
 
 
 def build(arguments: dict[str, Any]) -> None:
-    """Let a layer whose config is marked be drawn as a plain one, and leave the form to :class:`FromConfig`."""
+    """Let a layer whose config is marked be drawn as a plain one, and leave the form to :class:`FromConfig`.
+
+    A parameter's layer isn't told its name: what is loaded into it says which form it has.
+    """
     arguments["init_lora_weights"] = True
-    arguments["self"].lora_variant[arguments["adapter_name"]] = FromConfig()
+    if not isinstance(arguments["self"], ParamWrapper):
+        arguments["self"].lora_variant[arguments["adapter_name"]] = FromConfig()
 
 
 def load(arguments: dict[str, Any]) -> None:
@@ -82,7 +87,7 @@ def prepare(model: Any, config: Any, adapter: str, tensors: Mapping[str, Tensor]
         ours in key for key in tensors for ours in (".lora_start_", ".lora_residual_", ".lora_core.")
     ):
         return
-    layers, _ = split(tensors, config)
+    layers, _ = split(tensors, config, stacks_in(model, adapter))
     fresh = False
     for target in targets:
         layer = layers.get(target.name)

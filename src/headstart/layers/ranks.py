@@ -49,8 +49,8 @@ def set_ranks(model: Any, adapter: str, starts: Starts, undo: ExitStack) -> Star
     undo.callback(model.peft_config.__setitem__, adapter, config)
     # The user's own object may serve other models.
     fitting = copy.copy(config)
-    fitting.rank_pattern = exact_pattern({layer.name: layer.r for layer, _ in left}, config.r)
-    alphas = {layer.name: layer.module.lora_alpha[adapter] for layer, _ in left}
+    fitting.rank_pattern = exact_pattern({layer.pattern_key: layer.r for layer, _ in left}, config.r)
+    alphas = {layer.pattern_key: layer.module.lora_alpha[adapter] for layer, _ in left}
     fitting.alpha_pattern = exact_pattern(alphas, config.lora_alpha)
     removed = [layer.name for layer, factors in starts if not len(factors.A)]
     if removed:
