@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class Clock:
 
     @property
     def left(self) -> float:
+        """The seconds that are left."""
         return self._until - time.monotonic()
 
 
@@ -93,6 +95,7 @@ def measured(run: Callable[[], Any], clock: Clock) -> tuple[str, str, Any]:
     limit = min(clock.limit, clock.left)
     if limit <= 0:
         return "not reached", "", None
+    print(f"  {clock.left:.0f} s left", flush=True)
     began = time.perf_counter()
     try:
         with at_most(limit):
@@ -113,12 +116,12 @@ def pairs(shape: str, device: torch.device, clock: Clock) -> list[str]:
     base = build(shape, device, layers=1)
     data = on_device(batches(shape, *((64, 512, 4) if shape != "tiny" else (8, 16, 4))), device)
     rows = []
-    for method, others in {**PAIRS, **{name: () for name in ALONE}}.items():
-        ours = measured(lambda method=method: with_headstart(method)(fresh(base), data), clock)
+    for method, others in {**PAIRS, **dict.fromkeys(ALONE, ())}.items():
+        ours = measured(partial(_started, method, base, data), clock)
         rows.append([method, "headstart", *ours[:2], ""])
         for other in others:
             model = fresh(base, whole=True)
-            theirs = measured(lambda other=other, model=model: with_peft(other)(model, data), clock)
+            theirs = measured(partial(with_peft(other), model, data), clock)
             ratio = ""
             with contextlib.suppress(ValueError):
                 ratio = f"{float(theirs[0]) / float(ours[0]):.1f}"
@@ -140,6 +143,10 @@ def pairs(shape: str, device: torch.device, clock: Clock) -> list[str]:
     ]
 
 
+def _started(method: str, base: Any, data: list[Batch]) -> Any:
+    return with_headstart(method)(fresh(base), data)
+
+
 def starts(shape: str, device: torch.device, clock: Clock) -> list[str]:
     """Measure starts of a whole model, beside a plain gradient pass over the same data."""
     base = build(shape, device)
@@ -157,7 +164,7 @@ def starts(shape: str, device: torch.device, clock: Clock) -> list[str]:
     base.requires_grad_(True)
     rows, notes = [["plain gradient pass", *passed[:2], "1"]], []
     for method in WHOLE[shape]:
-        seconds, peak, made = measured(lambda method=method: with_headstart(method)(fresh(base), data), clock)
+        seconds, peak, made = measured(partial(_started, method, base, data), clock)
         ratio = f"{float(seconds) / float(passed[0]):.2f}" if made is not None else ""
         rows.append([method, seconds, peak, ratio])
         if made is not None:
@@ -228,7 +235,9 @@ def warm_up(device: torch.device) -> None:
     """Run all that is measured on a tiny model, so that libraries are loaded and kernels chosen."""
     base, data = build("tiny", device), on_device(batches("tiny", 8, 16, 4), device)
     for method in (*PAIRS, *ALONE):
+        began = time.perf_counter()
         with_headstart(method)(fresh(base), data)
+        print(f"  warmed up {method}: {time.perf_counter() - began:.1f} s", flush=True)
     for other in (name for names in PAIRS.values() for name in names):
         with contextlib.suppress(Exception):  # said where it is measured
             with_peft(other)(fresh(base, whole=True), data)
@@ -256,7 +265,11 @@ def main() -> None:
         "pairs": lambda: pairs(of("8B"), device, clock),
         "starts 1B": lambda: starts(of("1B"), device, clock),
         "starts 8B": lambda: starts(of("8B"), device, clock),
-        "inilora": lambda: ["## IniLoRA", "", *inilora_on_device(device, *((4096, 64, 20_000) if on_gpu else (64, 4, 300)))],
+        "inilora": lambda: [
+            "## IniLoRA",
+            "",
+            *inilora_on_device(device, *((4096, 64, 20_000) if on_gpu else (64, 4, 300))),
+        ],
     }
     warm_up(device)
     lines: list[str] = []

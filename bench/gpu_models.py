@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -77,15 +78,14 @@ def on_device(data: list[Batch], device: torch.device) -> list[Batch]:
 
 def in_four_bits(model: Any, device: torch.device) -> Any:
     """Return the model with its linear layers in bitsandbytes' NF4, all but the head; the model is used up."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
+    bnb: Any = importlib.import_module("bitsandbytes.nn")
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or name == "lm_head":
             continue
-        quantised = Linear4bit(
+        quantised = bnb.Linear4bit(
             module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
         )
-        quantised.weight = Params4bit(module.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
+        quantised.weight = bnb.Params4bit(module.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantised.to(device))
     model.is_loaded_in_4bit = True
@@ -153,8 +153,8 @@ def with_peft(start: str) -> Callable[[Any, list[Batch]], Any]:
             # Its hook takes one sample at a time.
             with torch.no_grad():
                 for batch in data:
-                    for ids in batch["input_ids"].split(1):
-                        model(input_ids=ids)
+                    for row in range(len(batch["input_ids"])):
+                        model(input_ids=batch["input_ids"][row : row + 1])
 
         preprocess_corda(model, chosen, run_model=run)
         get_peft_model(model, chosen)

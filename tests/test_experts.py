@@ -1,4 +1,4 @@
-"""Starts for experts that a mixture holds in one tensor, and for routers: against dense oracles and PEFT's own merge."""
+"""Starts for experts that a mixture holds in one tensor, and for routers: against oracles and PEFT's own merge."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import (
     MixtralConfig,
     Qwen3MoeConfig,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import headstart as hs
 from conftest import logits
@@ -28,6 +29,11 @@ from headstart.layers.export import write_plain
 from headstart.layers.find import lora_layers
 from headstart.layers.inspection import inspect_adapter
 from headstart.layers.stacks import laid_together, taken_apart
+from headstart.methods.base import Wants
+from headstart.statistics.prepare import prepare
+from headstart.statistics.routed import routed_layers
+from headstart.statistics.stacks import stacks_of
+from headstart.statistics.sums import symmetric
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 COMMON = dict(
@@ -193,9 +199,13 @@ def test_routers_start_as_matrices():
     assert torch.equal(logits(model, batch()), before)
 
 
-@pytest.mark.parametrize("method", ["lora-xs", "gora", "lora-one:scale=search", "eva", "corda", "lora-da"])
-def test_what_experts_cannot_give_is_refused(method):
-    model = wrapped(moe("mixtral"))
+REFUSED = [("mixtral", name) for name in ("lora-xs", "gora", "lora-one:scale=search", "eva")]
+REFUSED += [("llama4", name) for name in ("corda", "lora-da", "eva")]  # whose experts' function can't be chosen
+
+
+@pytest.mark.parametrize(("kind", "method"), REFUSED)
+def test_what_experts_cannot_give_is_refused(kind, method):
+    model = wrapped(moe(kind))
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(LayerError, match=r"experts\.0\.down_proj' is a matrix in a parameter.*PerLayer"):
         hs.initialize_(model, method, data=[batch()])
@@ -366,3 +376,106 @@ def test_a_folder_is_exported_and_looked_into(tmp_path):
     write_plain(plain, tmp_path / "plain")
     loaded = PeftModel.from_pretrained(moe("mixtral"), tmp_path / "plain")
     torch.testing.assert_close(logits(loaded, batch()), expected, rtol=1e-4, atol=1e-4)
+
+
+def padded(seed=0):
+    data = batch(seed)
+    data["attention_mask"][1, -5:] = 0
+    data["labels"] = data["labels"].masked_fill(data["attention_mask"] == 0, -100)
+    return data
+
+
+def routed_oracle(base, batches):
+    """Per expert: Z over the tokens that count, the mean gradient over samples, and diag(Y), in float64."""
+    model = copy.deepcopy(base).double()
+    found = {}
+    samples = 0
+
+    def forward_of(name):
+        def forward(module, hidden, chosen, weights):
+            total = torch.zeros_like(hidden)
+            for token in range(len(hidden)):
+                for place, expert in enumerate(chosen[token].tolist()):
+                    row = hidden[token : token + 1]
+                    for parameter in ("gate_up_proj", "down_proj"):
+                        W = getattr(module, parameter)[expert]
+                        W = W.mT if module.is_transposed else W
+                        out = row @ W.T
+                        if module.has_bias:
+                            out = out + getattr(module, f"{parameter}_bias")[expert]
+                        out.requires_grad_(True)
+                        out.retain_grad()
+                        found.setdefault(f"{name}.{expert}.{parameter}", []).append((token, row.detach(), out))
+                        row = module._apply_gate(out) if parameter == "gate_up_proj" else out
+                    total[token] = total[token] + row[0] * weights[token, place]
+            return total
+
+        return forward
+
+    ALL_EXPERTS_FUNCTIONS.register("oracle", lambda module, *rest: module.oracle(module, *rest))
+    model.set_experts_implementation("oracle")
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.oracle = forward_of(name)
+    sums = {}
+    for whole in batches:
+        for row in range(len(whole["input_ids"])):
+            found.clear()
+            sample = {key: value[row : row + 1] for key, value in whole.items()}
+            length = int(sample["attention_mask"].sum())
+            sample = {key: value[:, :length] for key, value in sample.items()}
+            model(**sample).loss.backward()
+            samples += 1
+            for layer, seen in found.items():
+                own = sums.setdefault(layer, {"Z": 0, "G": 0, "Y": 0, "tokens": 0})
+                for _, x, out in seen:
+                    own["Z"] = own["Z"] + x.T @ x
+                    own["G"] = own["G"] + out.grad.T @ x
+                    own["Y"] = own["Y"] + out.grad[0] ** 2
+                    own["tokens"] += 1
+    return {
+        layer: (own["Z"] / own["tokens"], own["G"] / samples, own["Y"] / own["tokens"], own["tokens"])
+        for layer, own in sums.items()
+    }
+
+
+@pytest.mark.parametrize("data", [[padded(0), padded(1)], [batch(2)]], ids=["padded", "whole"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3"])
+def test_fisher_factors_of_experts_are_those_of_their_tokens(kind, data):
+    base = moe(kind)
+    expected = routed_oracle(base, data)
+    model = wrapped(base)
+    layers = find(model, None).layers
+    experts = [layer for layer in layers if isinstance(layer, ExpertLayer)]
+    wants = {layer.name: Wants(gradient=True, inputs=True, outputs="diagonal") for layer in layers}
+    before = base.config._experts_implementation
+    (found,) = prepare(
+        model,
+        {layer.name: layer.module for layer in layers if not isinstance(layer, ExpertLayer)},
+        wants,
+        data,
+        8,
+        stacks=stacks_of(experts),
+        experts=routed_layers(experts),
+    ).passes()
+    assert base.config._experts_implementation == before
+    assert expected.keys() == {layer.name for layer in experts if layer.name in found.groups}
+    for name, (Z, G, Y, tokens) in expected.items():
+        kronecker = found.kronecker[name]
+        assert kronecker.tokens == tokens
+        torch.testing.assert_close(symmetric(kronecker.inputs).double(), Z, rtol=1e-4, atol=1e-5 * float(Z.norm()))
+        torch.testing.assert_close(found.gradients[name].double(), G, rtol=1e-3, atol=1e-5 * float(G.norm()))
+        torch.testing.assert_close(kronecker.outputs.double(), Y, rtol=1e-3, atol=1e-5 * float(Y.norm()))
+
+
+@pytest.mark.filterwarnings("ignore:.*(no gradient|no input) reached")
+@pytest.mark.parametrize(
+    "method", ["lora-da:samples=4", "eva:samples=4,rho=1", "corda:samples=4", "astra:samples=4", "lora-ga"]
+)
+def test_starts_from_what_experts_read(method):
+    model = wrapped(moe("qwen3-moe"))
+    before = logits(model, batch())
+    report = hs.initialize_(model, method, data=[batch(seed) for seed in range(2)])
+    kept = report.form == "kept"
+    assert torch.equal(logits(model, batch()), before) != kept or "eva" in method
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())

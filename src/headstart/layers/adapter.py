@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headstart.errors import BASE_PREFIX, CheckpointError
-from headstart.layers.anchored import START_NAMES, stacked
+from headstart.layers.anchored import START_NAMES
 from headstart.layers.core import CORE
-from headstart.layers.stacks import StackOf, key_of, laid_together, taken_apart
+from headstart.layers.stacks import StackOf, key_of, laid_together, stacked, taken_apart
 from headstart.layers.unwrap import plain_name
 from headstart.linalg.product import product_norm, truncate_product
 
@@ -51,16 +51,13 @@ class AdapterLayer:
         """Return the layers of a stack's matrices, each for itself; of any other layer itself."""
         if self.stack is None:
             return [self]
-        pairs = [(self.A, self.B)] + ([] if self.A0 is None or self.B0 is None else [(self.A0, self.B0)])
-        apart = [taken_apart(*pair, self.stack.experts) for pair in pairs]
+        factors = zip(*taken_apart(self.A, self.B, self.stack.experts), strict=True)
+        if self.A0 is None or self.B0 is None:
+            return [AdapterLayer(A, B, None, None, self.scaling, self.kind) for A, B in factors]
+        starts = zip(*taken_apart(self.A0, self.B0, self.stack.experts), strict=True)
         return [
-            AdapterLayer(
-                *(part[expert] for part in apart[0]),
-                *(part[expert] for part in apart[-1]) if len(apart) == 2 else (None, None),
-                self.scaling,
-                self.kind,
-            )
-            for expert in range(self.stack.experts)
+            AdapterLayer(A, B, A0, B0, self.scaling, self.kind)
+            for (A, B), (A0, B0) in zip(factors, starts, strict=True)
         ]
 
     def plain(self) -> tuple[Tensor, Tensor]:

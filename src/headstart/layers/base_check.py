@@ -63,7 +63,12 @@ def _matrix_shape(module: Any, stack: StackOf) -> tuple[int, ...]:
 
 
 def check_weights(
-    model: Any, plain: dict[str, Any], layers: Mapping[str, AdapterLayer], records: dict[str, Any], folder: Path, adapter: str
+    model: Any,
+    plain: dict[str, Any],
+    layers: Mapping[str, AdapterLayer],
+    records: dict[str, Any],
+    folder: Path,
+    adapter: str,
 ) -> None:
     """Compare a sample of the weights of each layer with that of the base model that a checkpoint was made on."""
     base, adapted = base_of(model), _adapted(model, adapter)

@@ -21,8 +21,8 @@ from headstart.layers.adapter import AdapterLayer, split
 from headstart.layers.anchored import anchors, drop_anchors, set_anchors
 from headstart.layers.base_check import check_shapes, check_weights
 from headstart.layers.core import core_of, drop_core, form_of, set_core
-from headstart.layers.export import adapter_tensors, one_writes, plainly_named, portable_config, save_config
 from headstart.layers.experts import stack_of
+from headstart.layers.export import adapter_tensors, one_writes, plainly_named, portable_config, save_config
 from headstart.layers.files import (
     ADAPTER_FOLDER,
     CONFIG,

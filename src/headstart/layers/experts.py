@@ -20,6 +20,9 @@ from headstart.layers.find import TargetLayer, lora_layers
 from headstart.layers.stacks import StackOf, key_of, laid_together, swapped
 from headstart.methods.base import Factors, Layer
 
+# What Transformers gives modules whose experts' function can be chosen (``use_experts_implementation``).
+_CHOOSING = ("config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
+
 
 @dataclass(frozen=True)
 class ExpertLayer(TargetLayer):
@@ -52,7 +55,13 @@ class ExpertLayer(TargetLayer):
 
     def facts(self) -> Layer:
         """Return what a method may know of the matrix before anything is read."""
-        return replace(super().facts(), stacked=True)
+        return replace(super().facts(), stacked=True, shows_inputs=self.shows_inputs)
+
+    @property
+    def shows_inputs(self) -> bool:
+        """Whether what reaches the expert can be read: the module lets the function be chosen that computes it."""
+        base: Any = self.module.get_base_layer()
+        return self.module.get_param().ndim == 3 and all(hasattr(base, name) for name in _CHOOSING)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameter that the matrix lies in, and the bias that belongs to it (gpt-oss has such)."""

@@ -16,6 +16,7 @@ from headstart.errors import BASE_PREFIX, CheckpointError
 from headstart.files import check_free, whole_folder
 from headstart.layers.adapter import AdapterLayer, PlainAdapter, make_plain, split
 from headstart.layers.embeddings import SaveEmbeddings, needs_embeddings
+from headstart.layers.experts import stacks_in
 from headstart.layers.files import (
     ADAPTER_FOLDER,
     CONFIG,
@@ -25,7 +26,6 @@ from headstart.layers.files import (
     WEIGHTS,
     write_tensors,
 )
-from headstart.layers.experts import stacks_in
 from headstart.layers.find import base_of, resolve_adapter
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.weights import product, whole

@@ -35,7 +35,7 @@ def swapped(module: Any) -> bool:
 
 
 def stacked(dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (A_out (2 r, d_in), B_out (d_out, 2 r)) of the plain LoRA that does what an anchored layer does; or stacks.
+    """Return (A_out (2 r, d_in), B_out (d_out, 2 r)) of the plain LoRA that does what an anchored layer does.
 
     A_out = [A0 + dA; dA] and B_out = [dB, B0], in float32 at least: in half precision the sum would lose digits of dA
     that the layer computes with.

@@ -177,7 +177,7 @@ class Method(ABC):
             "puts a core between A and B": self.form == "core",
             "shares ranks out among layers": self.shares_ranks,
             "searches the scale of its start in each layer's output": self.searches_scale,
-            "reads the layer's inputs": wants.input_moments or wants.preserved,
+            "reads the layer's inputs": (wants.input_moments or wants.preserved) and not layer.shows_inputs,
             "reads the weights before their quantisation": wants.original,
         }
         return next((words for words, needed in needs.items() if needed), "")

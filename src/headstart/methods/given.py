@@ -141,6 +141,7 @@ class Layer:
         dora: the layer splits its weight into magnitude and direction.
         frozen: which of "lora_A" and "lora_B" don't train (LoRA-FA).
         stacked: it is a matrix in a parameter that PEFT adapts as a whole, such as one of a mixture's experts.
+        shows_inputs: what reaches the layer can be read.
         quantised: "4-bit" or "8-bit" where bitsandbytes holds the weight, else None.
         seed: the user's seed; :meth:`generator` derives the layer's own stream from it and the name.
         training: what is known of the fine-tuning to come.
@@ -161,6 +162,7 @@ class Layer:
     dora: bool = False
     frozen: tuple[str, ...] = ()
     stacked: bool = False
+    shows_inputs: bool = True
     quantised: str | None = None
     seed: int = 0
     training: Training = field(default_factory=Training)

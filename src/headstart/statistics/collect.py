@@ -22,6 +22,7 @@ from headstart.statistics.gather import Statistics
 from headstart.statistics.moments import kind_moments
 from headstart.statistics.plan import parse_bytes
 from headstart.statistics.prepare import prepare
+from headstart.statistics.routed import routed_layers
 from headstart.statistics.stacks import stacks_of
 from headstart.statistics.training import TrainingData
 
@@ -174,6 +175,9 @@ class _Passes:
             loss=data.loss,
             single=data.single,
             stacks=stacks_of([layer for layer in layers if layer.name in wants]),
+            experts=routed_layers(
+                [layer for layer in layers if layer.name in wants and wants[layer.name].input_moments]
+            ),
         )
 
 

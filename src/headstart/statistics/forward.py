@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from headstart.linalg.precision import full_precision
 from headstart.statistics.batches import Samples, is_padded, most_padded, moved, token_labels
 from headstart.statistics.masks import Tokens, Unmatched
 from headstart.statistics.reader import Reader
+from headstart.statistics.routed import routed
 from headstart.statistics.sums import Regroup, Sums
 
 # In a batch, a sample's inputs differ by rounding from those that it has alone; more than this is padding that leaks.
@@ -63,7 +65,10 @@ class ForwardReader:
         batch = self._reader.given(samples.batch)
         masks = self._reader.begun(sums, batch, samples, self._tokens)
         try:
-            with self._watching(sums, self._modules.keys() & sums.shapes.keys()):
+            with (
+                self._watching(sums, self._modules.keys() & sums.shapes.keys()),
+                routed(self._reader.watched.experts, partial(_take_routed, sums)),
+            ):
                 self._reader.run_layers(batch)
             sums.check_groups()
         except Unmatched:
@@ -127,3 +132,10 @@ class ForwardReader:
             for handle in handles:
                 handle.remove()
         return last[0] if last and last[0].dim() == 3 else None
+
+
+def _take_routed(sums: Sums, name: str, hidden: Tensor, chosen: Tensor, inputs: Tensor, output: Tensor) -> Tensor:
+    """Let the sums take what an expert reads; what it computes stays as it is."""
+    with full_precision([inputs.device]):
+        sums.take_routed(name, hidden, chosen, inputs)
+    return output

@@ -38,6 +38,13 @@ class Rows:
         """Return the rows that count."""
         return values if self.index is None else values.index_select(0, self.index)
 
+    def among(self, chosen: Tensor) -> Rows:
+        """Return which of some chosen rows count, as rows of those."""
+        if self.index is None:
+            return Rows(None, len(chosen))
+        index = torch.isin(chosen, self.index).nonzero().flatten()
+        return Rows(index, len(index))
+
 
 class TokenMasks:
     """The masks of one batch, matched to layers by the shapes of their inputs.

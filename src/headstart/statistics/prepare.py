@@ -25,9 +25,11 @@ from headstart.statistics.plan import Need, make_plan, parse_bytes
 from headstart.statistics.probe import InputsSeen, inputs_seen
 from headstart.statistics.quiet import active_beside, drawn_from, quiet
 from headstart.statistics.reader import Reader
+from headstart.statistics.routed import Experts
 from headstart.statistics.runs import Loss
 from headstart.statistics.stacks import Stack
 from headstart.statistics.sums import Shape
+from headstart.statistics.watched import Watched
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ def prepare(
     loss: Loss | None = None,
     single: bool = False,
     stacks: Sequence[Stack] = (),
+    experts: Experts | None = None,
 ) -> Collector:
     """Read the data into memory, run two samples forward, and plan the passes.
 
@@ -75,7 +78,8 @@ def prepare(
         adapter: the one that is started; others that are active, and so switched off, are named in a note.
         loss: see :class:`headstart.statistics.reader.Reader`.
         single: each batch is one sample, and read as a whole.
-        stacks: parameters whose matrices are layers, of which gradients are all that is wanted.
+        stacks: parameters whose matrices are layers.
+        experts: of these, the layers whose inputs are wanted, see :func:`headstart.statistics.routed.routed_layers`.
 
     Raises:
         DataError: the data are empty, a sample has no label, the model gives no loss, or the loss is not finite.
@@ -89,7 +93,8 @@ def prepare(
     tokens: Tokens = next((wants.tokens for wants in wanted.values()), "attention")
     backward = any(wants.backward for wants in wanted.values())
     in_step_with = processes if lockstep else None
-    reader = Reader(model, modules, tokens, in_step_with=in_step_with, loss=loss, whole=single, seed=seed, stacks=stacks)
+    watched = Watched(modules, stacks, experts or {})
+    reader = Reader(model, watched, tokens, in_step_with=in_step_with, loss=loss, whole=single, seed=seed)
     shapes = {name: Shape(*(sizes | stacked)[name], wants) for name, wants in wanted.items()}
     # One plan for all, though each has its own idea of what is free.
     budget = min(processes.gather(parse_bytes(memory_budget, torch.device("cpu") if offload == "cpu" else device)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
 
@@ -29,16 +29,14 @@ from headstart.statistics.losses import infinite_loss, loss_of, only_first_label
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.quiet import drawn_from
 from headstart.statistics.runs import Loss, Runs
-from headstart.statistics.stacks import Stack, parameters_tapped
 from headstart.statistics.sums import Regroup, Sums
-from headstart.statistics.tap import LossScale, tapped
-from headstart.statistics.trial import Run, Seen, rounding, tried
+from headstart.statistics.tap import LossScale
+from headstart.statistics.trial import Run, Seen, cut_to_window, rounding, tried
+from headstart.statistics.watched import Watched
 
 # Samples' own losses from the outputs of a whole batch; one sample at a time; batches as wholes, with their own loss.
 Way = Literal["own", "apart", "whole"]
 
-# Tokens of the sample on which the loss is found out.
-_WINDOW = 32
 # Tokens that are read at once: so many that a processor isn't any faster with more.
 _TOKENS_AT_ONCE = {"cpu": 1024, "other": 2048}
 
@@ -51,7 +49,7 @@ class Reader:
 
     Args:
         model: called with each batch as keyword arguments.
-        modules: the base layers to tap, by name.
+        watched: what is looked at.
         tokens: which tokens count in Kronecker factors.
         in_step_with: processes that must run the model in step, because its parameters are sharded over them: samples
             are then read one at a time, and what one process finds wrong, all do.
@@ -59,9 +57,9 @@ class Reader:
             or has no loss by itself, of whole batches.
         whole: read batches as wholes with their own loss, as losses need that compare the samples of a batch.
         seed: of what a loss draws at random.
-        stacks: parameters whose matrices are layers.
 
     Attributes:
+        watched: what is looked at.
         device: of the model's inputs.
         notes: sentences for the report.
     """
@@ -69,24 +67,22 @@ class Reader:
     def __init__(
         self,
         model: nn.Module,
-        modules: Mapping[str, nn.Module],
+        watched: Watched,
         tokens: Tokens,
         *,
         in_step_with: Processes | None,
         loss: Loss | None = None,
         whole: bool = False,
         seed: int = 0,
-        stacks: Sequence[Stack] = (),
     ) -> None:
-        self._stacks = stacks
         self._model = model
-        self._modules = modules
+        self.watched = watched
         self._tokens = tokens
         self.device = model_device(model)
         self._loss = loss
         self._whole = whole
         self._seed = seed
-        self._runs = Runs(model, modules, loss=loss, in_step=in_step_with is not None)
+        self._runs = Runs(model, watched.modules, loss=loss, in_step=in_step_with is not None)
         self._in_step_with = in_step_with
         self._scale = LossScale()
         self._way: Way | None = None
@@ -109,16 +105,10 @@ class Reader:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
         samples = Samples(moved(samples.batch, self.device), samples.indices, samples.cut)
         self.learn(samples)
-        modules = {name: self._modules[name] for name in sums.shapes if name in self._modules}
-        stacks = [stack for stack in self._stacks if not sums.shapes.keys().isdisjoint(stack.names)]
-
-        def add(stack: Stack, gradient: Tensor) -> None:
-            sums.add_matrices(stack.names, stack.matrices(gradient))
-
         for part in self._parts(samples):
             expected = self._expected(part)
             draws = drawn_from(self._seed + 7919 * part.first, self.device)
-            with draws, tapped(modules, sums.watch, self._scale), parameters_tapped(stacks, add, self._scale):
+            with draws, self.watched.into(sums, self._scale):
                 self._accumulate(part, sums, expected)
 
     def learn(self, samples: Samples) -> None:
@@ -264,20 +254,14 @@ class Reader:
         learned = samples.batch["labels"].cpu() != IGNORED
         enough = [row for row in range(samples.size) if int(counts[row, 1]) > 1] or [int(counts[:, 1].argmax())]
         sample = self.alone(samples.batch, min(enough, key=lambda row: int(learned[row].nonzero()[-1])))
-        labels, values = sample["labels"], sample.values()
-        if self._runs.encoder_decoder or any(isinstance(v, Tensor) and v.shape != labels.shape for v in values):
-            return sample
-        if not all(isinstance(value, Tensor | bool | int | float | str | None) for value in values):
-            return sample
-        end = int((labels[0] != IGNORED).nonzero()[-1]) + 1
-        low = max(0, end - _WINDOW)
-        return {key: value[:, low:end] if isinstance(value, Tensor) else value for key, value in sample.items()}
+        return sample if self._runs.encoder_decoder else cut_to_window(sample)
 
     def _read_on_trial(self, batch: Batch) -> Callable[[], Run]:
         return partial(self._runs.apart, batch, 1) if self._way == "own" else partial(self._runs.whole, batch, 1)
 
     def _tried(self, run: Callable[[], Run], draw: int) -> Seen:
-        return tried(run, self._modules, self._scale, self._seed + draw, self.device, self._most, self._stacks)
+        modules, stacks = self.watched.modules, self.watched.stacks
+        return tried(run, modules, self._scale, self._seed + draw, self.device, self._most, stacks)
 
     # Reading.
 

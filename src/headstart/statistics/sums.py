@@ -115,7 +115,26 @@ class Sums:
         wanted = self.shapes[name].wanted
         if not wanted.input_moments:
             return lambda x, g: self._add_gradient(name, x, g)
-        shared = self._shared(name, inputs)
+        return self._sink(name, self._shared(name, inputs))
+
+    def watch_routed(self, name: str, hidden: Tensor, chosen: Tensor, inputs: Tensor) -> Sink:
+        """Return the sink of one expert's product, whose inputs are of those tokens of ``hidden`` that chose it."""
+        if self.muted or name not in self.shapes:
+            return _mute
+        return self._sink(name, self._routed(name, hidden, chosen, inputs))
+
+    def take_routed(self, name: str, hidden: Tensor, chosen: Tensor, inputs: Tensor) -> None:
+        """Sum what an expert reads at once, as :meth:`take` does."""
+        if not self.muted and name in self.shapes:
+            self._add_inputs(name, inputs.detach(), self._routed(name, hidden, chosen, inputs))
+
+    def _routed(self, name: str, hidden: Tensor, chosen: Tensor, inputs: Tensor) -> _Shared:
+        assert self._masks is not None
+        rows = self._masks.match(hidden, "flat").among(chosen)
+        return _Shared(weakref.ref(inputs), inputs._version, rows, {name})
+
+    def _sink(self, name: str, shared: _Shared) -> Sink:
+        wanted = self.shapes[name].wanted
 
         def sink(x: Tensor, g: Tensor) -> None:
             if wanted.gradient:

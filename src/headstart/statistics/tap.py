@@ -138,6 +138,15 @@ class _Tap(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
+def tap(output: Tensor, inputs: Tensor, sink: Sink, scale: LossScale) -> Tensor:
+    """Return a layer's output, of which backward hands the layer's inputs and the output's gradient to a sink."""
+    scale.notice(output.dtype)
+    # The graph starts here where nothing before this layer is trained: the root makes the output part of it.
+    root = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+    tapped_output: Tensor = _Tap.apply(output, inputs.detach(), root, sink, scale)
+    return tapped_output
+
+
 @contextlib.contextmanager
 def tapped(modules: Mapping[str, nn.Module], watch: Watch, scale: LossScale) -> Iterator[None]:
     """Within the block, ``watch`` sees every forward call of the modules, and the sinks it returns see the backward.
@@ -153,11 +162,7 @@ def tapped(modules: Mapping[str, nn.Module], watch: Watch, scale: LossScale) -> 
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            scale.notice(output.dtype)
-            sink = watch(name, args[0])
-            # The graph starts here where nothing before this layer is trained: the root makes the output part of it.
-            root = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-            return _Tap.apply(output, args[0].detach(), root, sink, scale)
+            return tap(output, args[0], watch(name, args[0]), scale)
 
         return hook
 

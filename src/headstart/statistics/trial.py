@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from headstart.linalg.precision import float32_switches
+from headstart.statistics.batches import IGNORED, Batch
 from headstart.statistics.quiet import drawn_from
 from headstart.statistics.stacks import Stack, parameters_tapped, squared_norm
 from headstart.statistics.tap import LossScale, Sink, tapped
+
+# Tokens of the sample on which the loss is found out.
+_WINDOW = 32
 
 
 @dataclass(frozen=True)
@@ -104,3 +108,15 @@ def rounding(model: nn.Module, device: torch.device) -> float:
     for switch in float32_switches()[slice(0, 1) if device.type == "cuda" else slice(-1, None)]:
         units.add({"tf32": 2.0**-10, "bf16": 2.0**-8}.get(str(switch.fp32_precision), 0.0))
     return max(units)
+
+
+def cut_to_window(sample: Batch) -> Batch:
+    """Return one sample cut to a window of tokens that ends with its last label; as it is where it has more to it."""
+    labels, values = sample["labels"], sample.values()
+    if any(isinstance(value, Tensor) and value.shape != labels.shape for value in values):
+        return sample
+    if not all(isinstance(value, Tensor | bool | int | float | str | None) for value in values):
+        return sample
+    end = int((labels[0] != IGNORED).nonzero()[-1]) + 1
+    low = max(0, end - _WINDOW)
+    return {key: value[:, low:end] if isinstance(value, Tensor) else value for key, value in sample.items()}
