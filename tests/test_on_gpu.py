@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from conftest import ANY_BASE, all_factors, logits, quick, started, tiny_llama, token_batch
+from headstart.layers.find import lora_layers
 from headstart.linalg.precision import full_precision
 from headstart.statistics.sums import add_product
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+LEAST_EXCITED = ("lora-null", "sc-lora")
 
 
 def on(device, name, dtype=torch.float32, **settings):
@@ -24,13 +27,16 @@ def on(device, name, dtype=torch.float32, **settings):
 def test_a_start_is_that_of_the_cpu(name, form):
     models = {device: on(device, name, form=form) for device in ("cpu", "cuda")}
     expected, found = (all_factors(models[device]) for device in ("cpu", "cuda"))
+    weights = {target.name: target.stored().double() for target in lora_layers(models["cpu"], "default")}
     for layer, (A, B) in expected.items():
         other_A, other_B = (factor.cpu().double() for factor in found[layer])
         assert found[layer][0].is_cuda
         # Directions are free up to their sign, which the product doesn't know; A alone where B is zero.
         if B.count_nonzero() and A.count_nonzero():
             product = B.double() @ A.double()
-            torch.testing.assert_close(other_B @ other_A, product, rtol=0, atol=2e-3 * float(product.norm()))
+            # Directions that data hardly excite are told apart by little: what is left of the weight there is small.
+            size = weights[layer].norm() if name in LEAST_EXCITED else product.norm()
+            torch.testing.assert_close(other_B @ other_A, product, rtol=0, atol=2e-3 * float(size))
         else:
             for factor, other in ((A, other_A), (B, other_B)):
                 close = factor.double().T @ factor.double() if name == "mica" else factor.double()
@@ -73,4 +79,6 @@ def test_products_are_summed_in_float32(dtype, place):
     with full_precision([torch.device("cuda")]):
         add_product(total, g, x)
     expected = 1 + (g.double().T @ x.double())
-    assert float((total.double() - expected.to(place)).norm() / expected.norm()) < 1e-6
+    # A sum of n products in float32 is off by eps times the root of n, where roundings are as good as drawn.
+    allowed = torch.finfo(torch.float32).eps * len(g) ** 0.5
+    assert float((total.double() - expected.to(place)).norm() / expected.norm()) < allowed
