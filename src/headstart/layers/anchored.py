@@ -114,12 +114,11 @@ class AnchoredVariant(Formed):
         """Add the adapter's part to the base layer's output."""
         self.note_run()
         x = module.lora_dropout[active_adapter](x)
-        scaling = module.scaling[active_adapter]
-        # Scaling in between touches r numbers a token, not d_out.
-        moved = module.lora_A[active_adapter](x) * scaling
-        started = module.lora_start_A[active_adapter](x).to(moved.dtype)
-        inner = torch.add(moved, started, alpha=scaling)
-        return result + (module.lora_B[active_adapter](inner) + module.lora_start_B[active_adapter](moved))
+        moved = module.lora_A[active_adapter](x)
+        inner = moved + module.lora_start_A[active_adapter](x).to(moved.dtype)
+        added = module.lora_B[active_adapter](inner) + module.lora_start_B[active_adapter](moved)
+        # Scaled as it is added: on a GPU, small models wait for the launches of such small operations.
+        return torch.add(result, added, alpha=module.scaling[active_adapter])
 
 
 class ResidualVariant(Formed):
@@ -134,7 +133,7 @@ class ResidualVariant(Formed):
         """Compute what a plain LoRA layer computes."""
         self.note_run()
         inner = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        return result + module.lora_B[active_adapter](inner) * module.scaling[active_adapter]
+        return torch.add(result, module.lora_B[active_adapter](inner), alpha=module.scaling[active_adapter])
 
 
 VARIANTS: dict[str, type[Formed]] = {

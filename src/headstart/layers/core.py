@@ -33,10 +33,9 @@ class CoreVariant(Formed):
         self.note_run()
         R, B = getattr(module, CORE)[active_adapter], module.lora_B[active_adapter]
         inner = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        # Programs that cast what trains to half precision leave A and B as they are. Scaling in between touches r
-        # numbers a token, and not d_out.
-        inner = R(fitted(inner, R.weight)) * module.scaling[active_adapter]
-        return result + B(fitted(inner, B.weight))
+        # Programs that cast what trains to half precision leave A and B as they are.
+        inner = R(fitted(inner, R.weight))
+        return torch.add(result, B(fitted(inner, B.weight)), alpha=module.scaling[active_adapter])
 
     def delta(self, module: LoraLayer, adapter: str) -> Tensor:
         """Return s B R A, in the orientation in which the base layer stores its weight."""
