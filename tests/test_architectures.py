@@ -175,21 +175,6 @@ def unread():
     yield
 
 
-@pytest.mark.parametrize("name", ["lora", "pissa", "lora-one", "lora-da", "lora-sb"])
-def test_experts_in_one_tensor_are_refused(name):
-    sentence = r"layers\.0\.mlp\.experts'.*parameter '(gate_up|down)_proj'.*target_parameters.*\['q_proj', 'v_proj'\]"
-    alone = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
-    both = LoraConfig(
-        r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    )
-    for config in (alone, both):
-        refused(get_peft_model(tiny_mixtral(), config), sentence, name)
-
-
-def test_all_linear_takes_experts_in_one_tensor_and_is_refused():
-    refused(wrap(tiny_mixtral()), r"layers\.0\.mlp\.\w+' is adapted through its parameter.*'all-linear' takes such")
-
-
 def test_a_router_that_is_no_linear_layer_is_refused():
     model = get_peft_model(tiny_mixtral(), LoraConfig(r=2, target_modules=["q_proj", "gate"]))
     refused(model, r"layers\.0\.mlp\.gate'")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -15,6 +17,8 @@ from transformers import (
     Llama4TextConfig,
     MixtralConfig,
     Qwen3MoeConfig,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -34,6 +38,7 @@ from headstart.statistics.prepare import prepare
 from headstart.statistics.routed import routed_layers
 from headstart.statistics.stacks import stacks_of
 from headstart.statistics.sums import symmetric
+from headstart.stream import stream_start
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 COMMON = dict(
@@ -479,3 +484,68 @@ def test_starts_from_what_experts_read(method):
     kept = report.form == "kept"
     assert torch.equal(logits(model, batch()), before) != kept or "eva" in method
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_experts_are_not_streamed(tmp_path):
+    moe("mixtral").save_pretrained(tmp_path / "model")
+    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=EXPERTS, task_type="CAUSAL_LM")
+    with pytest.raises(LayerError, match=r"layers\.0\.mlp\.experts' is adapted through its parameter .*not streamed"):
+        stream_start(tmp_path / "model", "pissa", config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora-one:samples=4"])
+def test_a_trainer_trains_saves_and_goes_on(method, tmp_path):
+    def trainer(steps):
+        rows = [{key: value[row] for key, value in batch(seed).items()} for seed in range(4) for row in range(2)]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            save_steps=2,
+            report_to=[],
+            logging_steps=1,
+            use_cpu=True,
+        )
+        made = Trainer(wrapped(moe("qwen3-moe")), arguments, train_dataset=rows)
+        hs.initialize_(made.model, method, data=made)
+        return made
+
+    whole = trainer(4)
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    again = trainer(4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    resumed = [entry["loss"] for entry in again.state.log_history if "loss" in entry]
+    assert resumed == pytest.approx(losses, rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def _in_process(rank, folder):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    for method in ("lora-one:samples=6", "lora-da:samples=6"):
+        model = wrapped(moe("mixtral"))
+        hs.initialize_(model, method, data=[padded(seed) for seed in range(3)], progress=False)
+        save_file(get_peft_model_state_dict(model), f"{folder}/{method.partition(':')[0]}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*no gradient reached")
+def test_two_processes_start_experts_as_one_does(tmp_path):
+    torch.multiprocessing.spawn(_in_process, (str(tmp_path),), nprocs=2)
+    for method in ("lora-one", "lora-da"):
+        model = wrapped(moe("mixtral"))
+        hs.initialize_(model, f"{method}:samples=6", data=[padded(seed) for seed in range(3)])
+        parts_of = [load_file(tmp_path / f"{method}.{rank}") for rank in range(2)]
+        assert all(torch.equal(value, parts_of[1][name]) for name, value in parts_of[0].items())
+        model_again = wrapped(moe("mixtral"))
+        set_peft_model_state_dict(model_again, parts_of[0])
+        for (_, one), (_, two) in zip(named_stacks(model), named_stacks(model_again), strict=True):
+            (A, B), (other_A, other_B) = parts(one.module), parts(two.module)
+            product = B.double() @ A.double()
+            size = float(product.detach().norm())
+            torch.testing.assert_close(other_B.double() @ other_A.double(), product, rtol=0, atol=1e-3 * size)

@@ -11,7 +11,6 @@ from torch import nn
 
 import headstart as hs
 from conftest import GROUPED, tiny_bert, tiny_experts, tiny_llama, tiny_mixtral, tiny_tied, token_batch, wrap
-from headstart.errors import LayerError
 from headstart.layers.checkpoint import read_adapter
 from headstart.layers.find import lora_layers
 from headstart.layers.inspection import inspect_adapter
@@ -206,10 +205,3 @@ def test_experts_by_class_are_named():
     model = get_peft_model(nn.Sequential(Mixture()), LoraConfig(r=2, target_modules=["router"]))
     report = hs.initialize_(model, "lora", progress=False)
     assert report.left_out.experts == {"inner": 192}
-
-
-def test_parameters_that_peft_wraps_are_refused_still():
-    base = tiny_mixtral()
-    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
-    with pytest.raises(LayerError, match="adapted through its parameter 'gate_up_proj'"):
-        hs.initialize_(get_peft_model(base, config), "lora", progress=False)
