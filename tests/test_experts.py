@@ -204,6 +204,27 @@ def test_routers_start_as_matrices():
     assert torch.equal(logits(model, batch()), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*no gradient reached")
+def test_routers_have_gradients():
+    base = moe("mixtral")
+    expected = sample_gradients(base, [batch()], ["model.layers.0.mlp.gate.weight"])["model.layers.0.mlp.gate.weight"]
+    model = wrapped(base, target_parameters=["gate.weight"])
+    router = next(layer for layer in find(model, None).layers if layer.name == "model.layers.0.mlp.gate")
+    hs.initialize_(model, "lora-one:samples=2", data=[batch()])
+    U, S, Vh = torch.linalg.svd(-expected)
+    best = (U[:, :3] * S[:3]) @ Vh[:3]
+    A, B = (part["default"].weight.detach().double() for part in (router.module.lora_A, router.module.lora_B))
+    assert float((B @ A * best).sum() / (B @ A).norm() / best.norm()) > 1 - 1e-4
+
+
+def test_experts_without_values_are_named():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"]())
+    model = wrapped(model, target_modules=[])
+    with pytest.raises(LayerError, match=r"experts.*(no values|meta device)"):
+        hs.initialize_(model, "lora")
+
+
 REFUSED = [("mixtral", name) for name in ("lora-xs", "gora", "lora-one:scale=search", "eva")]
 REFUSED += [("llama4", name) for name in ("corda", "lora-da", "eva")]  # whose experts' function can't be chosen
 

@@ -303,6 +303,12 @@ def _check_stack(target: TargetLayer, module: ParamWrapper) -> None:
             f"layer {target.name.replace('.base_layer', '')!r} holds its parameter {name!r} in {words}: only plain "
             "numbers can be initialised; load the base model unquantised."
         )
+    if isinstance(parameter, DTensor) or parameter.device.type == "meta":
+        where = "is sharded over processes" if isinstance(parameter, DTensor) else "has no values here (meta device)"
+        raise LayerError(
+            f"layer {target.name.replace('.base_layer', '')!r}: its parameter {name!r} {where}, and is started whole "
+            "alone: initialise before the model is sharded or offloaded."
+        )
 
 
 def _check_tied(target: TargetLayer, holders: dict[int, list[str]]) -> None:
