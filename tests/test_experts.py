@@ -24,6 +24,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import headstart as hs
 from conftest import logits
+from headstart.advise.costs import measured
 from headstart.errors import CheckpointError, HeadstartWarning, LayerError
 from headstart.layers.adapter import make_plain
 from headstart.layers.adapters import find
@@ -34,6 +35,7 @@ from headstart.layers.find import lora_layers
 from headstart.layers.inspection import inspect_adapter
 from headstart.layers.stacks import laid_together, taken_apart
 from headstart.methods.base import Wants
+from headstart.monitor.monitor import sampled
 from headstart.statistics.prepare import prepare
 from headstart.statistics.routed import routed_layers
 from headstart.statistics.stacks import stacks_of
@@ -570,3 +572,15 @@ def test_two_processes_start_experts_as_one_does(tmp_path):
             product = B.double() @ A.double()
             size = float(product.detach().norm())
             torch.testing.assert_close(other_B.double() @ other_A.double(), product, rtol=0, atol=1e-3 * size)
+
+
+def test_a_monitor_watches_the_linear_layers():
+    model = wrapped(moe("mixtral"))
+    assert {layer.name.split(".")[-1] for layer in sampled(model, None, 8)} == {"q_proj", "o_proj"}
+    with pytest.raises(LayerError, match="no linear LoRA layer to watch"):
+        sampled(wrapped(moe("mixtral"), target_modules=[]), None, 1)
+
+
+def test_what_a_start_would_cost_counts_every_expert():
+    machine = measured(wrapped(moe("mixtral")), [batch()])
+    assert machine.shapes == {(32, 32): 4, (48, 32): 8, (32, 24): 8}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from headstart.layers.experts import ExpertLayer, experts_of, is_stack, joined
+from headstart.layers.experts import ExpertLayer, joined, with_experts
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.install import Subtracting, install, start_note
 from headstart.layers.parts import Part, by_layer
@@ -68,7 +68,4 @@ def find(model: nn.Module, adapter: str | None) -> Adapter:
     if vera is not None:
         return VeraAdapter(model, vera, find_vera_layers(model, vera))
     name = resolve_adapter(model, adapter)
-    layers: list[TargetLayer] = []
-    for target in find_layers(model, name):
-        layers += experts_of(target) if is_stack(target.module) else [target]
-    return Adapter(model, name, layers)
+    return Adapter(model, name, with_experts(find_layers(model, name)))

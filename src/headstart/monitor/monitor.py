@@ -22,6 +22,7 @@ from headstart.errors import HeadstartWarning, LayerError, nearest
 from headstart.files import write_whole
 from headstart.layers.anchored import anchors, current_factors
 from headstart.layers.core import core_of
+from headstart.layers.experts import is_stack
 from headstart.layers.find import TargetLayer, lora_layers, resolve_adapter
 from headstart.layers.unwrap import looks_through
 from headstart.monitor.quantities import Pair, Quantities, quantities
@@ -220,7 +221,9 @@ def sampled(model: nn.Module, adapter: str | None, asked: int | Sequence[str] | 
         LayerError: there is no LoRA layer, or none of a name.
     """
     name = resolve_adapter(model, adapter)
-    layers = {layer.name: layer for layer in lora_layers(model, name) if name in layer.module.lora_A}
+    # What reaches a mixture's experts doesn't pass through PEFT's layer of their parameter.
+    linear = (layer for layer in lora_layers(model, name) if not is_stack(layer.module))
+    layers = {layer.name: layer for layer in linear if name in layer.module.lora_A}
     if not layers:
         raise LayerError("the model has no linear LoRA layer to watch.")
     if asked is not None and not isinstance(asked, int):
