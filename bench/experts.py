@@ -54,7 +54,8 @@ def wrapped(base: Any) -> Any:
 def batches(samples: int, length: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 1024, (samples, length), generator=generator)
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in ids.split(2)]
+    parts = [ids[start : start + 2] for start in range(0, samples, 2)]
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in parts]
 
 
 def loop(model: Any) -> None:
