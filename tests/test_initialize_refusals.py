@@ -8,7 +8,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 import headstart as hs
-from conftest import all_factors, perturb, started, tiny_llama, tiny_vit, token_batch, wrap
+from conftest import all_factors, perturb, started, tiny_llama, token_batch, wrap
 from headstart.errors import HeadstartWarning
 from snapshots import RANDOM, SUBTRACTING, refused, same, small, small_batch, targets_of
 
@@ -28,14 +28,6 @@ def test_a_rank_over_the_smaller_side(method):
 def test_an_embedding(method, form):
     model = wrap(tiny_llama(), target_modules=["q_proj", "embed_tokens"])
     refused(model, hs.LayerError, r"model\.embed_tokens.*Embedding", method, data=[token_batch()], form=form)
-
-
-@pytest.mark.parametrize("method", EVERY)
-def test_a_convolution(method):
-    refused(small("conv", "used"), hs.LayerError, r"'conv'.*Conv2d", method, data=[small_batch()])
-    vit = tiny_vit()
-    name = next(name for name, module in vit.named_modules() if isinstance(module, nn.Conv2d))
-    refused(wrap(vit, target_modules=[name]), hs.LayerError, rf"{name}.*Conv2d", "init-ab")
 
 
 @pytest.mark.parametrize("method", EVERY)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from headstart.layers.experts import with_experts
 from headstart.layers.find import lora_layers
+from headstart.layers.matrices import matrices_of
 from headstart.linalg.svd import truncated_svd
 from headstart.methods import Method
 from headstart.methods.given import BOTH_KINDS
@@ -52,7 +52,7 @@ class Cost:
 
 def measured(model: Any, batches: Sequence[dict[str, Any]]) -> Machine:
     """Measure a PEFT model: one pass over each batch, and one decomposition of each shape."""
-    layers = with_experts(lora_layers(model, "default"))
+    layers = matrices_of(lora_layers(model, "default"))
     shapes = Counter((layer.d_out, layer.d_in) for layer in layers)
     rank = max(layer.r for layer in layers)
     device = next(model.parameters()).device

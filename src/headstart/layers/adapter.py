@@ -29,7 +29,8 @@ Pair = tuple[Tensor, Tensor]
 class AdapterLayer:
     """One layer's tensors as they are stored: A (r, d_in), B (d_out, r), anchors or core where there are any, and s.
 
-    Of an anchored layer A and B are the differences to the anchors A0 and B0. Of a parameter that stacks matrices they
+    Of an anchored layer A and B are the differences to the anchors A0 and B0. Of a convolution they are kernels,
+    (r, channels, k, ...) and (d_out, r, 1, ...). Of a parameter that stacks matrices they
     are (E r, d_in) and (d_out, r E), see :mod:`headstart.layers.stacks`.
     """
 
@@ -48,7 +49,10 @@ class AdapterLayer:
         return self.A.shape[0] // (1 if self.stack is None else self.stack.experts)
 
     def matrices(self) -> list[AdapterLayer]:
-        """Return the layers of a stack's matrices, each for itself; of any other layer itself."""
+        """Return the layers of a stack's matrices, each for itself; of any other layer itself, kernels as rows."""
+        if self.A.ndim > 2:
+            A0, B0 = (None if part is None else part.flatten(1) for part in (self.A0, self.B0))
+            return [replace(self, A=self.A.flatten(1), B=self.B.flatten(1), A0=A0, B0=B0)]
         if self.stack is None:
             return [self]
         factors = zip(*taken_apart(self.A, self.B, self.stack.experts), strict=True)
@@ -151,7 +155,8 @@ def _layer(name: str, by_role: dict[str, Tensor], config: LoraConfig, stack: Sta
     A, B = by_role["A"], by_role["B"]
     A0, B0 = (by_role[role] for role in roles[2:]) if kind in START_NAMES else (None, None)
     core = by_role.get("core")
-    shapes_fit = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
+    shapes_fit = A.dim() == B.dim() >= 2 and A.shape[0] == B.shape[1]
+    shapes_fit = shapes_fit and B[0, 0].numel() == 1 if B.dim() > 2 else shapes_fit
     shapes_fit = shapes_fit and (core is None or tuple(core.shape) == (A.shape[0], A.shape[0]))
     if not shapes_fit or (A0 is not None and (A0.shape != A.shape or (B0 is not None and B0.shape != B.shape))):
         raise CheckpointError(f"the adapter's layer {name!r} has tensors whose shapes don't fit together.")
@@ -230,6 +235,8 @@ def make_plain(
     tensors: dict[str, Tensor] = dict(other_tensors)
     for name, pairs in factors.items():
         A, B = pairs[0] if layers[name].stack is None else laid_together(*zip(*pairs, strict=True))
+        if layers[name].A.ndim > 2:
+            A, B = A.reshape(len(A), *layers[name].A.shape[1:]), B.reshape(*B.shape, *layers[name].B.shape[2:])
         tensors[f"{BASE_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{BASE_PREFIX}{name}.lora_B.weight"] = B
     if stranded:

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from headstart.layers.experts import ExpertLayer, joined, with_experts
+from headstart.layers.experts import ExpertLayer, joined
 from headstart.layers.find import TargetLayer, find_layers, resolve_adapter
 from headstart.layers.install import Subtracting, install, start_note
+from headstart.layers.matrices import matrices_of
 from headstart.layers.parts import Part, by_layer
 from headstart.layers.ranks import Starts, set_ranks
 from headstart.layers.vera import find_vera_layers, install_dictionary, vera_adapter
@@ -68,4 +69,4 @@ def find(model: nn.Module, adapter: str | None) -> Adapter:
     if vera is not None:
         return VeraAdapter(model, vera, find_vera_layers(model, vera))
     name = resolve_adapter(model, adapter)
-    return Adapter(model, name, with_experts(find_layers(model, name)))
+    return Adapter(model, name, matrices_of(find_layers(model, name)))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headstart import compat
+from headstart.layers.frozen_convolutions import frozen_copy
 from headstart.layers.stacks import AnchoredParamWrapper, stacked
 from headstart.layers.weights import oriented, product, whole
 
@@ -183,7 +184,9 @@ def set_anchors(module: LoraLayer, adapter: str, A0: Tensor, B0: Tensor, kind: s
             module.other_param_names = (*module.other_param_names, name)
         like = factor[adapter].weight
         # FSDP2 gathers the factors for the forward pass, so anchors beside them are held whole.
-        getattr(module, name)[adapter] = Start(whole(value.detach()).to(device=like.device, dtype=like.dtype).clone())
+        held = whole(value.detach()).to(device=like.device, dtype=like.dtype).clone()
+        linear = isinstance(factor[adapter], nn.Linear)
+        getattr(module, name)[adapter] = Start(held) if linear else frozen_copy(factor[adapter], held)
     module.lora_variant[adapter] = VARIANTS[kind]()
     if isinstance(module, ParamWrapper):
         module.__class__ = AnchoredParamWrapper  # which asks no variant what it computes
@@ -214,5 +217,7 @@ def delta_weight(module: LoraLayer, adapter: str) -> Tensor:
     if anchor_kind(module, adapter) == "residual":
         return module.get_delta_weight(adapter)
     A0, B0 = module.lora_start_A[adapter].weight, module.lora_start_B[adapter].weight
-    A_out, B_out = stacked(module.lora_A[adapter].weight, module.lora_B[adapter].weight, A0, B0)
-    return oriented(module, product(B_out, A_out) * module.scaling[adapter])
+    parts = (part.flatten(1) for part in (module.lora_A[adapter].weight, module.lora_B[adapter].weight, A0, B0))
+    A_out, B_out = stacked(*parts)
+    delta = oriented(module, product(B_out, A_out) * module.scaling[adapter])
+    return delta.reshape(*delta.shape[:1], *module.lora_A[adapter].weight.shape[1:]) if A0.ndim > 2 else delta

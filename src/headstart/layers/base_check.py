@@ -29,7 +29,7 @@ def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adap
         except AttributeError:
             raise CheckpointError(f"{folder} belongs to another base model: this one has no layer {name!r}.") from None
         plain[name] = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        saved_shape = layer.B.shape[0], layer.A.shape[1]
+        saved_shape = layer.B.shape[0], layer.A[0].numel()
         shape = linear_shape(plain[name]) if layer.stack is None else _matrix_shape(plain[name], layer.stack)
         if shape != saved_shape:
             raise CheckpointError(

@@ -9,7 +9,7 @@ top of each other, expert by expert, (E r, d_in), and of all B_e the first colum
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,7 +55,7 @@ class ExpertLayer(TargetLayer):
 
     def facts(self) -> Layer:
         """Return what a method may know of the matrix before anything is read."""
-        return replace(super().facts(), stacked=True, shows_inputs=self.shows_inputs)
+        return replace(super().facts(), held_as="stack", shows_inputs=self.shows_inputs)
 
     @property
     def shows_inputs(self) -> bool:
@@ -106,11 +106,6 @@ def experts_of(stack: TargetLayer) -> list[TargetLayer]:
     else:
         names = [f"{holder}.{expert}.{parameter}" for expert in range(module.num_experts)]
     return [ExpertLayer(name, module, stack.adapter, stack, expert) for expert, name in enumerate(names)]
-
-
-def with_experts(targets: Iterable[TargetLayer]) -> list[TargetLayer]:
-    """Return layers with a parameter's experts in its layer's place."""
-    return [layer for target in targets for layer in (experts_of(target) if is_stack(target.module) else [target])]
 
 
 def joined(starts: Sequence[tuple[TargetLayer, Factors]]) -> list[tuple[TargetLayer, Factors]]:

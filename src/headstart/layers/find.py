@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from accelerate.utils import has_offloaded_params
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import BASE_PREFIX, LayerError, nearest, not_finite
 from headstart.layers.core import core_of, form_of
-from headstart.layers.formats import NUMBERS, check_not_tensor_parallel, format_of, home, quantisation, unreadable
+from headstart.layers.formats import check_not_tensor_parallel, home, quantisation, unreadable
 from headstart.layers.frozen import frozen_factors
+from headstart.layers.kinds import check_kind, is_dora
 from headstart.layers.unwrap import plain_name
-from headstart.layers.weights import adapted_parameter, dense, is_transposed, place, weight_digest
+from headstart.layers.weights import adapted_parameter, dense, is_transposed, linear_shape, place, weight_digest
 from headstart.linalg.product import product_norm
 from headstart.methods.base import Factors, Layer
 from headstart.names import kind_of
@@ -152,11 +152,6 @@ class TargetLayer:
         return kind_of(self.name)
 
 
-def is_dora(module: LoraLayer, adapter: str) -> bool:
-    """Return whether the layer splits its weight into magnitude and direction."""
-    return adapter in getattr(module, "lora_magnitude_vector", ())
-
-
 def lora_layers(model: nn.Module, adapter: str) -> Iterator[TargetLayer]:
     """Yield all LoRA layers that hold ``adapter``, in the model's order, whatever their type, by their own names."""
     for name, module in model.named_modules():
@@ -198,7 +193,7 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
     """Return the layers to initialise, checked.
 
     Raises:
-        LayerError: there is none, or one is of a kind that can't be initialised (embedding, convolution, tied or
+        LayerError: there is none, or one is of a kind that can't be initialised (embedding, tied or
             merged weights, another LoRA variant than DoRA, split by tensor parallelism, on the meta device), holds a
             trained or already initialised adapter, or has a rank over its smaller side. The message names the layer.
     """
@@ -208,16 +203,17 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
     check_not_tensor_parallel(model, [(target.name, target.module.get_base_layer()) for target in targets])
     holders = _holders_of_parameters(model)
     for target in targets:
-        _check_kind(target)
+        check_kind(target)
         _check_tied(target, holders)
         _check_state(target)
         if not target.scaling > 0:
             raise LayerError(f"layer {target.name!r}: its scaling is {target.scaling:g}; set lora_alpha above 0.")
-        side = min(target.d_out, target.d_in)
-        if target.r > side:
+        stack = isinstance(target.module, ParamWrapper)
+        d_out, d_in = (target.d_out, target.d_in) if stack else linear_shape(target.module.get_base_layer())
+        if target.r > min(d_out, d_in):
             raise LayerError(
-                f"layer {target.name!r}: rank {target.r} is more than its smaller side, {side} (its weight is "
-                f"{target.d_out} x {target.d_in}); lower r, or set this layer's in rank_pattern."
+                f"layer {target.name!r}: rank {target.r} is more than its smaller side, {min(d_out, d_in)} (its weight "
+                f"is {d_out} x {d_in}); lower r, or set this layer's in rank_pattern."
             )
     return targets
 
@@ -269,46 +265,6 @@ def _residual_note(module: LoraLayer) -> str:
     """Return the attribute that says so; a base layer may hold several parameters that are adapted."""
     parameter = adapted_parameter(module)
     return _RESIDUAL if parameter == "weight" else f"{_RESIDUAL}_{parameter}"
-
-
-def _check_kind(target: TargetLayer) -> None:
-    base = target.module.get_base_layer()
-    if isinstance(target.module, ParamWrapper):
-        _check_stack(target, target.module)
-        return
-    # PEFT's layers on bitsandbytes' can't be imported where that isn't installed.
-    supported = isinstance(target.module, Linear) or type(target.module).__module__ == "peft.tuners.lora.bnb"
-    if not supported or not isinstance(base, (nn.Linear, Conv1D)):
-        if words := format_of(base):
-            raise LayerError(
-                f"layer {target.name!r} holds its weight in {words}: only nn.Linear, Conv1D and bitsandbytes layers "
-                "can be initialised; load the base model unquantised, or in bitsandbytes' 4 or 8 bits."
-            )
-        raise LayerError(
-            f"layer {target.name!r} is {_article(type(base).__name__)}: only nn.Linear, Conv1D and bitsandbytes layers "
-            "can be initialised; leave it out of target_modules."
-        )
-    if target.module.lora_bias.get(target.adapter):
-        raise LayerError(f"layer {target.name!r} has lora_bias=True, which is not supported; set lora_bias=False.")
-
-
-def _check_stack(target: TargetLayer, module: ParamWrapper) -> None:
-    """Refuse a parameter (of experts, of a router) that is none of plain numbers."""
-    base, name = module.get_base_layer(), module.parameter_name
-    words, parameter = format_of(base), module.get_param()
-    if not words and parameter.dtype not in NUMBERS:
-        words = f"{str(parameter.dtype).removeprefix('torch.')} codes"
-    if words:
-        raise LayerError(
-            f"layer {target.name.replace('.base_layer', '')!r} holds its parameter {name!r} in {words}: only plain "
-            "numbers can be initialised; load the base model unquantised."
-        )
-    if isinstance(parameter, DTensor) or parameter.device.type == "meta":
-        where = "is sharded over processes" if isinstance(parameter, DTensor) else "has no values here (meta device)"
-        raise LayerError(
-            f"layer {target.name.replace('.base_layer', '')!r}: its parameter {name!r} {where}, and is started whole "
-            "alone: initialise before the model is sharded or offloaded."
-        )
 
 
 def _check_tied(target: TargetLayer, holders: dict[int, list[str]]) -> None:
@@ -374,7 +330,3 @@ def _holders_of_parameters(model: nn.Module) -> dict[int, list[str]]:
         for parameter in module.parameters(recurse=False):
             holders[id(parameter)].append(name)
     return holders
-
-
-def _article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "AEIOU" else f"a {noun}"

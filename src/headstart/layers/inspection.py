@@ -113,7 +113,7 @@ def inspect_adapter(saved: AdapterFolder) -> Description:
             LayerDescription(
                 name=name,
                 d_out=layer.B.shape[0],
-                d_in=layer.A.shape[1],
+                d_in=layer.A[0].numel(),
                 r=layer.r,
                 form=layer.kind,
                 scaling=layer.scaling,

@@ -16,9 +16,10 @@ from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import drop_anchors, set_anchors, start_at
 from headstart.layers.core import drop_core, form_of, set_core
 from headstart.layers.experts import stacks_in
-from headstart.layers.find import TargetLayer, is_dora, lora_layers, set_record, set_residual_owner
+from headstart.layers.find import TargetLayer, lora_layers, set_record, set_residual_owner
 from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, thaw_factors
+from headstart.layers.kinds import is_dora
 from headstart.layers.mark import PLAIN, make_mark
 from headstart.layers.stacks import product_of_stack
 from headstart.layers.watch import watch
@@ -104,7 +105,7 @@ def _install_one(target: TargetLayer, factors: Factors, form: LayerForm, undo: E
     A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     for parameter, value in ((A, factors.A), (B, factors.B)):
         undo.callback(assign, parameter, parameter.detach().clone())
-        assign(parameter, value)
+        assign(parameter, value.reshape(parameter.shape))
     if factors.frozen:
         undo.callback(thaw_factors, module, adapter, B.requires_grad)
         freeze_factors(module, adapter, factors.frozen)
@@ -163,7 +164,10 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
     undo.callback(setattr, weight, "data", weight.data)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     A, B = (whole(factor[adapter].weight).to(dtype) for factor in (module.lora_A, module.lora_B))
-    start = product_of_stack(module, A, B) if isinstance(module, ParamWrapper) else oriented(module, product(B, A))
+    if isinstance(module, ParamWrapper):
+        start = product_of_stack(module, A, B)
+    else:
+        start = oriented(module, product(B.flatten(1), A.flatten(1))).reshape(weight.shape)
     residual = weight.data.to(dtype) - start * target.scaling
     weight.data = residual.to(weight.dtype)
 

@@ -140,10 +140,10 @@ def product(B: Tensor, A: Tensor) -> Tensor:
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:
-    """Return (d_out, d_in) of an nn.Linear or a Conv1D."""
+    """Return (d_out, d_in) of an nn.Linear, a Conv1D, or a convolution whose kernels are rows."""
     if isinstance(base, nn.Linear):
         return base.out_features, base.in_features  # a quantised weight has another shape
-    rows, columns = base.get_parameter("weight").shape
+    rows, columns = base.get_parameter("weight").flatten(1).shape
     return (columns, rows) if isinstance(base, Conv1D) else (rows, columns)
 
 

@@ -88,6 +88,13 @@ class Factors:
     keeps: Literal["scaling", "alpha"] = "scaling"
 
 
+# What holds a layer's matrix where no linear layer does, a pattern for such layers, and where they are named.
+_HELD_AS = {
+    "stack": ("a matrix in a parameter that PEFT adapts as a whole", "experts.*", "target_parameters"),
+    "convolution": ("a convolution", "conv.*", "target_modules"),
+}
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """Base of all methods: a frozen dataclass whose fields are the paper's settings with the paper's defaults.
@@ -147,11 +154,11 @@ class Method(ABC):
             LayerError: the start's form doesn't go with what the layer is.
             MethodError: a setting is missing.
         """
-        if layer.stacked and (why := self._not_for_stacks(layer)):
+        if layer.held_as != "linear" and (why := self._not_without_linear(layer)):
+            what, use, leave = _HELD_AS[layer.held_as]
             raise LayerError(
-                f"layer {layer.name!r} is a matrix in a parameter that PEFT adapts as a whole, and method "
-                f"{self.name!r} {why}, which such matrices can't give; use another method for them, as in "
-                "hs.PerLayer({'experts.*': hs.PiSSA(), '*': ...}), or leave the parameter out of target_parameters."
+                f"layer {layer.name!r} is {what}, which method {self.name!r} can't start: it {why}. Use another method "
+                f"for such layers, as in hs.PerLayer({{{use!r}: hs.PiSSA(), '*': ...}}), or leave them out of {leave}."
             )
         if layer.dora and self.form == "anchored":
             raise LayerError(
@@ -170,8 +177,8 @@ class Method(ABC):
                 + " Use another method, or one without lora_fa_."
             )
 
-    def _not_for_stacks(self, layer: Layer) -> str:
-        """Return what the method needs that a matrix in a stack of experts doesn't have; empty where it has all."""
+    def _not_without_linear(self, layer: Layer) -> str:
+        """Return what the method needs that nothing but a linear layer has; empty where it needs no such thing."""
         wants = self.wants(layer)
         needs = {
             "puts a core between A and B": self.form == "core",

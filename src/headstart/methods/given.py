@@ -140,7 +140,8 @@ class Layer:
         scaling: s, the factor in front of ``B A``.
         dora: the layer splits its weight into magnitude and direction.
         frozen: which of "lora_A" and "lora_B" don't train (LoRA-FA).
-        stacked: it is a matrix in a parameter that PEFT adapts as a whole, such as one of a mixture's experts.
+        held_as: "linear" for a linear layer's weight; "stack" for a matrix in a parameter that PEFT adapts as a whole,
+            such as one of a mixture's experts; "convolution" for a convolution's kernels as rows.
         shows_inputs: what reaches the layer can be read.
         quantised: "4-bit" or "8-bit" where bitsandbytes holds the weight, else None.
         seed: the user's seed; :meth:`generator` derives the layer's own stream from it and the name.
@@ -161,7 +162,7 @@ class Layer:
     scaling: float
     dora: bool = False
     frozen: tuple[str, ...] = ()
-    stacked: bool = False
+    held_as: Literal["linear", "stack", "convolution"] = "linear"
     shows_inputs: bool = True
     quantised: str | None = None
     seed: int = 0

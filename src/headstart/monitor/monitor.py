@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from headstart.errors import HeadstartWarning, LayerError, nearest
 from headstart.files import write_whole
 from headstart.layers.anchored import anchors, current_factors
+from headstart.layers.convolutions import is_convolution
 from headstart.layers.core import core_of
 from headstart.layers.experts import is_stack
 from headstart.layers.find import TargetLayer, lora_layers, resolve_adapter
@@ -221,8 +222,9 @@ def sampled(model: nn.Module, adapter: str | None, asked: int | Sequence[str] | 
         LayerError: there is no LoRA layer, or none of a name.
     """
     name = resolve_adapter(model, adapter)
-    # What reaches a mixture's experts doesn't pass through PEFT's layer of their parameter.
+    # What reaches a mixture's experts doesn't pass through PEFT's layer of their parameter; a convolution has no rows.
     linear = (layer for layer in lora_layers(model, name) if not is_stack(layer.module))
+    linear = (layer for layer in linear if not is_convolution(layer.module))
     layers = {layer.name: layer for layer in linear if name in layer.module.lora_A}
     if not layers:
         raise LayerError("the model has no linear LoRA layer to watch.")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from headstart.layers.experts import with_experts
 from headstart.layers.find import lora_layers
+from headstart.layers.matrices import matrices_of
 from headstart.layers.parts import divide
 from headstart.methods import Training, parse_method
 from headstart.runs.model import head_of, made_ready
@@ -79,7 +79,7 @@ def planned(run: Run) -> Plan:
     head = 0
     if run.trains in ("adapter", "lora-fa"):
         head = sum(count for name, count in names if "lora_" not in name and "vera_" not in name)
-        targets = with_experts(lora_layers(model, "default"))
+        targets = matrices_of(lora_layers(model, "default"))
         shapes.update((target.d_out, target.d_in) for target in targets)
         method = parse_method(run.start.method)
         for part in divide(method, targets) if targets else []:  # a VeRA adapter has none of LoRA's

@@ -12,6 +12,7 @@ from torch import nn
 
 from headstart.context import Context
 from headstart.errors import DataError, LayerError, MethodError
+from headstart.layers.convolutions import ConvLayer
 from headstart.layers.experts import ExpertLayer
 from headstart.layers.original import Original
 from headstart.layers.parts import Part
@@ -161,7 +162,7 @@ class _Passes:
         assert data.batches is not None
         return prepare(
             self._model,
-            {layer.name: layer.module for layer in layers if not isinstance(layer, ExpertLayer)},
+            {layer.name: layer.module for layer in layers if not isinstance(layer, ExpertLayer | ConvLayer)},
             wants,
             data.batches,
             method.sample_count(data.training.population),

@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from headstart.errors import LayerError
 from headstart.layers.weights import model_device
 from headstart.methods.base import Wants
 from headstart.processes import Processes, digest, is_sharded, together
@@ -82,10 +83,16 @@ def prepare(
         experts: of these, the layers whose inputs are wanted, see :func:`headstart.statistics.routed.routed_layers`.
 
     Raises:
+        LayerError: the model is sharded, and a layer is no linear one.
         DataError: the data are empty, a sample has no label, the model gives no loss, or the loss is not finite.
     """
     processes = processes or Processes()
     lockstep = processes.several and is_sharded(model)
+    if lockstep and stacks:
+        raise LayerError(
+            f"layer {stacks[0].names[0]!r}: the model is sharded over processes, and the gradient of what is no linear "
+            "layer is read whole: initialise before fully_shard, or use a method without gradients."
+        )
     device = model_device(model)
     sizes = {name: (int(layer.out_features), int(layer.in_features)) for name, layer in layers.items()}
     stacked = {name: stack.size for stack in stacks for name in stack.names}

@@ -1,4 +1,4 @@
-"""Reading the gradients of parameters that stack matrices, such as a mixture's experts, layer by layer.
+"""Reading the gradients of parameters that stack matrices, such as a mixture's experts, or are kernels, layer by layer.
 
 What reaches each of their matrices can't be seen from outside: the module routes tokens to them. So the parameter
 itself is made to require a gradient, and that is handed on as soon as backward has it, and freed.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from headstart.layers.convolutions import ConvLayer
 from headstart.layers.experts import ExpertLayer
 from headstart.layers.find import TargetLayer
 from headstart.statistics.tap import LossScale
@@ -26,20 +27,26 @@ class Stack:
         parameter: (E, d_out, d_in), (E, d_in, d_out) where it is ``transposed``, or one matrix.
         names: of its matrices' layers, in their order.
         transposed: how its matrices are stored.
+        kernels: it is a convolution's, one matrix of a kernel a row.
     """
 
     parameter: nn.Parameter
     names: tuple[str, ...]
     transposed: bool
+    kernels: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
         """(d_out, d_in) of each matrix."""
+        if self.kernels:
+            return len(self.parameter), self.parameter[0].numel()
         rows, columns = self.parameter.shape[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
 
     def matrices(self, gradient: Tensor) -> Tensor:
         """Return a gradient of the parameter as (E, d_out, d_in)."""
+        if self.kernels:
+            return gradient.flatten(1)[None]
         gradient = gradient.mT if self.transposed else gradient
         return gradient if gradient.ndim == 3 else gradient[None]
 
@@ -47,10 +54,12 @@ class Stack:
 def stacks_of(layers: Sequence[TargetLayer]) -> list[Stack]:
     """Return the parameters whose matrices are among the layers, in the layers' order."""
     experts: dict[str, list[ExpertLayer]] = {}
+    stacks = []
     for layer in layers:
         if isinstance(layer, ExpertLayer):
             experts.setdefault(layer.stack.name, []).append(layer)
-    stacks = []
+        elif isinstance(layer, ConvLayer):
+            stacks.append(Stack(layer.module.get_base_layer().weight, (layer.name,), False, kernels=True))
     for own in experts.values():
         by_place = {layer.expert: layer.name for layer in own}
         module = own[0].module

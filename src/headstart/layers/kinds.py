@@ -1,0 +1,93 @@
+"""Which kinds of layers can be initialised, and what is said of the others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from headstart.errors import LayerError
+from headstart.layers.formats import NUMBERS, format_of
+
+if TYPE_CHECKING:
+    from headstart.layers.find import TargetLayer
+
+
+def is_dora(module: LoraLayer, adapter: str) -> bool:
+    """Return whether the layer splits its weight into magnitude and direction."""
+    return adapter in getattr(module, "lora_magnitude_vector", ())
+
+
+def check_kind(target: TargetLayer) -> None:
+    """Refuse a layer that is no linear layer, convolution or parameter of plain numbers.
+
+    Raises:
+        LayerError: it is another; names the layer and what to do.
+    """
+    base = target.module.get_base_layer()
+    if isinstance(target.module, ParamWrapper):
+        _check_stack(target, target.module)
+        return
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        _check_convolution(target, base)
+        return
+    # PEFT's layers on bitsandbytes' can't be imported where that isn't installed.
+    supported = isinstance(target.module, Linear) or type(target.module).__module__ == "peft.tuners.lora.bnb"
+    if not supported or not isinstance(base, (nn.Linear, Conv1D)):
+        if words := format_of(base):
+            raise LayerError(
+                f"layer {target.name!r} holds its weight in {words}: only nn.Linear, Conv1D and bitsandbytes layers "
+                "can be initialised; load the base model unquantised, or in bitsandbytes' 4 or 8 bits."
+            )
+        raise LayerError(
+            f"layer {target.name!r} is {_article(type(base).__name__)}: only nn.Linear, Conv1D, convolutions and "
+            "bitsandbytes layers can be initialised; leave it out of target_modules."
+        )
+    if target.module.lora_bias.get(target.adapter):
+        raise LayerError(f"layer {target.name!r} has lora_bias=True, which is not supported; set lora_bias=False.")
+
+
+def _check_convolution(target: TargetLayer, base: Any) -> None:
+    """Refuse a convolution whose adapter is no change of its kernels, or that is held in codes."""
+    alike = {"groups": 1, "dilation": (1,) * len(base.kernel_size), "padding_mode": "zeros"}
+    for setting, plain in alike.items():
+        if getattr(base, setting) != plain:
+            raise LayerError(
+                f"layer {target.name!r} is a convolution with {setting}={getattr(base, setting)!r}, of which PEFT's "
+                "adapter is no change of its kernels; leave it out of target_modules."
+            )
+    if is_dora(target.module, target.adapter):
+        raise LayerError(f"layer {target.name!r} is a convolution that uses DoRA; set use_dora=False, or leave it out.")
+    if target.module.lora_bias.get(target.adapter):
+        raise LayerError(f"layer {target.name!r} has lora_bias=True, which is not supported; set lora_bias=False.")
+    if words := format_of(base):
+        raise LayerError(
+            f"layer {target.name!r} holds its kernels in {words}: only plain numbers can be initialised; load the base "
+            "model unquantised."
+        )
+
+
+def _check_stack(target: TargetLayer, module: ParamWrapper) -> None:
+    """Refuse a parameter (of experts, of a router) that is none of plain numbers."""
+    base, name = module.get_base_layer(), module.parameter_name
+    words, parameter = format_of(base), module.get_param()
+    if not words and parameter.dtype not in NUMBERS:
+        words = f"{str(parameter.dtype).removeprefix('torch.')} codes"
+    if words:
+        raise LayerError(
+            f"layer {target.name.replace('.base_layer', '')!r} holds its parameter {name!r} in {words}: only plain "
+            "numbers can be initialised; load the base model unquantised."
+        )
+    if isinstance(parameter, DTensor) or parameter.device.type == "meta":
+        where = "is sharded over processes" if isinstance(parameter, DTensor) else "has no values here (meta device)"
+        raise LayerError(
+            f"layer {target.name.replace('.base_layer', '')!r}: its parameter {name!r} {where}, and is started whole "
+            "alone: initialise before the model is sharded or offloaded."
+        )
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "AEIOU" else f"a {noun}"
