@@ -91,7 +91,7 @@ def measured(run: Callable[[], Any], clock: Clock) -> tuple[str, str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated() if on_gpu else 0
+    loaded = torch.cuda.memory_allocated() if on_gpu else 0
     limit = min(clock.limit, clock.left)
     if limit <= 0:
         return "not reached", "", None
@@ -107,7 +107,7 @@ def measured(run: Callable[[], Any], clock: Clock) -> tuple[str, str, Any]:
     except Exception as error:  # one side's fault is its own row
         return f"failed: {type(error).__name__} {str(error).splitlines()[0][:80] if str(error) else ''}", "", None
     seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated() - held if on_gpu else 0
+    peak = torch.cuda.max_memory_allocated() - loaded if on_gpu else 0
     return f"{seconds:.2f}", f"{peak / 2**30:.2f}", made
 
 
@@ -121,11 +121,11 @@ def pairs(shape: str, device: torch.device, clock: Clock) -> list[str]:
         rows.append([method, "headstart", *ours[:2], ""])
         for other in others:
             model = fresh(base, whole=True)
-            theirs = measured(partial(with_peft(other), model, data), clock)
+            pefts = measured(partial(with_peft(other), model, data), clock)
             ratio = ""
             with contextlib.suppress(ValueError):
-                ratio = f"{float(theirs[0]) / float(ours[0]):.1f}"
-            rows.append([method, f"PEFT `{other}`", *theirs[:2], ratio])
+                ratio = f"{float(pefts[0]) / float(ours[0]):.1f}"
+            rows.append([method, f"PEFT `{other}`", *pefts[:2], ratio])
             del model
         print(*rows[-1 - len(others) :], sep="\n", flush=True)
     what = f"{len(data)} batches of {tuple(data[0]['labels'].shape)} random tokens for those that read data"

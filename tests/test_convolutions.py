@@ -16,6 +16,7 @@ from headstart.errors import CheckpointError, LayerError
 from headstart.layers.adapters import find
 from headstart.layers.convolutions import ConvLayer
 from headstart.layers.find import lora_layers
+from headstart.stream import stream_start
 
 SHAPES = {1: (nn.Conv1d, (16,)), 2: (nn.Conv2d, (10, 10)), 3: (nn.Conv3d, (6, 6, 6))}
 
@@ -183,3 +184,11 @@ def test_convolutions_whose_adapter_is_no_change_of_their_kernels_are_named(sett
     model = nn.Sequential(nn.Conv2d(**settings))
     with pytest.raises(LayerError, match=rf"'0' is a convolution with {name}="):
         hs.initialize_(get_peft_model(model, LoraConfig(r=2, target_modules=["0"])), "pissa")
+
+
+def test_convolutions_are_not_streamed(tmp_path):
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(LayerError, match=r"'resnet\..*convolution' is a convolution, which is not streamed"):
+        stream_start(tmp_path / "model", "pissa", LoraConfig(r=2, target_modules=["convolution"]), tmp_path / "out")

@@ -82,7 +82,7 @@ class AdapterLayer:
 
 
 def split(
-    tensors: Mapping[str, Tensor], config: LoraConfig, stacks: Mapping[str, StackOf]
+    tensors: Mapping[str, Tensor], config: LoraConfig, stacks: Mapping[str, StackOf] | None = None
 ) -> tuple[dict[str, AdapterLayer], dict[str, Tensor]]:
     """Sort a PEFT adapter's tensors into layers, and the others (heads that are trained beside it).
 
@@ -110,7 +110,9 @@ def split(
             continue
         ending = next(ending for ending, its_role in roles.items() if its_role == role)
         parts.setdefault(key.removesuffix(f".{ending}").removeprefix(BASE_PREFIX), {})[role] = tensor
-    return {name: _layer(name, by_role, config, stacks.get(name)) for name, by_role in parts.items()}, other_tensors
+    return {
+        name: _layer(name, by_role, config, (stacks or {}).get(name)) for name, by_role in parts.items()
+    }, other_tensors
 
 
 # How earlier versions named anchors and cores, which were parameters and not modules.

@@ -184,9 +184,9 @@ def set_anchors(module: LoraLayer, adapter: str, A0: Tensor, B0: Tensor, kind: s
             module.other_param_names = (*module.other_param_names, name)
         like = factor[adapter].weight
         # FSDP2 gathers the factors for the forward pass, so anchors beside them are held whole.
-        held = whole(value.detach()).to(device=like.device, dtype=like.dtype).clone()
+        start = whole(value.detach()).to(device=like.device, dtype=like.dtype).clone()
         linear = isinstance(factor[adapter], nn.Linear)
-        getattr(module, name)[adapter] = Start(held) if linear else frozen_copy(factor[adapter], held)
+        getattr(module, name)[adapter] = Start(start) if linear else frozen_copy(factor[adapter], start)
     module.lora_variant[adapter] = VARIANTS[kind]()
     if isinstance(module, ParamWrapper):
         module.__class__ = AnchoredParamWrapper  # which asks no variant what it computes

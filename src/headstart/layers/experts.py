@@ -89,8 +89,8 @@ def stack_of(target: TargetLayer) -> StackOf | None:
 
 def stacks_in(model: nn.Module, adapter: str) -> dict[str, StackOf]:
     """Return what is known of an adapter's layers that are parameters', by name."""
-    found = {target.name: stack_of(target) for target in lora_layers(model, adapter)}
-    return {name: stack for name, stack in found.items() if stack is not None}
+    stacks = {target.name: stack_of(target) for target in lora_layers(model, adapter)}
+    return {name: stack for name, stack in stacks.items() if stack is not None}
 
 
 def experts_of(stack: TargetLayer) -> list[TargetLayer]:

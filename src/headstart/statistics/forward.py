@@ -65,10 +65,10 @@ class ForwardReader:
         batch = self._reader.given(samples.batch)
         masks = self._reader.begun(sums, batch, samples, self._tokens)
         try:
-            with (
-                self._watching(sums, self._modules.keys() & sums.shapes.keys()),
-                routed(self._reader.watched.experts, partial(_take_routed, sums)),
-            ):
+            with contextlib.ExitStack() as taps:
+                taps.enter_context(self._watching(sums, self._modules.keys() & sums.shapes.keys()))
+                if experts := self._reader.watched.experts:
+                    taps.enter_context(routed(experts, partial(_take_routed, sums)))
                 self._reader.run_layers(batch)
             sums.check_groups()
         except Unmatched:

@@ -46,9 +46,6 @@ def routed_layers(layers: Sequence[TargetLayer]) -> Experts:
 @contextlib.contextmanager
 def routed(experts: Experts, see: See) -> Iterator[None]:
     """Within the block, ``see`` is shown every product of the modules' experts that a token was sent to."""
-    if not experts:
-        yield
-        return
     ALL_EXPERTS_FUNCTIONS.register(_NAME, _one_by_one)
     configs: dict[int, tuple[Any, Any]] = {}
     for module in experts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,11 @@ def tried(
     def notice(stack: Stack, gradient: Tensor) -> None:
         squares.setdefault(stack.names[0], []).append(squared_norm(gradient))
 
-    with drawn_from(seed, device), tapped(modules, watch, scale), parameters_tapped(stacks, notice, scale):
+    with contextlib.ExitStack() as taps:
+        taps.enter_context(drawn_from(seed, device))
+        taps.enter_context(tapped(modules, watch, scale))
+        if stacks:
+            taps.enter_context(parameters_tapped(stacks, notice, scale))
         forward = run()
 
         def gradient_at(factor: float) -> Tensor:

@@ -43,6 +43,10 @@ class Watched:
         def see(name: str, hidden: Tensor, chosen: Tensor, inputs: Tensor, output: Tensor) -> Tensor:
             return tap(output, inputs, sums.watch_routed(name, hidden, chosen, inputs), scale)
 
-        experts = {} if routed_names.isdisjoint(sums.shapes) else self.experts
-        with tapped(modules, sums.watch, scale), parameters_tapped(stacks, add, scale), routed(experts, see):
+        with contextlib.ExitStack() as taps:
+            taps.enter_context(tapped(modules, sums.watch, scale))
+            if stacks:
+                taps.enter_context(parameters_tapped(stacks, add, scale))
+            if not routed_names.isdisjoint(sums.shapes):
+                taps.enter_context(routed(self.experts, see))
             yield

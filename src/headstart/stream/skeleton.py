@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from headstart.errors import CheckpointError, LayerError, ModelError
-from headstart.layers.experts import is_stack
+from headstart.layers.convolutions import is_convolution
 from headstart.layers.find import TargetLayer, find_layers, lora_layers
 from headstart.stream.source import Source, check_model_folder
 from headstart.training.wrap import wrap_lora
@@ -112,6 +113,7 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
     with torch.device("meta"), _silenced():
         model = _wrapped(base, lora)
     for target in lora_layers(model, ADAPTER):
+        _check_streamed(target)
         # What find_layers looks at: B is zero, and one number holds it.
         for by_adapter in (target.module.lora_B, target.module.lora_embedding_B):
             if ADAPTER in by_adapter:
@@ -119,14 +121,23 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
     layers = find_layers(model, ADAPTER)
     keys = {}
     for layer in layers:
-        if is_stack(layer.module):
-            raise LayerError(
-                f"layer {layer.name.replace('.base_layer', '')!r} is adapted through its parameter "
-                f"{layer.module.parameter_name!r}, which is not streamed: name linear layers in target_modules, such "
-                "as ['q_proj', 'v_proj'], because 'all-linear' takes such parameters too; or start the loaded model."
-            )
         keys[f"{layer.name}.weight"] = _key(layer, names, source)
     return Skeleton(model, layers, {**tied, **names, **keys})
+
+
+def _check_streamed(target: TargetLayer) -> None:
+    name = target.name.replace(".base_layer", "")
+    if isinstance(target.module, ParamWrapper):
+        raise LayerError(
+            f"layer {name!r} is adapted through its parameter {target.module.parameter_name!r}, which is not streamed: "
+            "name linear layers in target_modules, such as ['q_proj', 'v_proj'], because 'all-linear' takes such "
+            "parameters too; or start the loaded model."
+        )
+    if is_convolution(target.module):
+        raise LayerError(
+            f"layer {name!r} is a convolution, which is not streamed: leave it out of target_modules, or start the "
+            "loaded model."
+        )
 
 
 def checkpoint_keys(base: Any, source: Source) -> dict[str, str]:
