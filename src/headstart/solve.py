@@ -207,6 +207,7 @@ class _Solver:
         wants = self._method.wants(facts)
         statistics, device = self._statistics, layer.device
         gradient = statistics.gradients.get(layer.name)
+        half = statistics.halves.get(layer.name)
         kronecker = statistics.kronecker.get(layer.name)
         if kronecker is not None:
             outputs = None if kronecker.outputs is None else kronecker.outputs.to(device)
@@ -221,6 +222,7 @@ class _Solver:
             original=statistics.original.weight(layer) if wants.original and statistics.original else None,
             moments=statistics.moments.get(layer.kind) if wants.moments else None,
             gradient=None if gradient is None else gradient.to(device),
+            half=None if half is None else replace(half, gradient=half.gradient.to(device)),
             kronecker=kronecker,
             preserved=None if preserved is None else _inputs_on(preserved, device, on_device),
             samples=statistics.samples or None,

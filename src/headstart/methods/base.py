@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
-from headstart.methods.given import ANY_LAYER, BOTH_KINDS, Kronecker, Layer, Moments, Training, Wants
+from headstart.methods.given import ANY_LAYER, BOTH_KINDS, Half, Kronecker, Layer, Moments, Training, Wants
 from headstart.progress import Show, silent
 from headstart.settings import check_types, spell
 
@@ -37,6 +37,7 @@ __all__ = [
     "ANY_LAYER",
     "Factors",
     "Form",
+    "Half",
     "Kronecker",
     "Layer",
     "Method",
