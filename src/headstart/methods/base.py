@@ -69,8 +69,8 @@ class Factors:
         spare: (more, d_in), of a method that shares ranks out among layers: what A could go on with, for
             :meth:`Method.settle`.
         spare_B: (d_out, more), what B could go on with there; None where B is zero.
-        worth: what each row of A, and then of ``spare``, is worth to the layer, in descending order; empty where the
-            layer keeps its rank.
+        worth: what each row of A, and then of ``spare``, is worth to the layer, in the order in which they are taken;
+            empty where the layer keeps its rank.
         keeps: what stays where the rank becomes another one, the scaling s or lora_alpha.
     """
 
