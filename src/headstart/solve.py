@@ -240,16 +240,19 @@ def check(method: Method, layers: Sequence[TargetLayer], training: Training) -> 
 
 
 def check_weights(method: Method, layers: Sequence[TargetLayer], form: str) -> None:
-    """Refuse layers whose weight is needed and can't be read.
+    """Refuse layers whose weight is needed and can't be read, and those that the method refuses for their weight.
 
     Raises:
-        LayerError: see :func:`headstart.layers.formats.check_readable`.
+        LayerError: see :func:`headstart.layers.formats.check_readable`, and what the method says.
     """
     check_readable(
         (layer.name, layer.module.get_base_layer())
         for layer in layers
         if form == "residual" or layer.facts().dora or method.wants(layer.facts()).reads_weight
     )
+    for layer in layers:
+        if method.checks_weight(layer.facts()):
+            method.check(replace(layer.facts(), weight=layer.weight()))
 
 
 def check_factors(target: TargetLayer, factors: Factors, form: Form, rank: int | None = None) -> None:

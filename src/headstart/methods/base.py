@@ -165,6 +165,13 @@ class Method(ABC):
                 + " Use another method, or one without lora_fa_."
             )
 
+    def checks_weight(self, layer: Layer) -> bool:
+        """Whether :meth:`check` can tell no sooner than with the weight; it is asked again with it then, for one read.
+
+        ``layer`` has no weight yet.
+        """
+        return False
+
     @abstractmethod
     def factors(self, layer: Layer) -> Factors:
         """Return the start of one layer."""
