@@ -203,8 +203,8 @@ class LoRADA(GradientMethod):
             own_noise = self.bias * population / samples if settled.noise == "unbiased" and self.variance != 0 else 0.0
             inputs = shared[id(kronecker.inputs)] = _Inputs.of(kronecker.inputs, asked[0], own_noise)
         Z = inputs.solved
-        of_half = [] if layer.half is None else [layer.half.gradient]
-        outputs = _Outputs.of(kronecker.outputs, double(torch.cat((G, *of_half), 1)), asked[1])
+        G = G if layer.half is None else torch.cat((G, layer.half.gradient), 1)
+        outputs = _Outputs.of(kronecker.outputs, double(G), asked[1])
         delta, *delta_of_half = (-(part @ Z.inverse) for part in outputs.preconditioned.split(layer.d_in, 1))
         # Of one sample: as many rows of g and x as a sample has.
         spread = outputs.spread * kronecker.tokens / samples

@@ -111,7 +111,8 @@ def gathered(sums: Sums, processes: Processes, samples: int, tokens: int) -> Sta
                 first, total = total, sums.gradient(name, 1)
                 processes.sum_to(total, owner)
                 if owns:
-                    total += first
+                    # What no sample of a half has reached is on the CPU, wherever the other half's sum is.
+                    total = total.to(first.device).add_(first)
                     if 0 < first_half < samples:
                         result.halves[name] = Half(first.div_(first_half), first_half / samples)
             layer.gradients.clear()

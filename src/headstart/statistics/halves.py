@@ -2,7 +2,8 @@
 
 A sample's half is told by its place in the data, even or odd. So the halves are the same whatever the batches, the
 padding, the order in which samples of like length are read and the processes that share the same data. Data in another
-order have other halves, and of data that come already divided among processes each process halves its own.
+order have other halves, and of data that come already divided among processes each process halves its own. A batch that
+can only be read as a whole is of one half: of batches of one size every second one.
 """
 
 from __future__ import annotations
