@@ -10,7 +10,7 @@ import importlib
 import sys
 
 ALL = ("spectral", "gradient", "lora_da", "memory", "layers", "differences", "bfloat16", "inilora")
-MORE = ("stream", "steps", "truncation", "gauges", "experts")
+MORE = ("stream", "steps", "truncation", "gauges", "experts", "grpo")
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or ALL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,11 +178,14 @@ def test_whatever_the_gradient_nothing_protected_is_touched(d_out, d_in, rank_of
     at = layer(d_out, d_in, r, weight=W, gradient=G)
     method = hs.KeepLoRA(weight_share=share)
     if P.shape[1] + r > d_in:
-        with pytest.raises(
-            hs.LayerError, match=rf"{NAME}.*protects {P.shape[1]} of {d_in} input directions.*rank {r};"
-        ):
+        words = rf"{NAME}.*protects {P.shape[1]} of {d_in} input directions.*rank {r};"
+        with pytest.raises(hs.LayerError, match=words):
             method.factors(at)
+        assert method.checks_weight(replace(at, weight=None)) and share > 0
+        with pytest.raises(hs.LayerError, match=words):
+            method.check(at)
         return
+    method.check(at)
     start = method.factors(at)
     A = start.A.double()
     assert torch.allclose(A @ A.T, torch.eye(r, dtype=torch.float64), atol=1e-6)
@@ -211,12 +215,36 @@ def test_a_share_out_of_range_is_refused(cls, share):
             cls(**{setting: share})
 
 
+@pytest.mark.parametrize("cls", BOTH)
+def test_a_weight_is_looked_at_early_only_where_it_matters(cls):
+    narrow = of(20, 14, 3, weight=None)
+    assert not cls().checks_weight(narrow) and not cls(weight_share=0.0).checks_weight(replace(narrow, r=14))
+    assert cls(weight_share=0.8).checks_weight(narrow) and not cls(weight_share=0.8).checks_weight(of(5, 14))
+    # 3 of 14 equal directions are all that a fifth of their sum takes, so that 11 are left.
+    level = replace(narrow, weight=torch.eye(20, 14), r=11)
+    assert not cls().checks_weight(level) and cls().checks_weight(replace(level, r=12))
+    cls().check(level)
+    with pytest.raises(hs.LayerError, match="protects 3 of 14 input directions, which leaves 11 for rank 12"):
+        cls().check(replace(level, r=12))
+    with pytest.raises(hs.LayerError, match="protects 0 of 14 input directions, which leaves 14 for rank 15"):
+        cls(weight_share=0.0).check(replace(narrow, r=15))
+
+
 @pytest.mark.parametrize("name", ["keeplora", "keeplora-plus"])
 def test_too_many_protected_is_a_sentence_and_changes_nothing(name):
     model, batch = wrap(tiny_llama(), r=16, target_modules=["q_proj"]), token_batch()
     before = logits(model, batch)
+
+    def unread():
+        raise AssertionError("a sample was read")
+        yield
+
     with pytest.raises(hs.LayerError, match=r"q_proj.*protects \d+ of 32 input directions.*lower weight_share"):
-        hs.initialize_(model, f"{name}:samples=4,weight_share=0.98", data=[batch])
+        hs.initialize_(model, f"{name}:samples=4,weight_share=0.98", data=unread())
+    # What the inputs to preserve add, they say themselves.
+    with pytest.raises(hs.LayerError, match=r"q_proj.*protects \d+ of 32 input directions.*lower weight_share"):
+        keep = [token_batch(seed=3)]
+        hs.initialize_(model, f"{name}:samples=4,inputs_share=0.999,weight_share=0.1", data=[batch], preserve=keep)
     assert torch.equal(logits(model, batch), before)
     assert all(target.module.lora_A["default"].weight.requires_grad for target in targets_of(model).values())
 

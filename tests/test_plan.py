@@ -233,7 +233,7 @@ def collector(model, wanted, **kwargs):
 
 def bytes_of(passed):
     """Return what a pass holds, counting a tensor that layers share once."""
-    held = list(passed.gradients.values())
+    held = [*passed.gradients.values(), *(half.gradient for half in passed.halves.values())]
     for factors in passed.kronecker.values():
         held += [factors.inputs, factors.outputs, factors.mean_input, factors.mean_output]
     return 4 * sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in held}.values())
@@ -271,8 +271,8 @@ def test_several_passes_find_what_one_does(outputs, budget, offload):
 
 
 def test_what_is_planned_is_what_is_held():
-    for outputs in ("diagonal", "full"):
-        one = collector(wrap(tiny_llama()), Wants(gradient=True, outputs=outputs))
+    for outputs, halves in (("diagonal", False), ("full", False), ("diagonal", True), (None, True)):
+        one = collector(wrap(tiny_llama()), Wants(gradient=True, outputs=outputs, halves=halves))
         (passed,) = one.passes()
         assert bytes_of(passed) == one.plan.bytes
 

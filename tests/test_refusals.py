@@ -40,6 +40,10 @@ def wide():
     return wrap(tiny_llama(), r=20, target_modules=["q_proj", "k_proj"])
 
 
+def full():
+    return wrap(tiny_llama(), r=32, target_modules=["q_proj"])
+
+
 def half():
     return wrap(tiny_llama(), r=17, target_modules=["q_proj"])
 
@@ -59,6 +63,11 @@ CONFLICTS = {
     "rank over the smaller side": (wide, lambda method: True, r"k_proj.*rank 20 is more than its smaller side, 16"),
     "DoRA with a start that is subtracted": (dora, lambda m: form(m) == "anchored", "uses DoRA, whose norms"),
     "DoRA with protected inputs": (dora, lambda m: m.startswith("keeplora-plus"), "uses DoRA, whose magnitude changes"),
+    "too many protected inputs": (
+        full,
+        lambda m: m.startswith("keeplora"),
+        r"q_proj.*protects \d+ of 32 input directions, which leaves \d+ for rank 32",
+    ),
     "DoRA with a core": (dora, lambda m: form(m) == "core", "uses DoRA, which trains A and B"),
     "LoRA-FA with a core": (frozen, lambda m: form(m) == "core", "LoRA-FA has frozen its A.*freezes B as well"),
     "LoRA-FA with A at zero": (

@@ -325,8 +325,8 @@ def test_what_trains_beside_an_adapter_leaves_and_comes_back(method, beside, tmp
 
 PAGE = Path(__file__).parent.parent / "docs" / "training.md"
 EVERY_BLOCK = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-# Those that start from data are run by test_trainer_pages.py.
-BLOCKS = [block for block in EVERY_BLOCK if "report = hs.initialize_" not in block]
+# Those that start from data are run by test_trainer_pages.py, and that of GRPO by test_grpo.py.
+BLOCKS = [block for block in EVERY_BLOCK if "report = hs.initialize_" not in block and "GRPOTrainer(" not in block]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))

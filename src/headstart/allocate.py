@@ -19,6 +19,7 @@ from headstart.layers.ranks import set_ranks
 from headstart.layers.unwrap import looks_through
 from headstart.methods.base import Factors, Method
 from headstart.methods.registry import parse_method
+from headstart.methods.sc_lora import Astra
 from headstart.methods.zero import LoRA
 from headstart.processes import Processes
 from headstart.progress import Show
@@ -48,15 +49,15 @@ def allocate_ranks_(
 ) -> dict[str, int]:
     """Give the layers of a fresh LoRA adapter the ranks that a method shares out, and LoRA's own start; in place.
 
-    The sum of the ranks stays about what it was, as the method has it. They are written to the adapter's config
-    (``rank_pattern`` and ``alpha_pattern``; layers of rank 0 lose their adapter), so that saving, loading and
-    exporting know them, and any start may follow: ``allocate_ranks_(model, "eva", data=...)``, then
+    The sum of the ranks stays what it was (of ``gora``, about that of the parameters). They are written to the
+    adapter's config (``rank_pattern`` and ``alpha_pattern``; layers of rank 0 lose their adapter), so that saving,
+    loading and exporting know them, and any start may follow: ``allocate_ranks_(model, "eva", data=...)``, then
     ``initialize_(model, "pissa")``. A method that shares ranks out does the same by itself in ``initialize_``.
 
     Args:
         model, data, seed, adapter, loss, collator, batch_size, memory_budget, progress: as
             :func:`headstart.initialize_` takes them.
-        method: one that shares ranks out among layers, such as ``hs.EVA()`` or ``"gora"``.
+        method: one that shares ranks out among layers, such as ``hs.EVA()``, ``"gora"`` or ``"astra"``.
 
     Returns:
         The rank of each layer, by name; 0 where it has lost its adapter.
@@ -66,8 +67,11 @@ def allocate_ranks_(
         LayerError, DataError: see :func:`headstart.initialize_`.
     """
     method = parse_method(method) if isinstance(method, str) else method
+    if isinstance(method, Astra):
+        # Its ranks are given ones by default, as published; here they are what is asked for.
+        method = replace(method, ranks="chosen")
     if not method.shares_ranks:
-        raise MethodError(f"method '{method}' shares no ranks out among layers; eva does, and gora.")
+        raise MethodError(f"method '{method}' shares no ranks out among layers; eva does, gora, and astra.")
     check_unsharded(model)
     context = Context(seed=seed, processes=Processes.joined())
     with shown(progress, context.processes) as context.show:

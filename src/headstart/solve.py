@@ -207,6 +207,7 @@ class _Solver:
         wants = self._method.wants(facts)
         statistics, device = self._statistics, layer.device
         gradient = statistics.gradients.get(layer.name)
+        half = statistics.halves.get(layer.name)
         kronecker = statistics.kronecker.get(layer.name)
         if kronecker is not None:
             outputs = None if kronecker.outputs is None else kronecker.outputs.to(device)
@@ -221,6 +222,7 @@ class _Solver:
             original=statistics.original.weight(layer) if wants.original and statistics.original else None,
             moments=statistics.moments.get(layer.kind) if wants.moments else None,
             gradient=None if gradient is None else gradient.to(device),
+            half=None if half is None else replace(half, gradient=half.gradient.to(device)),
             kronecker=kronecker,
             preserved=None if preserved is None else _inputs_on(preserved, device, on_device),
             samples=statistics.samples or None,
@@ -238,16 +240,19 @@ def check(method: Method, layers: Sequence[TargetLayer], training: Training) -> 
 
 
 def check_weights(method: Method, layers: Sequence[TargetLayer], form: str) -> None:
-    """Refuse layers whose weight is needed and can't be read.
+    """Refuse layers whose weight is needed and can't be read, and those that the method refuses for their weight.
 
     Raises:
-        LayerError: see :func:`headstart.layers.formats.check_readable`.
+        LayerError: see :func:`headstart.layers.formats.check_readable`, and what the method says.
     """
     check_readable(
         (layer.name, layer.module.get_base_layer())
         for layer in layers
         if form == "residual" or layer.facts().dora or method.wants(layer.facts()).reads_weight
     )
+    for layer in layers:
+        if method.checks_weight(layer.facts()):
+            method.check(replace(layer.facts(), weight=layer.weight()))
 
 
 def check_factors(target: TargetLayer, factors: Factors, form: Form, rank: int | None = None) -> None:

@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from headstart.errors import LayerError, MethodError
-from headstart.methods.given import ANY_LAYER, BOTH_KINDS, Kronecker, Layer, Moments, Training, Wants
+from headstart.methods.given import ANY_LAYER, BOTH_KINDS, Half, Kronecker, Layer, Moments, Training, Wants
 from headstart.progress import Show, silent
 from headstart.settings import check_types, spell
 
@@ -37,6 +37,7 @@ __all__ = [
     "ANY_LAYER",
     "Factors",
     "Form",
+    "Half",
     "Kronecker",
     "Layer",
     "Method",
@@ -68,8 +69,8 @@ class Factors:
         spare: (more, d_in), of a method that shares ranks out among layers: what A could go on with, for
             :meth:`Method.settle`.
         spare_B: (d_out, more), what B could go on with there; None where B is zero.
-        worth: what each row of A, and then of ``spare``, is worth to the layer, in descending order; empty where the
-            layer keeps its rank.
+        worth: what each row of A, and then of ``spare``, is worth to the layer, in the order in which they are taken;
+            empty where the layer keeps its rank.
         keeps: what stays where the rank becomes another one, the scaling s or lora_alpha.
     """
 
@@ -188,6 +189,13 @@ class Method(ABC):
             "reads the weights before their quantisation": wants.original,
         }
         return next((words for words, needed in needs.items() if needed), "")
+
+    def checks_weight(self, layer: Layer) -> bool:
+        """Whether :meth:`check` can tell no sooner than with the weight; it is asked again with it then, for one read.
+
+        ``layer`` has no weight yet.
+        """
+        return False
 
     @abstractmethod
     def factors(self, layer: Layer) -> Factors:

@@ -26,6 +26,7 @@ class Wants:
         moments: mean and standard deviation of the weights of the layer's kind.
         inputs: Z, the mean of x x' over tokens, and the mean of x.
         gradient: G, the mean gradient.
+        halves: and that of every second sample, so that two halves can be compared; one more d_out x d_in buffer.
         outputs: Y, the mean of g g' over tokens: its diagonal or all of it, with the mean of g; brings ``inputs``
             along.
         preserved: Z and the mean of x over the data whose ability is to stay (the verb's ``preserve=``).
@@ -42,6 +43,7 @@ class Wants:
     moments: bool = False
     inputs: bool = False
     gradient: bool = False
+    halves: bool = False
     outputs: Literal["diagonal", "full"] | None = None
     preserved: bool = False
     tokens: Literal["attention", "labels"] = "attention"
@@ -117,6 +119,19 @@ class Kronecker:
 
 
 @dataclass(frozen=True)
+class Half:
+    """The mean gradient of every second sample; that of the others follows from the mean of all.
+
+    Attributes:
+        gradient: (d_out, d_in) in float32.
+        share: how many of all samples these are, above 0 and below 1; a half but for odd numbers of them.
+    """
+
+    gradient: Tensor
+    share: float
+
+
+@dataclass(frozen=True)
 class Training:
     """What is known of the fine-tuning to come.
 
@@ -150,6 +165,7 @@ class Layer:
         original: W before it was quantised (d_out, d_in), in float32.
         moments: of the weights of this layer's kind.
         gradient: the mean gradient G of the loss (d_out, d_in) in float32.
+        half: the mean gradient of every second sample, where there are two; None without.
         kronecker: the second moments of inputs and output gradients.
         preserved: the second moment of the inputs over data whose ability is to stay; no ``outputs``.
         samples: how many samples were read.
@@ -171,6 +187,7 @@ class Layer:
     original: Tensor | None = None
     moments: Moments | None = None
     gradient: Tensor | None = None
+    half: Half | None = None
     kronecker: Kronecker | None = None
     preserved: Kronecker | None = None
     samples: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -42,13 +43,31 @@ class _Keeping(GradientMethod):
         return replace(super().wants(layer), weight=weight, preserved=inputs, tokens=self.tokens)
 
     def check(self, layer: Layer) -> None:
-        """Refuse DoRA, whose magnitude would change what protected inputs give."""
+        """Refuse DoRA, whose magnitude would change what protected inputs give, and where too little is left for r.
+
+        What the weight alone protects is counted where the weight is given. What inputs to preserve add is known no
+        sooner than they are read.
+        """
         super().check(layer)
         if layer.dora:
             raise LayerError(
                 f"layer {layer.name!r} uses DoRA, whose magnitude changes what the inputs give that method "
                 f"{self.name!r} protects; train without DoRA."
             )
+        weighs = self.weight_share > 0
+        if layer.weight is not None and weighs:
+            self._check_left(layer, _leading_count(layer.weight, self.weight_share))
+        elif not weighs:
+            self._check_left(layer, 0)
+
+    def checks_weight(self, layer: Layer) -> bool:
+        """Whether the weight could protect so much that too little is left, which seldom needs a look at it.
+
+        Of m squared singular values the leading k have at least k / m of the sum, so that weight_share m of them are
+        the most it can take.
+        """
+        most = math.ceil(self.weight_share * min(layer.d_out, layer.d_in))
+        return self.weight_share > 0 and most + layer.r > layer.d_in
 
     def protected(self, layer: Layer) -> Tensor:
         """Return an orthonormal basis (d_in, k) of the input directions in which the layer must stay as it is."""
@@ -66,12 +85,7 @@ class _Keeping(GradientMethod):
             LayerError: fewer than r directions are left.
         """
         G, P = double(layer.require_gradient()), double(self.protected(layer))
-        left = layer.d_in - P.shape[1]
-        if left < layer.r:
-            raise LayerError(
-                f"layer {layer.name!r}: method {self.name!r} protects {P.shape[1]} of {layer.d_in} input directions, "
-                f"which leaves {left} for rank {layer.r}; lower weight_share, inputs_share or r."
-            )
+        self._check_left(layer, P.shape[1])
         free = G - (G @ P) @ P.mT
         whole = float(G.square().sum())
         svd = truncated_svd(free, layer.r)
@@ -94,6 +108,14 @@ class _Keeping(GradientMethod):
         start = Factors(A, B, info=info, note="; ".join(notes), frozen=("lora_A",))
         return start, G @ double(A).mT
 
+    def _check_left(self, layer: Layer, protected: int) -> None:
+        left = layer.d_in - protected
+        if left < layer.r:
+            raise LayerError(
+                f"layer {layer.name!r}: method {self.name!r} protects {protected} of {layer.d_in} input directions, "
+                f"which leaves {left} for rank {layer.r}; lower weight_share, inputs_share or r."
+            )
+
 
 @register("keeplora")
 @dataclass(frozen=True)
@@ -113,8 +135,10 @@ class KeepLoRA(_Keeping):
             LoRA-DA's.
         weight_share: from 0, nothing is protected, to below 1. Published: 0.2 for CLIP's text tower, 0.85 for its
             vision tower, and 0.99 in the scripts for a larger model. Where too few directions are left for the rank,
-            the layer is refused.
-        inputs_share: 0, no data to preserve are read, to below 1; 0.99 is published for tasks after the first.
+            the layer is refused, before any data are read.
+        inputs_share: 0, no data to preserve are read, to below 1; 0.99 is published for tasks after the first. How many
+            directions that takes only the data can say: where it leaves too few, the layer is refused after they are
+            read.
         tokens: of the inputs to preserve, those that the attention mask shows, or those that predict a label.
     """
 
@@ -159,9 +183,21 @@ def leading_inputs(W: Tensor, share: float) -> Tensor:
     """
     W = double(W)
     wide = W.shape[0] < W.shape[1]
-    values, vectors = _descending(W @ W.mT if wide else W.mT @ W)
+    values, vectors = _descending(_gram(W))
     count = _fewest(values, share * float(values.sum()))
     return torch.linalg.qr(W.mT @ vectors[:, :count]).Q if wide else vectors[:, :count]
+
+
+def _leading_count(W: Tensor, share: float) -> int:
+    """Return how many directions :func:`leading_inputs` finds, by eigenvalues alone."""
+    gram = _gram(double(W))
+    values = torch.linalg.eigvalsh(torch.lerp(gram, gram.mT, 0.5)).flip(0).clamp_min(0)
+    return _fewest(values, share * float(values.sum()))
+
+
+def _gram(W: Tensor) -> Tensor:
+    """Return the smaller of W W' and W' W."""
+    return W @ W.mT if W.shape[0] < W.shape[1] else W.mT @ W
 
 
 def with_inputs(P: Tensor, Z: Tensor, share: float) -> Tensor:

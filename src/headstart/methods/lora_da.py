@@ -14,6 +14,7 @@ from torch import Tensor
 from headstart.errors import LayerError, MethodError
 from headstart.linalg.damped import DampedInverse, damped_inverse, factored_damping, numerical_rank
 from headstart.linalg.guidance import guidance_space
+from headstart.linalg.halves import agreement
 from headstart.linalg.precision import double
 from headstart.linalg.svd import truncated_svd
 from headstart.methods.base import Factors, Form, Layer, Wants, check_positive
@@ -97,6 +98,8 @@ class LoRADA(GradientMethod):
         scale: "published"; or "search": that multiple of it, the same for all layers, which lowers the loss of further
             samples most (:mod:`headstart.statistics.search`).
         layers: where to use the method; the layers left out start as 'lora' does (appendix I).
+        halves: measure the noise of Delta by two halves of the samples (see :mod:`headstart.statistics.halves`). The
+            start is the same without; this takes a second sum as large as G, and reads each batch in two parts.
 
     In the report's ``info`` of a layer, beside what its arithmetic did:
         noise: what the samples' noise is expected to hold of Delta's squared norm, by the Fisher factors, relative to
@@ -105,6 +108,9 @@ class LoRADA(GradientMethod):
         variance_share: of both terms of Omega in the chosen directions, the share of the first.
         rank_inputs: the numerical rank of Z.
         energy_inputs: the share of the inputs' mean square along the chosen directions; r / d_in of any others.
+        noise_halves, cosine_halves: with ``halves``, what of Delta's squared norm is noise by two halves of the samples
+            (Y and Z being those of all), and the cosine of the two Deltas; absent where there is but one sample. The
+            report cautions where noise has more than half.
         in_rounding, in_noise: how many of the chosen directions have no more input than rounding errors, and how many
             no more of Delta than the samples' noise alone could have there. The report cautions where there are any.
     """
@@ -127,6 +133,7 @@ class LoRADA(GradientMethod):
     iterations: int | None = None
     scale: Literal["published", "search"] = "published"
     layers: Literal["all", "attention", "feed-forward"] = "all"
+    halves: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,9 +156,10 @@ class LoRADA(GradientMethod):
         """Return what to collect for a layer: nothing where it starts as 'lora' does."""
         if not self._chosen(layer.name):
             return Wants()
+        wants = replace(super().wants(layer), halves=self.halves)
         if self.fisher == "none":
-            return super().wants(layer)
-        return Wants(gradient=True, outputs=self.fisher, tokens=self.tokens, population=self.population is None)
+            return wants
+        return replace(wants, outputs=self.fisher, tokens=self.tokens, population=self.population is None)
 
     def factors(self, layer: Layer) -> Factors:
         """Solve one layer."""
@@ -195,8 +203,9 @@ class LoRADA(GradientMethod):
             own_noise = self.bias * population / samples if settled.noise == "unbiased" and self.variance != 0 else 0.0
             inputs = shared[id(kronecker.inputs)] = _Inputs.of(kronecker.inputs, asked[0], own_noise)
         Z = inputs.solved
+        G = G if layer.half is None else torch.cat((G, layer.half.gradient), 1)
         outputs = _Outputs.of(kronecker.outputs, double(G), asked[1])
-        delta = -(outputs.preconditioned @ Z.inverse)
+        delta, *delta_of_half = (-(part @ Z.inverse) for part in outputs.preconditioned.split(layer.d_in, 1))
         # Of one sample: as many rows of g and x as a sample has.
         spread = outputs.spread * kronecker.tokens / samples
         if settled.noise == "published":
@@ -246,11 +255,12 @@ class LoRADA(GradientMethod):
             "in_rounding": float(noise.in_rounding),
             "in_noise": float(noise.in_noise),
         }
+        causes = noise.causes(inputs.rank, layer.r) + _by_halves(info, layer, delta, *delta_of_half)
         raised = [f"of inputs to {Z.damping:.0e}"] if Z.raised else []
         raised += [f"of output gradients to {outputs.damping:.0e}"] if outputs.damping > asked[1] else []
         less = f"{math.sqrt(settled.damping):g} of mean diagonals" if settled.relative else f"{settled.damping:g}"
         repair = f"damping {' and '.join(raised)}: with {less}, rounding errors would rule" if raised else ""
-        return self._scaled(A0, moved * scale, info, repair, noise.caution(inputs.rank, layer.r))
+        return self._scaled(A0, moved * scale, info, repair, causes)
 
     def _gradient_only(self, layer: Layer) -> Factors:
         """Remark 4.3: A0 = V_r and Delta A0 = -U_r S_r."""
@@ -258,10 +268,14 @@ class LoRADA(GradientMethod):
         if svd is None:
             return no_gradient(layer)
         B = -svd.U * svd.S / (svd.S[0] if self.normalize else 1.0)
-        return self._scaled(svd.V, B, info)
+        of_half = [] if layer.half is None else [layer.half.gradient]
+        return self._scaled(svd.V, B, info, causes=_by_halves(info, layer, layer.require_gradient(), *of_half))
 
-    def _scaled(self, A0: Tensor, B: Tensor, info: dict[str, float], repair: str = "", caution: str = "") -> Factors:
+    def _scaled(
+        self, A0: Tensor, B: Tensor, info: dict[str, float], repair: str = "", causes: Sequence[str] = ()
+    ) -> Factors:
         root = math.sqrt(self.gamma)
+        caution = f"noise may decide the start: {', and '.join(causes)}" if causes else ""
         return Factors((A0.T / root).float(), (B / root).float(), info=info, repair=repair, caution=caution)
 
 
@@ -294,7 +308,7 @@ class _Outputs:
     """What Y does to one layer.
 
     Attributes:
-        preconditioned: Y^-1 G (d_out, d_in).
+        preconditioned: Y^-1 times what was given.
         trace: of Y^-1, damped.
         spread, largest_spread: trace and largest eigenvalue of Y^-1 Y0 Y^-1, with Y0 undamped.
         damping: the one used.
@@ -308,7 +322,7 @@ class _Outputs:
 
     @classmethod
     def of(cls, moment: Tensor, G: Tensor, damping: float) -> _Outputs:
-        """Solve one: Y0 is (d_out,), its diagonal, or (d_out, d_out)."""
+        """Solve one: Y0 is (d_out,), its diagonal, or (d_out, d_out); G (d_out, any number)."""
         if moment.dim() == 1:
             diagonal = double(moment)
             if damping == 0 and float(diagonal.min()) <= 0:
@@ -364,8 +378,8 @@ class _Chosen:
             in_noise=int((moved.square().sum(0) <= chosen.clamp_max(most)).sum()),
         )
 
-    def caution(self, rank: int, r: int) -> str:
-        """Return a sentence for the report where noise decides what A0 is, else nothing."""
+    def causes(self, rank: int, r: int) -> list[str]:
+        """Return why noise may decide what A0 is."""
         causes = []
         if rank < r:
             causes.append("the inputs of the samples span fewer directions than the rank")
@@ -373,4 +387,13 @@ class _Chosen:
             causes.append("along some of the chosen directions inputs have no more than rounding errors")
         if self.in_noise:
             causes.append("Delta is no larger along some of the chosen directions than sampling noise alone could be")
-        return f"noise may decide the start: {', and '.join(causes)}" if causes else ""
+        return causes
+
+
+def _by_halves(info: dict[str, float], layer: Layer, delta: Tensor, first: Tensor | None = None) -> list[str]:
+    """Add to a layer's numbers what two halves of Delta say, where there are; return why noise may decide the start."""
+    if layer.half is None or first is None:
+        return []
+    cosine, noise = agreement(delta, first, layer.half.share)
+    info |= {"noise_halves": noise, "cosine_halves": cosine}
+    return ["by two halves of the samples more than half of Delta's squared norm is noise"] if noise > 0.5 else []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -18,6 +20,8 @@ from headstart.methods.zero import as_lora
 
 # Of a moment in float32, and what follows from it.
 _ROUNDING = 1e-5
+# The largest rank that Astra's code gives, or twice the layer's own where that is more.
+_LARGEST_RANK = 256
 NO_INPUT = "no input reached this layer in the samples, or only zeros; it starts as 'lora' does"
 
 
@@ -32,17 +36,27 @@ class Astra(InputsMethod):
     Source: Astra (arXiv 2602.19111) and its published code, which pads all samples to one length, counts padding, and
     divides each sample's outputs by their largest entry first.
 
+    Ranks can be shared out (an option of the published code, off there): a layer's score is log(1 + e), e the effective
+    rank of its outputs, exp of the entropy of C's eigenvalues over their sum. Its rank is its score's share of the sum
+    of all ranks, rounded, from 1 to 256 or twice its own rank, whichever is more; and then one more or one less, in
+    descending order of score, over and over, until the sum is what it was. Here no rank is above the layer's smaller
+    side, and eigenvalues that rounding has left below zero count as zero, where the code raises all to 1e-8, in its own
+    units. A layer that no input reached keeps its rank.
+
     Settings:
         mode: "ipm": the r largest eigenvalues; "kpm": the r smallest. Where d_out is above d_in, those are zero, and so
             is A: the layer then starts as a plain one whose A is zero.
         samples: how many samples Z is a mean over.
         tokens: over those that the attention mask shows, or those that predict a label.
+        ranks: "given", every layer keeps its rank, or "chosen" as above, for which every layer holds the directions of
+            the largest rank that it may get until those of all are known. ``allocate_ranks_`` always chooses.
     """
 
     source: ClassVar[str] = "Astra (arXiv 2602.19111)"
     cost: ClassVar[str] = "a forward pass over the samples, an eigenproblem a layer"
 
     mode: Literal["ipm", "kpm"] = "ipm"
+    ranks: Literal["given", "chosen"] = "given"
 
     def wants(self, layer: Layer) -> Wants:
         """Return that the weight and the second moment of the inputs are needed."""
@@ -54,8 +68,37 @@ class Astra(InputsMethod):
         C = _outputs_moment(W, layer.kronecker)
         if C is None:
             return as_lora(layer, NO_INPUT)
-        values, Q = _leading(C, layer.r, definite=True) if self.mode == "ipm" else _smallest(C, layer.r)
-        return _projector(layer, W, Q, {"share": float(values.sum() / C.trace())})
+        most = _largest_rank(layer.r, layer.d_out, layer.d_in) if self.shares_ranks else layer.r
+        values, Q = _leading(C, most, definite=True) if self.mode == "ipm" else _smallest(C, most)
+        shares = values / C.trace()
+        start = _projector(layer, W, Q[:, : layer.r], {"share": float(shares[: layer.r].sum())})
+        if not self.shares_ranks:
+            return start
+        more = Q[:, layer.r :]
+        info = {**start.info, "effective_rank": effective_rank(C)}
+        spare = _image(layer, W, more)
+        return replace(start, info=info, spare=spare, spare_B=more.float(), worth=tuple(shares.tolist()))
+
+    @property
+    def shares_ranks(self) -> bool:
+        """Whether layers may get other ranks than they have."""
+        return self.ranks == "chosen"
+
+    def settle(self, starts: Mapping[str, Factors], ranks: Mapping[str, int]) -> dict[str, Factors]:
+        """Give the layers ranks by the effective ranks of their outputs."""
+        sharing = [name for name in ranks if starts[name].spare is not None]
+        settled = dict(starts)
+        scores = {name: math.log1p(starts[name].info["effective_rank"]) for name in sharing}
+        most = {name: _largest_rank(ranks[name], len(starts[name].B), starts[name].A.shape[1]) for name in sharing}
+        for name, rank in shared_out(scores, most, sum(ranks[name] for name in sharing)).items():
+            start = starts[name]
+            assert start.spare is not None and start.spare_B is not None  # as factors gave them
+            A, B = torch.cat((start.A, start.spare))[:rank], torch.cat((start.B, start.spare_B), 1)[:, :rank]
+            info = {**start.info, "share": math.fsum(start.worth[:rank])}
+            # Not parts of what was held for the largest rank.
+            kept = replace(start, A=A.clone(), B=B.clone(), info=info, caution=_nowhere(A))
+            settled[name] = replace(kept, spare=None, spare_B=None, worth=())
+        return settled
 
 
 @register("sc-lora")
@@ -104,6 +147,35 @@ class SCLoRA(InputsMethod):
         return _projector(layer, W, Q, shares)
 
 
+def effective_rank(C: Tensor) -> float:
+    """Return exp of the entropy of a symmetric matrix's eigenvalues over their sum, those below zero as zero."""
+    values = torch.linalg.eigvalsh(C).clamp_min(0)
+    return math.exp(float(torch.special.entr(values / values.sum()).sum()))
+
+
+def shared_out(scores: Mapping[str, float], most: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Share a sum of ranks out by scores, each from 1 to its largest.
+
+    Args:
+        scores: above 0, by layer.
+        most: the largest rank, by layer.
+        budget: the sum, within that of the least and that of the largest ranks.
+    """
+    total = math.fsum(scores.values())
+    ranks = {name: min(max(round(score / total * budget), 1), most[name]) for name, score in scores.items()}
+    order = sorted(scores, key=lambda name: -scores[name])
+    while missing := budget - sum(ranks.values()):
+        step = 1 if missing > 0 else -1
+        able = [name for name in order if 1 <= ranks[name] + step <= most[name]]
+        for name in able[: abs(missing)]:
+            ranks[name] += step
+    return ranks
+
+
+def _largest_rank(r: int, d_out: int, d_in: int) -> int:
+    return max(r, min(max(2 * r, _LARGEST_RANK), d_out, d_in))
+
+
 def _outputs_moment(W: Tensor, moments: Kronecker | None) -> Tensor | None:
     """Return W Z W' in float64; None where there is no input, or none but zeros."""
     if moments is None or not bool(moments.inputs.count_nonzero()):
@@ -135,9 +207,19 @@ def _smallest(M: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 def _projector(layer: Layer, W: Tensor, Q: Tensor, info: dict[str, float]) -> Factors:
     """Return B = Q, A = Q' W / s."""
+    A = _image(layer, W, Q)
+    return Factors(A, Q.float(), info=info, caution=_nowhere(A))
+
+
+def _image(layer: Layer, W: Tensor, Q: Tensor) -> Tensor:
+    """Return Q' W / s, zero where only rounding errors are."""
     image = Q.mT @ W
+    nowhere = image.norm(dim=1) < _ROUNDING * torch.linalg.matrix_norm(W)
+    return (image.masked_fill(nowhere[:, None], 0.0) / layer.scaling).float()
+
+
+def _nowhere(A: Tensor) -> str:
     # The least of a moment's eigenvalues are zero where there are more outputs than inputs.
-    nowhere = int((image.norm(dim=1) < _ROUNDING * torch.linalg.matrix_norm(W)).sum())
-    caution = f"{nowhere} of {layer.r} chosen directions hold nothing of the weight, so that A is zero there"
-    A = image / layer.scaling
-    return Factors(A.float(), Q.float(), info=info, caution=caution if nowhere else "")
+    nowhere = int((A == 0).all(dim=1).sum())
+    caution = f"{nowhere} of {len(A)} chosen directions hold nothing of the weight, so that A is zero there"
+    return caution if nowhere else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headstart.errors import LayerError
 from headstart.layers.original import Original
-from headstart.methods.base import Kronecker, Moments
+from headstart.methods.base import Half, Kronecker, Moments
 from headstart.processes import Processes, owners, together
 from headstart.statistics.sums import InputSum, Sums, symmetric
 
@@ -25,6 +25,7 @@ class Statistics:
         owners: by layer, the process that has its sums.
         gradients: by layer, G (d_out, d_in) in float32: the mean over samples of each sample's own loss gradient.
             A layer that no gradient reached is missing, here and below.
+        halves: by layer, the mean gradient of every second sample, where those were asked for and there are two.
         kronecker: by layer, the factors of its Fisher information.
         preserved: by layer, the inputs' moment over data whose ability is to stay.
         groups: by layer, the number of the group of layers that read the same input.
@@ -39,6 +40,7 @@ class Statistics:
     layers: tuple[str, ...] = ()
     owners: dict[str, int] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    halves: dict[str, Half] = field(default_factory=dict)
     kronecker: dict[str, Kronecker] = field(default_factory=dict)
     preserved: dict[str, Kronecker] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Statistics:
     def drop(self, name: str) -> None:
         """Free what is held of a layer."""
         self.gradients.pop(name, None)
+        self.halves.pop(name, None)
         self.kronecker.pop(name, None)
         self.preserved.pop(name, None)
 
@@ -93,6 +96,7 @@ def gathered(sums: Sums, processes: Processes, samples: int, tokens: int) -> Sta
         tokens=tokens,
     )
     counts = _Counts(processes, sums)
+    first_half = sum(processes.gather(sums.samples[0])) if sums.by_half else 0
     inputs: dict[int, InputSum] = {}
     failures: list[LayerError] = []
     for name in names:
@@ -103,7 +107,15 @@ def gathered(sums: Sums, processes: Processes, samples: int, tokens: int) -> Sta
         if wanted.gradient:
             total = sums.gradient(name)
             processes.sum_to(total, owner)
-            layer.gradient = None
+            if wanted.halves:
+                first, total = total, sums.gradient(name, 1)
+                processes.sum_to(total, owner)
+                if owns:
+                    # What no sample of a half has reached is on the CPU, wherever the other half's sum is.
+                    total = total.to(first.device).add_(first)
+                    if 0 < first_half < samples:
+                        result.halves[name] = Half(first.div_(first_half), first_half / samples)
+            layer.gradients.clear()
             if owns:
                 result.gradients[name] = total.div_(samples)
                 _check(total, name, "gradient", failures)

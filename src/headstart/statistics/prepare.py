@@ -207,7 +207,7 @@ def _needs(shapes: Mapping[str, Shape], groups: Mapping[str, int]) -> list[Need]
 
 
 def _floats(shape: Shape) -> int:
-    gradient = shape.d_out * shape.d_in if shape.wanted.gradient else 0
+    gradient = shape.d_out * shape.d_in * (2 if shape.wanted.halves else 1) if shape.wanted.gradient else 0
     outputs = {None: 0, "diagonal": 2 * shape.d_out, "full": shape.d_out**2 + shape.d_out}
     return gradient + outputs[shape.wanted.outputs]
 

@@ -22,9 +22,9 @@ from headstart.statistics.batches import (
     most_padded,
     moved,
     single_sample,
-    take,
     token_width,
 )
+from headstart.statistics.halves import by_half, divided, half_of
 from headstart.statistics.losses import infinite_loss, loss_of, only_first_label
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.quiet import drawn_from
@@ -105,7 +105,7 @@ class Reader:
         """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
         samples = Samples(moved(samples.batch, self.device), samples.indices, samples.cut)
         self.learn(samples)
-        for part in self._parts(samples):
+        for part in self._parts(samples, halves=sums.by_half):
             expected = self._expected(part)
             draws = drawn_from(self._seed + 7919 * part.first, self.device)
             with draws, self.watched.into(sums, self._scale):
@@ -152,7 +152,7 @@ class Reader:
             alone=alone or samples.size == 1 or not samples.cut,
             shifted=bool(self._runs.shifted) and not self._runs.encoder_decoder,
         )
-        sums.begin(masks)
+        sums.begin(masks, half_of(samples))
         return masks
 
     def _find_way(self, samples: Samples) -> None:
@@ -265,16 +265,14 @@ class Reader:
 
     # Reading.
 
-    def _parts(self, samples: Samples) -> list[Samples]:
+    def _parts(self, samples: Samples, *, halves: bool) -> list[Samples]:
         """Divide a batch of which every sample's own loss is computed: what its layers keep is most of the memory."""
-        labels = samples.batch.get("labels")
-        if self._way != "own" or not samples.cut or not isinstance(labels, Tensor):
-            return [samples]
+        parts = by_half(samples) if halves and samples.cut and self._way != "whole" else [samples]
+        if self._way != "own" or not samples.cut or not isinstance(samples.batch.get("labels"), Tensor):
+            return parts
         tokens = _TOKENS_AT_ONCE["cpu" if self.device.type == "cpu" else "other"]
         most = max(1, tokens // max(1, token_width(samples.batch)))
-        count = -(-samples.size // most)
-        rows = [list(range(part * samples.size // count, (part + 1) * samples.size // count)) for part in range(count)]
-        return [Samples(take(samples.batch, part), tuple(samples.indices[row] for row in part)) for part in rows]
+        return [piece for part in parts for piece in divided(part, most)]
 
     def _accumulate(self, samples: Samples, sums: Sums, expected: Tensor | None = None) -> None:
         if self._way != "whole" and samples.cut:
@@ -301,6 +299,7 @@ class Reader:
         if masks.unmatched:
             self.note("some layers see other rows than the batch's tokens: all of theirs count")
         self._finish(run, samples)
+        sums.count(samples.size)
 
     def _tapped_forward(self, batch: Batch, samples: Samples, sums: Sums) -> tuple[Run, TokenMasks]:
         while True:

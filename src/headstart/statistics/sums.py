@@ -40,9 +40,9 @@ class InputSum:
 
 @dataclass
 class LayerSum:
-    """Sums of one layer: g'x over all rows, g g' and g over the tokens that count."""
+    """Sums of one layer: g'x over all rows, by half of the samples; g g' and g over the tokens that count."""
 
-    gradient: Tensor | None = None
+    gradients: dict[int, Tensor] = field(default_factory=dict)
     gram: Tensor | None = None
     total: Tensor | None = None
     tokens: int = 0
@@ -80,6 +80,10 @@ class Sums:
         groups: by layer, the number of the group of layers that share its input.
         offload: keep the sums on the CPU.
         layouts: by layer, how its rows lie.
+
+    Attributes:
+        by_half: whether a batch must be of one half of the samples.
+        samples: how many were read, of either half.
     """
 
     def __init__(
@@ -98,13 +102,17 @@ class Sums:
         self._masks: TokenMasks | None = None
         self._last: dict[int, _Shared] = {}
         self._layouts = layouts
+        self.by_half = any(shape.wanted.halves for shape in shapes.values())
+        self.samples = [0, 0]
+        self._half = 0
         self.muted = False
         # Recomputed blocks of a checkpointed model may see copies of what they saw in the forward pass.
         self.replaying = False
 
-    def begin(self, masks: TokenMasks) -> None:
-        """Prepare for one batch."""
+    def begin(self, masks: TokenMasks, half: int = 0) -> None:
+        """Prepare for one batch, which is of one of two halves of the samples, 0 or 1."""
         self._masks = masks
+        self._half = half
         self._last = {}
         self.replaying = False
 
@@ -160,15 +168,20 @@ class Sums:
                 continue
             layer, shape = self.layers[name], self.shapes[name]
             layer.reached = True
-            if layer.gradient is None:
-                layer.gradient = _zeros(shape.d_out, shape.d_in, device=self._place(gradient))
-            layer.gradient += gradient.to(layer.gradient)
+            total = self._gradient_of(layer, shape, gradient)
+            total += gradient.to(total)
 
     def clear(self) -> None:
         """Forget all that was summed, to begin anew."""
         self.layers = {name: LayerSum() for name in self.shapes}
         self.inputs = {}
+        self.samples = [0, 0]
         self._last = {}
+
+    def count(self, samples: int) -> None:
+        """Take note that so many samples were summed since the last beginning."""
+        if not self.muted:
+            self.samples[self._half] += samples
 
     def check_groups(self) -> None:
         """Raise Regroup where a group's last input was not read by all of its layers: call it before backward."""
@@ -196,9 +209,9 @@ class Sums:
             taken.add(old)
         self.groups, self.inputs = dict(groups), inputs
 
-    def gradient(self, name: str) -> Tensor:
-        """Return the sum of g'x of a layer, zeros where none came."""
-        total, shape = self.layers[name].gradient, self.shapes[name]
+    def gradient(self, name: str, half: int = 0) -> Tensor:
+        """Return the sum of g'x of a layer over all samples, or over a half of them; zeros where none came."""
+        total, shape = self.layers[name].gradients.get(half), self.shapes[name]
         return _zeros(shape.d_out, shape.d_in) if total is None else total
 
     def outputs(self, name: str) -> tuple[Tensor, Tensor]:
@@ -241,9 +254,14 @@ class Sums:
         if not len(x):  # an expert that no token was sent to
             return
         layer.reached = True
-        if layer.gradient is None:
-            layer.gradient = _zeros(shape.d_out, shape.d_in, device=self._place(x))
-        add_product(layer.gradient, g, x)
+        add_product(self._gradient_of(layer, shape, x), g, x)
+
+    def _gradient_of(self, layer: LayerSum, shape: Shape, like: Tensor) -> Tensor:
+        """Return the sum that the batch's gradient of a layer goes to, made where there was none."""
+        half = self._half if shape.wanted.halves else 0
+        if half not in layer.gradients:
+            layer.gradients[half] = _zeros(shape.d_out, shape.d_in, device=self._place(like))
+        return layer.gradients[half]
 
     def _add_outputs(self, name: str, g: Tensor, shared: _Shared) -> None:
         layer, shape = self.layers[name], self.shapes[name]
