@@ -574,6 +574,13 @@ def test_two_processes_start_experts_as_one_does(tmp_path):
             torch.testing.assert_close(other_B.double() @ other_A.double(), product, rtol=0, atol=1e-3 * size)
 
 
+def test_what_is_left_out_of_a_mixture_is_named():
+    report = hs.initialize_(wrapped(moe("mixtral"), target_parameters=None), "lora", progress=False)
+    assert report.left_out.experts == {"model.layers.mlp.experts": 2 * 4 * (48 * 32 + 32 * 24)}
+    assert report.left_out.routers == {"model.layers.mlp.gate": 2 * 4 * 32}
+    assert "18,432 of experts (model.layers.mlp.experts) and 256 of routers (model.layers.mlp.gate)" in str(report)
+
+
 def test_a_monitor_watches_the_linear_layers():
     model = wrapped(moe("mixtral"))
     assert {layer.name.split(".")[-1] for layer in sampled(model, None, 8)} == {"q_proj", "o_proj"}

@@ -67,17 +67,22 @@ class LeftOut:
         parameters: how many lie in no layer of the adapter, and don't train beside it.
         total: how many the model has, without the adapter.
         experts: by kind of layer, how many of ``parameters`` are those of experts.
+        routers: likewise, of what sends tokens to experts.
     """
 
     parameters: int
     total: int
     experts: dict[str, int] = field(default_factory=dict)
+    routers: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = f"the adapter leaves out {self.parameters:,} of the model's {self.total:,} parameters"
-        if not self.experts:
-            return text
-        return f"{text}, among them {sum(self.experts.values()):,} of experts ({', '.join(self.experts)})"
+        parts = [
+            f"{sum(sizes.values()):,} of {what} ({', '.join(sizes)})"
+            for what, sizes in (("experts", self.experts), ("routers", self.routers))
+            if sizes
+        ]
+        return f"{text}, among them {' and '.join(parts)}" if parts else text
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ def left_out(model: nn.Module, layers: Sequence[TargetLayer]) -> LeftOut:
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             reached |= {id(parameter) for parameter in module.original_module.parameters()}
-    total, missed, experts = 0, 0, dict[str, int]()
+    total, missed = 0, 0
+    experts, routers = dict[str, int](), dict[str, int]()
     counted: set[int] = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -46,7 +47,10 @@ def left_out(model: nn.Module, layers: Sequence[TargetLayer]) -> LeftOut:
             missed += size
             if holder := _experts(path.removeprefix(BASE_PREFIX), module):
                 experts[holder] = experts.get(holder, 0) + size
-    return LeftOut(missed, total, experts)
+            elif "Router" in type(module).__name__:
+                kind = kind_of(path.removeprefix(BASE_PREFIX).replace(".base_layer", ""))
+                routers[kind] = routers.get(kind, 0) + size
+    return LeftOut(missed, total, experts, routers)
 
 
 def _added(module: nn.Module) -> Iterator[nn.Parameter]:
