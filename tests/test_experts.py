@@ -578,7 +578,9 @@ def test_what_is_left_out_of_a_mixture_is_named():
     report = hs.initialize_(wrapped(moe("mixtral"), target_parameters=None), "lora", progress=False)
     assert report.left_out.experts == {"model.layers.mlp.experts": 2 * 4 * (48 * 32 + 32 * 24)}
     assert report.left_out.routers == {"model.layers.mlp.gate": 2 * 4 * 32}
-    assert "18,432 of experts (model.layers.mlp.experts) and 256 of routers (model.layers.mlp.gate)" in str(report)
+    assert "18,432 of experts (model.layers.mlp.experts) and 256 of routers (model.layers.mlp.gate)" in str(
+        report.left_out
+    )
 
 
 def test_a_monitor_watches_the_linear_layers():
