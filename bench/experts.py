@@ -123,8 +123,8 @@ def main() -> None:
             *paragraph(
                 f"One layer of Qwen3-30B-A3B's shapes (hidden {chosen.hidden}, experts' inner size {chosen.inner}, 8 "
                 f"experts a token), random weights in bfloat16, both parameters of the experts adapted at rank {RANK}; "
-                "8 samples of 256 tokens for starts that read data. Once each; peak memory is the growth of the "
-                "resident set."
+                "8 samples of 256 tokens for starts that read data. Once each, in one process: peak memory is the "
+                "resident set's highest growth so far, and says something of a row only where it rises."
             ),
             "",
             *table(["start", "experts", "seconds", "ms an expert", "peak GiB", "seconds by step"], rows),
