@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer
 
 import headstart as hs
-from conftest import logits, started, tiny_llama, wrap
+from conftest import logits, started, tiny_llama, tiny_mixtral, wrap
 from headstart import compat
 
 
@@ -26,7 +27,20 @@ def test_every_name_that_is_read_is_there(name):
     holder, _, attribute = name.partition(".")
     layer = next(module for module in wrap(tiny_llama()).modules() if isinstance(module, lora_layer.LoraLayer))
     assert isinstance(layer, (lora_layer.LoraLayer, BaseTunerLayer))
-    assert hasattr({"LoraLayer": layer, "BaseTunerLayer": layer, "Trainer": Trainer}[holder], attribute)
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    wrapper = next(
+        module
+        for module in get_peft_model(tiny_mixtral(), config).modules()
+        if isinstance(module, lora_layer.ParamWrapper)
+    )
+    holders = {
+        "LoraLayer": layer,
+        "BaseTunerLayer": layer,
+        "ParamWrapper": wrapper,
+        "PreTrainedConfig": tiny_llama().config,
+        "Trainer": Trainer,
+    }
+    assert hasattr(holders[holder], attribute)
     assert compat.lora_variant() is lora_layer.LoraVariant
 
 
