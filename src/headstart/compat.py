@@ -70,7 +70,7 @@ READ: Mapping[str, str] = {
     "BaseTunerLayer.frozen_peft_weight_names": "what a core or LoRA-FA freezes trains again once adapters are switched",
     "BaseTunerLayer._freeze_non_trainable_peft_weights": "a core and LoRA-FA can't freeze anything",
     "BaseTunerLayer._disable_adapters": "data can't be read at the base model",
-    "ParamWrapper._did_swap_in_out_features": "experts in one tensor can't be started: which side is their input is lost",
+    "ParamWrapper._did_swap_in_out_features": "which side of an expert's matrix is its input can't be told",
     "PreTrainedConfig._experts_implementation": "what reaches the experts of a mixture can't be read",
     "Trainer._get_collator_with_removed_columns": "data=trainer can't collate as the trainer does",
 }

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from headstart.layers.experts import ExpertLayer
 from headstart.layers.find import TargetLayer
@@ -46,6 +45,8 @@ def routed_layers(layers: Sequence[TargetLayer]) -> Experts:
 @contextlib.contextmanager
 def routed(experts: Experts, see: See) -> Iterator[None]:
     """Within the block, ``see`` is shown every product of the modules' experts that a token was sent to."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # not in all releases, but wherever experts show it
+
     ALL_EXPERTS_FUNCTIONS.register(_NAME, _one_by_one)
     configs: dict[int, tuple[Any, Any]] = {}
     for module in experts:
