@@ -8,6 +8,8 @@ from statistics import fmean
 import pytest
 
 from fake_study import BASE, fake_study
+from headstart.errors import RunError
+from headstart.evaluation.figures import Figure
 from headstart.reports import colours
 from headstart.reports.charts import charts
 from headstart.reports.charts.costs import front
@@ -17,6 +19,7 @@ from headstart.reports.measured import MOST_STARTS
 from headstart.reports.page import page
 from headstart.reports.tables import markdown
 from headstart.study.statistics import Comparison
+from headstart.study.summary import summarised
 
 RATES = [1e-4, 3e-4, 1e-3]
 # The best loss of each start, and the rate where it is.
@@ -91,6 +94,43 @@ def test_heat_maps_of_a_number_of_the_method(study):
     of_lora = {row[1]: row[3] for row in drawn["rates"].rows if row[0] == "lora" and row[2] == "held-out loss"}
     assert changes == pytest.approx({key: value - of_lora[key[1]] for key, value in plain.items()})
     assert drawn["against-beta"].rows[0][:2] == ("init-ab", 1.0)
+
+
+def test_a_report_goes_by_another_figure_and_against_another_start(tmp_path):
+    def truth(cell):
+        value = loss(cell)
+        return {"end": value, "metrics": {"accuracy/end": Figure(1 - value / 10, count=4, higher_is_better=True)}}
+
+    axes = {"start": ["lora", "pissa", "init-ab:beta=1", "init-ab:beta=4"], "optimizer.lr": RATES}
+    study = fake_study(tmp_path, truth, axes, chosen_by="loss")
+    assert study.first == "loss"
+    other = summarised(study.grid, tmp_path, first="accuracy", against="pissa")
+    drawn = by_name(other)
+    assert drawn["heat"].heads == ("beta", "rate", "accuracy")
+    plain = {(row[0], row[1]): row[2] for row in drawn["heat"].rows}
+    of_pissa = {row[1]: row[3] for row in drawn["rates"].rows if row[0] == "pissa" and row[2] == "held-out accuracy"}
+    changes = {(row[0], row[1]): row[2] for row in drawn["heat-base"].rows}
+    assert changes == pytest.approx({key: value - of_pissa[key[1]] for key, value in plain.items()})
+    assert "against pissa" in drawn["heat-base"].title
+    with pytest.raises(RunError, match=r"reports no figure 'acuracy'.*Did you mean 'accuracy'"):
+        summarised(study.grid, tmp_path, first="acuracy")
+    with pytest.raises(RunError, match=r"has no start 'pisa'.*Did you mean 'pissa'"):
+        summarised(study.grid, tmp_path, against="pisa")
+
+
+def test_maps_over_an_axis_are_against_the_start_that_is_named(tmp_path):
+    def truth(cell):
+        return loss(cell) + 1 / cell.run.adapter.r
+
+    axes = {"start": ["lora", "pissa"], "optimizer.lr": RATES, "adapter.r": [4, 16]}
+    study = fake_study(tmp_path, truth, axes)
+    made = charts(summarised(study.grid, tmp_path, against="lora"))
+    chart = next(chart for chart in made if chart.name.startswith("heat-base") and "pissa" in chart.title)
+    changes = {(row[0], row[1]): row[2] for row in chart.rows}
+    assert len(changes) == 2 * len(RATES)
+    for (_, rate), change in changes.items():  # the rank's part is the same for both
+        apart = [best + math.log10(rate / own) ** 2 for best, own in (TRUTH["pissa"], TRUTH["lora"])]
+        assert change == pytest.approx(apart[0] - apart[1])
 
 
 def test_axes_of_numbers_have_curves_and_maps(tmp_path):

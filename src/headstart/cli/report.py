@@ -24,16 +24,24 @@ def report(
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw the page's charts as PNG, too.")
     ] = True,
+    figure: Annotated[
+        str | None,
+        typer.Option("--figure", metavar="NAME", help="The figure to rank and draw by; the study's first by default."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="START", help="What maps of differences are drawn against, not the reference."),
+    ] = None,
 ) -> None:
     """Write a study's page (HTML), the same as Markdown, and its charts as PNG; or runs in PEFT's schema."""
     if peft is not None:
         _in_peft_schema(folders, peft.expanduser())
         return
     for folder in folders:
-        _of_study(folder.expanduser(), pictures)
+        _of_study(folder.expanduser(), pictures, figure, base)
 
 
-def _of_study(folder: Path, pictures: bool) -> None:
+def _of_study(folder: Path, pictures: bool, figure: str | None, base: str | None) -> None:
     from headstart.files import write_whole
     from headstart.reports.answer import answer
     from headstart.reports.charts import charts
@@ -45,7 +53,7 @@ def _of_study(folder: Path, pictures: bool) -> None:
     from headstart.study.study import PAGES, noted_study
     from headstart.study.summary import summarised
 
-    summary = summarised(Grid(noted_study(folder)), folder)
+    summary = summarised(Grid(noted_study(folder)), folder, first=figure, against=base)
     if not summary.counted().get("done"):
         raise RunError(f"{folder} has no finished cell yet, so there is nothing to report.")
     check_plotly()

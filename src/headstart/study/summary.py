@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from headstart.errors import RunError, nearest
 from headstart.runs.folder import ITEMS, LOSSES
 from headstart.runs.result import Result
 from headstart.study.cells import Cell, Grid
@@ -98,6 +99,8 @@ class Summary:
         chosen_by: the figure by which rates are chosen.
         reported: the figures that are reported, the first one first.
         better: by figure, whether more of it is better.
+        against: the start that maps of differences are drawn against; None for the reference, or where it doesn't vary,
+            for the smallest number of the map.
     """
 
     grid: Grid
@@ -106,6 +109,7 @@ class Summary:
     chosen_by: str
     reported: tuple[str, ...]
     better: dict[str, bool]
+    against: str | None = None
 
     @property
     def first(self) -> str:
@@ -159,7 +163,15 @@ class Summary:
         return said
 
 
-def summarised(grid: Grid, folder: Path, *, refine: bool = True, results: Results | None = None) -> Summary:
+def summarised(
+    grid: Grid,
+    folder: Path,
+    *,
+    refine: bool = True,
+    results: Results | None = None,
+    first: str | None = None,
+    against: str | None = None,
+) -> Summary:
     """Return what a study's folder shows.
 
     Args:
@@ -167,21 +179,33 @@ def summarised(grid: Grid, folder: Path, *, refine: bool = True, results: Result
         folder: its folder.
         refine: count the cells beyond a grid's edge, where there are such with results.
         results: what is known of the cells; read where it is None.
+        first: the reported figure that rankings and charts go by; the study's first one by default.
+        against: see :class:`Summary`.
 
     Raises:
         CheckpointError: a result is damaged.
+        RunError: there is no such figure, or no such start.
     """
     results = results or Results(folder)
+    if against is not None and against not in grid.starts:
+        raise RunError(
+            f"the study has no start {against!r}.{nearest(against, grid.starts)} It has: {', '.join(grid.starts)}."
+        )
     cells = _known(grid, results, refine)
     chosen, better = chosen_by(grid), {}
     reported = grid.study.reported or _reported(cells, results, chosen)
+    if first is not None:
+        if first not in reported:
+            hint = f"{nearest(first, reported)} There are: {', '.join(reported)}."
+            raise RunError(f"the study reports no figure {first!r}.{hint}")
+        reported = (first, *(figure for figure in reported if figure != first))
     for figure in {chosen, *reported}:
         better[figure] = higher_is_better(results, cells, figure)
     parts = []
     for setting in dict.fromkeys(cell.setting for cell in cells):
         within = [cell for cell in cells if cell.setting == setting]
         parts.append(_part(setting, within, results, chosen, reported, better, grid.reference))
-    return Summary(grid, folder, parts, chosen, reported, better)
+    return Summary(grid, folder, parts, chosen, reported, better, against)
 
 
 def _known(grid: Grid, results: Results, refine: bool) -> list[Cell]:

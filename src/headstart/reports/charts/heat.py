@@ -35,13 +35,15 @@ def heat_maps(summary: Summary, part: Part) -> list[Chart]:
     for family in families(part)[:MOST_MAPS]:
         rows = {value: heights[start] for value, start in family.members if start in heights}
         what = family.method + (f", {part.name}" if part.name else "")
-        made += _maps(summary, what, family.setting, rows, heights.get(summary.grid.reference, {}))
+        base = heights.get(summary.against or summary.grid.reference, {})
+        made += _maps(summary, what, family.setting, rows, dict.fromkeys(rows, base) if base else {})
     return made
 
 
 def heat_maps_over_axes(summary: Summary) -> list[Chart]:
     """Return two charts for each start and axis of numbers, all other axes being held."""
     by_axis: dict[tuple[str, str, str], dict[float, _Values]] = {}
+    bases: dict[tuple[str, str, str], dict[float, _Values]] = {}
     starts = drawn_starts(summary, MOST_MAPS)
     for part in summary.parts:
         heights = _heights(summary, part)
@@ -52,32 +54,43 @@ def heat_maps_over_axes(summary: Summary) -> list[Chart]:
             for start in starts if value is not None else ():
                 if start in heights:
                     by_axis.setdefault((axis_name, start, others), {})[value or 0.0] = heights[start]
+                    if summary.against in heights and start != summary.against:
+                        base = heights[summary.against]
+                        bases.setdefault((axis_name, start, others), {})[value or 0.0] = base
     made = []
     for (axis_name, start, others), rows in list(by_axis.items())[: 2 * MOST_MAPS]:
         what = start + (f", {others}" if others else "")
-        made += _maps(summary, what, axis_name.rpartition(".")[2], rows, {}, left_out(summary, len(starts)))
+        own_bases = bases.get((axis_name, start, others), {})
+        made += _maps(summary, what, axis_name.rpartition(".")[2], rows, own_bases, left_out(summary, len(starts)))
     return made
 
 
 def _maps(
-    summary: Summary, what: str, across: str, rows: Mapping[float, _Values], base: _Values, note: str = ""
+    summary: Summary,
+    what: str,
+    across: str,
+    rows: Mapping[float, _Values],
+    bases: Mapping[float, _Values],
+    note: str = "",
 ) -> list[Chart]:
+    """Return a plain map, and one of differences to ``bases``, by row; without any, to the smallest row."""
     rates = sorted({rate for row in rows.values() for rate in row})
     if len(rows) < 2 or len(rates) < 2:
         return []
     figure = summary.first
     title = f"Held-out {figure} of {what} over {across} and rate"
     plain = heat_map("heat", title, figure, across, rows, SEQUENTIAL, note)
-    of_base = f"the reference {summary.grid.reference}" if base else f"the smallest {across}"
-    base = base or rows[min(rows)]
-    changes = {
-        value: {rate: height - base[rate] for rate, height in row.items() if math.isfinite(base.get(rate, math.nan))}
-        for value, row in rows.items()
-    }
+    of_base = summary.against or f"the reference {summary.grid.reference}" if bases else f"the smallest {across}"
+    bases = bases or dict.fromkeys(rows, rows[min(rows)])
+    changes = {value: _less(row, bases.get(value, {})) for value, row in rows.items()}
     if not any(changes.values()):
         return [plain]
     title = f"{what} against {of_base} at the same rate"
     return [plain, heat_map("heat-base", title, f"difference in {figure}", across, changes, DIVERGING, note)]
+
+
+def _less(row: _Values, base: _Values) -> _Values:
+    return {rate: height - base[rate] for rate, height in row.items() if math.isfinite(base.get(rate, math.nan))}
 
 
 def heat_map(
