@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=HeadstartWarning)
     # Transformers announces its own coming changes to whoever calls it, which here is PEFT.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # It says of every process with a CPU that an optional kernel is missing, whatever is asked for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Tokenizers warn about this variable in every process that forks, which data loading does.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
