@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage or settings, 130 interrupted.
     """
+    # It says of every process with a CPU that an optional kernel is missing, whatever is asked for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Imported here, so that the commands can import the application.
     from headstart.cli import adapters, advise, cache, compare, dynamics, evaluate, methods, report, start, train  # noqa: F401
     from headstart.errors import HeadstartError, HeadstartWarning, RunError
@@ -37,8 +39,6 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=HeadstartWarning)
     # Transformers announces its own coming changes to whoever calls it, which here is PEFT.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # It says of every process with a CPU that an optional kernel is missing, whatever is asked for.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Tokenizers warn about this variable in every process that forks, which data loading does.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 from headstart.errors import BASE_PREFIX, CheckpointError
 from headstart.layers.anchored import START_NAMES
 from headstart.layers.core import CORE
-from headstart.layers.stacks import StackOf, key_of, laid_together, stacked, taken_apart
+from headstart.layers.mark import StackOf, key_of
+from headstart.layers.stacks import laid_together, stacked, taken_apart
 from headstart.layers.unwrap import plain_name
 from headstart.linalg.product import product_norm, truncate_product
 

@@ -15,7 +15,7 @@ from headstart.layers.adapter import AdapterLayer
 from headstart.layers.files import RESIDUAL_MARK
 from headstart.layers.find import TargetLayer, base_of, lora_layers, residual_owner
 from headstart.layers.formats import quantisation
-from headstart.layers.stacks import StackOf
+from headstart.layers.mark import StackOf
 from headstart.layers.weights import fingerprint, linear_shape
 
 

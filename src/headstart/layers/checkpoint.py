@@ -44,8 +44,7 @@ from headstart.layers.find import (
 from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
-from headstart.layers.mark import marked_stacks
-from headstart.layers.stacks import StackOf
+from headstart.layers.mark import StackOf, marked_stacks
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.watch import watch
 from headstart.layers.weights import adapted_parameter, assign, fingerprint, give_values

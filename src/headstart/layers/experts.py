@@ -17,7 +17,8 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from headstart.layers.find import TargetLayer, lora_layers
-from headstart.layers.stacks import StackOf, key_of, laid_together, swapped
+from headstart.layers.mark import StackOf, key_of
+from headstart.layers.stacks import laid_together, swapped
 from headstart.methods.base import Factors, Layer
 
 # What Transformers gives modules whose experts' function can be chosen (``use_experts_implementation``).

@@ -11,14 +11,26 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
-
-from headstart.layers.stacks import StackOf
 
 SENTENCE = "headstart: load with headstart.load_checkpoint, or make a plain LoRA with headstart.save_lora"
 PLAIN = "plain"
 _REST = "*"
 _STACKS = "#"
+
+
+@dataclass(frozen=True)
+class StackOf:
+    """What is known of a layer whose parameter stacks matrices: how many, and the parameter's name."""
+
+    experts: int
+    parameter: str
+
+
+def key_of(name: str, stack: StackOf | None) -> str:
+    """Return the name by which PEFT's patterns know a layer: with its parameter's, and without what is around it."""
+    return name if stack is None else f"{name.replace('.base_layer', '')}.{stack.parameter}"
 
 
 def make_mark(forms: Mapping[str, str], stacks: Mapping[str, StackOf] | None = None) -> str:

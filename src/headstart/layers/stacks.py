@@ -8,25 +8,11 @@ it adds to the parameter: s (B A - B0 A0) as one product of rank 2 r, zero at th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class StackOf:
-    """What is known of a layer whose parameter stacks matrices: how many, and the parameter's name."""
-
-    experts: int
-    parameter: str
-
-
-def key_of(name: str, stack: StackOf | None) -> str:
-    """Return the name by which PEFT's patterns know a layer: with its parameter's, and without what is around it."""
-    return name if stack is None else f"{name.replace('.base_layer', '')}.{stack.parameter}"
 
 
 def swapped(module: Any) -> bool:
