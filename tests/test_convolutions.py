@@ -192,3 +192,10 @@ def test_convolutions_are_not_streamed(tmp_path):
     ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
     with pytest.raises(LayerError, match=r"'resnet\..*convolution' is a convolution, which is not streamed"):
         stream_start(tmp_path / "model", "pissa", LoraConfig(r=2, target_modules=["convolution"]), tmp_path / "out")
+
+
+def test_a_parametrised_weight_is_named():
+    model = base(1)
+    nn.utils.parametrizations.weight_norm(model.first)
+    with pytest.raises(LayerError, match=r"'first' has a parametrised weight"):
+        hs.initialize_(wrapped(model, ["first"]), "pissa")

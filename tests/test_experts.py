@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -29,10 +37,12 @@ from headstart.errors import CheckpointError, HeadstartWarning, LayerError
 from headstart.layers.adapter import make_plain
 from headstart.layers.adapters import find
 from headstart.layers.checkpoint import read_adapter
+from headstart.layers.core import form_of
 from headstart.layers.experts import ExpertLayer, is_stack
 from headstart.layers.export import write_plain
 from headstart.layers.find import lora_layers
 from headstart.layers.inspection import inspect_adapter
+from headstart.layers.matrices import matrices_of
 from headstart.layers.stacks import laid_together, taken_apart
 from headstart.methods.base import Wants
 from headstart.monitor.monitor import sampled
@@ -593,3 +603,112 @@ def test_a_monitor_watches_the_linear_layers():
 def test_what_a_start_would_cost_counts_every_expert():
     machine = measured(wrapped(moe("mixtral")), [batch()])
     assert machine.shapes == {(32, 32): 4, (48, 32): 8, (32, 24): 8}
+
+
+def test_experts_of_one_parameter_start_in_one_form():
+    model = wrapped(moe("mixtral"))
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(LayerError, match=r"experts\.0\.\w+' and '.*experts\.\d\.\w+' are matrices of one parameter"):
+        hs.initialize_(model, hs.PerLayer({"experts.0.*": hs.LoRA(), "*": hs.PiSSA()}), cache=False)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    mixed = hs.PerLayer({"experts.0.*": hs.PiSSA(), "*": hs.OLoRA()})
+    before = logits(model, batch())
+    hs.initialize_(model, mixed, cache=False)
+    assert torch.equal(logits(model, batch()), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*reached")
+@pytest.mark.parametrize("unreached", [0, 1])
+def test_what_never_trains_is_so_whichever_expert_was_reached(unreached):
+    base = moe("mixtral")
+    model = wrapped(base)
+    data = [batch(0), batch(1)]
+    with _never_chosen(base, unreached):
+        hs.initialize_(model, "lora-null:version=v2,samples=4", data=data, preserve=data)
+    assert not any(target.module.lora_A["default"].weight.requires_grad for _, target in named_stacks(model))
+
+
+@contextmanager
+def _never_chosen(base, expert):
+    def hook(module, args, output):
+        logits_, weights, chosen = output
+        other = torch.where(chosen == expert, (chosen + 2) % 4, chosen)
+        return logits_, weights, other
+
+    handles = [layer.mlp.gate.register_forward_hook(hook) for layer in base.model.layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+PLAIN = {
+    "as given": dict(target_modules=["q_proj"]),
+    "alone": dict(target_modules=[], target_parameters=["experts.down_proj"]),
+    "rslora": dict(target_modules=["q_proj"], use_rslora=True),
+    "ranks": dict(target_modules=["q_proj"], rank_pattern={"experts.gate_up_proj": 2}),
+    "all-linear": dict(target_modules="all-linear", target_parameters=None),
+    "router": dict(target_modules=["q_proj"], target_parameters=["gate.weight"], alpha_pattern={"gate.weight": 60}),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 8}, {"rank": None, "uniform": True}], ids=["", "rank 8", "uniform"])
+@pytest.mark.parametrize("settings", PLAIN)
+def test_an_adapter_that_peft_alone_wrote_is_read_right(settings, options, tmp_path):
+    model = wrapped(moe("mixtral"), **PLAIN[settings])
+    for target in lora_layers(model, "default"):
+        torch.nn.init.normal_(target.module.lora_B["default"].weight, std=0.3)
+    expected = logits(model, batch())
+    model.save_pretrained(tmp_path / "peft")
+    saved = read_adapter(tmp_path / "peft")
+    ranks = {layer.name: layer.r for layer in inspect_adapter(saved).layers}
+    assert ranks == {layer.name: layer.r for layer in find_again(model)}
+    plain = make_plain(
+        saved.layers, saved.other_tensors, saved.config, options.get("rank"), uniform="uniform" in options
+    )
+    assert plain.relative_error == pytest.approx(0, abs=1e-6)
+    write_plain(plain, tmp_path / "plain")
+    again = PeftModel.from_pretrained(moe("mixtral"), tmp_path / "plain")
+    torch.testing.assert_close(logits(again, batch()), expected, rtol=1e-4, atol=1e-4)
+    loaded = hs.load_checkpoint(moe("mixtral"), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(loaded, batch()), expected, rtol=1e-5, atol=1e-5)
+
+
+def find_again(model):
+    """The layers of an adapter that is trained already, as a start would see them."""
+    return matrices_of(lora_layers(model, "default"))
+
+
+def test_transformers_own_loading_keeps_anchors(tmp_path):
+    model = started("mixtral", "anchored")
+    expected = logits(model, batch())
+    model.save_pretrained(tmp_path / "peft")
+    base = moe("mixtral")
+    config = LoraConfig.from_pretrained(tmp_path / "peft")
+    inject_adapter_in_model(config, base, "default")
+    set_peft_model_state_dict(base, load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    torch.testing.assert_close(logits(base, batch()), expected, rtol=1e-5, atol=1e-5)
+    forms = {form_of(target.module, "default") for target in lora_layers(base, "default")}
+    assert forms == {"anchored"}
+
+
+def test_adapters_are_added_beside_anchored_experts_and_deleted():
+    model = started("mixtral", "anchored")
+    expected = logits(model, batch())
+    second = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], target_parameters=EXPERTS)
+    model.add_adapter("second", second)
+    for target in lora_layers(model, "second"):
+        torch.nn.init.normal_(target.module.lora_B["second"].weight)
+    torch.testing.assert_close(logits(model, batch()), expected)
+    model.set_adapter("second")
+    assert not torch.allclose(logits(model, batch()), expected)
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(model, batch()), expected)
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=3, target_modules=["q_proj", "o_proj"], target_parameters=EXPERTS))
+    model.set_adapter("default")
+    with model.disable_adapter():
+        before = logits(model, batch())
+    hs.initialize_(model, "pissa", adapter="default", cache=False)
+    assert torch.equal(logits(model, batch()), before)

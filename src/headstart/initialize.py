@@ -18,7 +18,7 @@ from headstart.context import Context, Memory, shown
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.adapters import find
 from headstart.layers.install import Subtracting, check_form
-from headstart.layers.parts import Part, by_layer, divide
+from headstart.layers.parts import Part, by_layer, check_stacks, divide
 from headstart.layers.reach import left_out
 from headstart.layers.unwrap import looked_through, looks_through
 from headstart.layers.weights import model_device
@@ -130,6 +130,7 @@ def initialize_(
             target = find(model, adapter)
             parts = divide(method, target.layers)
             check_early(model, parts)
+            check_stacks(parts, form)
             memory = Memory(model_device(model))
             source = source_of(data, parts, collator, batch_size, loss, context)
             source, to_search = source.twice()

@@ -37,11 +37,13 @@ class Adapter:
     def install(self, starts: Starts, parts: Sequence[Part], subtracting: Subtracting, seed: int) -> None:
         """Put the starts into the layers, and give these the starts' ranks: all of them, or none."""
         part_of = by_layer(parts)
+        forms = {name: part.form(subtracting) for name, part in part_of.items()}
+        methods = {name: {str(part.method): None} for name, part in part_of.items()}
         for layer, _ in starts:
             if isinstance(layer, ExpertLayer):
-                part_of.setdefault(layer.stack.name, part_of[layer.name])
-        forms = {name: part.form(subtracting) for name, part in part_of.items()}
-        notes = {name: start_note(part.method, seed) for name, part in part_of.items()}
+                forms[layer.stack.name] = forms[layer.name]
+                methods.setdefault(layer.stack.name, {}).update(methods[layer.name])
+        notes = {name: start_note(" and ".join(own), seed) for name, own in methods.items()}
         with ExitStack() as undo:
             starts = set_ranks(self.model, self.name, starts, undo)
             install(self.model, joined(starts), forms, notes)

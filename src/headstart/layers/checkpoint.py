@@ -45,6 +45,7 @@ from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
 from headstart.layers.mark import StackOf, marked_stacks
+from headstart.layers.told import stacks_told_by
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.watch import watch
 from headstart.layers.weights import adapted_parameter, assign, fingerprint, give_values
@@ -252,7 +253,8 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     record = _read_record(folder)
     tensors = {plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
     config, stacks = _read_config(folder)
-    layers, other_tensors = split(tensors, config, stacks | _recorded_stacks(record))
+    told = stacks_told_by(config, tensors) | stacks | _recorded_stacks(record)
+    layers, other_tensors = split(tensors, config, told)
     if not layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no LoRA layer.")
     return AdapterFolder(folder, tensors, layers, other_tensors, config, record)

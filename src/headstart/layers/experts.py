@@ -16,6 +16,7 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
+from headstart.errors import LayerError
 from headstart.layers.find import TargetLayer, lora_layers
 from headstart.layers.mark import StackOf, key_of
 from headstart.layers.stacks import laid_together, swapped
@@ -81,9 +82,9 @@ def is_stack(module: LoraLayer) -> bool:
 
 
 def stack_of(target: TargetLayer) -> StackOf | None:
-    """Return what is known of a layer that is a parameter's, None for a module's and what is as plain as that."""
+    """Return what is known of a layer that is a parameter's, None for a module's."""
     module: Any = target.module
-    if not is_stack(module) or (module.num_experts == 1 and module.parameter_name == "weight"):
+    if not is_stack(module):
         return None
     return StackOf(int(module.num_experts), str(module.parameter_name))
 
@@ -122,5 +123,18 @@ def joined(starts: Sequence[tuple[TargetLayer, Factors]]) -> list[tuple[TargetLa
     for name, experts in by_stack.items():
         parts = [factors for _, factors in sorted(experts, key=lambda pair: pair[0].expert)]
         A, B = laid_together([part.A for part in parts], [part.B for part in parts])
-        ready[name] = ready[name][0], replace(parts[0], A=A, B=B)
+        ready[name] = ready[name][0], replace(parts[0], A=A, B=B, frozen=_frozen(experts))
     return list(ready.values())
+
+
+def _frozen(experts: Sequence[tuple[ExpertLayer, Factors]]) -> tuple[str, ...]:
+    """Return what must not train of a parameter's experts: of those that start as asked for, all the same."""
+    asked = [(layer, factors) for layer, factors in experts if not factors.note] or list(experts)
+    first, frozen = asked[0][0], asked[0][1].frozen
+    for layer, factors in asked:
+        if set(factors.frozen) != set(frozen):
+            raise LayerError(
+                f"layers {first.name!r} and {layer.name!r} are matrices of one parameter, and their methods differ in "
+                "which of its factors train: give them methods that train the same."
+            )
+    return frozen

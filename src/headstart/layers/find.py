@@ -212,10 +212,17 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
         d_out, d_in = (target.d_out, target.d_in) if stack else linear_shape(target.module.get_base_layer())
         if target.r > min(d_out, d_in):
             raise LayerError(
-                f"layer {target.name!r}: rank {target.r} is more than its smaller side, {min(d_out, d_in)} (its weight "
-                f"is {d_out} x {d_in}); lower r, or set this layer's in rank_pattern."
+                f"layer {shown(target)!r}: rank {target.r} is more than its smaller side, {min(d_out, d_in)} (its "
+                f"weight is {d_out} x {d_in}); lower r, or set this layer's in rank_pattern."
             )
     return targets
+
+
+def shown(target: TargetLayer) -> str:
+    """Return a layer's name as errors give it: a parameter's with the parameter, and without what PEFT puts between."""
+    parameter = adapted_parameter(target.module)
+    name = target.name.replace(".base_layer", "")
+    return name if parameter == "weight" else f"{name}.{parameter}"
 
 
 def base_of(model: Any) -> Any:
@@ -274,8 +281,8 @@ def _check_tied(target: TargetLayer, holders: dict[int, list[str]]) -> None:
     others = [name for name in names if name != own]
     if others:
         raise LayerError(
-            f"layer {target.name!r} shares its weight with {others[0]!r} (tied weights): an "
-            "adapter on one of them can't be merged; leave it out of target_modules."
+            f"layer {shown(target)!r} shares its weight with {others[0]!r} (tied weights): an "
+            "adapter on one of them can't be merged; leave it out of target_modules or target_parameters."
         )
 
 
@@ -283,43 +290,43 @@ def _check_state(target: TargetLayer) -> None:
     module, adapter = target.module, target.adapter
     if module.merged:
         raise LayerError(
-            f"layer {target.name!r} has merged adapters ({', '.join(module.merged_adapters)}): call "
+            f"layer {shown(target)!r} has merged adapters ({', '.join(module.merged_adapters)}): call "
             "model.unmerge_adapter() first."
         )
     owner = residual_owner(module)
     if owner == adapter:
         raise LayerError(
-            f"layer {target.name!r}: adapter {adapter!r} is already initialised, on a residual weight; to start anew, "
-            "load the base model again."
+            f"layer {shown(target)!r}: adapter {adapter!r} is already initialised, on a residual weight; to start "
+            "anew, load the base model again."
         )
     if owner is not None:
         raise LayerError(
-            f"layer {target.name!r}: its frozen weight was made residual by adapter {owner!r} and isn't the base "
+            f"layer {shown(target)!r}: its frozen weight was made residual by adapter {owner!r} and isn't the base "
             "model's any more; load the base model again."
         )
     if record(target) is not None or form_of(module, adapter) is not None:
         raise LayerError(
-            f"layer {target.name!r}: adapter {adapter!r} is already initialised; to start anew, delete the adapter "
+            f"layer {shown(target)!r}: adapter {adapter!r} is already initialised; to start anew, delete the adapter "
             "(model.delete_adapter) and add it again."
         )
     if adapter in module.lora_variant and not isinstance(module.lora_variant[adapter], DoraLinearVariant):
         variant = type(module.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
         raise LayerError(
-            f"layer {target.name!r} uses PEFT's variant {variant}, which can't be combined with a headstart start; "
+            f"layer {shown(target)!r} uses PEFT's variant {variant}, which can't be combined with a headstart start; "
             "switch it off in the LoraConfig."
         )
     factors = (module.lora_A[adapter], module.lora_B[adapter])
     if any(has_offloaded_params(part) for part in factors):
         raise LayerError(
-            f"layer {target.name!r}: accelerate keeps the factors of adapter {adapter!r} elsewhere (its hooks were put "
-            "on after the adapter); initialise the model before cpu_offload, disk_offload or dispatch_model."
+            f"layer {shown(target)!r}: accelerate keeps the factors of adapter {adapter!r} elsewhere (its hooks were "
+            "put on after the adapter); initialise the model before cpu_offload, disk_offload or dispatch_model."
         )
     no_values = factors[1].weight.device.type == "meta"
     if no_values and home(module.get_base_layer()).type == "meta":
-        raise LayerError(f"layer {target.name!r} {unreadable(module.get_base_layer())}")
+        raise LayerError(f"layer {shown(target)!r} {unreadable(module.get_base_layer())}")
     if not no_values and float(factors[1].weight.detach().abs().max()) != 0:
         raise LayerError(
-            f"layer {target.name!r}: lora_B of adapter {adapter!r} is not zero, so the adapter is already trained or "
+            f"layer {shown(target)!r}: lora_B of adapter {adapter!r} is not zero, so the adapter is already trained or "
             "initialised; start from a fresh one, made with init_lora_weights=True."
         )
 

@@ -140,6 +140,8 @@ def inspect_adapter(saved: AdapterFolder) -> Description:
 
 def _name(name: str, layer: AdapterLayer, place: int) -> str:
     """Return what a layer is called, or the matrix at a place of its stack: as separate experts are."""
-    if layer.stack is None:
+    if layer.stack is None or layer.stack.parameter == "weight":
         return name
+    if layer.stack.experts == 1:
+        return f"{name.replace('.base_layer', '')}.{layer.stack.parameter}"
     return f"{name.replace('.base_layer', '')}.{place}.{layer.stack.parameter}"

@@ -79,7 +79,7 @@ def install(
         undo.pop_all()
 
 
-def start_note(method: Method, seed: int) -> dict[str, object]:
+def start_note(method: Method | str, seed: int) -> dict[str, object]:
     """Return what to remember with each layer of a start: how it was made."""
     return {"method": str(method), "seed": seed, "version": __version__}
 

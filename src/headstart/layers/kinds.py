@@ -28,6 +28,11 @@ def check_kind(target: TargetLayer) -> None:
         LayerError: it is another; names the layer and what to do.
     """
     base = target.module.get_base_layer()
+    if nn.utils.parametrize.is_parametrized(base):
+        raise LayerError(
+            f"layer {target.name!r} has a parametrised weight (torch.nn.utils.parametrize, as weight norm is), which "
+            "is made anew at each call: leave it out, or remove the parametrisation first."
+        )
     if isinstance(target.module, ParamWrapper):
         _check_stack(target, target.module)
         return

@@ -60,6 +60,13 @@ def marked_form(value: object, layer: str) -> str | None:
     return form if isinstance(form, str) and form != PLAIN else None
 
 
+def marked_form_of(value: object, parameter: str) -> str | None:
+    """Return the form that a mark gives all layers of parameters of this name; None for plain, or several, forms."""
+    names = [name for name, stack in marked_stacks(value).items() if stack.parameter == parameter]
+    forms = {marked_form(value, name) for name in names}
+    return forms.pop() if len(forms) == 1 else None
+
+
 def marked_stacks(value: object) -> dict[str, StackOf]:
     """Return what a mark says of layers whose parameters stack matrices, by name."""
     told = _read(value).get(_STACKS, {})

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from headstart.errors import LayerError
+from headstart.layers.experts import ExpertLayer
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import LayerForm, Subtracting
 from headstart.methods.base import Method
@@ -35,6 +37,27 @@ def divide(method: Method, layers: Sequence[TargetLayer]) -> list[Part]:
     """
     by_name = {layer.name: layer for layer in layers}
     return [Part(own, [by_name[name] for name in names]) for own, names in method.divided(list(by_name))]
+
+
+def check_stacks(parts: Sequence[Part], subtracting: Subtracting) -> None:
+    """Refuse experts of one parameter that start in several forms: it has one.
+
+    Raises:
+        LayerError: names two of them.
+    """
+    first: dict[str, tuple[str, LayerForm, Method]] = {}
+    for part in parts:
+        form = part.form(subtracting)
+        for layer in part.layers:
+            if not isinstance(layer, ExpertLayer):
+                continue
+            name, other, method = first.setdefault(layer.stack.name, (layer.name, form, part.method))
+            if other != form:
+                raise LayerError(
+                    f"layers {name!r} and {layer.name!r} are matrices of one parameter, which is {other} or {form} as "
+                    f"a whole, and methods {method.name!r} and {part.method.name!r} differ in that: give them methods of "
+                    "one form."
+                )
 
 
 def by_layer(parts: Sequence[Part]) -> dict[str, Part]:

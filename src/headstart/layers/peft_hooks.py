@@ -32,22 +32,29 @@ from headstart.layers.core import form_of, set_core
 from headstart.layers.experts import stacks_in
 from headstart.layers.find import TargetLayer, lora_layers, residual_owner
 from headstart.layers.install import mark_config
-from headstart.layers.mark import marked_form
+from headstart.layers.mark import marked_form, marked_form_of
 from headstart.layers.watch import watch
 
 
 class FromConfig(Formed):
     """Stands in a layer's place for a form until PEFT calls :meth:`init`, with the config that says which."""
 
-    def init(self, module: LoraLayer, adapter_name: str, **given: Any) -> None:
+    def init(self, module: LoraLayer, adapter_name: str | None = None, **given: Any) -> None:
         """Make the place for what the form needs, empty, and for a plain layer nothing.
 
         Until something is loaded into it, an anchored layer is a plain LoRA layer by what it computes, and a core layer
-        adds nothing.
+        adds nothing. PEFT tells a parameter's layer neither its adapter's name nor its own: the first is where this
+        object is, and of the second the parameter's name is enough where the adapter has one form for all of that name.
         """
+        mark = given["config"].init_lora_weights
+        if adapter_name is None:
+            adapter_name = next(name for name, variant in module.lora_variant.items() if variant is self)
         del module.lora_variant[adapter_name]
         name = str(given.get("target_name") or "")
-        form = marked_form(given["config"].init_lora_weights, name)
+        if isinstance(module, ParamWrapper):
+            name, form = module.parameter_name, marked_form_of(mark, module.parameter_name)
+        else:
+            form = marked_form(mark, name)
         A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
         if form == "core":
             nn.init.kaiming_uniform_(B, a=math.sqrt(5))
@@ -59,13 +66,9 @@ class FromConfig(Formed):
 
 
 def build(arguments: dict[str, Any]) -> None:
-    """Let a layer whose config is marked be drawn as a plain one, and leave the form to :class:`FromConfig`.
-
-    A parameter's layer isn't told its name: what is loaded into it says which form it has.
-    """
+    """Let a layer whose config is marked be drawn as a plain one, and leave the form to :class:`FromConfig`."""
     arguments["init_lora_weights"] = True
-    if not isinstance(arguments["self"], ParamWrapper):
-        arguments["self"].lora_variant[arguments["adapter_name"]] = FromConfig()
+    arguments["self"].lora_variant[arguments["adapter_name"]] = FromConfig()
 
 
 def load(arguments: dict[str, Any]) -> None:

@@ -81,3 +81,7 @@ class AnchoredParamWrapper(ParamWrapper):
         factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         (dA, dB), (A0, B0) = (taken_apart(*pair, self.num_experts) for pair in (factors, (A0, B0)))
         return stacked(dA, dB, A0, B0)
+
+
+# PEFT tells its own layers of parameters by this name, when adapters are added to them.
+AnchoredParamWrapper.__name__ = ParamWrapper.__name__

@@ -64,7 +64,7 @@ def stacks_of(layers: Sequence[TargetLayer]) -> list[Stack]:
         by_place = {layer.expert: layer.name for layer in own}
         module = own[0].module
         names = tuple(by_place.get(place, "") for place in range(module.num_experts))
-        stacks.append(Stack(own[0].parameters()[0], names, own[0].transposed))
+        stacks.append(Stack(module.get_param(), names, own[0].transposed))
     return stacks
 
 
