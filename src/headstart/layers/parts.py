@@ -55,8 +55,8 @@ def check_stacks(parts: Sequence[Part], subtracting: Subtracting) -> None:
             if other != form:
                 raise LayerError(
                     f"layers {name!r} and {layer.name!r} are matrices of one parameter, which is {other} or {form} as "
-                    f"a whole, and methods {method.name!r} and {part.method.name!r} differ in that: give them methods of "
-                    "one form."
+                    f"a whole, and methods {method.name!r} and {part.method.name!r} differ in that: give them methods "
+                    "of one form."
                 )
 
 
