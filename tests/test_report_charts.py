@@ -15,7 +15,7 @@ from headstart.reports.charts import charts
 from headstart.reports.charts.costs import front
 from headstart.reports.charts.dynamics import dynamics_sheet
 from headstart.reports.charts.training import MOST_POINTS, averaged
-from headstart.reports.measured import MOST_STARTS
+from headstart.reports.measured import MOST_STARTS, standings
 from headstart.reports.page import page
 from headstart.reports.tables import markdown
 from headstart.study.statistics import Comparison
@@ -116,6 +116,16 @@ def test_a_report_goes_by_another_figure_and_against_another_start(tmp_path):
         summarised(study.grid, tmp_path, first="acuracy")
     with pytest.raises(RunError, match=r"has no start 'pisa'.*Did you mean 'pissa'"):
         summarised(study.grid, tmp_path, against="pisa")
+
+
+def test_forgetting_is_the_difference_and_one_column(tmp_path):
+    def truth(cell):
+        losses = {"forgetting/start": 2.8, "forgetting/end": 2.9, "forgetting": 0.1}
+        return {"metrics": {name: Figure(value, count=4, higher_is_better=False) for name, value in losses.items()}}
+
+    study = fake_study(tmp_path, truth, {"start": ["lora", "pissa"], "optimizer.lr": RATES})
+    assert study.reported == ("loss", "forgetting")
+    assert [row.mean for row in standings(study, study.parts[0], "forgetting")] == pytest.approx([0.1, 0.1])
 
 
 def test_maps_over_an_axis_are_against_the_start_that_is_named(tmp_path):

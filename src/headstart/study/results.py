@@ -69,9 +69,10 @@ def chosen_by(grid: Grid) -> str:
 def figure_of(result: Result | None, figure: str, when: str = "end") -> Figure | None:
     """Return a figure of a cell; None where it has none.
 
-    Graded answers have no "/end": they are asked once. Without held-out data there are validation data alone.
+    Graded answers have no "/end": they are asked once; nor has what forgetting is, beside the losses that it lies
+    between. Without held-out data there are validation data alone.
     """
-    names = [f"{figure}/{when}", figure, f"{figure}/{VALIDATION}"] if when == "end" else [f"{figure}/{when}"]
+    names = [figure, f"{figure}/{when}", f"{figure}/{VALIDATION}"] if when == "end" else [f"{figure}/{when}"]
     return next((result.metrics[name] for name in names if name in result.metrics), None) if result else None
 
 

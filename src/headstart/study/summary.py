@@ -281,5 +281,5 @@ def _reported(cells: Sequence[Cell], results: Results, chosen: str) -> tuple[str
             names = [
                 name.removesuffix("/end") for name in result.metrics if not name.endswith(("/start", "/validation"))
             ]
-            return tuple(sorted(names, key=lambda name: name != chosen)) or (chosen,)
+            return tuple(sorted(dict.fromkeys(names), key=lambda name: name != chosen)) or (chosen,)
     return (chosen,)
