@@ -161,7 +161,7 @@ def test_a_failure_between_the_two_anchors(monkeypatch, form, at):
         return nn.Parameter(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(anchored, "nn", SimpleNamespace(Parameter=parameter, ModuleDict=nn.ModuleDict))
+        patch.setattr(anchored, "nn", SimpleNamespace(Parameter=parameter, ModuleDict=nn.ModuleDict, Linear=nn.Linear))
         with pytest.raises(MemoryError, match="no more"):
             hs.initialize_(model, "init-ab", form=form)
     assert_unchanged(model, before)
