@@ -33,6 +33,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import headstart as hs
 from conftest import logits
 from headstart.advise.costs import measured
+from headstart.cli import main
 from headstart.errors import CheckpointError, HeadstartWarning, LayerError
 from headstart.layers.adapter import make_plain
 from headstart.layers.adapters import find
@@ -46,11 +47,13 @@ from headstart.layers.matrices import matrices_of
 from headstart.layers.stacks import laid_together, taken_apart
 from headstart.methods.base import Wants
 from headstart.monitor.monitor import sampled
+from headstart.runs.stages import execute
 from headstart.statistics.prepare import prepare
 from headstart.statistics.routed import routed_layers
 from headstart.statistics.stacks import stacks_of
 from headstart.statistics.sums import symmetric
 from headstart.stream import stream_start
+from running import small_run, sums, tokenizer
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 COMMON = dict(
@@ -712,3 +715,27 @@ def test_adapters_are_added_beside_anchored_experts_and_deleted():
         before = logits(model, batch())
     hs.initialize_(model, "pissa", adapter="default", cache=False)
     assert torch.equal(logits(model, batch()), before)
+
+
+def test_the_command_starts_experts_and_a_run_trains_them(tmp_path, capsys):
+    folder, words = tmp_path / "model", tokenizer()
+    torch.manual_seed(0)
+    config = MixtralConfig(**COMMON | {"vocab_size": 96, "eos_token_id": words.eos_token_id}, num_local_experts=4)
+    base = AutoModelForCausalLM.from_config(config)
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    base.save_pretrained(folder)
+    words.save_pretrained(folder)
+    named = ["init", str(folder), "--method", "pissa", "--rank", "2", "--targets", "q_proj", "--parameters"]
+    main([*named, ",".join(EXPERTS), "--out", str(tmp_path / "start")])
+    loaded = hs.load_checkpoint(copy.deepcopy(base), tmp_path / "start")
+    assert len([layer for layer in find_again(loaded) if isinstance(layer, ExpertLayer)]) == 16
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*named, "experts.down_prj", "--out", str(tmp_path / "no")])
+    assert "'experts.down_prj' is not in the model. Did you mean 'experts.down_proj'?" in capsys.readouterr().err
+    adapter = {"r": 2, "targets": ["q_proj"], "parameters": EXPERTS}
+    run = small_run(folder, sums(tmp_path / "sums.jsonl"), adapter=adapter, start={"method": "pissa"})
+    result = execute(run, tmp_path / "run")
+    assert result.status == "done"
+    assert result.trainable == 2 * 2 * (2 * 32 + 4 * (48 + 32) + 4 * (32 + 24))

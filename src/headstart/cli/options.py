@@ -49,9 +49,23 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
 MaxLength = Annotated[int, typer.Option("--max-length", min=8, help="Cut longer rows, in tokens.")]
 
 
+Parameters = Annotated[
+    str,
+    typer.Option(
+        "--parameters",
+        help="Target parameters of no linear layer, separated by commas: experts.down_proj, gate.weight.",
+    ),
+]
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Return names that commas separate."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def target_modules(text: str) -> str | tuple[str, ...]:
     """Read ``--targets``: a comma separates names; anything else is PEFT's own shorthand or regular expression."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    names = words(text)
     plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
     if len(names) > 1 or (plain and text != "all-linear"):
         return names

@@ -18,12 +18,14 @@ from headstart.cli.options import (
     Form,
     MaxLength,
     Model,
+    Parameters,
     Rank,
     RsLora,
     Seed,
     SubtractingForm,
     Targets,
     target_modules,
+    words,
 )
 from headstart.errors import DataError, LayerError
 from headstart.files import check_free
@@ -47,6 +49,7 @@ def init(
     alpha: Alpha = 16,
     rslora: RsLora = False,
     targets: Targets = "all-linear",
+    parameters: Parameters = "",
     seed: Seed = 0,
     form: Form = SubtractingForm.ANCHORED,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
@@ -70,6 +73,8 @@ def init(
     # What can be refused is refused before the model is loaded.
     parsed = parse_method(method)
     if stream:
+        if parameters:
+            raise DataError("--parameters names what --stream doesn't read: leave one of the two out.")
         for name in ("data", "preserve", "batch_size", "max_length", "lr", "memory_budget"):
             source = context.get_parameter_source(name)
             if source is not None and source.name != "DEFAULT":
@@ -132,6 +137,7 @@ def init(
     wrapped = wrap_lora(
         loaded.to(accelerator()),
         target_modules(targets),
+        target_parameters=list(words(parameters)) or None,
         r=rank,
         lora_alpha=alpha,
         use_rslora=rslora,

@@ -92,6 +92,7 @@ def made_ready(model: Any, run: Run, task: Task) -> Any:
         use_dora=settings.dora,
         rank_pattern=dict(settings.rank_pattern),
         alpha_pattern=dict(settings.alpha_pattern),
+        target_parameters=list(settings.parameters) or None,
         **common,
     )
 

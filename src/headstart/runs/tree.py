@@ -108,6 +108,7 @@ class Adapter(Node):
         kind: lora or vera.
         r, alpha, rslora, dropout, dora, rank_pattern, alpha_pattern: as PEFT has them.
         targets: "all-linear", a regular expression, or names.
+        parameters: names of parameters that are no linear layer's, such as experts.down_proj of a mixture.
         modules_to_save: heads that train whole; a classifier's own always does.
     """
 
@@ -118,6 +119,7 @@ class Adapter(Node):
     dropout: Share = 0.0
     dora: bool = False
     targets: str | tuple[str, ...] = "all-linear"
+    parameters: Words = ()
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     modules_to_save: Words = ()

@@ -58,16 +58,32 @@ def load_placed(
     return model if bits != 16 else model.to(accelerator()), tokenizer
 
 
-def wrap_lora(model: nn.Module, target_modules: str | Sequence[str], **settings: Any) -> Any:
+def wrap_lora(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    *,
+    target_parameters: Sequence[str] | None = None,
+    **settings: Any,
+) -> Any:
     """Return the PEFT model; ``settings`` are LoraConfig's.
 
+    Args:
+        model: the pretrained one.
+        target_modules: "all-linear", a regular expression, or names.
+        target_parameters: of parameters that are no linear layer's, such as the experts of a mixture.
+
     Raises:
-        LayerError: a target module is not in the model; the message gives the nearest names.
+        LayerError: a target is not in the model; the message gives the nearest names.
     """
+    for target in target_parameters or ():
+        parameters = [name for name, _ in model.named_parameters()]
+        if not any(name == target or name.endswith(f".{target}") for name in parameters):
+            known = {".".join(name.split(".")[-2:]) for name in parameters}
+            raise LayerError(f"target parameter {target!r} is not in the model.{nearest(target, known)}")
     linear = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
-    if not target_modules:
+    if not target_modules and not target_parameters:
         raise LayerError(f"no target modules are named; the model's linear layers are: {', '.join(sorted(linear))}.")
     if not isinstance(target_modules, str):
         names = [name for name, _ in model.named_modules()]
@@ -84,7 +100,8 @@ def wrap_lora(model: nn.Module, target_modules: str | Sequence[str], **settings:
         except re.error as error:
             raise LayerError(f"target modules {target_modules!r} are no regular expression: {error}.") from error
     try:
-        return get_peft_model(model, LoraConfig(target_modules=target_modules, **settings))
+        config = LoraConfig(target_modules=target_modules, target_parameters=target_parameters, **settings)
+        return get_peft_model(model, config)
     except ValueError as error:
         raise LayerError(
             f"PEFT can't put LoRA layers on {target_modules!r} ({str(error).rstrip('.')}); its linear layers are: "
