@@ -24,6 +24,7 @@ from transformers import (
     GptOssConfig,
     Llama4TextConfig,
     MixtralConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
     Trainer,
     TrainingArguments,
@@ -70,6 +71,18 @@ COMMON = dict(
 CONFIGS = {
     "mixtral": lambda: MixtralConfig(**COMMON, num_local_experts=4),
     "qwen3-moe": lambda: Qwen3MoeConfig(**COMMON, num_experts=4, moe_intermediate_size=24, head_dim=8),
+    "qwen3.5-moe": lambda: Qwen3_5MoeTextConfig(
+        **COMMON,
+        num_experts=4,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
     "gpt-oss": lambda: GptOssConfig(**COMMON, num_local_experts=4, head_dim=8),
     "llama4": lambda: Llama4TextConfig(
         **COMMON | {"num_experts_per_tok": 1},
@@ -481,7 +494,7 @@ def routed_oracle(base, batches):
 
 
 @pytest.mark.parametrize("data", [[padded(0), padded(1)], [batch(2)]], ids=["padded", "whole"])
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "qwen3.5-moe", "gpt-oss", "deepseek-v3"])
 def test_fisher_factors_of_experts_are_those_of_their_tokens(kind, data):
     base = moe(kind)
     expected = routed_oracle(base, data)
