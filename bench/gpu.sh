@@ -1,8 +1,8 @@
 #!/bin/sh
-# Measures start-up on a machine with one GPU and writes docs/results/gpu.md (and a copy to $OUT where that is set).
+# Measures starts and training steps on a machine with one GPU and writes docs/results/gpu.md (and a copy to $OUT where that is set).
 # Needs a Python with torch for that GPU; the other requirements are installed where they are missing.
-#   bench/gpu.sh                     the 1B and the 7B model
-#   bench/gpu.sh --shapes 1B         one of them
+#   bench/gpu.sh                                   all sections, in at most 400 s
+#   bench/gpu.sh --sections pairs --seconds 120    starts against PEFT's own alone
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
