@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import importlib.util
 import signal
@@ -25,14 +26,13 @@ from bench.gpu_models import (
     batches,
     build,
     config,
-    fresh,
     in_four_bits,
     on_device,
     plain_pass,
     with_headstart,
     with_peft,
 )
-from bench.harness import Timing, interleave, paired_ratio, paragraph, table, write
+from bench.harness import Timing, interleave, paired_ratio, paragraph, shared_copy, table, write
 from bench.inilora import on_device as inilora_on_device
 
 SECTIONS = ("steps", "pairs", "starts 1B", "starts 8B", "inilora")
@@ -120,7 +120,7 @@ def pairs(shape: str, device: torch.device, clock: Clock) -> list[str]:
         ours = measured(partial(_started, method, base, data), clock)
         rows.append([method, "headstart", *ours[:2], ""])
         for other in others:
-            model = fresh(base, whole=True)
+            model = copy.deepcopy(base)
             pefts = measured(partial(with_peft(other), model, data), clock)
             ratio = ""
             with contextlib.suppress(ValueError):
@@ -144,7 +144,7 @@ def pairs(shape: str, device: torch.device, clock: Clock) -> list[str]:
 
 
 def _started(method: str, base: Any, data: list[Batch]) -> Any:
-    return with_headstart(method)(fresh(base), data)
+    return with_headstart(method)(shared_copy(base), data)
 
 
 def starts(shape: str, device: torch.device, clock: Clock) -> list[str]:
@@ -154,7 +154,7 @@ def starts(shape: str, device: torch.device, clock: Clock) -> list[str]:
     data = on_device(batches(shape, samples, length, 4), device)
 
     def plain(part: list[Batch]) -> Callable[[], None]:
-        model = fresh(base, whole=False)
+        model = shared_copy(base)
         return lambda: plain_pass(model, part)
 
     plain(data[:1])()
@@ -200,7 +200,7 @@ def steps(shape: str, device: torch.device, clock: Clock) -> list[str]:
             base = in_four_bits(base, device)
         sides: dict[str, Any] = {}
         for label, method in STEPS.items():
-            model = fresh(base)
+            model = shared_copy(base)
             wrapped = get_peft_model(model, config()) if method is None else with_headstart(method)(model, [])[0]
             sides[label] = _stepping(wrapped, batch)
         timings = interleave(sides, ROUNDS, warm=True)
@@ -236,12 +236,12 @@ def warm_up(device: torch.device) -> None:
     base, data = build("tiny", device), on_device(batches("tiny", 8, 16, 4), device)
     for method in (*PAIRS, *ALONE):
         began = time.perf_counter()
-        with_headstart(method)(fresh(base), data)
+        with_headstart(method)(shared_copy(base), data)
         print(f"  warmed up {method}: {time.perf_counter() - began:.1f} s", flush=True)
     for other in (name for names in PAIRS.values() for name in names):
         with contextlib.suppress(Exception):  # said where it is measured
-            with_peft(other)(fresh(base, whole=True), data)
-    plain_pass(fresh(base, whole=True), data)
+            with_peft(other)(copy.deepcopy(base), data)
+    plain_pass(copy.deepcopy(base), data)
 
 
 def main() -> None:

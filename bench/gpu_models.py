@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -168,9 +167,3 @@ def plain_pass(model: Any, data: list[Batch]) -> None:
         parameter.requires_grad_(name.split(".")[-2] in LINEAR)
     for batch in data:
         model(**batch, use_cache=False).loss.backward()
-
-
-def fresh(model: Any, *, whole: bool = False) -> Any:
-    """Return a copy of a model, which shares its weights unless it is to be ``whole``."""
-    memo = {} if whole else {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, memo)

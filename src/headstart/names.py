@@ -8,6 +8,11 @@ def plain(text: str) -> str:
     return "".join(sign if sign.isalnum() or sign in "-.=" else "_" for sign in text)
 
 
+def in_base(name: str) -> str:
+    """Return the name that a layer has in the base model: without what PEFT puts between where it adapts twice."""
+    return name.replace(".base_layer", "")
+
+
 def kind_of(name: str) -> str:
     """Return a layer's name with its numbers taken out: what the layers of one kind share.
 

@@ -158,10 +158,10 @@ def _layer(name: str, by_role: dict[str, Tensor], config: LoraConfig, stack: Sta
     A, B = by_role["A"], by_role["B"]
     A0, B0 = (by_role[role] for role in roles[2:]) if kind in START_NAMES else (None, None)
     core = by_role.get("core")
-    shapes_fit = A.dim() == B.dim() >= 2 and A.shape[0] == B.shape[1]
-    shapes_fit = shapes_fit and B[0, 0].numel() == 1 if B.dim() > 2 else shapes_fit
-    shapes_fit = shapes_fit and (core is None or tuple(core.shape) == (A.shape[0], A.shape[0]))
-    if not shapes_fit or (A0 is not None and (A0.shape != A.shape or (B0 is not None and B0.shape != B.shape))):
+    # Of a convolution B's kernels are single numbers, (d_out, r, 1, ...).
+    fit = A.dim() == B.dim() >= 2 and A.shape[0] == B.shape[1] and set(B.shape[2:]) <= {1}
+    fit = fit and (core is None or core.shape == (A.shape[0], A.shape[0]))
+    if not fit or (A0 is not None and A0.shape != A.shape) or (B0 is not None and B0.shape != B.shape):
         raise CheckpointError(f"the adapter's layer {name!r} has tensors whose shapes don't fit together.")
     if stack is not None and A.shape[0] % stack.experts:
         raise CheckpointError(f"the adapter's layer {name!r} has tensors that don't fit {stack.experts} experts.")

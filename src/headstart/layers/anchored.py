@@ -26,7 +26,7 @@ from torch.nn import functional
 from headstart import compat
 from headstart.layers.frozen_convolutions import frozen_copy
 from headstart.layers.stacks import AnchoredParamWrapper, stacked
-from headstart.layers.weights import oriented, product, whole
+from headstart.layers.weights import fitted, oriented, product, whole
 
 # The names of the modules that hold A0 and B0. Files tell the two forms apart by them.
 START_NAMES: dict[str, tuple[str, str]] = {
@@ -99,13 +99,6 @@ class Start(nn.Linear):
         """Return the product with x (..., d_in), in the factor's own precision; under autocast, in that one's."""
         # Detached, because programs that unfreeze whatever is called lora_ would train it.
         return functional.linear(fitted(x, self.weight), self.weight.detach())
-
-
-def fitted(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x in the dtype of the weight that it is multiplied by, where autocast doesn't see to that."""
-    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(weight.dtype)
 
 
 class AnchoredVariant(Formed):

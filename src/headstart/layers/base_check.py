@@ -17,20 +17,25 @@ from headstart.layers.find import TargetLayer, base_of, lora_layers, residual_ow
 from headstart.layers.formats import quantisation
 from headstart.layers.mark import StackOf
 from headstart.layers.weights import fingerprint, linear_shape
+from headstart.names import in_base
+
+# A layer of the base model, and the name of the parameter in it that is adapted.
+Holder = tuple[Any, str]
 
 
-def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adapter: str) -> dict[str, Any]:
-    """Compare a checkpoint with the model's own layers, before anything is changed; return those layers by name."""
+def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adapter: str) -> dict[str, Holder]:
+    """Compare a checkpoint with the model's own layers, before anything is changed; return where their weights are."""
     base, adapted = base_of(model), _adapted(model, adapter)
-    plain: dict[str, Any] = {}
+    holders: dict[str, Holder] = {}
     for name, layer in layers.items():
         try:
-            module: Any = base.get_submodule(name.replace(".base_layer", ""))
+            module: Any = base.get_submodule(in_base(name))
         except AttributeError:
             raise CheckpointError(f"{folder} belongs to another base model: this one has no layer {name!r}.") from None
-        plain[name] = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        plain = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        holders[name] = plain, "weight" if layer.stack is None else layer.stack.parameter
         saved_shape = layer.B.shape[0], layer.A[0].numel()
-        shape = linear_shape(plain[name]) if layer.stack is None else _matrix_shape(plain[name], layer.stack)
+        shape = linear_shape(plain) if layer.stack is None else _matrix_shape(plain, layer.stack)
         if shape != saved_shape:
             raise CheckpointError(
                 f"{folder} belongs to another base model: layer {name!r} is {_times(shape)} here, and "
@@ -46,7 +51,7 @@ def check_shapes(model: Any, layers: dict[str, AdapterLayer], folder: Path, adap
                 f"{folder} has another scaling: layer {name!r} has s = {s:g} here, and {layer.scaling:g} there; wrap "
                 "the model with the same lora_alpha."
             )
-    return plain
+    return holders
 
 
 def _matrix_shape(module: Any, stack: StackOf) -> tuple[int, ...]:
@@ -64,8 +69,7 @@ def _matrix_shape(module: Any, stack: StackOf) -> tuple[int, ...]:
 
 def check_weights(
     model: Any,
-    plain: dict[str, Any],
-    layers: Mapping[str, AdapterLayer],
+    holders: Mapping[str, Holder],
     records: dict[str, Any],
     folder: Path,
     adapter: str,
@@ -79,11 +83,10 @@ def check_weights(
         expected = (content or {}).get("weight")
         if expected is None:
             continue
-        bits, saved_bits = quantisation(plain[name]), content.get("quantised")
-        stack = layers[name].stack if name in layers else None
-        parameter = "weight" if stack is None else stack.parameter
-        sample = fingerprint(plain[name], parameter)
-        if sample is None or _alike(sample, expected, getattr(plain[name], parameter).dtype):
+        plain, parameter = holders[name]
+        bits, saved_bits = quantisation(plain), content.get("quantised")
+        sample = fingerprint(plain, parameter)
+        if sample is None or _alike(sample, expected, getattr(plain, parameter).dtype):
             continue
         if (bits or saved_bits) and _near(sample, expected):
             differing.add((_words(bits), _words(saved_bits)))

@@ -122,9 +122,9 @@ def load_checkpoint(
     folder = Path(path)
     saved = read_adapter(folder)
     config, layers, records = saved.config, saved.layers, saved.record.get("layers", {})
-    plain = check_shapes(model, layers, folder, adapter)
+    holders = check_shapes(model, layers, folder, adapter)
     if check_base:
-        check_weights(model, plain, layers, records, folder, adapter)
+        check_weights(model, holders, records, folder, adapter)
 
     config.inference_mode = not trainable
     with ExitStack() as undo:
@@ -253,8 +253,8 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     record = _read_record(folder)
     tensors = {plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
     config, stacks = _read_config(folder)
-    told = stacks_told_by(config, tensors) | stacks | _recorded_stacks(record)
-    layers, other_tensors = split(tensors, config, told)
+    known = stacks | _recorded_stacks(record)
+    layers, other_tensors = split(tensors, config, stacks_told_by(config, tensors, known))
     if not layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no LoRA layer.")
     return AdapterFolder(folder, tensors, layers, other_tensors, config, record)

@@ -16,9 +16,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from headstart.errors import LayerError
-from headstart.layers.anchored import Formed, anchor_kind, fitted
+from headstart.layers.anchored import Formed, anchor_kind
 from headstart.layers.frozen import freeze_factors, thaw_factors
-from headstart.layers.weights import oriented, product, whole
+from headstart.layers.weights import fitted, oriented, product, whole
 from headstart.linalg.precision import double, like
 
 # The name of the module that holds R, in layers and in files.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headstart.errors import LayerError
 from headstart.layers.find import TargetLayer, lora_layers
-from headstart.layers.mark import StackOf, key_of
+from headstart.layers.mark import StackOf, key_of, matrix_names
 from headstart.layers.stacks import laid_together, swapped
 from headstart.methods.base import Factors, Layer
 
@@ -46,7 +46,7 @@ class ExpertLayer(TargetLayer):
     @property
     def pattern_key(self) -> str:
         """The name by which PEFT's patterns know the parameter."""
-        return key_of(self.stack.name, StackOf(self.module.num_experts, self.module.parameter_name))
+        return key_of(self.stack.name, stack_of(self.stack))
 
     @property
     def trainable(self) -> int:
@@ -101,13 +101,8 @@ def experts_of(stack: TargetLayer) -> list[TargetLayer]:
     Their names are those that separate experts would have, ``mlp.experts.3.gate_up_proj``, so that patterns and kinds
     are the same.
     """
-    module: Any = stack.module
-    holder, parameter = stack.name.replace(".base_layer", ""), module.parameter_name
-    if module.get_param().ndim == 2:
-        names = [holder if parameter == "weight" else f"{holder}.{parameter}"]
-    else:
-        names = [f"{holder}.{expert}.{parameter}" for expert in range(module.num_experts)]
-    return [ExpertLayer(name, module, stack.adapter, stack, expert) for expert, name in enumerate(names)]
+    names = matrix_names(stack.name, stack_of(stack))
+    return [ExpertLayer(name, stack.module, stack.adapter, stack, expert) for expert, name in enumerate(names)]
 
 
 def joined(starts: Sequence[tuple[TargetLayer, Factors]]) -> list[tuple[TargetLayer, Factors]]:

@@ -26,7 +26,7 @@ from headstart.layers.unwrap import plain_name
 from headstart.layers.weights import adapted_parameter, dense, is_transposed, linear_shape, place, weight_digest
 from headstart.linalg.product import product_norm
 from headstart.methods.base import Factors, Layer
-from headstart.names import kind_of
+from headstart.names import in_base, kind_of
 
 _RECORD = "headstart_record"
 _RESIDUAL = "headstart_residual_of"
@@ -116,7 +116,8 @@ class TargetLayer:
         Raises:
             LayerError: it holds NaN or infinity.
         """
-        weight = (self.stored().T if self.transposed else self.stored()).to(self.device).float()
+        stored = self.stored()
+        weight = (stored.T if self.transposed else stored).to(self.device).float()
         # The extremes are NaN or infinite where any entry is, and need no memory of their own.
         if not all(math.isfinite(float(extreme)) for extreme in torch.aminmax(weight)):
             raise not_finite(self.name)
@@ -221,7 +222,7 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
 def shown(target: TargetLayer) -> str:
     """Return a layer's name as errors give it: a parameter's with the parameter, and without what PEFT puts between."""
     parameter = adapted_parameter(target.module)
-    name = target.name.replace(".base_layer", "")
+    name = in_base(target.name)
     return name if parameter == "weight" else f"{name}.{parameter}"
 
 
@@ -276,8 +277,8 @@ def _residual_note(module: LoraLayer) -> str:
 
 def _check_tied(target: TargetLayer, holders: dict[int, list[str]]) -> None:
     weight = getattr(target.module.get_base_layer(), adapted_parameter(target.module))
-    own = target.name.replace(".base_layer", "")
-    names = (name.removeprefix(BASE_PREFIX).replace(".base_layer", "") for name in holders.get(id(weight), []))
+    own = in_base(target.name)
+    names = (in_base(name.removeprefix(BASE_PREFIX)) for name in holders.get(id(weight), []))
     others = [name for name in names if name != own]
     if others:
         raise LayerError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from headstart.layers.weights import fitted
 
 
 def frozen_copy(convolution: Any, value: Tensor) -> nn.Module:
@@ -27,9 +28,7 @@ class _Frozen:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Convolve in the kernels' own precision; under autocast, in that one's."""
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.weight.dtype)
-        convolved: Tensor = self._conv_forward(x, self.weight.detach(), None)
+        convolved: Tensor = self._conv_forward(fitted(x, self.weight), self.weight.detach(), None)
         return convolved
 
     def reset_parameters(self) -> None:

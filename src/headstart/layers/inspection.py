@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from headstart.layers.adapter import AdapterLayer
 from headstart.layers.checkpoint import AdapterFolder
+from headstart.layers.mark import matrix_names
 from headstart.linalg.product import product_svd
 from headstart.names import kind_of
 
@@ -102,9 +102,9 @@ def inspect_adapter(saved: AdapterFolder) -> Description:
     """Describe an adapter that was read from its folder."""
     layers = []
     matrices = [
-        (_name(name, layer, place), matrix)
+        named
         for name, layer in saved.layers.items()
-        for place, matrix in enumerate(layer.matrices())
+        for named in zip(matrix_names(name, layer.stack), layer.matrices(), strict=True)
     ]
     for name, layer in matrices:
         A, B = layer.plain()
@@ -136,12 +136,3 @@ def inspect_adapter(saved: AdapterFolder) -> Description:
         other_tensors=sorted(saved.other_tensors),
         layers=layers,
     )
-
-
-def _name(name: str, layer: AdapterLayer, place: int) -> str:
-    """Return what a layer is called, or the matrix at a place of its stack: as separate experts are."""
-    if layer.stack is None or layer.stack.parameter == "weight":
-        return name
-    if layer.stack.experts == 1:
-        return f"{name.replace('.base_layer', '')}.{layer.stack.parameter}"
-    return f"{name.replace('.base_layer', '')}.{place}.{layer.stack.parameter}"

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import LayerError
 from headstart.layers.formats import NUMBERS, format_of
+from headstart.names import in_base
 
 if TYPE_CHECKING:
     from headstart.layers.find import TargetLayer
@@ -35,24 +36,29 @@ def check_kind(target: TargetLayer) -> None:
         )
     if isinstance(target.module, ParamWrapper):
         _check_stack(target, target.module)
-        return
-    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    elif isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         _check_convolution(target, base)
-        return
-    # PEFT's layers on bitsandbytes' can't be imported where that isn't installed.
-    supported = isinstance(target.module, Linear) or type(target.module).__module__ == "peft.tuners.lora.bnb"
-    if not supported or not isinstance(base, (nn.Linear, Conv1D)):
-        if words := format_of(base):
-            raise LayerError(
-                f"layer {target.name!r} holds its weight in {words}: only nn.Linear, Conv1D and bitsandbytes layers "
-                "can be initialised; load the base model unquantised, or in bitsandbytes' 4 or 8 bits."
-            )
-        raise LayerError(
-            f"layer {target.name!r} is {_article(type(base).__name__)}: only nn.Linear, Conv1D, convolutions and "
-            "bitsandbytes layers can be initialised; leave it out of target_modules."
-        )
+    else:
+        _check_linear(target, base)
     if target.module.lora_bias.get(target.adapter):
         raise LayerError(f"layer {target.name!r} has lora_bias=True, which is not supported; set lora_bias=False.")
+
+
+def _check_linear(target: TargetLayer, base: Any) -> None:
+    """Refuse a layer that is no linear one either, or held in codes that can't be read."""
+    # PEFT's layers on bitsandbytes' can't be imported where that isn't installed.
+    supported = isinstance(target.module, Linear) or type(target.module).__module__ == "peft.tuners.lora.bnb"
+    if supported and isinstance(base, (nn.Linear, Conv1D)):
+        return
+    if words := format_of(base):
+        raise LayerError(
+            f"layer {target.name!r} holds its weight in {words}: only nn.Linear, Conv1D and bitsandbytes layers "
+            "can be initialised; load the base model unquantised, or in bitsandbytes' 4 or 8 bits."
+        )
+    raise LayerError(
+        f"layer {target.name!r} is {_article(type(base).__name__)}: only nn.Linear, Conv1D, convolutions and "
+        "bitsandbytes layers can be initialised; leave it out of target_modules."
+    )
 
 
 def _check_convolution(target: TargetLayer, base: Any) -> None:
@@ -66,8 +72,6 @@ def _check_convolution(target: TargetLayer, base: Any) -> None:
             )
     if is_dora(target.module, target.adapter):
         raise LayerError(f"layer {target.name!r} is a convolution that uses DoRA; set use_dora=False, or leave it out.")
-    if target.module.lora_bias.get(target.adapter):
-        raise LayerError(f"layer {target.name!r} has lora_bias=True, which is not supported; set lora_bias=False.")
     if words := format_of(base):
         raise LayerError(
             f"layer {target.name!r} holds its kernels in {words}: only plain numbers can be initialised; load the base "
@@ -83,13 +87,13 @@ def _check_stack(target: TargetLayer, module: ParamWrapper) -> None:
         words = f"{str(parameter.dtype).removeprefix('torch.')} codes"
     if words:
         raise LayerError(
-            f"layer {target.name.replace('.base_layer', '')!r} holds its parameter {name!r} in {words}: only plain "
+            f"layer {in_base(target.name)!r} holds its parameter {name!r} in {words}: only plain "
             "numbers can be initialised; load the base model unquantised."
         )
     if isinstance(parameter, DTensor) or parameter.device.type == "meta":
         where = "is sharded over processes" if isinstance(parameter, DTensor) else "has no values here (meta device)"
         raise LayerError(
-            f"layer {target.name.replace('.base_layer', '')!r}: its parameter {name!r} {where}, and is started whole "
+            f"layer {in_base(target.name)!r}: its parameter {name!r} {where}, and is started whole "
             "alone: initialise before the model is sharded or offloaded."
         )
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from headstart.names import in_base
+
 SENTENCE = "headstart: load with headstart.load_checkpoint, or make a plain LoRA with headstart.save_lora"
 PLAIN = "plain"
 _REST = "*"
@@ -30,7 +32,19 @@ class StackOf:
 
 def key_of(name: str, stack: StackOf | None) -> str:
     """Return the name by which PEFT's patterns know a layer: with its parameter's, and without what is around it."""
-    return name if stack is None else f"{name.replace('.base_layer', '')}.{stack.parameter}"
+    return name if stack is None else f"{in_base(name)}.{stack.parameter}"
+
+
+def matrix_names(name: str, stack: StackOf | None) -> list[str]:
+    """Return what the matrices of a layer are called: a parameter's as those of separate layers would be.
+
+    Several are ``mlp.experts.3.gate_up_proj``; a single one has the parameter's name, and a ``weight`` its module's.
+    """
+    if stack is None:
+        return [name]
+    if stack.experts > 1:
+        return [f"{in_base(name)}.{expert}.{stack.parameter}" for expert in range(stack.experts)]
+    return [in_base(name) if stack.parameter == "weight" else key_of(name, stack)]
 
 
 def make_mark(forms: Mapping[str, str], stacks: Mapping[str, StackOf] | None = None) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from headstart.errors import BASE_PREFIX
 from headstart.layers.find import TargetLayer
-from headstart.names import kind_of
+from headstart.names import in_base, kind_of
 from headstart.report import LeftOut
 
 _EXPERTS = re.compile(r"(^|_)experts?$")
@@ -48,7 +48,7 @@ def left_out(model: nn.Module, layers: Sequence[TargetLayer]) -> LeftOut:
             if holder := _experts(path.removeprefix(BASE_PREFIX), module):
                 experts[holder] = experts.get(holder, 0) + size
             elif "Router" in type(module).__name__:
-                kind = kind_of(path.removeprefix(BASE_PREFIX).replace(".base_layer", ""))
+                kind = kind_of(in_base(path.removeprefix(BASE_PREFIX)))
                 routers[kind] = routers.get(kind, 0) + size
     return LeftOut(missed, total, experts, routers)
 
@@ -67,7 +67,7 @@ def _added(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def _experts(path: str, module: nn.Module) -> str:
     """Return the kind of the experts that a module is, or is a part of; empty where it is none."""
-    parts = path.replace(".base_layer", "").split(".")
+    parts = in_base(path).split(".")
     for place, part in enumerate(parts):
         if _EXPERTS.search(part):
             return kind_of(".".join(parts[: place + 1]))

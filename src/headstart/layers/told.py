@@ -12,12 +12,15 @@ from torch import Tensor
 
 from headstart.errors import BASE_PREFIX, CheckpointError
 from headstart.layers.mark import StackOf
+from headstart.names import in_base
 
 _ENDING = ".lora_A.weight"
 
 
-def stacks_told_by(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, StackOf]:
-    """Return what is known of layers that are parameters', by name, where nothing but PEFT's own files tells of them.
+def stacks_told_by(
+    config: LoraConfig, tensors: Mapping[str, Tensor], known: Mapping[str, StackOf]
+) -> dict[str, StackOf]:
+    """Return what is known of layers that are parameters', by name, those that only PEFT's own files tell of included.
 
     PEFT writes neither which parameter a layer adapts nor how many matrices that holds. The first follows from
     ``target_parameters`` and the nesting of its layers, the innermost the parameter that its module has first; the
@@ -26,6 +29,7 @@ def stacks_told_by(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[st
     Args:
         config: of the adapter.
         tensors: by PEFT's names.
+        known: what is told elsewhere, which nothing is made out for.
 
     Raises:
         CheckpointError: a layer's tensors fit no number of experts.
@@ -37,11 +41,12 @@ def stacks_told_by(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[st
     }
     by_holder: dict[str, list[str]] = defaultdict(list)
     for name in rows:
-        by_holder[name.replace(".base_layer", "")].append(name)
-    stacks: dict[str, StackOf] = {}
+        by_holder[in_base(name)].append(name)
+    stacks = dict(known)
     for holder, names in by_holder.items():
-        parameters = _parameters(config, holder, names, rows)
-        if parameters:
+        if known.keys() & set(names):
+            continue
+        if parameters := _parameters(config, holder, names, rows):
             innermost_first = sorted(names, key=lambda name: -name.count(".base_layer"))
             stacks |= _assigned(config, holder, innermost_first, parameters, rows)
     return stacks

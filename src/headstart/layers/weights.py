@@ -139,6 +139,13 @@ def product(B: Tensor, A: Tensor) -> Tensor:
     return B @ A
 
 
+def fitted(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x in the dtype of the weight that it is multiplied by, where autocast doesn't see to that."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
+
+
 def linear_shape(base: nn.Module) -> tuple[int, int]:
     """Return (d_out, d_in) of an nn.Linear, a Conv1D, or a convolution whose kernels are rows."""
     if isinstance(base, nn.Linear):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headstart.errors import BASE_PREFIX, DataError, not_finite
 from headstart.layers.weights import model_device
+from headstart.names import in_base
 from headstart.processes import Processes
 from headstart.statistics.batches import (
     IGNORED,
@@ -369,7 +370,7 @@ class Reader:
             return
         for name, parameter in self._model.named_parameters():
             if parameter.device.type != "meta" and not math.isfinite(float(parameter.detach().abs().max())):
-                raise not_finite(name.removeprefix(BASE_PREFIX).replace(".base_layer", "").rpartition(".")[0])
+                raise not_finite(in_base(name.removeprefix(BASE_PREFIX)).rpartition(".")[0])
         raise failure
 
     def _any(self, flag: bool) -> bool:

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from headstart.errors import CheckpointError, LayerError, ModelError
 from headstart.layers.convolutions import is_convolution
 from headstart.layers.find import TargetLayer, find_layers, lora_layers
+from headstart.names import in_base
 from headstart.stream.source import Source, check_model_folder
 from headstart.training.wrap import wrap_lora
 
@@ -126,7 +127,7 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
 
 
 def _check_streamed(target: TargetLayer) -> None:
-    name = target.name.replace(".base_layer", "")
+    name = in_base(target.name)
     if isinstance(target.module, ParamWrapper):
         raise LayerError(
             f"layer {name!r} is adapted through its parameter {target.module.parameter_name!r}, which is not streamed: "
