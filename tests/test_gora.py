@@ -120,6 +120,23 @@ def test_ranks_follow_importance():
     assert all(start.spare is None and start.spare_B is None for start in settled.values())
 
 
+@pytest.mark.parametrize(("rank_cost", "cost"), [("parameters", float), ("root", math.sqrt)])
+def test_what_a_rank_costs(rank_cost, cost):
+    method, shapes = (
+        hs.GoRA(rank_cost=rank_cost, smallest=0.1),
+        {"wide": (40, 200), "high": (60, 30), "small": (16, 12)},
+    )
+    importances, ranks, starts = {"wide": 2.0, "high": 3.0, "small": 2.5}, {"wide": 6, "high": 7, "small": 8}, {}
+    for name, shape in shapes.items():
+        starts |= shared({name: importances[name]}, ranks, *shape, rank_cost=rank_cost, smallest=0.1)
+    settled = method.settle(starts, ranks)
+    budget = sum(ranks[name] * cost(sum(shape)) for name, shape in shapes.items())
+    for name, shape in shapes.items():
+        rank = math.floor(round(budget * importances[name] / 7.5) / cost(sum(shape)))
+        most = min(4 * ranks[name], *shape)
+        assert len(settled[name].A) == settled[name].B.shape[1] == min(rank, most), name
+
+
 def test_a_rank_rounded_down_never_pays_more_than_there_is():
     ranks = dict.fromkeys("abc", 4)
     settled = hs.GoRA().settle(shared({"a": 1.0, "b": 1.3, "c": 1.7}, ranks), ranks)
@@ -183,7 +200,15 @@ def test_the_weight_is_read_where_ranks_are_chosen_alone():
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("step", 0.0), ("step", math.nan), ("smallest", 1.5), ("smallest", -0.1), ("largest", 0.5), ("ranks", "shared")],
+    [
+        ("step", 0.0),
+        ("step", math.nan),
+        ("smallest", 1.5),
+        ("smallest", -0.1),
+        ("largest", 0.5),
+        ("ranks", "shared"),
+        ("rank_cost", "cubic"),
+    ],
 )
 def test_settings_out_of_range_are_refused(setting, value):
     with pytest.raises(hs.MethodError, match=setting):

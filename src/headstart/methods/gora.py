@@ -31,15 +31,17 @@ class GoRA(GradientMethod):
     (so that the sum of parameters is not quite the adapter's own). A layer that no gradient reached keeps its rank.
 
     Source: GoRA (arXiv 2502.12171), and its published code, whose costs of a rank are d_in + d_out (the paper's are
-    the root of that). The sign is the paper's: the published code of 2026-03 adds the gradient, against its own measure
-    of the error. There s is alpha / sqrt(rank), of the layer's own rank; here a layer keeps its s, and lora_alpha
-    follows. The published search for ``step``, down from 1 by the loss of one batch, gives way to ``scale``.
+    the root of that: ``rank_cost``). The sign is the paper's: the published code of 2026-03 adds the gradient, against
+    its own measure of the error. There s is alpha / sqrt(rank), of the layer's own rank; here a layer keeps its s, and
+    lora_alpha follows. The published search for ``step``, down from 1 by the loss of one batch, gives way to ``scale``.
 
     Settings:
         samples: how many samples the gradient is averaged over. The published code takes 32 training batches; ours is
             LoRA-DA's.
         step: the rate of the step of gradient descent, 0.05 in the published scripts.
         ranks: "chosen" as above, or "given": every layer keeps its rank, and the weight isn't read.
+        rank_cost: of one rank of a layer, where ranks are chosen: "parameters", d_in + d_out, or "root", its square
+            root, by which large layers get more ranks; the adapter then has as many parameters as that comes to.
         smallest, largest: of a chosen rank, relative to the layer's own; a half and 4 in the published scripts, 4 and
             32 for 8.
         scale: "published", of ``step``; or "search": that multiple of it, the same for all layers, which lowers the
@@ -52,6 +54,7 @@ class GoRA(GradientMethod):
 
     step: float = 0.05
     ranks: Literal["chosen", "given"] = "chosen"
+    rank_cost: Literal["parameters", "root"] = "parameters"
     smallest: float = 0.5
     largest: float = 4.0
     scale: Literal["published", "search"] = "published"
@@ -95,16 +98,20 @@ class GoRA(GradientMethod):
     def settle(self, starts: Mapping[str, Factors], ranks: Mapping[str, int]) -> dict[str, Factors]:
         """Give the layers ranks by their importance."""
         sharing = [name for name in ranks if starts[name].spare is not None]
-        costs = {name: len(starts[name].B) + starts[name].A.shape[1] for name in sharing}
+        costs = {name: self._cost(len(starts[name].B) + starts[name].A.shape[1]) for name in sharing}
         budget = sum(costs[name] * ranks[name] for name in sharing)
         total = math.fsum(starts[name].info["importance"] for name in sharing)
         settled = dict(starts)
         for name in sharing:
             rank = ranks[name]
             if total > 0:
-                rank = round(budget * (starts[name].info["importance"] / total)) // costs[name]
+                rank = int(round(budget * (starts[name].info["importance"] / total)) // costs[name])
             settled[name] = self._of_rank(starts[name], rank)
         return settled
+
+    def _cost(self, parameters: int) -> float:
+        """Return what one rank of a layer is reckoned to cost, of as many parameters."""
+        return parameters if self.rank_cost == "parameters" else math.sqrt(parameters)
 
     def _of_rank(self, start: Factors, rank: int) -> Factors:
         assert start.spare is not None and start.spare_B is not None  # as factors gave them
