@@ -55,6 +55,7 @@ bench: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/headstart methods --markdown > docs/methods.md
 	$(BIN)/python docs/house.py
+	PYTHONPATH=tests $(BIN)/python tests/supported.py
 
 clean:
 	rm -rf $(VENV) .venv-latest runs
