@@ -165,6 +165,22 @@ def test_what_is_left_out_of_a_mixture_is_named():
     )
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+def test_ranks_for_which_experts_train_as_much_as_one_matrix_are_suggested(kind):
+    def started(**settings):
+        model = wrapped(moe(kind), **{"r": 8, **settings})
+        return hs.initialize_(model, "pissa", progress=False)
+
+    report = started()
+    assert report.lower_ranks == {"experts.gate_up_proj": 2, "experts.down_proj": 2}
+    assert f"rank_pattern={report.lower_ranks}" in str(report)
+    lower = started(rank_pattern=report.lower_ranks)
+    ranks = {layer.name: layer.r for layer in lower.layers}
+    assert {r for name, r in ranks.items() if "experts" in name} == {2}
+    assert {r for name, r in ranks.items() if "experts" not in name} == {8}
+    assert not started(r=1).lower_ranks and not started(target_parameters=None).lower_ranks
+
+
 def test_a_monitor_watches_the_linear_layers():
     model = wrapped(moe("mixtral"))
     assert {layer.name.split(".")[-1] for layer in sampled(model, None, 8)} == {"q_proj", "o_proj"}

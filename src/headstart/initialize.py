@@ -17,6 +17,7 @@ from headstart.cache import FactorCache, open_cache
 from headstart.context import Context, Memory, shown
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.adapters import find
+from headstart.layers.experts import lower_ranks
 from headstart.layers.install import Subtracting, check_form
 from headstart.layers.parts import Part, by_layer, check_stacks, divide
 from headstart.layers.reach import left_out
@@ -170,6 +171,7 @@ def initialize_(
         cached=kept.served if kept else 0,
         trainable=sum(layer.trainable for layer in target.layers),
         left_out=left_out(model, target.layers),
+        lower_ranks=lower_ranks(target.layers),
         searched=searched,
         warnings=notes,
     )

@@ -128,6 +128,8 @@ class Report:
         cached: layers whose factors were found in the cache.
         trainable: parameters of the adapter's layers that train; heads beside it (modules_to_save) are not counted.
         left_out: what of the model the adapter doesn't reach.
+        lower_ranks: of a mixture whose experts train, a ``rank_pattern`` with r/E for r, for E experts of a parameter
+            train E times as much as one matrix of their size; empty where that is 1 already, or there are none.
         searched: by method, of those whose scale was searched, what that came to.
         warnings: sentences about what was not as asked for.
     """
@@ -146,6 +148,7 @@ class Report:
     cached: int = 0
     trainable: int = 0
     left_out: LeftOut | None = None
+    lower_ranks: dict[str, int] = field(default_factory=dict)
     searched: dict[str, Searched] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -188,6 +191,11 @@ class Report:
             yield f"scale of {method}: {searched}"
         if self.left_out:
             yield str(self.left_out)
+        if self.lower_ranks:
+            yield (
+                "each expert has the adapter's rank; all of a parameter's would train about as much as one matrix of "
+                f"their size with rank_pattern={self.lower_ranks}"
+            )
         for repair in self.repairs():
             yield f"repaired: {repair}"
         for caution in self.cautions():

@@ -105,6 +105,22 @@ def experts_of(stack: TargetLayer) -> list[TargetLayer]:
     return [ExpertLayer(name, stack.module, stack.adapter, stack, expert) for expert, name in enumerate(names)]
 
 
+def lower_ranks(layers: Sequence[TargetLayer]) -> dict[str, int]:
+    """Return a ``rank_pattern`` by which all experts of a parameter train about as much as one matrix at its rank.
+
+    That is r/E of E experts at rank r, at least 1; by PEFT's name of the parameter within its block. Empty where there
+    are no experts, or their ranks are no higher than that already.
+    """
+    pattern: dict[str, int] = {}
+    for layer in layers:
+        if isinstance(layer, ExpertLayer) and layer.module.num_experts > 1:
+            lower = max(1, layer.r // layer.module.num_experts)
+            if lower < layer.r:
+                holder = layer.pattern_key.rsplit(".", 2)[-2:]
+                pattern[".".join(holder)] = lower
+    return pattern
+
+
 def joined(starts: Sequence[tuple[TargetLayer, Factors]]) -> list[tuple[TargetLayer, Factors]]:
     """Return starts with those of a parameter's experts put together, in PEFT's layout, as one of its layer."""
     ready: dict[str, tuple[TargetLayer, Factors]] = {}
