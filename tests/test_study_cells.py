@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fake_study import fake_study
 from headstart.errors import HeadstartError, RunError
 from headstart.runs.read import recipes
 from headstart.study.cells import Grid
 from headstart.study.rates import beyond, rates_of
-from headstart.study.results import chosen_by
+from headstart.study.results import Results, chosen_by
 from headstart.study.study import run_study
+from headstart.study.summary import summarised
 from headstart.study.tree import read_study, validated_study
 
 
@@ -192,3 +194,24 @@ def test_a_study_is_read_from_its_file(tmp_path):
     path.write_text("axes: {start: [lora]}\naxes: {}\n")
     with pytest.raises(RunError, match="given twice"):
         read_study(path)
+
+
+@pytest.mark.parametrize("read_before", range(0, 40, 3))
+def test_a_summary_is_of_one_moment_though_results_come_in_while_it_is_made(tmp_path, read_before):
+    axes = {"start": ["lora", "pissa", "olora"], "optimizer.lr": [1e-4, 1e-3]}
+    grid = fake_study(tmp_path, lambda cell: 1.0 + cell.rate, axes).grid
+
+    class Coming(Results):
+        """Of every start but the first nothing is there until so much was read."""
+
+        reads = 0
+
+        def of(self, cell):
+            self.reads += 1
+            return super().of(cell) if cell.start == "lora" or self.reads > read_before else None
+
+    summary = summarised(grid, tmp_path, results=Coming(tmp_path))
+    (part,) = summary.parts
+    there = {cell.start for cell, result in part.cells if result is not None}
+    assert set(part.choices) == there
+    assert {row.start for row in part.compared["loss"]} == there

@@ -15,7 +15,7 @@ from headstart.errors import RunError, nearest
 from headstart.runs.folder import ITEMS, LOSSES
 from headstart.runs.result import Result
 from headstart.study.cells import Cell, Grid
-from headstart.study.results import Results, all_cells, chosen_by, higher_is_better, outcomes
+from headstart.study.results import Results, Snapshot, all_cells, chosen_by, higher_is_better, outcomes
 from headstart.study.statistics import (
     Choice,
     Comparison,
@@ -172,7 +172,7 @@ def summarised(
     first: str | None = None,
     against: str | None = None,
 ) -> Summary:
-    """Return what a study's folder shows.
+    """Return what a study's folder shows at one moment, whoever goes on writing to it.
 
     Args:
         grid: the study.
@@ -186,7 +186,7 @@ def summarised(
         CheckpointError: a result is damaged.
         RunError: there is no such figure, or no such start.
     """
-    results = results or Results(folder)
+    results = Snapshot(results or Results(folder))
     if against is not None and against not in grid.starts:
         raise RunError(
             f"the study has no start {against!r}.{nearest(against, grid.starts)} It has: {', '.join(grid.starts)}."
