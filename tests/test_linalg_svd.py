@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headstart.linalg.svd import TruncatedSVD, eckart_young_tail, truncated_svd, truncated_svd_batch
+from headstart.linalg.svd import TruncatedSVD, eckart_young_tail, in_step, truncated_svd, truncated_svd_batch
 from known_layers import from_spectrum
 
 
@@ -197,6 +197,34 @@ def test_batch_is_each_alone_and_leaves_the_threads_alone() -> None:
         # Rounding depends on the number of threads; the vectors carry it over the gaps.
         torch.testing.assert_close(product(svd), product(alone), rtol=0, atol=1e-4)
     assert truncated_svd_batch(W[:0], 4) == []
+
+
+@pytest.mark.parametrize("shape", [(300, 260), (260, 300)])
+def test_in_step_is_each_alone(shape: tuple[int, int]) -> None:
+    spectra = [SPECTRA["power"][:260], torch.linspace(1, 0.5, 260, dtype=torch.float64), SPECTRA["power"][:260] * 1e3]
+    matrices = [from_spectrum(*shape, spectrum, seed).float() for seed, spectrum in enumerate(spectra)]
+    settled = in_step(matrices, 4, tol=1e-5, max_iterations=64, seed=0)
+    assert list(settled) == [0, 1, 2]
+    for place, svd in settled.items():
+        check(matrices[place], svd, 4)
+        alone = truncated_svd(matrices[place], 4)
+        torch.testing.assert_close(svd.S, alone.S, rtol=1e-6, atol=0)
+        if place != 1:  # whose singular values lie too close for their vectors to be told apart
+            torch.testing.assert_close(product(svd), product(alone), rtol=0, atol=1e-4 * float(alone.S[0]))
+
+
+def test_in_step_leaves_what_it_can_not_settle_and_settles_the_others() -> None:
+    good = from_spectrum(300, 260, SPECTRA["power"][:260]).float()
+    hidden = from_spectrum(300, 260, 10.0 ** -torch.arange(260, dtype=torch.float64).clamp_max(12)).float()
+    broken = good.clone()
+    broken[3, 4] = math.nan
+    matrices = [good, hidden, torch.zeros(300, 260), good * 1e20, good.double(), good[:, :200], broken, -3 * good]
+    settled = in_step(matrices, 8, tol=1e-5, max_iterations=64, seed=0)
+    assert list(settled) == [0, 7]
+    for place, svd in settled.items():
+        check(matrices[place], svd, 8)
+    assert in_step(matrices[:1], 8, tol=1e-5, max_iterations=64, seed=0) == {}
+    assert in_step([good[:40, :40]] * 2, 8, tol=1e-5, max_iterations=64, seed=0) == {}
 
 
 def test_eckart_young_tail() -> None:

@@ -1,10 +1,8 @@
 """The k largest or smallest singular triplets of a matrix, with the error that they carry.
 
-The largest come from a randomised block Krylov space of W'W (Musco and Musco, "Randomized Block Krylov
-Methods for Stronger and Faster Approximate Singular Value Decomposition", NeurIPS 2015), reorthogonalised and
-grown until every wanted triplet's residual is small. Eigenvectors of the dense W'W answer for small matrices and for
-the smallest triplets, as long as their residual is small as well. What neither can settle goes to a dense decomposition
-of W in float64.
+The largest come from a randomised block Krylov space of W'W (:mod:`headstart.linalg.krylov`). Eigenvectors of the
+dense W'W answer for small matrices and for the smallest triplets, as long as their residual is small as well. What
+neither can settle goes to a dense decomposition of W in float64.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from headstart.linalg.krylov import block_for, leading_right_vectors
 from headstart.linalg.norms import squared_norm
 from headstart.linalg.precision import double, one_thread_each, solving_device
 
@@ -26,15 +25,11 @@ Which = Literal["largest", "smallest"]
 TOLERANCE = 1e-5
 MAX_ITERATIONS = 64
 
-# Blocks are multiples of this: a block at least as wide as k can't miss a copy of a k-fold singular value, and
-# wider ones need a larger space for the same accuracy.
-_BLOCK = 8
 # Weights of language models need 8 to 28 blocks at rank 8; on a side shorter than this many of them, the dense
 # decomposition is as fast.
 _DENSE_BLOCKS = 32
-_FIRST_CHECK = 12
-# How small one direction of a new block may be, relative to the others, before its rounding errors matter.
-_LITTLE = 1e-2
+# Largest entries for which squares neither overflow nor vanish.
+_ORDINARY = (2.0**-20, 2.0**20)
 
 
 @dataclass(frozen=True)
@@ -99,20 +94,18 @@ def truncated_svd(
     if not math.isfinite(largest_entry):
         raise ValueError("the matrix holds a value that isn't finite")
     scale = 1.0
-    if not 2.0**-20 < largest_entry < 2.0**20:
+    if not _ORDINARY[0] < largest_entry < _ORDINARY[1]:
         # By a power of two, so that squares neither overflow nor vanish and no entry is rounded.
         scale = 2.0 ** math.frexp(largest_entry)[1]
         matrix = matrix.double() / scale
-    # No singular value is above sqrt(d_out * d_in) times the largest entry.
-    bound = largest_entry / scale * math.sqrt(matrix.numel())
-    zero = max(torch.finfo(torch.float64).eps * max(matrix.shape) * bound, sys.float_info.min)
+    zero = _zero(torch.tensor(largest_entry / scale, dtype=torch.float64, device=matrix.device), matrix)
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.mT if wide else matrix
     iterations, exact, triplets = 0, False, None
     for work, right, steps in _candidates(tall, k, which, 0.9 * tol, max_iterations, seed):
         iterations, exact = iterations + steps, steps == 0
         triplets = None if right is None else _rayleigh_ritz(work, right, zero)
-        if triplets is not None and triplets.residual <= tol:
+        if triplets is not None and float(triplets.residual) <= tol:
             break
         triplets = None
     if triplets is None:
@@ -135,7 +128,8 @@ def truncated_svd_batch(
 
     On a processor, as many matrices run at once as torch has threads, each on one thread: products with thin
     blocks and decompositions of small matrices gain little from several. A single matrix takes one thread too,
-    so that its triplets are the same bit for bit whatever comes with it and however many threads there are.
+    so that its triplets are the same bit for bit whatever comes with it and however many threads there are. On an
+    accelerator matrices of one shape take their steps together (:func:`in_step`).
 
     Args:
         matrices: (n, d_out, d_in), or a sequence of matrices, which need no copy then.
@@ -155,9 +149,56 @@ def truncated_svd_batch(
     def decompose(matrix: Tensor) -> TruncatedSVD:
         return truncated_svd(matrix, k, which=which, tol=tol, max_iterations=max_iterations, seed=seed)
 
-    if any(matrix.device.type != "cpu" for matrix in matrices):
-        return [decompose(matrix) for matrix in matrices]
-    return one_thread_each(decompose, matrices)
+    if all(matrix.device.type == "cpu" for matrix in matrices):
+        return one_thread_each(decompose, matrices)
+    settled = {}
+    if which == "largest" and all(solving_device(matrix.device).type != "cpu" for matrix in matrices):
+        settled = in_step(matrices, k, tol=tol, max_iterations=max_iterations, seed=seed)
+    return [settled[place] if place in settled else decompose(matrix) for place, matrix in enumerate(matrices)]
+
+
+def in_step(
+    matrices: Sequence[Tensor], k: int, *, tol: float, max_iterations: int, seed: int
+) -> dict[int, TruncatedSVD]:
+    """Return the largest triplets of those matrices that one Krylov space each, grown in step in float32, settles.
+
+    An accelerator is as fast with many small products at once as with one. What is left out, such as a matrix of
+    another shape than the first, with a very wide spectrum, or in float64, is for `truncated_svd`.
+
+    Args:
+        matrices: each (d_out, d_in), on one device.
+        k, tol, max_iterations, seed: as in `truncated_svd`.
+
+    Returns:
+        The triplets by place.
+    """
+    alike = [
+        place
+        for place, matrix in enumerate(matrices)
+        if matrix.shape == matrices[0].shape and matrix.device == matrices[0].device and matrix.dtype != torch.float64
+    ]
+    if len(alike) < 2 or max_iterations < 1 or min(matrices[0].shape) < _DENSE_BLOCKS * block_for(k):
+        return {}
+    stack = torch.stack([matrices[place].detach().float() for place in alike])
+    largest = stack.abs().amax((1, 2))
+    ordinary = (largest > _ORDINARY[0]) & (largest < _ORDINARY[1])
+    if not bool(ordinary.all()):
+        alike = [place for place, kept in zip(alike, ordinary.tolist(), strict=True) if kept]
+        stack, largest = stack[ordinary], largest[ordinary]
+        if not alike:
+            return {}
+    zero = _zero(largest.double(), matrices[0])
+    wide = stack.shape[1] < stack.shape[2]
+    tall = stack.mT if wide else stack
+    right, reached, steps = leading_right_vectors(tall, k, tol=0.9 * tol, max_iterations=max_iterations, seed=seed)
+    triplets = _rayleigh_ritz(tall, right, zero)
+    reached &= triplets.residual <= tol
+    U, V = (triplets.V, triplets.U) if wide else (triplets.U, triplets.V)
+    return {
+        place: _result(_Triplets(U[i], triplets.S[i], V[i], triplets.residual[i]), 1.0, steps, False)
+        for i, (place, good) in enumerate(zip(alike, reached.tolist(), strict=True))
+        if good
+    }
 
 
 def eckart_young_tail(matrix: Tensor, svd: TruncatedSVD) -> float:
@@ -184,7 +225,14 @@ class _Triplets:
     U: Tensor
     S: Tensor
     V: Tensor
-    residual: float
+    residual: Tensor
+
+
+def _zero(largest_entry: Tensor, matrix: Tensor) -> Tensor:
+    """Return what counts as a singular value of zero, for matrices of one shape by their largest entries."""
+    # No singular value is above sqrt(d_out * d_in) times the largest entry.
+    bound = largest_entry * math.sqrt(matrix.numel())
+    return (torch.finfo(torch.float64).eps * max(matrix.shape) * bound).clamp_min(sys.float_info.min)
 
 
 def _check(matrix: Tensor, k: int, which: str, tol: float, max_iterations: int) -> None:
@@ -208,14 +256,17 @@ def _candidates(
     Steps are zero for the eigenvectors of the dense Gram matrix. The vectors are None where a try was given up.
     """
     small_side = tall.shape[1]
-    block = _BLOCK * math.ceil(k / _BLOCK)
+    block = block_for(k)
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
     if which == "largest":
         dtypes = tuple(dict.fromkeys((tall.dtype, torch.float64)))
         if max_iterations > 0 and small_side >= _DENSE_BLOCKS * block:
             for dtype in dtypes:
                 work = tall.to(dtype)
-                yield work, *_krylov(work, k, block, tol, max_iterations, seed)
+                right, reached, steps = leading_right_vectors(
+                    work, k, tol=tol, max_iterations=max_iterations, seed=seed
+                )
+                yield work, right if bool(reached) else None, steps
             dtypes = dtypes[-1:]
         elif small_side < _DENSE_BLOCKS // 2 * block:
             # So large a share reaches far down the spectrum, where the rounding of a Gram matrix in float32 hides it.
@@ -227,72 +278,24 @@ def _candidates(
         yield work, (vectors[:, -k:] if which == "largest" else vectors[:, :k]).mT, 0
 
 
-def _krylov(tall: Tensor, k: int, block: int, tol: float, max_iterations: int, seed: int) -> tuple[Tensor | None, int]:
-    """Return the k leading right vectors as rows (k, n), None where ``tol`` wasn't reached, and the steps."""
-    n = tall.shape[1]
-    # Beyond three quarters of the space the dense decomposition costs no more.
-    most = min(max_iterations, 3 * n // 4 // block)
-    # Vectors are rows: on a processor, a thin block times a matrix is then up to five times as fast.
-    rows = torch.empty(most * block, n, dtype=tall.dtype, device=tall.device)
-    # Symmetric; only its lower half is filled and read.
-    projected = torch.zeros(most * block, most * block, dtype=tall.dtype, device=tall.device)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    start = torch.randn(n, block, generator=generator, dtype=torch.float64, device="cpu")
-    new = torch.linalg.qr(start.to(tall)).Q.mT
-    due, last = min(_FIRST_CHECK, most), (0, 0.0)
-    for step in range(1, most + 1):
-        low, high = (step - 1) * block, step * block
-        rows[low:high] = new
-        basis = rows[:high]
-        image = (new @ tall.mT) @ tall
-        # Exactly, an image has parts along the last two blocks alone.
-        near = max(0, low - block)
-        coefficients = image @ rows[near:high].mT
-        projected[low:high, near:high] = coefficients
-        fresh = image - coefficients @ rows[near:high]
-        # Of the others, rounding leaves parts that grow as the wanted vectors converge.
-        fresh = fresh - (fresh @ basis.mT) @ basis
-        Q, triangle = torch.linalg.qr(fresh.mT)
-        if float(triangle.diagonal().abs().min()) < _LITTLE * float(triangle.abs().max()):
-            # A direction of which almost nothing was left: normalised, its rounding errors are large.
-            Q, again = torch.linalg.qr(Q - basis.mT @ (basis @ Q))
-            triangle = again @ triangle
-        new = Q.mT
-        if step < due:
-            continue
-        values, vectors = torch.linalg.eigh(projected[:high, :high])
-        values, vectors = values[-k:], vectors[:, -k:]
-        if float(values[0]) * tol < float(values[-1]) * torch.finfo(tall.dtype).eps:
-            return None, step  # the rounding of W'W alone hides the smallest wanted value
-        # W'W y - theta y = new R (last block of y), and W'u - s v is that over s: relative to s, over theta.
-        residual = float(((triangle @ vectors[-block:]).norm(dim=0) / values).max())
-        if residual <= tol:
-            return vectors.mT @ basis, step
-        logarithm = math.log(residual)
-        rate = (last[1] - logarithm) / (step - last[0]) if last[0] else 0.0
-        ahead = math.ceil((logarithm - math.log(tol)) / rate) if rate > 0 else _FIRST_CHECK // 3
-        # A guess from a plateau overshoots, so it never looks further than a third of the way come.
-        due, last = min(most, step + max(1, min(ahead, step // 3))), (step, logarithm)
-    return None, most
-
-
-def _rayleigh_ritz(work: Tensor, right: Tensor, zero: float) -> _Triplets:
-    """Return the best triplets with right vectors in the span of the rows of ``right`` (k, n), in float64."""
+def _rayleigh_ritz(work: Tensor, right: Tensor, zero: Tensor) -> _Triplets:
+    """Return the best triplets with right vectors in the span of the rows of ``right`` (..., k, n), in float64."""
     V = torch.linalg.qr(right.double().mT).Q
     image = (V.mT.to(work) @ work.mT).double().mT
     U, S, rotation = torch.linalg.svd(image, full_matrices=False)
     return _measured(work, U, S, V @ rotation.mT, image @ rotation.mT, zero)
 
 
-def _measured(work: Tensor, U: Tensor, S: Tensor, V: Tensor, image: Tensor, zero: float) -> _Triplets:
+def _measured(work: Tensor, U: Tensor, S: Tensor, V: Tensor, image: Tensor, zero: Tensor) -> _Triplets:
     """Return the triplets with their residual; ``image`` is W V."""
-    right = (image - U * S).norm(dim=0)
-    left = ((U.mT.to(work) @ work).double() - S[:, None] * V.mT).norm(dim=1)
-    relative_to = torch.where(zero < S, S, S[0].clamp_min(zero))
-    return _Triplets(U, S, V, float((torch.maximum(right, left) / relative_to).max()))
+    right = (image - U * S[..., None, :]).norm(dim=-2)
+    left = ((U.mT.to(work) @ work).double() - S[..., :, None] * V.mT).norm(dim=-1)
+    zero = zero[..., None]
+    relative_to = torch.where(zero < S, S, torch.maximum(S[..., :1], zero))
+    return _Triplets(U, S, V, (torch.maximum(right, left) / relative_to).amax(-1))
 
 
-def _dense(work: Tensor, k: int, which: Which, zero: float) -> _Triplets:
+def _dense(work: Tensor, k: int, which: Which, zero: Tensor) -> _Triplets:
     U, S, Vh = torch.linalg.svd(work, full_matrices=False)
     kept = slice(0, k) if which == "largest" else slice(len(S) - k, None)
     U, S, V = U[:, kept], S[kept], Vh[kept].mT
@@ -305,7 +308,7 @@ def _result(triplets: _Triplets, scale: float, iterations: int, exact: bool) -> 
         U=(triplets.U * sign).float().contiguous(),
         S=(triplets.S * scale).float().contiguous(),
         V=(triplets.V * sign).float().contiguous(),
-        residual=triplets.residual,
+        residual=float(triplets.residual),
         iterations=iterations,
         exact=exact,
     )
