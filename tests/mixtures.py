@@ -82,8 +82,8 @@ def moe(kind, dtype=torch.float32):
 
 
 def wrapped(model, **settings):
-    defaults = {"target_modules": ["q_proj", "o_proj"], "target_parameters": EXPERTS} | settings
-    return get_peft_model(model, LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **defaults))
+    defaults = {"r": 3, "target_modules": ["q_proj", "o_proj"], "target_parameters": EXPERTS} | settings
+    return get_peft_model(model, LoraConfig(lora_alpha=6, task_type="CAUSAL_LM", **defaults))
 
 
 def batch(seed=0):

@@ -136,8 +136,13 @@ def agreed_frozen(starts: Sequence[tuple[str, tuple[str, ...], str]]) -> tuple[s
     first, frozen, _ = asked[0]
     for name, own, _ in asked:
         if set(own) != set(frozen):
-            raise LayerError(
-                f"layers {first!r} and {name!r} are matrices of one parameter, and their methods differ in which of "
-                "its factors train: give them methods that train the same."
-            )
+            raise LayerError(differing(first, name))
     return frozen
+
+
+def differing(first: str, second: str) -> str:
+    """Return the sentence on two experts of one parameter of which other factors would train."""
+    return (
+        f"layers {first!r} and {second!r} are matrices of one parameter, and their methods differ in which of its "
+        "factors train: give them methods that train the same."
+    )
