@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from headstart.layers.experts import ExpertLayer, agreed_frozen
 from headstart.layers.find import TargetLayer
@@ -28,8 +29,10 @@ def narrowed(layer: ExpertLayer, weight: Tensor) -> ExpertLayer:
     """
     whole: Any = layer.module
     A, B = whole.lora_A[ADAPTER].weight, whole.lora_B[ADAPTER].weight
-    # What the copy is not to share is named; the rest has no values, or as many as all experts together.
+    # A copy for each expert is to cost nothing: it shares the model's config, and whatever all experts are held in.
     shared: dict[int, Any] = {id(parameter): parameter for parameter in whole.parameters()}
+    settings = [value for module in whole.modules() for value in vars(module).values()]
+    shared |= {id(value): value for value in settings if isinstance(value, PreTrainedConfig)}
     for factor, shape in ((A, (layer.r, layer.d_in)), (B, (layer.d_out, layer.r))):
         shared[id(factor)] = nn.Parameter(torch.zeros(shape, dtype=factor.dtype, device=weight.device))
     shared[id(whole.get_param())] = nn.Parameter(weight, requires_grad=False)

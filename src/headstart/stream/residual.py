@@ -76,14 +76,14 @@ def make_shard(maker: Maker, work: Work, shard: str) -> str:
     Returns:
         Its SHA-256.
     """
-    held = _held(maker)
+    subtracted = _subtracted(maker)
     file = maker.source.shards[shard]
 
     def chunks() -> Iterator[bytes]:
         yield file.header
         for name, entry in file.entries.items():
-            if name in held and maker.source.places.get(name) == shard:
-                pattern, places = held[name]
+            if name in subtracted and maker.source.places.get(name) == shard:
+                pattern, places = subtracted[name]
                 for place in places:
                     yield tensor_bytes(_residual(maker, work, place)[pattern])
             else:
@@ -92,29 +92,29 @@ def make_shard(maker: Maker, work: Work, shard: str) -> str:
     return work.put_file(shard, chunks())
 
 
-def _held(maker: Maker) -> dict[str, tuple[str, list[int]]]:
+def _subtracted(maker: Maker) -> dict[str, tuple[str, list[int]]]:
     """Return by tensor what of it is subtracted from: which part of a matrix it holds, and of which layers, in order.
 
     A part is named by its pattern in Transformers' mapping, empty where the tensor is the matrix.
     """
-    held: dict[str, tuple[str, list[int]]] = {}
+    subtracted: dict[str, tuple[str, list[int]]] = {}
     for target, places in zip(maker.skeleton.targets, targets_of(maker.skeleton.layers).values(), strict=True):
         if maker.target_forms[target.name] != "residual":
             continue
         stack = maker.skeleton.stacks.get(parameter_of(target))
         if stack is None:
-            held[maker.skeleton.keys[parameter_of(target)]] = "", places
+            subtracted[maker.skeleton.keys[parameter_of(target)]] = "", places
             continue
         for pattern, names in stack.group.tensors.items():
             if stack.separate:
-                held |= {name: (pattern, [place]) for name, place in zip(names, places, strict=True)}
+                subtracted |= {name: (pattern, [place]) for name, place in zip(names, places, strict=True)}
             else:
-                held[names[0]] = pattern, places
-    return held
+                subtracted[names[0]] = pattern, places
+    return subtracted
 
 
 def _residual(maker: Maker, work: Work, place: int) -> dict[str, Tensor]:
-    """Return a layer's weight as residual layers hold it, from the factors that were kept, by part; see _held."""
+    """Return a layer's weight as residual layers hold it, from the factors that were kept, by part; see _subtracted."""
     layer = maker.skeleton.layers[place]
     target = maker.filled(layer)
     owner = target.stack if isinstance(target, ExpertLayer) else target

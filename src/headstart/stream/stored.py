@@ -70,7 +70,7 @@ def stored_names(base: Any, source: Source) -> Names:
                 group = names.groups.setdefault(name, Group(by_pattern[pattern]))
                 group.tensors.setdefault(pattern, []).append(key)
     except (ImportError, TypeError):  # Transformers' own business, which other versions have elsewhere or otherwise
-        prefix = f"{base.base_model_prefix}."
+        names, prefix = Names({}, {}), f"{base.base_model_prefix}."
         for key in source.places:
             for name in (key, key.removeprefix(prefix), prefix + key):
                 if name in parameters:
