@@ -32,6 +32,7 @@ from headstart.layers.anchored import anchors
 from headstart.layers.core import core_of
 from headstart.layers.find import lora_layers
 from headstart.layers.frozen import frozen_factors
+from headstart.methods.registry import parse_method
 from oracles import relative
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -126,6 +127,12 @@ def test_every_method_on_every_architecture(name, architecture, tmp_path):
     assert torch.equal(start, base_logits) == starts_exactly(model)
     if name not in ("lora-xs", "lora-sb", "lora-one", "lora-da", "kfac-newton", "gora", "init-ab-plus", "orthogonal"):
         assert starts_exactly(model)
+
+    # What doesn't train is what the method declares, but where a layer starts as lora does.
+    plain = [target.module for target in lora_layers(model, "default") if core_of(target.module, "default") is None]
+    frozen = {frozen_factors(module, "default") for module in plain}
+    declared = parse_method(report.method).freezes
+    assert not plain or {declared} <= frozen <= {declared, ()}
 
     # Gradients, of exactly the parameters that train.
     dense.loss.backward()

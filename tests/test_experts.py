@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import headstart as hs
@@ -17,9 +16,9 @@ from headstart.errors import LayerError
 from headstart.layers.adapters import find
 from headstart.layers.experts import ExpertLayer
 from headstart.layers.stacks import laid_together, taken_apart
+from headstart.methods import method_class
 from headstart.monitor.monitor import sampled
 from headstart.runs.stages import execute
-from headstart.stream import stream_start
 from mixtures import COMMON, CONFIGS, EXPERTS, batch, find_again, moe, parts, stacks, wrapped
 from running import small_run, sums, tokenizer
 
@@ -148,14 +147,6 @@ def test_different_starts_for_experts_and_attention():
     assert {layer.method for layer in report.layers if "self_attn" in layer.name} == {"olora"}
 
 
-def test_experts_are_not_streamed(tmp_path):
-    moe("mixtral").save_pretrained(tmp_path / "model")
-    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=EXPERTS, task_type="CAUSAL_LM")
-    with pytest.raises(LayerError, match=r"layers\.0\.mlp\.experts' is adapted through its parameter .*not streamed"):
-        stream_start(tmp_path / "model", "pissa", config, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_what_is_left_out_of_a_mixture_is_named():
     report = hs.initialize_(wrapped(moe("mixtral"), target_parameters=None), "lora", progress=False)
     assert report.left_out.experts == {"model.layers.mlp.experts": 2 * 4 * (48 * 32 + 32 * 24)}
@@ -203,6 +194,20 @@ def test_experts_of_one_parameter_start_in_one_form():
     before = logits(model, batch())
     hs.initialize_(model, mixed, cache=False)
     assert torch.equal(logits(model, batch()), before)
+
+
+@pytest.mark.parametrize("pair", [("mica", "lora"), ("keeplora-plus", "lora-one"), ("keeplora", "pissa")])
+def test_experts_of_one_parameter_train_the_same_factors(pair):
+    model = wrapped(moe("mixtral"))
+    first, other = (method_class(name)() for name in pair)
+    assert first.form == other.form and first.freezes != other.freezes
+
+    def unread():
+        pytest.fail("data were read")
+        yield
+
+    with pytest.raises(LayerError, match=r"experts\.0\.\w+' and '.*experts\.\d\.\w+' are matrices of one parameter"):
+        hs.initialize_(model, hs.PerLayer({"experts.0.*": first, "*": other}), data=unread(), cache=False)
 
 
 def test_the_command_starts_experts_and_a_run_trains_them(tmp_path, capsys):

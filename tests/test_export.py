@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -15,7 +16,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import headstart as hs
 from conftest import ARCHITECTURES, factors_of, logits, perturb, started, tiny_bert, tiny_gpt2, tiny_llama, token_batch
-from headstart.layers.export import write_merged
+from headstart.layers.export import save_config, write_merged
 from headstart.layers.find import lora_layers
 
 
@@ -301,3 +302,11 @@ def test_exported_ranks_and_scalings_fit_the_tensors(r, rank):
         again, _ = split(plain.tensors, plain.config)
         assert plain.config.r == again["layer"].A.shape[0] == min(rank, 2 * r)
         assert again["layer"].scaling == pytest.approx(layers["layer"].scaling, rel=1e-6)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "target_parameters"])
+def test_names_are_written_in_one_order_whatever_the_process_has_them_in(tmp_path, field):
+    names = {f"layers.{place}.proj" for place in range(10)}  # PEFT makes a set of target_parameters for mixtures
+    save_config(LoraConfig(**{"target_modules": ["q_proj"]} | {field: names}), tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())[field]
+    assert written == sorted(names)

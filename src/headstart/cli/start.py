@@ -73,8 +73,6 @@ def init(
     # What can be refused is refused before the model is loaded.
     parsed = parse_method(method)
     if stream:
-        if parameters:
-            raise DataError("--parameters names what --stream doesn't read: leave one of the two out.")
         for name in ("data", "preserve", "batch_size", "max_length", "lr", "memory_budget"):
             source = context.get_parameter_source(name)
             if source is not None and source.name != "DEFAULT":
@@ -82,7 +80,7 @@ def init(
                     f"--{name.replace('_', '-')} is for methods that read data through the whole model, which --stream "
                     "never builds: leave one of the two out."
                 )
-        _stream(model, parsed, out, rank, alpha, rslora, targets, seed, form, cache, strict, force)
+        _stream(model, parsed, out, rank, alpha, rslora, targets, parameters, seed, form, cache, strict, force)
         return
 
     from headstart.layers.files import ADAPTER_FOLDER
@@ -170,6 +168,7 @@ def _stream(
     alpha: int,
     rslora: bool,
     targets: str,
+    parameters: str,
     seed: int,
     form: SubtractingForm,
     cache: bool,
@@ -187,6 +186,7 @@ def _stream(
         lora_alpha=alpha,
         use_rslora=rslora,
         target_modules=modules if isinstance(modules := target_modules(targets), str) else list(modules),
+        target_parameters=list(words(parameters)) or None,
         task_type=task_type(folder),
     )
     report = stream_start(

@@ -74,7 +74,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, adapter: str | None =
     """
     adapter = resolve_adapter(model, adapter)
     tensors = adapter_tensors(model, adapter, "auto")
-    records = {layer.name: _record_to_save(layer) for layer in lora_layers(model, adapter)}
+    records = {layer.name: record_to_save(layer) for layer in lora_layers(model, adapter)}
     with one_writes(model) as writes:
         if not writes:
             return
@@ -260,7 +260,8 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     return AdapterFolder(folder, tensors, layers, other_tensors, config, record)
 
 
-def _record_to_save(layer: TargetLayer) -> dict[str, object]:
+def record_to_save(layer: TargetLayer) -> dict[str, object]:
+    """Return what is to be remembered of a layer in a file: how its start was made, and what its tensors don't tell."""
     base = layer.module.get_base_layer()
     content = record(layer)
     if content is None:

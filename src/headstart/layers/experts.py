@@ -134,18 +134,31 @@ def joined(starts: Sequence[tuple[TargetLayer, Factors]]) -> list[tuple[TargetLa
     for name, experts in by_stack.items():
         parts = [factors for _, factors in sorted(experts, key=lambda pair: pair[0].expert)]
         A, B = laid_together([part.A for part in parts], [part.B for part in parts])
-        ready[name] = ready[name][0], replace(parts[0], A=A, B=B, frozen=_frozen(experts))
+        frozen = agreed_frozen([(layer.name, factors.frozen, factors.note) for layer, factors in experts])
+        ready[name] = ready[name][0], replace(parts[0], A=A, B=B, frozen=frozen)
     return list(ready.values())
 
 
-def _frozen(experts: Sequence[tuple[ExpertLayer, Factors]]) -> tuple[str, ...]:
-    """Return what must not train of a parameter's experts: of those that start as asked for, all the same."""
-    asked = [(layer, factors) for layer, factors in experts if not factors.note] or list(experts)
-    first, frozen = asked[0][0], asked[0][1].frozen
-    for layer, factors in asked:
-        if set(factors.frozen) != set(frozen):
-            raise LayerError(
-                f"layers {first.name!r} and {layer.name!r} are matrices of one parameter, and their methods differ in "
-                "which of its factors train: give them methods that train the same."
-            )
+def agreed_frozen(starts: Sequence[tuple[str, tuple[str, ...], str]]) -> tuple[str, ...]:
+    """Return what must not train of a parameter's experts: of those that start as asked for, all the same.
+
+    Args:
+        starts: of each expert its name, what of it must not train, and the note on what was done differently.
+
+    Raises:
+        LayerError: they differ; names two.
+    """
+    asked = [start for start in starts if not start[2]] or list(starts)
+    first, frozen, _ = asked[0]
+    for name, own, _ in asked:
+        if set(own) != set(frozen):
+            raise LayerError(differing(first, name))
     return frozen
+
+
+def differing(first: str, second: str) -> str:
+    """Return the sentence on two experts of one parameter of which other factors would train."""
+    return (
+        f"layers {first!r} and {second!r} are matrices of one parameter, and their methods differ in which of its "
+        "factors train: give them methods that train the same."
+    )

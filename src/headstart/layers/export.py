@@ -201,7 +201,7 @@ def plainly_named(config: LoraConfig) -> LoraConfig:
 def save_config(config: LoraConfig, folder: Path) -> None:
     """Write ``adapter_config.json``, the same bytes for the same adapter: PEFT's sets have no order of their own."""
     config = copy.copy(config)
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(modules := getattr(config, name, None), set):
-            setattr(config, name, sorted(modules))
+    for name, value in vars(config).copy().items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
     config.save_pretrained(str(folder), auto_mapping_dict=config.auto_mapping if config.task_type is None else None)

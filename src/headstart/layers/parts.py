@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headstart.errors import LayerError
-from headstart.layers.experts import ExpertLayer
+from headstart.layers.experts import ExpertLayer, differing
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import LayerForm, Subtracting
 from headstart.methods.base import Method
@@ -40,7 +40,7 @@ def divide(method: Method, layers: Sequence[TargetLayer]) -> list[Part]:
 
 
 def check_stacks(parts: Sequence[Part], subtracting: Subtracting) -> None:
-    """Refuse experts of one parameter that start in several forms: it has one.
+    """Refuse experts of one parameter that start in several forms, or of which other factors train: it has one.
 
     Raises:
         LayerError: names two of them.
@@ -58,6 +58,8 @@ def check_stacks(parts: Sequence[Part], subtracting: Subtracting) -> None:
                     f"a whole, and methods {method.name!r} and {part.method.name!r} differ in that: give them methods "
                     "of one form."
                 )
+            if set(part.method.freezes) != set(method.freezes):
+                raise LayerError(differing(name, layer.name))
 
 
 def by_layer(parts: Sequence[Part]) -> dict[str, Part]:

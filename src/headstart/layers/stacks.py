@@ -32,7 +32,17 @@ def stacked(dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Ten
 
 def laid_together(A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return (A (E r, d_in), B (d_out, r E)) as PEFT holds them, from each expert's A (r, d_in) and B (d_out, r)."""
-    return torch.cat(list(A)), torch.stack(list(B), dim=-1).flatten(1)
+    return rows_together(A), columns_together(B)
+
+
+def rows_together(A: Sequence[Tensor]) -> Tensor:
+    """Return A (E r, d_in) as PEFT holds it, from each expert's."""
+    return torch.cat(list(A))
+
+
+def columns_together(B: Sequence[Tensor]) -> Tensor:
+    """Return B (d_out, r E) as PEFT holds it, from each expert's."""
+    return torch.stack(list(B), dim=-1).flatten(1)
 
 
 def taken_apart(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:

@@ -162,8 +162,12 @@ def fingerprint(base: nn.Module, parameter: str = "weight", values: int = 8) -> 
     if unreadable(base):
         return None
     flat = dense(base, parameter).reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, values, dtype=torch.float64, device="cpu").long()
-    return [float(value) for value in flat[places.to(flat.device)].float()]
+    return [float(value) for value in flat[sample_places(flat.numel(), values).to(flat.device)].float()]
+
+
+def sample_places(count: int, values: int = 8) -> Tensor:
+    """Return the places of a :func:`fingerprint` among ``count`` weights, ascending."""
+    return torch.linspace(0, count - 1, values, dtype=torch.float64, device="cpu").long()
 
 
 def weight_digest(tensor: Tensor) -> str:

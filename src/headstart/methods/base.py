@@ -64,7 +64,7 @@ class Factors:
         note: one sentence for the report where something had to be done differently, else empty.
         repair: one sentence for the report where arithmetic had to be made safer (damping raised), else empty.
         caution: one sentence for the report where noise may decide the start, done as asked for, else empty.
-        frozen: which of "lora_A" and "lora_B" must not train.
+        frozen: which of "lora_A" and "lora_B" must not train; a method declares it before (:attr:`Method.freezes`).
         history: of a descent, (step, mean squared error) on the way; empty for all else.
         spare: (more, d_in), of a method that shares ranks out among layers: what A could go on with, for
             :meth:`Method.settle`.
@@ -214,6 +214,11 @@ class Method(ABC):
     def searches_scale(self) -> bool:
         """Whether its product is to be multiplied by what lowers the loss most: its setting ``scale`` is "search"."""
         return getattr(self, "scale", None) == "search"
+
+    @property
+    def freezes(self) -> tuple[str, ...]:
+        """Which of "lora_A" and "lora_B" don't train in its starts, as their ``frozen`` says once they are made."""
+        return ()
 
     @property
     def methods(self) -> tuple[Method, ...]:

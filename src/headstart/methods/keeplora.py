@@ -69,6 +69,11 @@ class _Keeping(GradientMethod):
         most = math.ceil(self.weight_share * min(layer.d_out, layer.d_in))
         return self.weight_share > 0 and most + layer.r > layer.d_in
 
+    @property
+    def freezes(self) -> tuple[str, ...]:
+        """A, whose rows are free of what is protected."""
+        return ("lora_A",)
+
     def protected(self, layer: Layer) -> Tensor:
         """Return an orthonormal basis (d_in, k) of the input directions in which the layer must stay as it is."""
         P = torch.zeros(layer.d_in, 0, dtype=torch.float64, device=double(layer.require_gradient()).device)
@@ -105,7 +110,7 @@ class _Keeping(GradientMethod):
             notes.append("no input to preserve reached it")
         A = V.mT.float().contiguous()
         B = torch.zeros(layer.d_out, layer.r, dtype=torch.float32, device=A.device)
-        start = Factors(A, B, info=info, note="; ".join(notes), frozen=("lora_A",))
+        start = Factors(A, B, info=info, note="; ".join(notes), frozen=self.freezes)
         return start, G @ double(A).mT
 
     def _check_left(self, layer: Layer, protected: int) -> None:

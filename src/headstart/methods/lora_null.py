@@ -47,6 +47,11 @@ class LoRANull(InputsMethod):
         """Return that the weight and the second moment of the inputs to preserve are needed."""
         return Wants(weight=True, preserved=True, tokens=self.tokens)
 
+    @property
+    def freezes(self) -> tuple[str, ...]:
+        """A, in version "v2"."""
+        return ("lora_A",) if self.version == "v2" else ()
+
     def factors(self, layer: Layer) -> Factors:
         """Decompose W P, of which r triplets are all there are."""
         if layer.preserved is None or not bool(layer.preserved.inputs.count_nonzero()):
@@ -63,9 +68,8 @@ class LoRANull(InputsMethod):
         info = {"energy": float(values[: layer.r].clamp_min(0.0).sum() / values.sum()), "rank_of_inputs": float(rank)}
         # By how much rounding errors of Z turn the chosen directions.
         info["condition"] = float(values[-1]) / gap if gap > 0 else math.inf
-        frozen = ("lora_A",) if self.version == "v2" else ()
         free = layer.d_in - rank
         note = ""
         if free > layer.r:
             note = f"inputs to preserve leave {free} directions free, of which {layer.r} are taken arbitrarily"
-        return Factors(A.float(), B.float(), info=info, caution=note, frozen=frozen)
+        return Factors(A.float(), B.float(), info=info, caution=note, frozen=self.freezes)

@@ -31,7 +31,12 @@ class MiCA(SingularTriplets):
     starts_A: ClassVar[bool] = False
     which: ClassVar[Literal["largest", "smallest"]] = "smallest"
 
+    @property
+    def freezes(self) -> tuple[str, ...]:
+        """B."""
+        return ("lora_B",)
+
     def start(self, layer: Layer, svd: TruncatedSVD) -> Factors:
         """Take the left singular vectors, which stay."""
         A = torch.zeros(layer.r, layer.d_in, dtype=torch.float32, device=svd.U.device)
-        return Factors(A, svd.U, info={"residual": svd.residual}, frozen=("lora_B",))
+        return Factors(A, svd.U, info={"residual": svd.residual}, frozen=self.freezes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from headstart.errors import BASE_PREFIX, CheckpointError
 from headstart.files import put_in_place
 from headstart.layers.checkpoint import write_record
+from headstart.layers.experts import ExpertLayer
 from headstart.layers.export import adapter_tensors, portable_config, save_config
 from headstart.layers.files import WEIGHTS
 from headstart.layers.install import mark_config
+from headstart.stream.experts import Saved, planned_stack, saved_stack, targets_of
 from headstart.stream.pieces import Finished, Maker
 from headstart.stream.residual import FOLDER, STREAMED_FOLDER, move_model
 from headstart.stream.skeleton import ADAPTER, check_entry
@@ -22,21 +24,49 @@ from headstart.stream.tensors import Planned, TensorFile, tensor_bytes, write_fi
 from headstart.stream.work import Work, writing
 
 
-def assemble(maker: Maker, work: Work, out: Path, finished: Finished, force: bool) -> None:
+def saved_layers(maker: Maker, finished: Finished) -> dict[str, Saved]:
+    """Return how PEFT's layers are to be saved, by name, in the model's order.
+
+    Raises:
+        LayerError: the matrices of one parameter differ in which of their factors train.
+    """
+    layers, pieces = maker.skeleton.layers, list(finished.layers)
+    saved = {}
+    for name, places in targets_of(layers).items():
+        own = [layer for place in places if isinstance(layer := layers[place], ExpertLayer)]
+        facts = {pieces[place]: finished.layers[pieces[place]] for place in places}
+        if own:
+            saved[name] = saved_stack(own, facts, maker.context.seed)
+        else:
+            ((piece, known),) = facts.items()
+            saved[name] = Saved([piece], known["record"], known["trainable"])
+    return saved
+
+
+def assemble(
+    maker: Maker, work: Work, out: Path, saved: Mapping[str, Saved], shards: Mapping[str, str], force: bool
+) -> None:
     """Write the adapter's folder whole, and remove the pieces.
+
+    Args:
+        maker, work, out: of the start.
+        saved: see :func:`saved_layers`.
+        shards: the SHA-256 of each shard of the residual model, by name.
+        force: replace what an earlier start wrote.
 
     Raises:
         CheckpointError: ``out`` has come into being meanwhile, a piece was lost, or the disk is full.
     """
     planned: dict[str, Planned] = {}
-    for name in finished.layers:
-        planned |= _from_piece(work, name)
+    for layer in saved.values():
+        if "stack" in layer.record:
+            planned |= planned_stack(layer.pieces, lambda piece: work.need(piece).tensors)
+        else:
+            planned |= _from_piece(work, layer.pieces[0])
     planned |= _beside_layers(maker, set(planned))
 
     staged = work.folder / "out"
     shutil.rmtree(staged, ignore_errors=True)
-    records = [facts["record"] for facts in finished.layers.values()]
-    names = [layer.name for layer in maker.skeleton.layers]
     with writing(out):
         staged.mkdir()
         digest = write_file(staged / WEIGHTS, planned, {"format": "pt"})
@@ -44,14 +74,14 @@ def assemble(maker: Maker, work: Work, out: Path, finished: Finished, force: boo
         with ExitStack() as undo:
             if set(maker.forms.values()) != {"kept"}:
                 # A kept layer is a plain one.
-                plain = {name: None if form == "kept" else form for name, form in maker.forms.items()}
+                plain = {name: None if form == "kept" else form for name, form in maker.target_forms.items()}
                 mark_config(model, ADAPTER, undo, plain)
             save_config(portable_config(model, ADAPTER), staged)
-        write_record(staged, digest, dict(zip(names, records, strict=True)))
+        write_record(staged, digest, {name: layer.record for name, layer in saved.items()})
         if maker.residual:
             base = staged / FOLDER
             base.mkdir()
-            move_model(work, maker.source.folder, finished.shards, base)
+            move_model(work, maker.source.folder, shards, base)
         put_in_place(staged, out, STREAMED_FOLDER, force=force)
     work.clear()
 
@@ -75,7 +105,7 @@ def _beside_layers(maker: Maker, names: set[str]) -> dict[str, Planned]:
         CheckpointError: the checkpoint has no such tensor, so that the model's would be random.
     """
     planned: dict[str, Planned] = {}
-    layers = tuple(f"{BASE_PREFIX}{layer.name}.lora_" for layer in maker.skeleton.layers)
+    layers = tuple(f"{BASE_PREFIX}{target.name}.lora_" for target in maker.skeleton.targets)
     for name, tensor in adapter_tensors(maker.skeleton.model, ADAPTER).items():
         if name in names or name.startswith(layers):
             continue

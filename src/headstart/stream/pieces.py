@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from headstart.cache import FactorCache
 from headstart.context import Context
 from headstart.errors import BASE_PREFIX
+from headstart.layers.checkpoint import record_to_save
+from headstart.layers.experts import ExpertLayer, joined
 from headstart.layers.export import adapter_tensors
-from headstart.layers.find import TargetLayer, record
+from headstart.layers.find import TargetLayer
 from headstart.layers.install import LayerForm, Subtracting, install, start_note
 from headstart.layers.parts import Part, by_layer, divide
 from headstart.methods.base import Method, Moments, Training
@@ -24,7 +26,8 @@ from headstart.reporting import layer_report
 from headstart.solve import solve
 from headstart.statistics.gather import Statistics
 from headstart.statistics.moments import kind_moments
-from headstart.stream.skeleton import ADAPTER, Skeleton
+from headstart.stream.experts import narrowed, sampled, targets_of
+from headstart.stream.skeleton import ADAPTER, Skeleton, parameter_of
 from headstart.stream.source import Source
 
 
@@ -89,12 +92,23 @@ class Maker:
         """Whether a start is subtracted from a weight."""
         return "residual" in self.forms.values()
 
+    @cached_property
+    def target_forms(self) -> dict[str, LayerForm]:
+        """The same of PEFT's layers, of which one may hold several matrices."""
+        places = targets_of(self.skeleton.layers)
+        return {name: self.forms[self.skeleton.layers[own[0]].name] for name, own in places.items()}
+
     def filled(self, layer: TargetLayer) -> TargetLayer:
         """Return a layer like the skeleton's that holds the checkpoint's weight, and zeros for its factors."""
+        if isinstance(layer, ExpertLayer):
+            name = parameter_of(layer.stack)
+            stack = self.skeleton.stacks.get(name)
+            stored = self.source.read(self.skeleton.keys[name]) if stack is None else stack.read(layer.expert)
+            return narrowed(layer, stored.to(self.device))
         module = copy.deepcopy(layer.module)
         # As in the model, which the layer was copied out of without its hooks.
         base = module.get_base_layer()
-        weight = self.source.read(self.skeleton.keys[f"{layer.name}.weight"]).to(self.device)
+        weight = self.source.read(self.skeleton.keys[parameter_of(layer)]).to(self.device)
         base.weight = nn.Parameter(weight, requires_grad=False)
         for factors in (module.lora_A, module.lora_B, getattr(module, "lora_magnitude_vector", {})):
             if ADAPTER in factors:
@@ -110,19 +124,29 @@ class Maker:
         moments = {layer.kind: self.moments[layer.name] for layer in layers if layer.name in self.moments}
         statistics = Statistics(layers=tuple(layer.name for layer in filled), moments=moments)
         solved = solve(method, filled, statistics, self.context, Training(), self.cache)
-        while filled:
+        for layer in layers:
             target = filled.pop(0)
             factors = solved.pop(target.name)
             report = layer_report(target, factors, method, self.forms[target.name], self.context)
-            holder = _holder(target, self.skeleton.model.peft_config[ADAPTER])
-            notes = {target.name: start_note(method, self.context.seed)}
-            install(holder, [(target, factors)], self.forms, notes)
-            facts = {"report": asdict(report), "record": record(target), "trainable": target.trainable}
-            yield adapter_tensors(holder, ADAPTER), facts
+            facts: dict[str, Any] = {"report": asdict(report)}
+            if isinstance(layer, ExpertLayer):
+                facts["sample"] = sampled(layer, target.stored())
+            ((owner, factors),) = joined([(target, factors)])
+            holder = _holder(owner, self.skeleton.model.peft_config[ADAPTER])
+            install(holder, [(owner, factors)], self.target_forms, {owner.name: start_note(method, self.context.seed)})
+            facts |= {"record": record_to_save(owner), "trainable": owner.trainable}
+            yield own_tensors(holder, owner), facts
 
     def layer_moments(self, layer: TargetLayer) -> Moments:
         """Return mean and standard deviation of one layer's weight."""
         return kind_moments([(layer.kind, self.filled(layer).weight())])[layer.kind]
+
+
+def own_tensors(holder: nn.Module, owner: TargetLayer) -> dict[str, Tensor]:
+    """Return the tensors of one of PEFT's layers, without those of another that lies within it."""
+    tensors = adapter_tensors(holder, ADAPTER)
+    prefix = f"{BASE_PREFIX}{owner.name}.lora_"
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _holder(target: TargetLayer, config: LoraConfig) -> Any:

@@ -17,11 +17,14 @@ from headstart.files import Kind, sha256, write_json
 from headstart.layers.adapter import AdapterLayer
 from headstart.layers.anchored import set_anchors
 from headstart.layers.checkpoint import load_checkpoint, read_adapter
+from headstart.layers.experts import ExpertLayer
 from headstart.layers.files import ADAPTER_FOLDER, CONFIG, RESIDUAL_MARK, read_json
 from headstart.layers.find import TargetLayer, lora_layers, set_residual_owner
 from headstart.layers.install import subtract_product
+from headstart.layers.weights import adapted_parameter
+from headstart.stream.experts import targets_of
 from headstart.stream.pieces import Maker, layer_name
-from headstart.stream.skeleton import ADAPTER, model_class
+from headstart.stream.skeleton import ADAPTER, model_class, parameter_of
 from headstart.stream.tensors import tensor_bytes
 from headstart.stream.work import Work
 
@@ -52,37 +55,77 @@ def check_place(out: Path) -> None:
         )
 
 
+def check_writable(maker: Maker) -> None:
+    """Refuse parameters that are to be residual and can't be written back as the checkpoint stores them.
+
+    Raises:
+        CheckpointError: names one.
+    """
+    layouts: set[tuple[object, ...]] = set()
+    for target in maker.skeleton.targets:
+        stack = maker.skeleton.stacks.get(parameter_of(target))
+        if stack is None or maker.target_forms[target.name] != "residual" or stack.layout in layouts:
+            continue
+        stack.check_writable()
+        layouts.add(stack.layout)
+
+
 def make_shard(maker: Maker, work: Work, shard: str) -> str:
     """Write one shard like the checkpoint's own, with W - s B A in place of the weights of the layers that subtract.
 
     Returns:
         Its SHA-256.
     """
-    subtracted = [layer for layer in maker.skeleton.layers if maker.forms[layer.name] == "residual"]
-    names = {maker.skeleton.keys[f"{layer.name}.weight"]: layer for layer in subtracted}
-    places = {layer.name: place for place, layer in enumerate(maker.skeleton.layers)}
+    subtracted = _subtracted(maker)
     file = maker.source.shards[shard]
 
     def chunks() -> Iterator[bytes]:
         yield file.header
         for name, entry in file.entries.items():
-            if name in names and maker.source.places.get(name) == shard:
-                yield tensor_bytes(_residual(maker, work, names[name], places[names[name].name]))
+            if name in subtracted and maker.source.places.get(name) == shard:
+                pattern, places = subtracted[name]
+                for place in places:
+                    yield tensor_bytes(_residual(maker, work, place)[pattern])
             else:
                 yield from file.chunks(entry.begin, entry.end)
 
     return work.put_file(shard, chunks())
 
 
-def _residual(maker: Maker, work: Work, layer: TargetLayer, place: int) -> Tensor:
-    """Return a layer's weight as residual layers hold it, from the factors that were kept."""
+def _subtracted(maker: Maker) -> dict[str, tuple[str, list[int]]]:
+    """Return by tensor what of it is subtracted from: which part of a matrix it holds, and of which layers, in order.
+
+    A part is named by its pattern in Transformers' mapping, empty where the tensor is the matrix.
+    """
+    subtracted: dict[str, tuple[str, list[int]]] = {}
+    for target, places in zip(maker.skeleton.targets, targets_of(maker.skeleton.layers).values(), strict=True):
+        if maker.target_forms[target.name] != "residual":
+            continue
+        stack = maker.skeleton.stacks.get(parameter_of(target))
+        if stack is None:
+            subtracted[maker.skeleton.keys[parameter_of(target)]] = "", places
+            continue
+        for pattern, names in stack.group.tensors.items():
+            if stack.separate:
+                subtracted |= {name: (pattern, [place]) for name, place in zip(names, places, strict=True)}
+            else:
+                subtracted[names[0]] = pattern, places
+    return subtracted
+
+
+def _residual(maker: Maker, work: Work, place: int) -> dict[str, Tensor]:
+    """Return a layer's weight as residual layers hold it, from the factors that were kept, by part; see _subtracted."""
+    layer = maker.skeleton.layers[place]
     target = maker.filled(layer)
-    module: Any = target.module
+    owner = target.stack if isinstance(target, ExpertLayer) else target
+    module: Any = owner.module
     factors = work.need(layer_name(place)).tensors
     for factor, which in ((module.lora_A, "lora_A"), (module.lora_B, "lora_B")):
-        factor[ADAPTER].weight.data.copy_(factors[f"{BASE_PREFIX}{layer.name}.{which}.weight"])
-    subtract_product(target, ExitStack())
-    return module.get_base_layer().weight.detach()
+        factor[ADAPTER].weight.data.copy_(factors[f"{BASE_PREFIX}{owner.name}.{which}.weight"])
+    subtract_product(owner, ExitStack())
+    weight = getattr(module.get_base_layer(), adapted_parameter(module)).detach()
+    stack = maker.skeleton.stacks.get(parameter_of(owner))
+    return {"": weight} if stack is None else stack.apart(weight)
 
 
 def move_model(work: Work, source: Path, digests: Mapping[str, str], target: Path) -> None:

@@ -20,8 +20,10 @@ from headstart.cache import open_cache
 from headstart.context import Context, Memory, shown
 from headstart.errors import CheckpointError, HeadstartWarning, LayerError, MethodError
 from headstart.files import check_free
+from headstart.layers.experts import lower_ranks
 from headstart.layers.find import TargetLayer
 from headstart.layers.install import Subtracting, check_form
+from headstart.layers.parts import check_stacks
 from headstart.layers.reach import left_out
 from headstart.methods.base import ANY_LAYER, Method, Training
 from headstart.methods.registry import method_class, method_names, parse_method
@@ -29,9 +31,9 @@ from headstart.processes import Processes, environment_number
 from headstart.progress import Show
 from headstart.report import LayerReport, Report
 from headstart.solve import check
-from headstart.stream.assemble import assemble
+from headstart.stream.assemble import assemble, saved_layers
 from headstart.stream.pieces import Finished, Maker, averaged, layer_name
-from headstart.stream.residual import STREAMED_FOLDER, check_place, make_shard
+from headstart.stream.residual import STREAMED_FOLDER, check_place, check_writable, make_shard
 from headstart.stream.skeleton import ADAPTER, build
 from headstart.stream.source import Source
 from headstart.stream.work import Work
@@ -105,8 +107,10 @@ def stream_start(
         skeleton = build(source, config, name)
         kept = open_cache(cache, context.notes.append)
         maker = Maker(source, skeleton, method, form, _own_device(torch.device(device)), context, kept)
+        check_stacks(maker.parts, form)
         for part in maker.parts:
             check(part.method, part.layers, Training())
+        check_writable(maker)
         work = Work(out, _settings(maker), context.notes.append)
     if first:
         work.create()
@@ -124,7 +128,8 @@ def stream_start(
             return None
         source.check_unchanged()
         with context.clock("write"):
-            assemble(maker, work, out, finished, force)
+            saved = saved_layers(maker, finished)
+            assemble(maker, work, out, saved, finished.shards, force)
     reports = [LayerReport(**facts["report"]) for facts in finished.layers.values()]
     notes = [f"{layer.name}: {layer.note}" for layer in reports if layer.note] + context.notes
     for sentence in notes:
@@ -138,8 +143,9 @@ def stream_start(
         seconds=context.clock.total(),
         seconds_by_step=context.clock.seconds,
         peak_memory=memory.peak(),
-        trainable=sum(facts["trainable"] for facts in finished.layers.values()),
+        trainable=sum(layer.trainable for layer in saved.values()),
         left_out=left_out(maker.skeleton.model, maker.skeleton.layers),
+        lower_ranks=lower_ranks(maker.skeleton.layers),
         cached=kept.served if kept else 0,
         warnings=notes,
     )
@@ -240,7 +246,7 @@ def _settings(maker: Maker) -> dict[str, Any]:
     config = maker.skeleton.model.peft_config[ADAPTER].to_dict()
     config.pop("base_model_name_or_path", None)
     return {
-        "format": 2,
+        "format": 3,
         "versions": [__version__, torch.__version__],
         "method": [maker.method.name, {name: repr(value) for name, value in maker.method.settings().items()}],
         "seed": maker.context.seed,

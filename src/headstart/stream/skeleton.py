@@ -12,16 +12,19 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from headstart.errors import CheckpointError, LayerError, ModelError
 from headstart.layers.convolutions import is_convolution
-from headstart.layers.find import TargetLayer, find_layers, lora_layers
+from headstart.layers.experts import is_stack
+from headstart.layers.find import TargetLayer, find_layers, lora_layers, shown
+from headstart.layers.matrices import matrices_of
+from headstart.layers.weights import adapted_parameter
 from headstart.names import in_base
 from headstart.stream.source import Source, check_model_folder
+from headstart.stream.stored import Group, ModelAsked, Names, StoredStack, check_numbers, stored_names
 from headstart.training.wrap import wrap_lora
 
 ADAPTER = "default"
@@ -33,13 +36,17 @@ class Skeleton:
 
     Attributes:
         model: the PEFT model; it holds no numbers.
-        layers: the layers to initialise, checked, in the model's order.
+        targets: PEFT's layers, checked, in the model's order.
+        layers: the same as a start sees them, each a matrix.
         keys: the checkpoint's tensor by the model's parameter, for the layers and for heads that are saved beside them.
+        stacks: by the model's parameter, how the checkpoint stores those that hold several matrices.
     """
 
     model: Any
+    targets: list[TargetLayer]
     layers: list[TargetLayer]
     keys: dict[str, str]
+    stacks: dict[str, StoredStack]
 
 
 def model_class(folder: Path, config: Any) -> Any:
@@ -109,64 +116,62 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
         raise ModelError(f"The model in {source.folder} can't be built from its config.json ({reason}).") from error
     # PEFT copies the model's name into the adapter's config, from the instance itself.
     base.name_or_path = base.config._name_or_path = name or str(source.folder)
-    names = checkpoint_keys(base, source)
-    tied = _tied(base, names)
+    names = stored_names(base, source)
+    asked = ModelAsked(base)
+    tied = _tied(base, names.keys)
     with torch.device("meta"), _silenced():
         model = _wrapped(base, lora)
     for target in lora_layers(model, ADAPTER):
         _check_streamed(target)
-        # What find_layers looks at: B is zero, and one number holds it.
+        # What find_layers looks at: B is zero, a stack of matrices has values, and one number holds either.
         for by_adapter in (target.module.lora_B, target.module.lora_embedding_B):
             if ADAPTER in by_adapter:
                 _set_zero(by_adapter, ADAPTER)
-    layers = find_layers(model, ADAPTER)
-    keys = {}
-    for layer in layers:
-        keys[f"{layer.name}.weight"] = _key(layer, names, source)
-    return Skeleton(model, layers, {**tied, **names, **keys})
+        if is_stack(target.module):
+            base = target.module.get_base_layer()
+            setattr(base, adapted_parameter(target.module), _zero(base.get_parameter(adapted_parameter(target.module))))
+    targets = find_layers(model, ADAPTER)
+    keys: dict[str, str] = {}
+    stacks: dict[str, StoredStack] = {}
+    layouts: set[tuple[object, ...]] = set()
+    for target in targets:
+        name, shape = parameter_of(target), weight_shape(target)
+        if is_stack(target.module) and len(shape) == 3:
+            stacks[name] = stack = _stack(name, shape, names, source, asked)
+            stack.check()
+            if stack.layout not in layouts:
+                stack.check_alone()
+                layouts.add(stack.layout)
+        else:
+            keys[name] = _key(target, names.keys, source)
+    return Skeleton(model, targets, matrices_of(targets), {**tied, **names.keys, **keys}, stacks)
+
+
+def parameter_of(target: TargetLayer) -> str:
+    """Return the name in the model of the parameter that one of PEFT's layers adapts."""
+    return f"{in_base(target.name)}.{adapted_parameter(target.module)}"
+
+
+def weight_shape(target: TargetLayer) -> tuple[int, ...]:
+    """Return the shape of that parameter."""
+    return tuple(getattr(target.module.get_base_layer(), adapted_parameter(target.module)).shape)
+
+
+def _stack(name: str, shape: tuple[int, ...], names: Names, source: Source, model: ModelAsked) -> StoredStack:
+    group = names.groups.get(name)
+    if group is None and name in names.keys:
+        group = Group(None, {"": [names.keys[name]]})
+    if group is None:
+        raise _missing(name, source)
+    return StoredStack(name, shape, group, source, model)
 
 
 def _check_streamed(target: TargetLayer) -> None:
-    name = in_base(target.name)
-    if isinstance(target.module, ParamWrapper):
-        raise LayerError(
-            f"layer {name!r} is adapted through its parameter {target.module.parameter_name!r}, which is not streamed: "
-            "name linear layers in target_modules, such as ['q_proj', 'v_proj'], because 'all-linear' takes such "
-            "parameters too; or start the loaded model."
-        )
     if is_convolution(target.module):
         raise LayerError(
-            f"layer {name!r} is a convolution, which is not streamed: leave it out of target_modules, or start the "
-            "loaded model."
+            f"layer {target.name!r} is a convolution, which is not streamed: leave it out of target_modules, or start "
+            "the loaded model."
         )
-
-
-def checkpoint_keys(base: Any, source: Source) -> dict[str, str]:
-    """Return the checkpoint's tensor by the model's parameter, for all that are stored as the model holds them.
-
-    Names are mapped as Transformers maps them when it loads; what it would convert (fuse, split, permute) has no entry.
-    """
-    parameters = base.state_dict()
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-        transforms = list(get_model_conversion_mapping(base))
-        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
-        keys: dict[str, str] = {}
-        for key in source.places:
-            name, converter = rename_source_key(key, renamings, converters, base.base_model_prefix, parameters)
-            if converter is None:
-                keys[name] = key
-    except (ImportError, TypeError):  # Transformers' own business, which other versions have elsewhere or otherwise
-        prefix = f"{base.base_model_prefix}."
-        keys = {}
-        for key in source.places:
-            for name in (key, key.removeprefix(prefix), prefix + key):
-                if name in parameters:
-                    keys.setdefault(name, key)
-    return keys
 
 
 def _tied(base: Any, names: dict[str, str]) -> dict[str, str]:
@@ -182,15 +187,19 @@ def _tied(base: Any, names: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _key(layer: TargetLayer, names: dict[str, str], source: Source) -> str:
-    key = names.get(f"{layer.name}.weight")
-    if key is None:
-        raise CheckpointError(
-            f"layer {layer.name!r}: {source.folder} has no tensor of its own for its weight (the checkpoint may be "
-            "fused, quantised, or lack it); leave the layer out of target_modules, or initialise in memory."
-        )
-    check_entry(source, key, tuple(layer.module.get_base_layer().weight.shape), layer.name)
+def _key(target: TargetLayer, names: dict[str, str], source: Source) -> str:
+    name = parameter_of(target)
+    if (key := names.get(name)) is None:
+        raise _missing(shown(target), source)
+    check_entry(source, key, weight_shape(target), shown(target))
     return key
+
+
+def _missing(name: str, source: Source) -> CheckpointError:
+    return CheckpointError(
+        f"layer {name!r}: {source.folder} has no tensor of its own for its weight (the checkpoint may be fused, "
+        "quantised, or lack it); leave the layer out of target_modules or target_parameters, or initialise in memory."
+    )
 
 
 def check_entry(source: Source, key: str, shape: tuple[int, ...], name: str) -> None:
@@ -201,11 +210,7 @@ def check_entry(source: Source, key: str, shape: tuple[int, ...], name: str) -> 
             f"layer {name!r}: tensor {key!r} has shape {entry.shape}, and the model's is {shape}: config.json and "
             "shards don't belong together, or the checkpoint is quantised."
         )
-    if entry.dtype is None or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
-        raise CheckpointError(
-            f"layer {name!r}: tensor {key!r} has type {entry.dtype_name}; streaming reads whole weights only (float32, "
-            "bfloat16, float16 or float64)."
-        )
+    check_numbers(entry, name)
 
 
 def _wrapped(base: Any, lora: LoraConfig) -> Any:
@@ -219,11 +224,15 @@ def _wrapped(base: Any, lora: LoraConfig) -> Any:
 def _set_zero(by_adapter: Any, adapter: str) -> None:
     part = by_adapter[adapter]
     like: torch.Tensor = part.get_parameter("weight") if isinstance(part, nn.Module) else part
-    zero = nn.Parameter(torch.zeros((), dtype=like.dtype, device="cpu").expand(like.shape), requires_grad=False)
     if isinstance(part, nn.Module):
-        part.weight = zero
+        part.weight = _zero(like)
     else:
-        by_adapter[adapter] = zero
+        by_adapter[adapter] = _zero(like)
+
+
+def _zero(like: torch.Tensor) -> nn.Parameter:
+    """Return zeros of a tensor's shape and type in the memory of one number."""
+    return nn.Parameter(torch.zeros((), dtype=like.dtype, device="cpu").expand(like.shape), requires_grad=False)
 
 
 def _config(folder: Path) -> Any:

@@ -67,9 +67,9 @@ class Source:
         """Return the file that a tensor lies in."""
         return self.shards[self.places[tensor]].path
 
-    def read(self, tensor: str) -> Tensor:
-        """Read a tensor into memory of its own, as it is stored."""
-        return self.shards[self.places[tensor]].read(tensor)
+    def read(self, tensor: str, place: int | None = None) -> Tensor:
+        """Read a tensor into memory of its own, as it is stored; or of its first dimension one place, (1, ...)."""
+        return self.shards[self.places[tensor]].read(tensor, place)
 
     def identity(self) -> list[list[Any]]:
         """Return what changes with the checkpoint: names, sizes, times of change and headers of its files."""

@@ -107,8 +107,8 @@ class TensorFile:
         if (status.st_size, status.st_mtime_ns) != (self.size, self.changed):
             raise CheckpointError(f"{self.path} was changed while it was read: start again once it is whole.")
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own.
+    def read(self, name: str, place: int | None = None) -> Tensor:
+        """Read one tensor into memory of its own, or of its first dimension one place, (1, ...).
 
         Raises:
             CheckpointError: the file was changed or cut since its header was read, or torch lacks the tensor's type.
@@ -119,13 +119,14 @@ class TensorFile:
                 f"{self.path}: tensor {name!r} has type {entry.dtype_name}, which can't be read: whole "
                 "checkpoints can, quantised ones can't."
             )
-        tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        shape = entry.shape if place is None else (1, *entry.shape[1:])
+        tensor = torch.empty(shape, dtype=entry.dtype, device="cpu")
         bytes_of: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         flat = memoryview(bytes_of)
         try:
             with self.path.open("rb", buffering=0) as file:
                 self.check_unchanged(file)
-                file.seek(entry.begin)
+                file.seek(entry.begin + (place or 0) * len(flat))
                 done = 0
                 while done < len(flat):
                     count = file.readinto(flat[done : done + CHUNK])
