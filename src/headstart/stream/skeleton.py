@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from headstart.errors import CheckpointError, LayerError, ModelError
 from headstart.layers.convolutions import is_convolution
-from headstart.layers.find import TargetLayer, find_layers, lora_layers
+from headstart.layers.factors import is_embedding
+from headstart.layers.find import TargetLayer, check_untied, find_layers, lora_layers
 from headstart.names import in_base
 from headstart.stream.source import Source, check_model_folder
 from headstart.training.wrap import wrap_lora
@@ -116,10 +117,10 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
     for target in lora_layers(model, ADAPTER):
         _check_streamed(target)
         # What find_layers looks at: B is zero, and one number holds it.
-        for by_adapter in (target.module.lora_B, target.module.lora_embedding_B):
-            if ADAPTER in by_adapter:
-                _set_zero(by_adapter, ADAPTER)
+        if ADAPTER in target.module.lora_B:
+            _set_zero(target.module.lora_B, ADAPTER)
     layers = find_layers(model, ADAPTER)
+    check_untied(model, layers, "it is not streamed; leave it out of target_modules, or start the loaded model.")
     keys = {}
     for layer in layers:
         keys[f"{layer.name}.weight"] = _key(layer, names, source)
@@ -134,10 +135,11 @@ def _check_streamed(target: TargetLayer) -> None:
             "name linear layers in target_modules, such as ['q_proj', 'v_proj'], because 'all-linear' takes such "
             "parameters too; or start the loaded model."
         )
-    if is_convolution(target.module):
+    other = {"a convolution": is_convolution(target.module), "an embedding": is_embedding(target.module)}
+    for what in (what for what, is_it in other.items() if is_it):
         raise LayerError(
-            f"layer {name!r} is a convolution, which is not streamed: leave it out of target_modules, or start the "
-            "loaded model."
+            f"layer {name!r} is {what}, which is not streamed: leave it out of target_modules, or start the loaded "
+            "model."
         )
 
 
