@@ -36,12 +36,12 @@ from headstart.layers.files import (
 from headstart.layers.find import (
     TargetLayer,
     active_adapters,
-    check_untied,
     lora_layers,
     record,
     residual_owner,
     resolve_adapter,
     set_record,
+    tied_layers,
 )
 from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
@@ -136,7 +136,11 @@ def load_checkpoint(
         for name, layer in layers.items():
             check_form(targets[name], layer)
         residual = [targets[name] for name, layer in layers.items() if layer.kind == "residual"]
-        check_untied(wrapped, residual, "the checkpoint's residual weights would change both; load it on its own base.")
+        for name, other in tied_layers(wrapped, residual).items():
+            raise CheckpointError(
+                f"{folder} belongs to another base model: layer {name!r} is residual there, and here its weight, which "
+                f"that would change, is that of {other!r} as well."
+            )
         for name, layer in layers.items():
             _prepare_layer(targets[name], layer, undo)
         try:
