@@ -12,6 +12,7 @@ from conftest import TEXT, class_batch, tiny_bert, tiny_llama, token_batch
 from headstart.layers.anchored import anchors
 from headstart.layers.factors import both
 from headstart.layers.find import lora_layers
+from oracles import samples_of
 
 
 def tiny_gemma():
@@ -97,13 +98,9 @@ def dense_answers(base, weights, batch):
     return outputs.logits, outputs.loss
 
 
-def exact_gradients(base, batch, names):
+def exact_gradients(base, batch, names, *, two_sided=False):
     """By layer, the mean over samples of each sample's own gradient of the rows (tokens, d_out), read one at a time."""
     wide = apart(base)
-    size = len(batch["labels"])
-    for row in range(size):
-        alone = {key: value[row : row + 1] for key, value in batch.items()}
-        length = int(alone["attention_mask"].sum())
-        alone = {key: value[:, :length] if value.dim() == 2 else value for key, value in alone.items()}
-        wide(**alone).loss.backward()
-    return {name: wide.get_submodule(name).weight.grad / size for name in names}
+    for sample in samples_of([batch], two_sided=two_sided):
+        wide(**sample).loss.backward()
+    return {name: wide.get_submodule(name).weight.grad / len(batch["labels"]) for name in names}

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import headstart as hs
-from conftest import factors_of, logits, perturb, quick, wrap
+from conftest import ARCHITECTURES, factors_of, logits, perturb, quick, tiny_gpt2, tiny_t5, wrap
 from embedded import (
     BESIDE,
     MODELS,
@@ -113,16 +113,22 @@ def test_outputs_and_gradients_are_those_of_the_dense_weights(name, method):
         assert relative(grad_A.double(), s * B.T @ G) < 1e-4
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_gradient_is_the_mean_of_each_samples_own(name, monkeypatch):
-    base, _, batch = adapted(name)
-    seen = {}
+@pytest.fixture
+def seen(monkeypatch):
+    """By layer, the gradient that lora-one was given."""
+    gradients = {}
 
     def spied(self, layer, factors=LoRAOne.factors):
-        seen[layer.name] = layer.require_gradient().double()
+        gradients[layer.name] = layer.require_gradient().double()
         return factors(self, layer)
 
     monkeypatch.setattr(LoRAOne, "factors", spied)
+    return gradients
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradient_is_the_mean_of_each_samples_own(name, seen):
+    base, _, batch = adapted(name)
     for given in ({"batch_size": 4}, {"memory_budget": 14_000}):
         _, model, _ = adapted(name)
         report = hs.initialize_(model, "lora-one:samples=4", data=[batch], progress=False, **given)
@@ -133,6 +139,27 @@ def test_the_gradient_is_the_mean_of_each_samples_own(name, monkeypatch):
         assert all(parameter.grad is None for parameter in model.parameters())
         seen.clear()
     assert not report.plan.startswith("1 pass")
+
+
+@pytest.mark.parametrize(
+    ("make", "architecture", "targets", "adapted_layers"),
+    [
+        (tiny_gpt2, "gpt2", ["wte", "wpe"], 2),
+        (tiny_t5, "t5", ["embed_tokens"], 2),
+        (tiny_t5, "t5", ["relative_attention_bias"], 2),
+    ],
+)
+def test_the_gradient_of_positions_and_of_both_sides_of_an_encoder_decoder(
+    make, architecture, targets, adapted_layers, seen
+):
+    """Whatever is looked up: tokens of either side, places, distances between places."""
+    base, batch = make().eval(), ARCHITECTURES[architecture][1]()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=targets))
+    hs.initialize_(model, "lora-one:samples=4", data=[batch], progress=False)
+    expected = exact_gradients(base, batch, embeddings(model), two_sided=architecture == "t5")
+    assert len(expected) == adapted_layers
+    for layer, rows in expected.items():
+        assert relative(seen[layer], rows.T) < 1e-5, layer
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -7,9 +7,11 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 import headstart as hs
@@ -244,6 +246,41 @@ def test_a_trainer_resumes(method, tmp_path):
     assert relative(logits(cut.model, batch), logits(whole.model, batch)) < 1e-6
     loaded = hs.load_checkpoint(base_of("llama"), tmp_path / "whole" / "checkpoint-4")
     assert relative(logits(loaded, batch), logits(whole.model, batch)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "lora-one:samples=4"])
+def test_offloaded_by_accelerate(method):
+    model, batch = adapted("llama"), token_batch()
+    hs.initialize_(model, method, data=[batch], cache=False, progress=False)
+    base = base_of("llama")
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    offloaded = wrap(base, target_modules=["embed_tokens", "q_proj"])
+    assert offloaded.get_input_embeddings().weight.is_meta
+    hs.initialize_(offloaded, method, data=[batch], cache=False, progress=False)
+    assert relative(logits(offloaded, batch), logits(model, batch)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "lora-one:samples=4"])
+@pytest.mark.parametrize("sharded", ["before", "after"])
+def test_sharded_by_fsdp2(method, sharded, process_group):
+    def shard(model):
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+
+    model, wanted, batch = adapted("llama"), adapted("llama"), token_batch()
+    hs.initialize_(wanted, method, data=[batch], cache=False, progress=False)
+    if sharded == "before":
+        shard(model)
+    hs.initialize_(model, method, data=[batch], cache=False, progress=False)
+    if sharded == "after":
+        shard(model)
+    for one in (model, wanted):
+        one(**batch).loss.backward()
+    (own,), (expected,) = embeddings(model).values(), embeddings(wanted).values()
+    for part, other in zip(both(own, "default"), both(expected, "default"), strict=True):
+        torch.testing.assert_close(part.grad.full_tensor(), other.grad)
+    assert relative(logits(model, batch), logits(wanted, batch)) < 1e-6
 
 
 class Mixed(nn.Module):
