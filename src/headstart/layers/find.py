@@ -290,14 +290,15 @@ def _residual_note(module: LoraLayer) -> str:
 
 def tied_layers(model: nn.Module, targets: Iterable[TargetLayer]) -> dict[str, str]:
     """Return by layer, for those whose weight is another's too, the name of the other, or of the first of them."""
-    holders: dict[int, list[str]] = defaultdict(list)
+    holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            holders[id(parameter)].append(in_base(plain_name(path).removeprefix(BASE_PREFIX)))
+            holders[id(parameter)].append((module, in_base(plain_name(path).removeprefix(BASE_PREFIX))))
     tied: dict[str, str] = {}
     for target in targets:
-        weight = getattr(target.module.get_base_layer(), adapted_parameter(target.module))
-        others = [name for name in holders[id(weight)] if name != in_base(target.name)]
+        base = target.module.get_base_layer()
+        weight = getattr(base, adapted_parameter(target.module), None)  # some quantisers' have none
+        others = [name for module, name in holders.get(id(weight), ()) if module is not base]
         tied |= {target.name: others[0]} if others else {}
     return tied
 
