@@ -22,6 +22,7 @@ from torch import nn
 
 import headstart as hs
 from fresh import Interpreter
+from headstart.layers.factors import both
 from headstart.layers.find import lora_layers
 from headstart.layers.weights import whole
 from headstart.methods import method_class
@@ -305,7 +306,7 @@ def started(base: nn.Module, method="init-ab", *, seed=0, data=None, form="ancho
 @torch.no_grad()
 def factors_of(module: nn.Module, adapter: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
     """(A, B) of a layer: what it holds, or where it holds differences to a start, start and difference together."""
-    A, B = (whole(part[adapter].weight.detach()).clone() for part in (module.lora_A, module.lora_B))
+    A, B = (whole(part.detach()).clone() for part in both(module, adapter))
     if adapter in getattr(module, "lora_start_A", ()):
         A = module.lora_start_A[adapter].weight.detach() + A
         B = module.lora_start_B[adapter].weight.detach() + B
@@ -328,8 +329,7 @@ def perturb(model: nn.Module, scale: float = 0.02, seed: int = 5, adapter: str =
     """Move every factor a little, as training would."""
     generator = torch.Generator().manual_seed(seed)
     for target in lora_layers(model, adapter):
-        for part in (target.module.lora_A, target.module.lora_B):
-            weight = part[adapter].weight
+        for weight in both(target.module, adapter):
             weight.add_(scale * torch.randn(weight.shape, generator=generator).to(weight.dtype))
 
 

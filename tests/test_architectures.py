@@ -188,16 +188,24 @@ def test_a_router_that_is_no_linear_layer_is_a_parameter():
     assert "model.layers.0.mlp.gate" in {layer.name for layer in report.layers}
 
 
-@pytest.mark.parametrize("name", ["lora", "pissa", "lora-one", "lora-xs"])
+@pytest.mark.parametrize("name", ["lora", "pissa", "lora-one"])
 @pytest.mark.parametrize("make", [tiny_tied, tiny_gpt2, tiny_t5])
-def test_a_head_tied_to_the_embeddings_is_refused(make, name):
-    model = make()
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+def test_a_head_tied_to_the_embeddings_leaves_them_alone(make, name):
+    """What it is beside stays the base model's, whatever the head's adapter learns; subtracted from, it wouldn't."""
+    base = make()
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    before = base.get_input_embeddings().weight.detach().clone()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of it too
-        refused(
-            wrap(model, target_modules=["lm_head"]), r"'lm_head' shares its weight with .*tied weights.*leave it", name
-        )
+        warnings.simplefilter("ignore")  # PEFT warns of it
+        model = wrap(base, target_modules=["lm_head"])
+    subtracting = "'lm_head' shares its weight with .*tied weights.*residual weights would change both"
+    with pytest.raises(hs.LayerError, match=subtracting):
+        hs.initialize_(model, "pissa", form="residual", cache=False)
+    report = hs.initialize_(model, small(name), data=[token_batch()], cache=False)
+    assert [layer.name for layer in report.layers] == ["lm_head"]
+    model(**token_batch()).loss.backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+    assert torch.equal(base.get_input_embeddings().weight, before)
 
 
 def test_routers_too_small_for_the_rank_are_named():

@@ -10,11 +10,11 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 
 import headstart as hs
-from conftest import GROUPED, tiny_bert, tiny_experts, tiny_llama, tiny_mixtral, tiny_tied, token_batch, wrap
+from conftest import GROUPED, tiny_bert, tiny_experts, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_tied, token_batch, wrap
 from headstart.layers.checkpoint import read_adapter
 from headstart.layers.find import lora_layers
 from headstart.layers.inspection import inspect_adapter
-from headstart.names import kind_of
+from headstart.names import kind_in_words, kind_of
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,36 @@ DENSE = [
 def rows(text):
     """The first word of each line of a table that starts with a kind."""
     return [line.split()[0] for line in text.splitlines() if line.startswith("bert.")]
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("transformer.h.0.attn.c_attn", True),
+        ("transformer.h.0.crossattention.c_attn", False),  # keys and values alone
+        ("transformer.h.3.self_attention.query_key_value", True),
+        ("model.layers.0.self_attn.qkv_proj", True),
+        ("transformer.blocks.1.attn.Wqkv", True),
+        ("visual.blocks.2.attn.qkv", True),
+        ("model.layers.0.linear_attn.in_proj_qkv", True),
+        ("model.layers.0.self_attn.W_pack", True),
+        ("encoder.layers.0.self_attention.in_proj", True),
+        ("model.layers.0.mixer.in_proj", False),  # a state space's
+        ("model.layers.0.self_attn.q_proj", False),
+        ("model.layers.0.mlp.gate_up_proj", False),
+    ],
+)
+def test_fused_projections_are_called_so(name, fused):
+    assert kind_in_words(name) == kind_of(name) + (" (q, k, v fused)" if fused else "")
+
+
+def test_tables_say_which_projections_are_fused(tmp_path):
+    model = wrap(tiny_gpt2())
+    text = str(hs.initialize_(model, "pissa", cache=False, progress=False))
+    assert "transformer.h.attn.c_attn (q, k, v fused)" in text and text.count("fused") == 1
+    hs.save_checkpoint(model, tmp_path / "checkpoint")
+    kinds = [row[0] for row in inspect_adapter(read_adapter(tmp_path / "checkpoint")).table()]
+    assert "transformer.h.attn.c_attn (q, k, v fused)" in kinds
 
 
 def test_layers_of_one_name_in_different_places_are_different_kinds(tmp_path):

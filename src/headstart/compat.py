@@ -59,7 +59,13 @@ SWAPPING = Step(
     ("model", "adapter_name"),
     "hotswap_adapter isn't refused for adapters with anchors or cores, and damages them.",
 )
-STEPS = (RESETTING, LOADING, COMBINING, SWAPPING)
+MERGING = Step(
+    "peft.tuners.lora.model",
+    "LoraModel._check_merge_allowed",
+    ("self",),
+    "merging isn't refused where the weight is another layer's as well (tied weights), and changes that, too.",
+)
+STEPS = (RESETTING, LOADING, COMBINING, SWAPPING, MERGING)
 
 # Read and not extended; what breaks without each.
 READ: Mapping[str, str] = {
@@ -70,6 +76,7 @@ READ: Mapping[str, str] = {
     "BaseTunerLayer.frozen_peft_weight_names": "what a core or LoRA-FA freezes trains again once adapters are switched",
     "BaseTunerLayer._freeze_non_trainable_peft_weights": "a core and LoRA-FA can't freeze anything",
     "BaseTunerLayer._disable_adapters": "data can't be read at the base model",
+    "BaseTunerLayer._get_embed_scale": "embeddings can't be started",
     "ParamWrapper._did_swap_in_out_features": "which side of an expert's matrix is its input can't be told",
     "PreTrainedConfig._experts_implementation": "what reaches the experts of a mixture can't be read",
     "Trainer._get_collator_with_removed_columns": "data=trainer can't collate as the trainer does",

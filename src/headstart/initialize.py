@@ -18,6 +18,7 @@ from headstart.context import Context, Memory, shown
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.adapters import find
 from headstart.layers.experts import lower_ranks
+from headstart.layers.find import SUBTRACTED_TIED, check_untied
 from headstart.layers.install import Subtracting, check_form
 from headstart.layers.parts import Part, by_layer, check_stacks, divide
 from headstart.layers.reach import left_out
@@ -132,6 +133,8 @@ def initialize_(
             parts = divide(method, target.layers)
             check_early(model, parts)
             check_stacks(parts, form)
+            subtracted = [layer for part in parts if part.form(form) == "residual" for layer in part.layers]
+            check_untied(model, subtracted, SUBTRACTED_TIED)
             memory = Memory(model_device(model))
             source = source_of(data, parts, collator, batch_size, loss, context)
             source, to_search = source.twice()

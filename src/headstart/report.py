@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from headstart.names import kind_of
+from headstart.names import kind_in_words
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Report:
             table.add_column(title, justify="left" if title in ("kind", "method") else "right")
         kinds: dict[tuple[str, int, int, int, str], list[LayerReport]] = {}
         for layer in self.layers:
-            key = (kind_of(layer.name), layer.d_out, layer.d_in, layer.r, layer.method)
+            key = (kind_in_words(layer.name), layer.d_out, layer.d_in, layer.r, layer.method)
             kinds.setdefault(key, []).append(layer)
         for (kind, d_out, d_in, r, method), group in kinds.items():
             ratios = [layer.info["error"] / layer.info["bound"] for layer in group if layer.info.get("bound", 0) > 0]

@@ -22,6 +22,9 @@ from headstart.layers.stacks import laid_together, stacked, taken_apart
 from headstart.layers.unwrap import plain_name
 from headstart.linalg.product import product_norm, truncate_product
 
+# How files name A and B of a layer: of an embedding, and of any other.
+_ENDINGS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}
+
 T = TypeVar("T")
 Pair = tuple[Tensor, Tensor]
 
@@ -31,8 +34,9 @@ class AdapterLayer:
     """One layer's tensors as they are stored: A (r, d_in), B (d_out, r), anchors or core where there are any, and s.
 
     Of an anchored layer A and B are the differences to the anchors A0 and B0. Of a convolution they are kernels,
-    (r, channels, k, ...) and (d_out, r, 1, ...). Of a parameter that stacks matrices they
-    are (E r, d_in) and (d_out, r E), see :mod:`headstart.layers.stacks`.
+    (r, channels, k, ...) and (d_out, r, 1, ...). Of an ``embedding`` d_in is its tokens, and files name A and B
+    otherwise. Of a parameter that stacks matrices they are (E r, d_in) and (d_out, r E), see
+    :mod:`headstart.layers.stacks`.
     """
 
     A: Tensor
@@ -43,6 +47,7 @@ class AdapterLayer:
     kind: str = "lora"
     core: Tensor | None = None
     stack: StackOf | None = None
+    embedding: bool = False
 
     @property
     def r(self) -> int:
@@ -101,7 +106,9 @@ def split(
     tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
     parts: dict[str, dict[str, Tensor]] = {}
     other_tensors: dict[str, Tensor] = {}
-    roles = {"lora_A.weight": "A", "lora_B.weight": "B", f"{CORE}.weight": "core"}
+    roles = {ending: "AB"[place] for endings in _ENDINGS.values() for place, ending in enumerate(endings)}
+    roles[f"{CORE}.weight"] = "core"
+    embeddings: set[str] = set()
     for kind, (name_A, name_B) in START_NAMES.items():
         roles |= {f"{name_A}.weight": f"{kind} A0", f"{name_B}.weight": f"{kind} B0"}
     for key, tensor in renewed(tensors).items():
@@ -109,11 +116,12 @@ def split(
         if role is None:
             other_tensors[key] = tensor
             continue
-        ending = next(ending for ending, its_role in roles.items() if its_role == role)
-        parts.setdefault(key.removesuffix(f".{ending}").removeprefix(BASE_PREFIX), {})[role] = tensor
-    return {
-        name: _layer(name, by_role, config, (stacks or {}).get(name)) for name, by_role in parts.items()
-    }, other_tensors
+        ending = next(ending for ending in roles if key.endswith(f".{ending}"))
+        name = key.removesuffix(f".{ending}").removeprefix(BASE_PREFIX)
+        parts.setdefault(name, {})[role] = tensor
+        embeddings |= {name} if ending in _ENDINGS[True] else set()
+    layers = {name: _layer(name, by_role, config, (stacks or {}).get(name)) for name, by_role in parts.items()}
+    return {name: replace(layer, embedding=name in embeddings) for name, layer in layers.items()}, other_tensors
 
 
 # How earlier versions named anchors and cores, which were parameters and not modules.
@@ -240,8 +248,8 @@ def make_plain(
         A, B = pairs[0] if layers[name].stack is None else laid_together(*zip(*pairs, strict=True))
         if layers[name].A.ndim > 2:
             A, B = A.reshape(len(A), *layers[name].A.shape[1:]), B.reshape(*B.shape, *layers[name].B.shape[2:])
-        tensors[f"{BASE_PREFIX}{name}.lora_A.weight"] = A
-        tensors[f"{BASE_PREFIX}{name}.lora_B.weight"] = B
+        for ending, factor in zip(_ENDINGS[layers[name].embedding], (A, B), strict=True):
+            tensors[f"{BASE_PREFIX}{name}.{ending}"] = factor
     if stranded:
         fitting = replace(config, **_WRITTEN)
     else:

@@ -10,7 +10,8 @@ which equals W x + s (B A - B0 A0) x, is exactly W x at the start, in any precis
 the subtracted form. A cast rounds the differences relative to themselves, and weight decay draws them to the anchor.
 
 The form lives in PEFT's own place for what a LoRA layer computes (its variants). All four matrices are read through
-modules, so that whatever shards, offloads or watches modules sees the read.
+modules, so that whatever shards, offloads or watches modules sees the read. (An embedding's own A and B are parameters
+of the layer in PEFT itself.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headstart import compat
+from headstart.layers.factors import FACTORS, both, by_adapter, factor, is_embedding
 from headstart.layers.frozen_convolutions import frozen_copy
+from headstart.layers.frozen_lookups import FrozenLookup, looked_up
 from headstart.layers.stacks import AnchoredParamWrapper, stacked
 from headstart.layers.weights import fitted, oriented, product, whole
 
@@ -130,9 +133,41 @@ class ResidualVariant(Formed):
         return torch.add(result, module.lora_B[active_adapter](inner), alpha=module.scaling[active_adapter])
 
 
-VARIANTS: dict[str, type[Formed]] = {
-    "anchored": AnchoredVariant,
-    "residual": ResidualVariant,
+class AnchoredEmbeddingVariant(Formed):
+    """The anchored form of an embedding, which looks tokens up in A and A0."""
+
+    def forward(self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """Add the adapter's part to the rows of the tokens x."""
+        self.note_run()
+        A, B = both(module, active_adapter)
+        moved = looked_up(x, A, module.get_base_layer())
+        inner = moved + module.lora_start_A[active_adapter](x).to(moved.dtype)
+        added = functional.linear(fitted(inner, B), B) + module.lora_start_B[active_adapter](moved)
+        return torch.add(result, _scaled_as_base(module, added), alpha=module.scaling[active_adapter])
+
+
+class ResidualEmbeddingVariant(Formed):
+    """The residual form of an embedding: a plain adapter on W - s (B0 A0)'."""
+
+    def forward(self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """Compute what a plain embedding's adapter computes."""
+        self.note_run()
+        A, B = both(module, active_adapter)
+        inner = looked_up(x, A, module.get_base_layer())
+        added = functional.linear(fitted(inner, B), B)
+        return torch.add(result, _scaled_as_base(module, added), alpha=module.scaling[active_adapter])
+
+
+def _scaled_as_base(module: Any, added: Tensor) -> Tensor:
+    """Return what is added to an embedding's rows, multiplied as some models' embeddings multiply these."""
+    scale = module._get_embed_scale()
+    return added if scale is None else added * scale.to(added.dtype)
+
+
+# Of linear layers and convolutions, and of embeddings.
+VARIANTS: dict[str, tuple[type[Formed], type[Formed]]] = {
+    "anchored": (AnchoredVariant, AnchoredEmbeddingVariant),
+    "residual": (ResidualVariant, ResidualEmbeddingVariant),
 }
 
 
@@ -156,7 +191,7 @@ def anchors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
 @torch.no_grad()
 def current_factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """Return (A, B) as they are now, detached: what the layer holds, or in an anchored one A0 + dA and B0 + dB."""
-    A, B = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+    A, B = (part.detach() for part in both(module, adapter))
     if anchor_kind(module, adapter) != "anchored":
         return A, B
     A0, B0 = (module.lora_start_A[adapter].weight.detach(), module.lora_start_B[adapter].weight.detach())
@@ -170,17 +205,22 @@ def set_anchors(module: LoraLayer, adapter: str, A0: Tensor, B0: Tensor, kind: s
     A0 (r, d_in) and B0 (d_out, r) are held as frozen modules in the dtype and on the device of the factors; ``kind`` is
     "anchored" or "residual". The factors are left as they are.
     """
-    for name, value, factor in zip(START_NAMES[kind], (A0, B0), (module.lora_A, module.lora_B), strict=True):
+    for name, value, which in zip(START_NAMES[kind], (A0, B0), FACTORS, strict=True):
         if not hasattr(module, name):
             setattr(module, name, nn.ModuleDict())
             # PEFT moves and deletes what these names list, and does not make it trainable.
             module.other_param_names = (*module.other_param_names, name)
-        like = factor[adapter].weight
+        like = factor(module, adapter, which)
         # FSDP2 gathers the factors for the forward pass, so anchors beside them are held whole.
         start = whole(value.detach()).to(device=like.device, dtype=like.dtype).clone()
-        linear = isinstance(factor[adapter], nn.Linear)
-        getattr(module, name)[adapter] = Start(start) if linear else frozen_copy(factor[adapter], start)
-    module.lora_variant[adapter] = VARIANTS[kind]()
+        part = by_adapter(module, which)[adapter]
+        if is_embedding(module) and which == "lora_A":
+            getattr(module, name)[adapter] = FrozenLookup(start)
+        elif is_embedding(module) or isinstance(part, nn.Linear):
+            getattr(module, name)[adapter] = Start(start)
+        else:
+            getattr(module, name)[adapter] = frozen_copy(part, start)
+    module.lora_variant[adapter] = VARIANTS[kind][is_embedding(module)]()
     if isinstance(module, ParamWrapper):
         module.__class__ = AnchoredParamWrapper  # which asks no variant what it computes
 
@@ -188,9 +228,10 @@ def set_anchors(module: LoraLayer, adapter: str, A0: Tensor, B0: Tensor, kind: s
 @torch.no_grad()
 def start_at(module: LoraLayer, adapter: str) -> None:
     """Make a layer that holds a start's factors an anchored one that has not moved: its differences are zero."""
-    set_anchors(module, adapter, module.lora_A[adapter].weight, module.lora_B[adapter].weight, "anchored")
-    for factor in (module.lora_A, module.lora_B):
-        factor[adapter].weight.zero_()
+    A, B = both(module, adapter)
+    set_anchors(module, adapter, A, B, "anchored")
+    A.zero_()
+    B.zero_()
 
 
 def drop_anchors(module: LoraLayer, adapter: str) -> None:
@@ -210,7 +251,8 @@ def delta_weight(module: LoraLayer, adapter: str) -> Tensor:
     if anchor_kind(module, adapter) == "residual":
         return module.get_delta_weight(adapter)
     A0, B0 = module.lora_start_A[adapter].weight, module.lora_start_B[adapter].weight
-    parts = (part.flatten(1) for part in (module.lora_A[adapter].weight, module.lora_B[adapter].weight, A0, B0))
+    A, B = both(module, adapter)
+    parts = (part.flatten(1) for part in (A, B, A0, B0))
     A_out, B_out = stacked(*parts)
     delta = oriented(module, product(B_out, A_out) * module.scaling[adapter])
-    return delta.reshape(*delta.shape[:1], *module.lora_A[adapter].weight.shape[1:]) if A0.ndim > 2 else delta
+    return delta.reshape(*delta.shape[:1], *A.shape[1:]) if A0.ndim > 2 else delta

@@ -23,6 +23,7 @@ from headstart.layers.base_check import check_shapes, check_weights
 from headstart.layers.core import core_of, drop_core, form_of, set_core
 from headstart.layers.experts import stack_of
 from headstart.layers.export import adapter_tensors, one_writes, plainly_named, portable_config, save_config
+from headstart.layers.factors import both
 from headstart.layers.files import (
     ADAPTER_FOLDER,
     CONFIG,
@@ -40,6 +41,7 @@ from headstart.layers.find import (
     residual_owner,
     resolve_adapter,
     set_record,
+    tied_layers,
 )
 from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
@@ -133,6 +135,12 @@ def load_checkpoint(
         _check_targets(targets, layers, folder)
         for name, layer in layers.items():
             check_form(targets[name], layer)
+        residual = [targets[name] for name, layer in layers.items() if layer.kind == "residual"]
+        for name, other in tied_layers(wrapped, residual).items():
+            raise CheckpointError(
+                f"{folder} belongs to another base model: layer {name!r} is residual there, and here its weight, which "
+                f"that would change, is that of {other!r} as well."
+            )
         for name, layer in layers.items():
             _prepare_layer(targets[name], layer, undo)
         try:
@@ -360,8 +368,8 @@ def _prepare_layer(target: TargetLayer, layer: AdapterLayer, undo: ExitStack) ->
     else:
         undo.callback(drop_anchors, module, adapter)
     if layer.kind == "residual" and residual_owner(module) is None:
-        module.lora_A[adapter].weight.data.copy_(layer.A0)
-        module.lora_B[adapter].weight.data.copy_(layer.B0)
+        for parameter, start in zip(both(module, adapter), (layer.A0, layer.B0), strict=True):
+            parameter.data.copy_(start)
         subtract_product(target, undo)
     set_anchors(module, adapter, layer.A0, layer.B0, layer.kind)
     if layer.kind == "anchored":

@@ -26,7 +26,7 @@ from headstart.layers.files import (
     WEIGHTS,
     write_tensors,
 )
-from headstart.layers.find import base_of, resolve_adapter
+from headstart.layers.find import MERGED_TIED, base_of, check_untied, lora_layers, resolve_adapter
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.weights import product, whole
 from headstart.processes import Processes, is_sharded, together
@@ -127,8 +127,11 @@ def write_merged(model: Any, tokenizer: Any, path: str | Path, *, force: bool = 
 
     Raises:
         CheckpointError: see :func:`check_merged_place`.
+        LayerError: a layer's weight is tied to another's.
     """
     check_merged_place(Path(path), force)
+    for adapter in model.peft_config:
+        check_untied(model, lora_layers(model, adapter), MERGED_TIED)
     merged = model.merge_and_unload()
     with whole_folder(path, MODEL_FOLDER, force=force) as folder:
         merged.save_pretrained(folder)
@@ -161,6 +164,7 @@ def _restore_bases(layers: Mapping[str, AdapterLayer], other_tensors: dict[str, 
         key = f"{BASE_PREFIX}{name}.base_layer.weight"
         if key in other_tensors and layer.kind == "residual" and layer.A0 is not None and layer.B0 is not None:
             start = layer.scaling * product(layer.B0.float(), layer.A0.float())
+            start = start.T if layer.embedding else start
             weight = other_tensors[key]
             other_tensors[key] = (weight.float() + start.to(weight.device)).to(weight.dtype)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from headstart.errors import BASE_PREFIX, LayerError, nearest, not_finite
 from headstart.layers.core import core_of, form_of
+from headstart.layers.factors import FACTORS, Factor, attribute_of, by_adapter, factor, is_embedding
 from headstart.layers.formats import check_not_tensor_parallel, home, quantisation, unreadable
 from headstart.layers.frozen import frozen_factors
 from headstart.layers.kinds import check_kind, is_dora
@@ -30,6 +31,15 @@ from headstart.names import in_base, kind_of
 
 _RECORD = "headstart_record"
 _RESIDUAL = "headstart_residual_of"
+# What is said where weights that are tied would change together.
+MERGED_TIED = (
+    "merged, its adapter would change both; keep the adapter beside the model, or give each a weight of its own before "
+    "merging (tie_word_embeddings=False)."
+)
+SUBTRACTED_TIED = (
+    'residual weights would change both; use form="anchored", which leaves the weight alone, or leave the layer out of '
+    "target_modules."
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,10 @@ class TargetLayer:
         B = factors.B if factors.core is None else factors.B @ factors.core
         return self.scaling * product_norm(B, factors.A)
 
+    def fitted(self, factors: Factors) -> Factors:
+        """Return a start as the layer can take it: as it is, but for embeddings with a padding token."""
+        return factors
+
     def facts(self) -> Layer:
         """Return what a method may know of the layer before anything is read."""
         return Layer(
@@ -194,18 +208,17 @@ def find_layers(model: nn.Module, adapter: str) -> list[TargetLayer]:
     """Return the layers to initialise, checked.
 
     Raises:
-        LayerError: there is none, or one is of a kind that can't be initialised (embedding, tied or
-            merged weights, another LoRA variant than DoRA, split by tensor parallelism, on the meta device), holds a
+        LayerError: there is none, or one is of a kind that can't be initialised (tied kernels or experts, merged
+            weights, another LoRA variant than DoRA, split by tensor parallelism, on the meta device), holds a
             trained or already initialised adapter, or has a rank over its smaller side. The message names the layer.
     """
     targets = list(lora_layers(model, adapter))
     if not targets:
         raise LayerError(f"adapter {adapter!r} has no LoRA layer in this model: check its target_modules.")
     check_not_tensor_parallel(model, [(target.name, target.module.get_base_layer()) for target in targets])
-    holders = _holders_of_parameters(model)
+    _check_tied(model, targets)
     for target in targets:
         check_kind(target)
-        _check_tied(target, holders)
         _check_state(target)
         if not target.scaling > 0:
             raise LayerError(f"layer {target.name!r}: its scaling is {target.scaling:g}; set lora_alpha above 0.")
@@ -275,15 +288,41 @@ def _residual_note(module: LoraLayer) -> str:
     return _RESIDUAL if parameter == "weight" else f"{_RESIDUAL}_{parameter}"
 
 
-def _check_tied(target: TargetLayer, holders: dict[int, list[str]]) -> None:
-    weight = getattr(target.module.get_base_layer(), adapted_parameter(target.module))
-    own = in_base(target.name)
-    names = (in_base(name.removeprefix(BASE_PREFIX)) for name in holders.get(id(weight), []))
-    others = [name for name in names if name != own]
-    if others:
-        raise LayerError(
-            f"layer {shown(target)!r} shares its weight with {others[0]!r} (tied weights): an "
-            "adapter on one of them can't be merged; leave it out of target_modules or target_parameters."
+def tied_layers(model: nn.Module, targets: Iterable[TargetLayer]) -> dict[str, str]:
+    """Return by layer, for those whose weight is another's too, the name of the other, or of the first of them."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)].append((module, in_base(plain_name(path).removeprefix(BASE_PREFIX))))
+    tied: dict[str, str] = {}
+    for target in targets:
+        base = target.module.get_base_layer()
+        weight = getattr(base, adapted_parameter(target.module), None)  # some quantisers' have none
+        others = [name for module, name in holders.get(id(weight), ()) if module is not base]
+        tied |= {target.name: others[0]} if others else {}
+    return tied
+
+
+def check_untied(model: nn.Module, targets: Iterable[TargetLayer], why: str) -> None:
+    """Raise LayerError, which goes on with ``why``, where a layer shares its weight with another part of the model."""
+    by_name = {target.name: target for target in targets}
+    for name, other in tied_layers(model, by_name.values()).items():
+        raise LayerError(f"layer {shown(by_name[name])!r} shares its weight with {other!r} (tied weights): {why}")
+
+
+def _check_tied(model: Any, targets: Sequence[TargetLayer]) -> None:
+    """Refuse tied weights where an adapter of one holder alone has no start, or isn't one of one holder alone."""
+    check_untied(
+        model,
+        (target for target in targets if isinstance(target.module, ParamWrapper | Conv1d | Conv2d | Conv3d)),
+        "its gradient is that of both; leave it out of target_modules or target_parameters.",
+    )
+    if getattr(model.peft_config[targets[0].adapter], "ensure_weight_tying", False):
+        check_untied(
+            model,
+            targets,
+            "ensure_weight_tying=True ties their adapters as well, which have no start of their own each; set it to "
+            "False, and name one of them in target_modules.",
         )
 
 
@@ -316,25 +355,20 @@ def _check_state(target: TargetLayer) -> None:
             f"layer {shown(target)!r} uses PEFT's variant {variant}, which can't be combined with a headstart start; "
             "switch it off in the LoraConfig."
         )
-    factors = (module.lora_A[adapter], module.lora_B[adapter])
-    if any(has_offloaded_params(part) for part in factors):
+    factors = [by_adapter(module, name)[adapter] for name in FACTORS]
+    if any(isinstance(part, nn.Module) and has_offloaded_params(part) for part in factors):
         raise LayerError(
             f"layer {shown(target)!r}: accelerate keeps the factors of adapter {adapter!r} elsewhere (its hooks were "
             "put on after the adapter); initialise the model before cpu_offload, disk_offload or dispatch_model."
         )
-    no_values = factors[1].weight.device.type == "meta"
+    # PEFT draws an embedding's B, and leaves A zero.
+    name: Factor = "lora_A" if is_embedding(module) else "lora_B"
+    zero = factor(module, adapter, name).detach()
+    no_values = zero.device.type == "meta"
     if no_values and home(module.get_base_layer()).type == "meta":
         raise LayerError(f"layer {shown(target)!r} {unreadable(module.get_base_layer())}")
-    if not no_values and float(factors[1].weight.detach().abs().max()) != 0:
+    if not no_values and float(zero.abs().max()) != 0:
         raise LayerError(
-            f"layer {shown(target)!r}: lora_B of adapter {adapter!r} is not zero, so the adapter is already trained or "
-            "initialised; start from a fresh one, made with init_lora_weights=True."
+            f"layer {shown(target)!r}: {attribute_of(module, name)} of adapter {adapter!r} is not zero, so the adapter "
+            "is already trained or initialised; start from a fresh one, made with init_lora_weights=True."
         )
-
-
-def _holders_of_parameters(model: nn.Module) -> dict[int, list[str]]:
-    holders: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            holders[id(parameter)].append(name)
-    return holders

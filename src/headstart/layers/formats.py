@@ -24,6 +24,8 @@ _BITSANDBYTES = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Names of what quantisers keep beside a weight, or in place of it: weight_scale_inv, qweight, W_q, codebooks, ...
 _BESIDE = re.compile(r"scale|zero|quant|qweight|W_q|code|packed|absmax|g_idx|tables|qbias|lut", re.IGNORECASE)
+# What stands beside plain numbers: the last is what some embeddings multiply their output by.
+_NO_CODES = ("weight", "bias", "embed_scale")
 # Layers that round their weight when they run, or hold it rounded.
 _CLASSES = re.compile(r"fp[48]|int[48]|bitlinear|quant|eetq|hqq|awq|gptq|aqlm|higgs|vptq|spqr|metal", re.IGNORECASE)
 # What switches a format off while the model is loaded, by the file of Transformers that the layer comes from.
@@ -128,7 +130,7 @@ def format_of(base: nn.Module) -> str:
             return f"a {type(numbers).__name__} of {type(numbers).__module__.partition('.')[0]}"
         if weight.dtype not in NUMBERS:
             return f"{_plain(weight.dtype)} codes ({layer})"
-    beside = next((name for name in _tensors(base) if name not in ("weight", "bias") and _BESIDE.search(name)), None)
+    beside = next((name for name in _tensors(base) if name not in _NO_CODES and _BESIDE.search(name)), None)
     if beside is None:
         beside = next((name for name in vars(base) if name == "W_q" or name.startswith("quantization_sch")), None)
     if beside is not None:

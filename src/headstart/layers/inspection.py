@@ -10,7 +10,7 @@ from typing import Any
 from headstart.layers.checkpoint import AdapterFolder
 from headstart.layers.mark import matrix_names
 from headstart.linalg.product import product_svd
-from headstart.names import kind_of
+from headstart.names import kind_in_words
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Description:
         """Return a row a kind of layer; numbers are means over its layers."""
         kinds: dict[tuple[str, int, int, str, int, float], list[LayerDescription]] = defaultdict(list)
         for layer in self.layers:
-            kinds[kind_of(layer.name), layer.d_out, layer.d_in, layer.form, layer.r, layer.scaling].append(layer)
+            kind = kind_in_words(layer.name)
+            kinds[kind, layer.d_out, layer.d_in, layer.form, layer.r, layer.scaling].append(layer)
         return [
             (
                 kind,

@@ -16,6 +16,7 @@ from headstart.errors import LayerError, MethodError
 from headstart.layers.anchored import drop_anchors, set_anchors, start_at
 from headstart.layers.core import drop_core, form_of, set_core
 from headstart.layers.experts import stacks_in
+from headstart.layers.factors import both, by_adapter
 from headstart.layers.find import TargetLayer, lora_layers, set_record, set_residual_owner
 from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, thaw_factors
@@ -102,7 +103,7 @@ def mark_config(model: Any, adapter: str, undo: ExitStack, forms: Mapping[str, s
 def _install_one(target: TargetLayer, factors: Factors, form: LayerForm, undo: ExitStack) -> None:
     module, adapter = target.module, target.adapter
     give_values(module, adapter, undo)
-    A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    A, B = both(module, adapter)
     for parameter, value in ((A, factors.A), (B, factors.B)):
         undo.callback(assign, parameter, parameter.detach().clone())
         assign(parameter, value.reshape(parameter.shape))
@@ -137,7 +138,7 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
             sharded over processes, or kept elsewhere by accelerate.
     """
     module, adapter = target.module, target.adapter
-    others = [name for name in module.lora_A if name != adapter]
+    others = [name for name in by_adapter(module, "lora_A") if name != adapter]
     if others:
         raise LayerError(
             f"layer {target.name!r} holds adapter {others[0]!r} as well, which residual weights would change; use "
@@ -163,7 +164,7 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
     set_residual_owner(module, adapter)
     undo.callback(setattr, weight, "data", weight.data)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    A, B = (whole(factor[adapter].weight).to(dtype) for factor in (module.lora_A, module.lora_B))
+    A, B = (whole(part).to(dtype) for part in both(module, adapter))
     if isinstance(module, ParamWrapper):
         start = product_of_stack(module, A, B)
     else:
@@ -175,5 +176,5 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
 @torch.no_grad()
 def row_norms(module: Any, adapter: str) -> torch.Tensor:
     """Return the norms of the rows of W + s B A (d_out,): DoRA's magnitude for which nothing is rescaled."""
-    A, B = (whole(factor[adapter].weight.detach()).float() for factor in (module.lora_A, module.lora_B))
+    A, B = (whole(part.detach()).float() for part in both(module, adapter))
     return torch.linalg.vector_norm(base_weight(module) + module.scaling[adapter] * (B @ A), dim=1)

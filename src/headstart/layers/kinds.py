@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +23,7 @@ def is_dora(module: LoraLayer, adapter: str) -> bool:
 
 
 def check_kind(target: TargetLayer) -> None:
-    """Refuse a layer that is no linear layer, convolution or parameter of plain numbers.
+    """Refuse a layer that is no linear layer, convolution, embedding or parameter of plain numbers.
 
     Raises:
         LayerError: it is another; names the layer and what to do.
@@ -38,6 +38,8 @@ def check_kind(target: TargetLayer) -> None:
         _check_stack(target, target.module)
     elif isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         _check_convolution(target, base)
+    elif isinstance(target.module, Embedding):
+        _check_embedding(target, base)
     else:
         _check_linear(target, base)
     if target.module.lora_bias.get(target.adapter):
@@ -56,8 +58,8 @@ def _check_linear(target: TargetLayer, base: Any) -> None:
             "can be initialised; load the base model unquantised, or in bitsandbytes' 4 or 8 bits."
         )
     raise LayerError(
-        f"layer {target.name!r} is {_article(type(base).__name__)}: only nn.Linear, Conv1D, convolutions and "
-        "bitsandbytes layers can be initialised; leave it out of target_modules."
+        f"layer {target.name!r} is {_article(type(base).__name__)}: only nn.Linear, Conv1D, convolutions, "
+        "nn.Embedding and bitsandbytes layers can be initialised; leave it out of target_modules."
     )
 
 
@@ -75,6 +77,33 @@ def _check_convolution(target: TargetLayer, base: Any) -> None:
     if words := format_of(base):
         raise LayerError(
             f"layer {target.name!r} holds its kernels in {words}: only plain numbers can be initialised; load the base "
+            "model unquantised."
+        )
+
+
+def _check_embedding(target: TargetLayer, base: Any) -> None:
+    """Refuse an embedding whose adapter is no change of its weight, or that is held in codes."""
+    if base.max_norm is not None:
+        raise LayerError(
+            f"layer {target.name!r} is an embedding with max_norm={base.max_norm!r}, which cuts its rows, and those of "
+            "PEFT's adapter for themselves, so that the adapter is no change of its weight; leave it out of "
+            "target_modules."
+        )
+    if base.sparse:
+        raise LayerError(
+            f"layer {target.name!r} is an embedding with sparse=True, whose adapter PEFT can't train: its gradient "
+            "stops where A is turned; set sparse=False, or leave it out of target_modules."
+        )
+    if type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale"):
+        raise LayerError(
+            f"layer {target.name!r} is {_article(type(base).__name__)}, which does something else with its input than "
+            "look it up, and PEFT's adapter of it doesn't; leave it out of target_modules."
+        )
+    if is_dora(target.module, target.adapter):
+        raise LayerError(f"layer {target.name!r} is an embedding that uses DoRA; set use_dora=False, or leave it out.")
+    if words := format_of(base):
+        raise LayerError(
+            f"layer {target.name!r} holds its rows in {words}: only plain numbers can be initialised; load the base "
             "model unquantised."
         )
 

@@ -67,9 +67,12 @@ def is_mark(value: object) -> bool:
 def marked_form(value: object, layer: str) -> str | None:
     """Return the form that a mark gives a layer, None for a plain one, or where the mark doesn't say.
 
-    Earlier versions wrote the sentence alone: there the tensors say which form a layer has.
+    Earlier versions wrote the sentence alone: there the tensors say which form a layer has, as they do for a layer
+    whose name PEFT doesn't tell ("", of a convolution or an embedding) where others have another form.
     """
     forms = _read(value)
+    if not layer and len({form for form in forms.values() if isinstance(form, str)}) > 1:
+        return None
     form = forms.get(layer, forms.get(_REST))
     return form if isinstance(form, str) and form != PLAIN else None
 

@@ -11,6 +11,8 @@ Combining: ``add_weighted_adapter`` reads B A, which of an anchored adapter is n
 
 Hot-swapping: ``hotswap_adapter`` copies factors into a live adapter and sets to zero what a file lacks, such as a
 core's R or the anchors of a residual base model; into any but a plain adapter it is refused.
+
+Merging: a weight that is another layer's as well (tied embeddings) would change there, too; it is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from headstart.layers.anchored import Formed, set_anchors
 from headstart.layers.checkpoint import check_form
 from headstart.layers.core import form_of, set_core
 from headstart.layers.experts import stacks_in
-from headstart.layers.find import TargetLayer, lora_layers, residual_owner
+from headstart.layers.factors import both
+from headstart.layers.find import MERGED_TIED, TargetLayer, check_untied, lora_layers, record, residual_owner
 from headstart.layers.install import mark_config
 from headstart.layers.mark import marked_form, marked_form_of
 from headstart.layers.watch import watch
@@ -55,7 +58,7 @@ class FromConfig(Formed):
             name, form = module.parameter_name, marked_form_of(mark, module.parameter_name)
         else:
             form = marked_form(mark, name)
-        A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+        A, B = both(module, adapter_name)
         if form == "core":
             nn.init.kaiming_uniform_(B, a=math.sqrt(5))
             set_core(module, adapter_name, A.new_zeros(len(A), len(A)))
@@ -137,3 +140,12 @@ def swap(arguments: dict[str, Any]) -> None:
     """Refuse to swap tensors into an adapter that is no plain LoRA."""
     why = "PEFT swaps A and B alone: write the adapters with save_lora, load one of those, and swap the others in."
     refuse_forms(arguments["model"], [arguments["adapter_name"]], why)
+
+
+def merge(arguments: dict[str, Any]) -> None:
+    """Refuse to merge an adapter that headstart started into a weight that is another layer's as well."""
+    tuner = arguments["self"]
+    started = [
+        target for adapter in tuner.peft_config for target in lora_layers(tuner.model, adapter) if record(target)
+    ]
+    check_untied(tuner.model, started, MERGED_TIED)

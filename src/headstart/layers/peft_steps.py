@@ -15,6 +15,7 @@ def extend_peft() -> None:
         (compat.LOADING, _load),
         (compat.COMBINING, _combine),
         (compat.SWAPPING, _swap),
+        (compat.MERGING, _merge),
     ):
         compat.extend(step, before)
 
@@ -42,3 +43,9 @@ def _swap(arguments: dict[str, Any]) -> None:
     from headstart.layers import peft_hooks
 
     peft_hooks.swap(arguments)
+
+
+def _merge(arguments: dict[str, Any]) -> None:
+    from headstart.layers import peft_hooks
+
+    peft_hooks.merge(arguments)

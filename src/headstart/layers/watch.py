@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from headstart.errors import LayerError
 from headstart.layers.anchored import Formed
+from headstart.layers.factors import both
 
 
 def watch(module: LoraLayer, adapter: str, name: str) -> Callable[[], None]:
@@ -39,7 +40,7 @@ def watch(module: LoraLayer, adapter: str, name: str) -> Callable[[], None]:
     calls.handle = hooked.register_forward_hook(calls, with_kwargs=True)
     handles = ExitStack()
     handles.callback(calls.handle.remove)
-    for factor in (module.lora_A[adapter].weight, module.lora_B[adapter].weight):
+    for factor in both(module, adapter):
         if factor.requires_grad:
             handles.callback(_watch_gradient(module, factor, adapter, name).remove)
     return handles.close
@@ -64,8 +65,16 @@ class _Calls:
         if thread in self.variant.running:
             self.variant.running.discard(thread)
             return
-        switched_off = module.disable_adapters or module.merged or self.adapter not in module.active_adapters
-        if not switched_off and kwargs.get("adapter_names") is None:
+        of_samples = kwargs.get("adapter_names")
+        if module.disable_adapters or module.merged:
+            return
+        if of_samples is not None and self.adapter in of_samples:
+            raise LayerError(
+                f"layer {self.name!r}: PEFT computes batches of several adapters (adapter_names=) from this layer's A "
+                f"and B alone, which is not what adapter {self.adapter!r} is: load the plain adapter that "
+                "headstart.save_lora writes, or give the samples of one adapter at a time."
+            )
+        if of_samples is None and self.adapter in module.active_adapters:
             raise _past_the_form(self.name, self.adapter)
 
 

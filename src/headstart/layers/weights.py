@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import LayerError
+from headstart.layers.factors import FACTORS, attribute_of, is_embedding
 from headstart.layers.formats import home, quantisation, unreadable
 from headstart.linalg import precision
 
@@ -27,8 +28,8 @@ _PART_BYTES = 16 * 2**20
 
 
 def is_transposed(layer: LoraLayer) -> bool:
-    """Return whether the base layer stores its weight as (d_in, d_out), as GPT-2's Conv1D does."""
-    return bool(getattr(layer, "fan_in_fan_out", False))
+    """Return whether the base layer stores its weight as (d_in, d_out), as GPT-2's Conv1D and embeddings do."""
+    return is_embedding(layer) or bool(getattr(layer, "fan_in_fan_out", False))
 
 
 def base_weight(layer: LoraLayer, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -112,14 +113,18 @@ def give_values(layer: LoraLayer, adapter: str, undo: ExitStack) -> None:
 
     PEFT makes such factors for a layer whose weight accelerate keeps elsewhere.
     """
-    for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
+    for name in (*(attribute_of(layer, name) for name in FACTORS), "lora_magnitude_vector"):
         part: Any = getattr(layer, name, {})
-        if adapter not in part or part[adapter].weight.device.type != "meta":
+        if adapter not in part:
             continue
-        owner, empty = part[adapter], part[adapter].weight
-        undo.callback(setattr, owner, "weight", empty)
+        bare = isinstance(part[adapter], Tensor)  # as an embedding's factors are
+        empty: Tensor = part[adapter] if bare else part[adapter].weight
+        if empty.device.type != "meta":
+            continue
+        owner, key = (part, adapter) if bare else (part[adapter], "weight")
+        undo.callback(setattr, owner, key, empty)
         values = torch.zeros_like(empty, device=home(layer.get_base_layer()))
-        owner.weight = nn.Parameter(values, requires_grad=empty.requires_grad)
+        setattr(owner, key, nn.Parameter(values, requires_grad=empty.requires_grad))
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -147,11 +152,11 @@ def fitted(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:
-    """Return (d_out, d_in) of an nn.Linear, a Conv1D, or a convolution whose kernels are rows."""
+    """Return (d_out, d_in) of an nn.Linear, a Conv1D, an embedding, or a convolution whose kernels are rows."""
     if isinstance(base, nn.Linear):
         return base.out_features, base.in_features  # a quantised weight has another shape
     rows, columns = base.get_parameter("weight").flatten(1).shape
-    return (columns, rows) if isinstance(base, Conv1D) else (rows, columns)
+    return (columns, rows) if isinstance(base, Conv1D | nn.Embedding) else (rows, columns)
 
 
 def fingerprint(base: nn.Module, parameter: str = "weight", values: int = 8) -> list[float] | None:

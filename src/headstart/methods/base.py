@@ -93,6 +93,7 @@ class Factors:
 _HELD_AS = {
     "stack": ("a matrix in a parameter that PEFT adapts as a whole", "experts.*", "target_parameters"),
     "convolution": ("a convolution", "conv.*", "target_modules"),
+    "embedding": ("an embedding", ".*embed.*", "target_modules"),
 }
 
 

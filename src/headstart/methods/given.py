@@ -156,7 +156,8 @@ class Layer:
         dora: the layer splits its weight into magnitude and direction.
         frozen: which of "lora_A" and "lora_B" don't train (LoRA-FA).
         held_as: "linear" for a linear layer's weight; "stack" for a matrix in a parameter that PEFT adapts as a whole,
-            such as one of a mixture's experts; "convolution" for a convolution's kernels as rows.
+            such as one of a mixture's experts; "convolution" for a convolution's kernels as rows; "embedding" for
+            an embedding, which reads tokens as vectors of zeros and one 1.
         shows_inputs: what reaches the layer can be read.
         quantised: "4-bit" or "8-bit" where bitsandbytes holds the weight, else None.
         seed: the user's seed; :meth:`generator` derives the layer's own stream from it and the name.
@@ -178,7 +179,7 @@ class Layer:
     scaling: float
     dora: bool = False
     frozen: tuple[str, ...] = ()
-    held_as: Literal["linear", "stack", "convolution"] = "linear"
+    held_as: Literal["linear", "stack", "convolution", "embedding"] = "linear"
     shows_inputs: bool = True
     quantised: str | None = None
     seed: int = 0

@@ -22,7 +22,10 @@ from headstart.methods.registry import register
 class LoRA(Method):
     """Init[A], the start of LoRA: A Kaiming-uniform with a = sqrt(5) (variance 1/(3 d_in)), B = 0.
 
-    Source: Hu et al. 2022 (LoRA), section 4.1; the distribution is that of Microsoft's loralib and PEFT.
+    Of an embedding it is B that is drawn, normal with variance 1, and A = 0, as loralib and PEFT have it: there A's
+    columns are tokens, and d_in is how many there are.
+
+    Source: Hu et al. 2022 (LoRA), section 4.1; the distributions are those of Microsoft's loralib and PEFT.
     """
 
     source: ClassVar[str] = "LoRA (Hu et al. 2022)"
@@ -30,7 +33,10 @@ class LoRA(Method):
     form: ClassVar[Form] = "kept"
 
     def factors(self, layer: Layer) -> Factors:
-        """Draw A, leave B zero."""
+        """Draw A, leave B zero; of an embedding the other way round."""
+        if layer.held_as == "embedding":
+            B = draw((layer.d_out, layer.r), "normal", 1.0, layer.generator())
+            return Factors(empty(layer.r, layer.d_in).zero_(), B)
         bound = 1 / math.sqrt(layer.d_in)
         A = empty(layer.r, layer.d_in).uniform_(-bound, bound, generator=layer.generator())
         return Factors(A, empty(layer.d_out, layer.r).zero_())

@@ -185,7 +185,11 @@ def _costs(sums: Sums) -> dict[int, float]:
     """Return what solving each group of layers costs, in multiplications."""
     costs: dict[int, float] = defaultdict(float)
     for name, shape in sums.shapes.items():
-        costs[sums.groups[name]] += float(shape.d_in) ** 2 * (shape.d_in + shape.d_out)
+        if shape.wanted.input_moments:
+            cost = float(shape.d_in) ** 2 * (shape.d_in + shape.d_out)
+        else:
+            cost = float(shape.d_in) * shape.d_out * min(shape.d_in, shape.d_out)
+        costs[sums.groups[name]] += cost
     return costs
 
 

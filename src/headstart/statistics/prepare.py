@@ -13,6 +13,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from headstart.errors import LayerError
+from headstart.layers.factors import is_embedding
+from headstart.layers.lookups import lookup_of
 from headstart.layers.weights import model_device
 from headstart.methods.base import Wants
 from headstart.processes import Processes, digest, is_sharded, together
@@ -102,7 +104,8 @@ def prepare(
     in_step_with = processes if lockstep else None
     watched = Watched(modules, stacks, experts or {})
     reader = Reader(model, watched, tokens, in_step_with=in_step_with, loss=loss, whole=single, seed=seed)
-    shapes = {name: Shape(*(sizes | stacked)[name], wants) for name, wants in wanted.items()}
+    lookups = {name: lookup_of(layer) for name, layer in layers.items() if is_embedding(layer)}
+    shapes = {name: Shape(*(sizes | stacked)[name], wants, lookups.get(name)) for name, wants in wanted.items()}
     # One plan for all, though each has its own idea of what is free.
     budget = min(processes.gather(parse_bytes(memory_budget, torch.device("cpu") if offload == "cpu" else device)))
     with together(processes), drawn_from(seed, device):

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from headstart.layers.lookups import Lookup
 from headstart.methods.base import Wants
+from headstart.statistics.lookups import add_rows
 from headstart.statistics.masks import Layout, Rows, TokenMasks
 from headstart.statistics.tap import Sink
 
@@ -22,11 +24,12 @@ _WIDE_PRODUCTS = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "
 
 @dataclass
 class Shape:
-    """A layer's size, and what is wanted of it."""
+    """A layer's size, what is wanted of it, and where it looks tokens up, how."""
 
     d_out: int
     d_in: int
     wanted: Wants
+    lookup: Lookup | None = None
 
 
 @dataclass
@@ -121,6 +124,8 @@ class Sums:
         if self.muted:
             return _mute
         wanted = self.shapes[name].wanted
+        if (lookup := self.shapes[name].lookup) is not None:
+            return lambda tokens, g: self._add_rows(name, tokens, g, lookup)
         if not wanted.input_moments:
             return lambda x, g: self._add_gradient(name, x, g)
         return self._sink(name, self._shared(name, inputs))
@@ -255,6 +260,11 @@ class Sums:
             return
         layer.reached = True
         add_product(self._gradient_of(layer, shape, x), g, x)
+
+    def _add_rows(self, name: str, tokens: Tensor, g: Tensor, lookup: Lookup) -> None:
+        layer, shape = self.layers[name], self.shapes[name]
+        layer.reached = True
+        add_rows(self._gradient_of(layer, shape, g), tokens, g, lookup)
 
     def _gradient_of(self, layer: LayerSum, shape: Shape, like: Tensor) -> Tensor:
         """Return the sum that the batch's gradient of a layer goes to, made where there was none."""

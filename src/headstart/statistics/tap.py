@@ -1,4 +1,4 @@
-"""Reading a linear layer's inputs and output gradients during a backward pass, one layer at a time.
+"""Reading a layer's inputs and output gradients during a backward pass, one layer at a time.
 
 The loss is scaled where float16 gradients would vanish or overflow.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headstart.errors import DataError
 from headstart.linalg.precision import full_precision
 
-# Called in backward with a layer's input (tokens, d_in) and output gradient (tokens, d_out).
+# Called in backward with a layer's input (tokens, d_in), an embedding's (tokens,), and output gradient (tokens, d_out).
 Sink = Callable[[Tensor, Tensor], None]
 # Called in forward with a layer's name and its input (..., d_in); returns the sink for this call's backward.
 Watch = Callable[[str, Tensor], Sink]
@@ -134,7 +134,9 @@ class _Tap(torch.autograd.Function):
         (inputs,) = ctx.saved_tensors
         with full_precision([gradient.device]):
             flat = ctx.scale.undone(gradient.reshape(-1, gradient.shape[-1]))
-            ctx.sink(inputs.reshape(-1, inputs.shape[-1]), flat)
+            # Tokens that an embedding looks up are no vectors.
+            vectors = inputs.is_floating_point()
+            ctx.sink(inputs.reshape(-1, inputs.shape[-1]) if vectors else inputs.flatten(), flat)
         return gradient, None, None, None, None
 
 

@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from headstart.errors import CheckpointError, LayerError, ModelError
 from headstart.layers.convolutions import is_convolution
 from headstart.layers.experts import is_stack
-from headstart.layers.find import TargetLayer, find_layers, lora_layers, shown
+from headstart.layers.factors import is_embedding
+from headstart.layers.find import TargetLayer, check_untied, find_layers, lora_layers, shown
 from headstart.layers.matrices import matrices_of
 from headstart.layers.weights import adapted_parameter
 from headstart.names import in_base
@@ -124,13 +125,13 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
     for target in lora_layers(model, ADAPTER):
         _check_streamed(target)
         # What find_layers looks at: B is zero, a stack of matrices has values, and one number holds either.
-        for by_adapter in (target.module.lora_B, target.module.lora_embedding_B):
-            if ADAPTER in by_adapter:
-                _set_zero(by_adapter, ADAPTER)
+        if ADAPTER in target.module.lora_B:
+            _set_zero(target.module.lora_B, ADAPTER)
         if is_stack(target.module):
             base = target.module.get_base_layer()
             setattr(base, adapted_parameter(target.module), _zero(base.get_parameter(adapted_parameter(target.module))))
     targets = find_layers(model, ADAPTER)
+    check_untied(model, targets, "it is not streamed; leave it out of target_modules, or start the loaded model.")
     keys: dict[str, str] = {}
     stacks: dict[str, StoredStack] = {}
     layouts: set[tuple[object, ...]] = set()
@@ -167,10 +168,11 @@ def _stack(name: str, shape: tuple[int, ...], names: Names, source: Source, mode
 
 
 def _check_streamed(target: TargetLayer) -> None:
-    if is_convolution(target.module):
+    other = {"a convolution": is_convolution(target.module), "an embedding": is_embedding(target.module)}
+    for what in (what for what, is_it in other.items() if is_it):
         raise LayerError(
-            f"layer {target.name!r} is a convolution, which is not streamed: leave it out of target_modules, or start "
-            "the loaded model."
+            f"layer {target.name!r} is {what}, which is not streamed: leave it out of target_modules, or start the "
+            "loaded model."
         )
 
 
