@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from headstart.errors import BASE_PREFIX, LayerError, nearest, not_finite
 from headstart.layers.core import core_of, form_of
-from headstart.layers.formats import check_not_tensor_parallel, home, quantisation, unreadable
+from headstart.layers.formats import check_not_tensor_parallel, home, unreadable
 from headstart.layers.frozen import frozen_factors
 from headstart.layers.kinds import check_kind, is_dora
+from headstart.layers.quantised import quantisation
 from headstart.layers.unwrap import plain_name
 from headstart.layers.weights import adapted_parameter, dense, is_transposed, linear_shape, place, weight_digest
 from headstart.linalg.product import product_norm
@@ -276,7 +277,7 @@ def _residual_note(module: LoraLayer) -> str:
 
 
 def _check_tied(target: TargetLayer, holders: dict[int, list[str]]) -> None:
-    weight = getattr(target.module.get_base_layer(), adapted_parameter(target.module))
+    weight = getattr(target.module.get_base_layer(), adapted_parameter(target.module), None)
     own = in_base(target.name)
     names = (in_base(name.removeprefix(BASE_PREFIX)) for name in holders.get(id(weight), []))
     others = [name for name in names if name != own]
