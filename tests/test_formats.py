@@ -236,11 +236,27 @@ def test_experts_in_mxfp4_are_refused_with_the_way_to_load_them(method):
         hs.initialize_(model, method, data=[token_batch()], progress=False)
 
 
+class Stack(nn.Module):
+    """Experts in one parameter of a tensor type that says it is of numbers, as torchao's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2, 8, 8).as_subclass(Subclass), requires_grad=False)
+
+
+def test_experts_in_a_tensor_type_are_refused_by_name():
+    model = get_peft_model(nn.Sequential(Stack()), LoraConfig(r=4, target_modules=[], target_parameters=["0.w"]))
+    with pytest.raises(LayerError, match=r"layer '0' holds its parameter 'w' in a Subclass.*load the base model unqu"):
+        hs.initialize_(model, "pissa", progress=False)
+
+
 def test_awq_is_refused_by_name():
     """As its package has it; PEFT's layer on it asks no form what it computes."""
     awq = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch_awq")
     layer = awq.AwqTorchLinear(4, 32, False, False, 64, 32)
-    model = get_peft_model(nn.Sequential(layer), LoraConfig(r=4, target_modules=["0"]))
+    layer.pack(nn.Linear(64, 32, bias=False), torch.full((32, 2), 0.02), torch.full((32, 2), 8.0))
+    model = get_peft_model(nn.Sequential(layer, nn.Linear(32, 2)), LoraConfig(r=4, target_modules=["0"]))
+    assert isinstance(model.base_model.model[0], AwqLoraLinear)
     for method in ("lora", "pissa"):
-        with pytest.raises(LayerError, match=r"AwqTorchLinear, with qweight in its place.*load the base model"):
+        with pytest.raises(LayerError, match=r"AwqTorchLinear, with \w+ in its place.*load the base model"):
             hs.initialize_(model, method, progress=False)

@@ -16,6 +16,7 @@ import headstart as hs
 from conftest import ANY_BASE, all_factors, factors_of, perturb, quick, tiny_llama, token_batch, wrap
 from headstart.errors import HeadstartWarning, LayerError
 from headstart.layers.find import lora_layers
+from headstart.layers.formats import unreadable
 from headstart.layers.quantised import quantisation
 from headstart.layers.weights import dense
 from inputs import normal
@@ -293,6 +294,15 @@ def test_nothing_is_merged_into_fp8_codes(folder, method):
         assert torch.equal(weight.view(torch.uint8), before[name]), name
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_merged_into_gptq(folder, method):
+    pytest.importorskip("gptqmodel")
+    model = moved(folder, "GPTQ", method)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises((NotImplementedError, ValueError)):
+            merge()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("to", ["unquantised", "quantised"])
 def test_a_checkpoint_of_a_quantised_base_goes_on_the_other_one_with_a_warning_and_merges(folder, name, to, tmp_path):
@@ -352,3 +362,23 @@ def test_torchao_layers_that_round_their_inputs_are_refused_as_no_gradient_comes
         model = wrapped(base)
     with pytest.raises(LayerError, match=r"'model.layers.0.self_attn.q_proj' rounds its inputs.*Int8WeightOnly"):
         hs.initialize_(model, method, data=[token_batch()], progress=False)
+
+
+@pytest.mark.parametrize("kind", ["NF4", "scaled further", "an embedding"])
+def test_what_else_torchao_has_is_refused_by_name(kind):
+    quantization = pytest.importorskip("torchao.quantization")
+    base = nn.Linear(256, 64, bias=False)
+    if kind == "NF4":
+        base.weight = nn.Parameter(quantization.to_nf4(base.weight.detach(), 64, 256), requires_grad=False)
+    elif kind == "scaled further":
+        quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
+        assert not unreadable(base)
+        base.weight.act_pre_scale = torch.full((256,), 2.0)
+    else:
+        base = nn.Embedding(64, 256)
+        config = quantization.Int8WeightOnlyConfig()
+        quantization.quantize_(base, config, filter_fn=lambda module, _: isinstance(module, nn.Embedding))
+    with pytest.raises(
+        LayerError, match=r"holds its weight in a \w+Tensor of torchao.*load the base model unquantised"
+    ):
+        dense(base)

@@ -120,14 +120,8 @@ def format_of(base: nn.Module) -> str:
     weight, layer = _weight(base), type(base).__name__
     if quantised_format(base) is not None:
         return ""
-    if weight is not None:
-        numbers: Tensor = weight.to_local().detach() if isinstance(weight, DTensor) else weight
-        if str(weight.dtype).startswith("torch.float8"):
-            return f"FP8 ({layer}, {_plain(weight.dtype)})"
-        if type(numbers) not in (Tensor, nn.Parameter):
-            return f"a {type(numbers).__name__} of {type(numbers).__module__.partition('.')[0]}"
-        if weight.dtype not in NUMBERS:
-            return f"{_plain(weight.dtype)} codes ({layer})"
+    if weight is not None and (words := codes_of(weight, layer)):
+        return words
     beside = next((name for name in _tensors(base) if name not in ("weight", "bias") and _BESIDE.search(name)), None)
     if beside is None:
         beside = next((name for name in vars(base) if name == "W_q" or name.startswith("quantization_sch")), None)
@@ -136,6 +130,16 @@ def format_of(base: nn.Module) -> str:
     if _CLASSES.search(layer) and not type(base).__module__.startswith("torch.nn."):
         return f"a quantised format ({layer})"
     return ""
+
+
+def codes_of(tensor: Tensor, layer: str) -> str:
+    """Return in words what a tensor in a layer of some class is of; empty where it is of plain numbers."""
+    numbers: Tensor = tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+    if str(tensor.dtype).startswith("torch.float8"):
+        return f"FP8 ({layer}, {_plain(tensor.dtype)})"
+    if type(numbers) not in (Tensor, nn.Parameter):
+        return f"a {type(numbers).__name__} of {type(numbers).__module__.partition('.')[0]}"
+    return "" if tensor.dtype in NUMBERS else f"{_plain(tensor.dtype)} codes ({layer})"
 
 
 def _no_values(base: nn.Module, weight: Tensor | None) -> str:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import LayerError
-from headstart.layers.formats import NUMBERS, format_of, how_to_load
+from headstart.layers.formats import codes_of, format_of, how_to_load
 from headstart.layers.quantised import FORMATS, quantised_format, rounds_inputs
 from headstart.names import in_base
 
@@ -92,10 +92,8 @@ def _check_convolution(target: TargetLayer, base: Any) -> None:
 def _check_stack(target: TargetLayer, module: ParamWrapper) -> None:
     """Refuse a parameter (of experts, of a router) that is none of plain numbers."""
     base, name = module.get_base_layer(), module.parameter_name
-    words, parameter = format_of(base), module.get_param()
-    if not words and parameter.dtype not in NUMBERS:
-        words = f"{str(parameter.dtype).removeprefix('torch.')} codes"
-    if words:
+    parameter = module.get_param()
+    if words := format_of(base) or codes_of(parameter, type(base).__name__):
         raise LayerError(
             f"layer {in_base(target.name)!r} holds its parameter {name!r} in {words}: only plain numbers can be "
             f"initialised; {how_to_load(base)}."

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def _torchao(base: Any) -> str | None:
     name = type(weight).__name__
     # With act_pre_scale, the codes stand for a weight whose columns are scaled further.
     plain = rounds_inputs(base) is None and getattr(weight, "act_pre_scale", None) is None
-    return f"torchao's {name}" if _of(weight, "torchao") and name in _TORCHAO and plain else None
+    readable = isinstance(base, nn.Linear) and _of(weight, "torchao") and name in _TORCHAO
+    return f"torchao's {name}" if readable and plain else None
 
 
 def _hqq(base: Any) -> str | None:
