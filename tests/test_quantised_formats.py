@@ -21,7 +21,7 @@ from headstart.layers.quantised import quantisation
 from headstart.layers.weights import dense
 from inputs import normal
 from oracles import relative, tail
-from quantised_bases import FORMATS, WAYS, WIDE, base_folder, fp8_kernel, fp8_layer, gptq_layer, hqq_layer
+from quantised_bases import FORMATS, WAYS, WIDE, base_folder, fp8_kernel, fp8_layer, gptq_layer, hqq_layer, replaced
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Of each form.
@@ -343,6 +343,18 @@ def test_another_base_is_refused_quantised_or_not(folder, name, tmp_path):
     with pytest.raises(hs.CheckpointError, match=f"other weights.*held in {words}.*check_base=False"):
         hs.load_checkpoint(other, tmp_path / "c")
     hs.load_checkpoint(other, tmp_path / "c", check_base=False)
+
+
+def test_what_is_quantised_too_coarsely_to_be_told_goes_on_its_base_when_it_is_said_to(folder, tmp_path):
+    pytest.importorskip("hqq")
+    base = replaced(hqq_layer(1, axis=1))(folder, torch.float32)
+    model = wrapped(base, target_modules=["q_proj", "v_proj"])
+    hs.save_checkpoint(model, tmp_path / "c")
+    with pytest.raises(
+        hs.CheckpointError, match=r"held in HQQ, 1 bits, and this one is not quantised.*check_base=False"
+    ):
+        hs.load_checkpoint(plain(folder, "HQQ 4"), tmp_path / "c")
+    hs.load_checkpoint(plain(folder, "HQQ 4"), tmp_path / "c", check_base=False)
 
 
 # What is refused.
