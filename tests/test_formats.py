@@ -8,11 +8,15 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
 from torch.nn import functional
+from transformers import GptOssConfig
 from transformers.integrations.bitnet import AutoBitLinear
-from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers.integrations.fbgemm_fp8 import FbgemmFp8Linear
+from transformers.integrations.finegrained_fp8 import FP8GroupedLinear, FP8Linear
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from transformers.pytorch_utils import Conv1D
 
 import headstart as hs
@@ -59,10 +63,22 @@ def rounded(base):
 
 
 def fp8(d_out=32, d_in=64):
-    layer = FP8Linear(d_in, d_out, block_size=(16, 16))
+    """By groups: its weight is no matrix from inputs to outputs."""
+    layer = FP8GroupedLinear(d_in, d_out, n_groups=2, block_size=(16, 16))
     layer.weight = nn.Parameter(torch.ones(d_out, d_in).to(torch.float8_e4m3fn), requires_grad=False)
     layer.weight_scale_inv = nn.Parameter(torch.full((d_out // 16, d_in // 16), 0.01), requires_grad=False)
     return layer
+
+
+def fp4():
+    """Two numbers a byte in Transformers' FP8 layer, as some checkpoints have them."""
+    layer = FP8Linear(64, 32, block_size=(1, 32))
+    layer.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+def mxfp4():
+    return Mxfp4GptOssExperts(GptOssConfig(hidden_size=32, intermediate_size=32, num_local_experts=2))
 
 
 class Subclass(torch.Tensor):
@@ -89,7 +105,10 @@ class Packed(nn.Module):
 
 BYTES = torch.zeros(4, 4, dtype=torch.uint8)
 FOREIGN = {
-    "FP8 by blocks": (fp8, "FP8 .*FP8Linear"),
+    "FP8 by groups": (fp8, "FP8 .*FP8GroupedLinear"),
+    "FP8 by rows": (lambda: with_tensors(FbgemmFp8Linear(32, 16, False)), "FP8 .*FbgemmFp8Linear"),
+    "FP4 in an FP8 layer": (fp4, "int8 codes .*FP8Linear"),
+    "MXFP4": (mxfp4, r"a quantised format \(Mxfp4GptOssExperts\)"),
     "FP8, of another kind": (lambda: with_weight(torch.zeros(4, 4).to(torch.float8_e5m2)), "FP8 .*float8_e5m2"),
     "8-bit numbers": (lambda: with_weight(torch.zeros(4, 4, dtype=torch.int8)), "int8 codes"),
     "8-bit numbers and scales": (lambda: with_weight(torch.zeros(4, 4, dtype=torch.int8), weight_scales=BYTES), "int8"),
@@ -194,14 +213,50 @@ def test_residual_weights_read_it():
         hs.initialize_(model, "init-ab", form="residual", progress=False)
 
 
-def test_a_layer_of_peft_that_only_such_bases_have_is_refused_by_the_format():
-    """PEFT has layers of its own for GPTQ and the like, into which no start can be put."""
+@pytest.mark.parametrize("peft_layer", [GPTQLoraLinear, AwqLoraLinear])
+def test_a_layer_of_peft_that_only_such_bases_have_is_refused_by_the_format(peft_layer):
+    """PEFT has layers of its own for AWQ and the like, into which no start can be put, and for GPTQ's many kernels."""
     config = LoraConfig(r=4, target_modules=["0"])
-    config._register_custom_module({Packed: GPTQLoraLinear})
+    config._register_custom_module({Packed: peft_layer})
     packed = with_tensors(Packed(), qweight=BYTES, qzeros=BYTES)
     model = get_peft_model(nn.Sequential(packed, nn.Linear(8, 8)), config)
     for method in ("lora", "pissa"):
         with pytest.raises(
             LayerError, match=r"layer '0' holds its weight in .*qweight.*load the base model unquantised"
         ):
+            hs.initialize_(model, method, progress=False)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "lora-one:samples=4"])
+def test_experts_in_mxfp4_are_refused_with_the_way_to_load_them(method):
+    base = nn.ModuleDict({"experts": mxfp4()})
+    base.config = GptOssConfig()
+    model = get_peft_model(base, LoraConfig(r=4, target_parameters=["experts.gate_up_proj", "experts.down_proj"]))
+    with pytest.raises(LayerError, match=r"'experts' .*Mxfp4GptOssExperts.*Mxfp4Config\(dequantize=True\)"):
+        hs.initialize_(model, method, data=[token_batch()], progress=False)
+
+
+class Stack(nn.Module):
+    """Experts in one parameter of a tensor type that says it is of numbers, as torchao's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2, 8, 8).as_subclass(Subclass), requires_grad=False)
+
+
+def test_experts_in_a_tensor_type_are_refused_by_name():
+    model = get_peft_model(nn.Sequential(Stack()), LoraConfig(r=4, target_modules=[], target_parameters=["0.w"]))
+    with pytest.raises(LayerError, match=r"layer '0' holds its parameter 'w' in a Subclass.*load the base model unqu"):
+        hs.initialize_(model, "pissa", progress=False)
+
+
+def test_awq_is_refused_by_name():
+    """As its package has it; PEFT's layer on it asks no form what it computes."""
+    awq = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch_awq")
+    layer = awq.AwqTorchLinear(4, 32, False, False, 64, 32)
+    layer.pack(nn.Linear(64, 32, bias=False), torch.full((32, 2), 0.02), torch.full((32, 2), 8.0))
+    model = get_peft_model(nn.Sequential(layer, nn.Linear(32, 2)), LoraConfig(r=4, target_modules=["0"]))
+    assert isinstance(model.base_model.model[0], AwqLoraLinear)
+    for method in ("lora", "pissa"):
+        with pytest.raises(LayerError, match=r"AwqTorchLinear, with \w+ in its place.*load the base model"):
             hs.initialize_(model, method, progress=False)

@@ -1,7 +1,7 @@
 """What happens once PEFT is imported, by whomever: until then headstart leaves it alone, for it takes seconds.
 
 PEFT is found as it is without headstart. While it is imported, bitsandbytes doesn't advise to install a package that
-nothing here uses.
+nothing here uses, nor torchao list the kernels of GPUs that aren't there.
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ import importlib.abc
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.machinery import ModuleSpec
 from itertools import dropwhile, islice
 from types import ModuleType
 from typing import Any
 
-# Logged, on some processors, while PEFT imports bitsandbytes; nobody has configured logging then, so it is printed.
-_SPEAKER = logging.getLogger("bitsandbytes.backends.cpu.ops")
+# Logged, on some machines, while PEFT imports bitsandbytes and torchao: by logger, a part of the message. Nobody has
+# configured logging then, so it is printed.
+_REMARKS = {
+    "bitsandbytes.backends.cpu.ops": "kernels-community",
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "is an Enum subclass",
+}
 
 
 def after_peft(extend: Callable[[], None]) -> None:
@@ -79,13 +85,15 @@ class _PeftLoader(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
-        _SPEAKER.addFilter(_other)
-        try:
+        with ExitStack() as undo:
+            for name, remark in _REMARKS.items():
+                speaker, others = logging.getLogger(name), _others(remark)
+                speaker.addFilter(others)
+                undo.callback(speaker.removeFilter, others)
             self._loader.exec_module(module)
-        finally:
-            _SPEAKER.removeFilter(_other)
         self._extend()
 
 
-def _other(record: logging.LogRecord) -> bool:
-    return "kernels-community" not in record.getMessage()
+def _others(remark: str) -> Callable[[logging.LogRecord], bool]:
+    """Return a filter that lets all messages pass but those with this remark."""
+    return lambda record: remark not in record.getMessage()

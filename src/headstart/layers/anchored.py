@@ -21,11 +21,14 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
 from headstart import compat
+from headstart.errors import LayerError
 from headstart.layers.factors import FACTORS, both, by_adapter, factor, is_embedding
+from headstart.layers.formats import NUMBERS
 from headstart.layers.frozen_convolutions import frozen_copy
 from headstart.layers.frozen_lookups import FrozenLookup, looked_up
 from headstart.layers.stacks import AnchoredParamWrapper, stacked
@@ -76,15 +79,38 @@ class Formed(LoraVariant):
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the weight with the adapter in it."""
+        _check_numbers(orig_weight)
         return orig_weight + self.delta(module, active_adapter).to(orig_weight.dtype)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: nn.Parameter) -> None:
         """Add the adapter to the weight in place."""
+        _check_numbers(orig_weight)
         orig_weight.data += self.delta(module, active_adapter).to(orig_weight.dtype)
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the weight with the adapter taken out."""
         return orig_weight.data - self.delta(module, active_adapter).to(orig_weight.dtype)
+
+
+def _check_numbers(weight: Tensor) -> None:
+    """Refuse to merge into codes: of quantised weights, PEFT gives forms either what the codes stand for, or these."""
+    if weight.dtype not in NUMBERS:
+        raise LayerError(
+            f"a layer holds its weight as {str(weight.dtype).removeprefix('torch.')} codes, to which nothing can be "
+            "added: write the adapter with headstart.save_lora, and merge it into the unquantised base model."
+        )
+
+
+class FormedTorchaoLinear(TorchaoLoraLinear):
+    """PEFT's layer on a weight of torchao's, some adapter of which has a form: PEFT's own merges s B A of all."""
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what the adapter adds to the weight."""
+        variant = self.lora_variant.get(adapter)
+        return variant.delta(self, adapter) if isinstance(variant, Formed) else super().get_delta_weight(adapter)
+
+
+FormedTorchaoLinear.__name__ = TorchaoLoraLinear.__name__  # as the layer prints itself
 
 
 class Start(nn.Linear):
@@ -220,9 +246,16 @@ def set_anchors(module: LoraLayer, adapter: str, A0: Tensor, B0: Tensor, kind: s
             getattr(module, name)[adapter] = Start(start)
         else:
             getattr(module, name)[adapter] = frozen_copy(part, start)
-    module.lora_variant[adapter] = VARIANTS[kind][is_embedding(module)]()
+    set_variant(module, adapter, VARIANTS[kind][is_embedding(module)]())
+
+
+def set_variant(module: LoraLayer, adapter: str, variant: Formed) -> None:
+    """Let a layer compute with a form, and be of a class that asks it everywhere."""
+    module.lora_variant[adapter] = variant
     if isinstance(module, ParamWrapper):
-        module.__class__ = AnchoredParamWrapper  # which asks no variant what it computes
+        module.__class__ = AnchoredParamWrapper  # PEFT's asks no variant what it computes
+    elif isinstance(module, TorchaoLoraLinear):
+        module.__class__ = FormedTorchaoLinear  # PEFT's asks no variant what it merges
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from headstart.errors import CheckpointError, HeadstartWarning
 from headstart.layers.adapter import AdapterLayer
 from headstart.layers.files import RESIDUAL_MARK
 from headstart.layers.find import TargetLayer, base_of, lora_layers, residual_owner
-from headstart.layers.formats import quantisation
 from headstart.layers.mark import StackOf
+from headstart.layers.quantised import quantisation
 from headstart.layers.weights import fingerprint, linear_shape
 from headstart.names import in_base
 
@@ -86,13 +86,19 @@ def check_weights(
         plain, parameter = holders[name]
         bits, saved_bits = quantisation(plain), content.get("quantised")
         sample = fingerprint(plain, parameter)
-        if sample is None or _alike(sample, expected, getattr(plain, parameter).dtype):
+        exact = bits is None and getattr(plain, parameter).dtype in (torch.float32, torch.float64)
+        if sample is None or _alike(sample, expected, exact):
             continue
         if (bits or saved_bits) and _near(sample, expected):
             differing.add((_words(bits), _words(saved_bits)))
         else:
             where = Path(getattr(base, "name_or_path", None) or "", RESIDUAL_MARK)
             hint = " (This is a residual model: headstart.stream.load_residual loads both.)" if where.is_file() else ""
+            if bits or saved_bits:
+                hint += (
+                    f" (It was made on one that is {_words(saved_bits)}, and this one is {_words(bits)}: if they are "
+                    "copies of one model, check_base=False loads it.)"
+                )
             raise CheckpointError(
                 f"{folder} belongs to another base model: layer {name!r} has the same shape here, but other "
                 f"weights.{hint}"
@@ -121,9 +127,9 @@ def _near(sample: list[float], expected: list[float]) -> bool:
     return apart <= 0.4 * max(math.hypot(*sample), math.hypot(*expected))
 
 
-def _alike(sample: list[float], expected: list[float], dtype: torch.dtype) -> bool:
+def _alike(sample: list[float], expected: list[float], exact: bool) -> bool:
     """Compare fingerprints; a base loaded in half precision differs from itself by rounding, no more."""
-    tolerance = 0.0 if dtype in (torch.float32, torch.float64) else 2 * torch.finfo(torch.bfloat16).eps
+    tolerance = 0.0 if exact else 2 * torch.finfo(torch.bfloat16).eps
     # The checkpoint may have come from a rounded base as well, which float32 then doesn't match to the bit.
     rounded = [float(torch.tensor(value, dtype=torch.float32, device="cpu").bfloat16()) for value in sample]
     half = [float(torch.tensor(value, dtype=torch.float32, device="cpu").half()) for value in sample]

@@ -43,10 +43,10 @@ from headstart.layers.find import (
     set_record,
     tied_layers,
 )
-from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
 from headstart.layers.mark import StackOf, marked_stacks
+from headstart.layers.quantised import quantisation
 from headstart.layers.told import stacks_told_by
 from headstart.layers.unwrap import looks_through, plain_name
 from headstart.layers.watch import watch

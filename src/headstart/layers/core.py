@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from headstart.errors import LayerError
-from headstart.layers.anchored import Formed, anchor_kind
+from headstart.layers.anchored import Formed, anchor_kind, set_variant
 from headstart.layers.frozen import freeze_factors, thaw_factors
 from headstart.layers.weights import fitted, oriented, product, whole
 from headstart.linalg.precision import double, like
@@ -73,7 +73,7 @@ def set_core(module: LoraLayer, adapter: str, R: Tensor) -> None:
     linear.weight = nn.Parameter(value, requires_grad=trained)
     getattr(module, CORE)[adapter] = linear
     freeze_factors(module, adapter, ("lora_A", "lora_B"))
-    module.lora_variant[adapter] = CoreVariant()
+    set_variant(module, adapter, CoreVariant())
 
 
 def drop_core(module: LoraLayer, adapter: str) -> None:

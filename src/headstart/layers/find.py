@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 from headstart.errors import BASE_PREFIX, LayerError, nearest, not_finite
 from headstart.layers.core import core_of, form_of
 from headstart.layers.factors import FACTORS, Factor, attribute_of, by_adapter, factor, is_embedding
-from headstart.layers.formats import check_not_tensor_parallel, home, quantisation, unreadable
+from headstart.layers.formats import check_not_tensor_parallel, home, unreadable
 from headstart.layers.frozen import frozen_factors
 from headstart.layers.kinds import check_kind, is_dora
+from headstart.layers.quantised import quantisation
 from headstart.layers.unwrap import plain_name
 from headstart.layers.weights import adapted_parameter, dense, is_transposed, linear_shape, place, weight_digest
 from headstart.linalg.product import product_norm

@@ -1,8 +1,8 @@
 """What a base layer's weight is held in, and whether its numbers can be read from that.
 
-Only what is known to be plain numbers (16 bits or more, in PyTorch's own tensors, with no scale beside them) or codes
-of bitsandbytes is read. Everything else is refused by the methods that need the weight: codes taken for numbers would
-give factors of another matrix, without an error.
+Only what is known to be plain numbers (16 bits or more, in PyTorch's own tensors, with no scale beside them) or in a
+format that :mod:`headstart.layers.quantised` reads is read. Everything else is refused by the methods that need the
+weight: codes taken for numbers would give factors of another matrix, without an error.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
 
 from headstart.errors import LayerError
+from headstart.layers.quantised import quantised_format
 
-_BITSANDBYTES = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Names of what quantisers keep beside a weight, or in place of it: weight_scale_inv, qweight, W_q, codebooks, ...
 _BESIDE = re.compile(r"scale|zero|quant|qweight|W_q|code|packed|absmax|g_idx|tables|qbias|lut", re.IGNORECASE)
@@ -36,21 +36,21 @@ _OFF = {
 }
 
 
-def quantisation(base: nn.Module) -> str | None:
-    """Return "4-bit" or "8-bit" for a layer of bitsandbytes, None for any other."""
-    return _BITSANDBYTES.get(type(_weight(base)).__name__)
-
-
 def unreadable(base: nn.Module) -> str:
     """Return why a base layer's weight can't be read and what to do, to follow the layer's name; empty where it can."""
     weight = _weight(base)
     if words := format_of(base):
-        switched = _OFF.get(type(base).__module__.rpartition(".")[2])
         return (
-            f"holds its weight in {words}, which can't be read as numbers: load the base model unquantised"
-            f"{f' ({switched})' if switched else ''}, or use a method that doesn't read the weight, such as lora."
+            f"holds its weight in {words}, which can't be read as numbers: {how_to_load(base)}, or use a method that "
+            "doesn't read the weight, such as lora."
         )
     return _no_values(base, weight)
+
+
+def how_to_load(base: nn.Module) -> str:
+    """Return what to do about a base layer in a format that can't be read, by the switch that Transformers has."""
+    switch = _OFF.get(type(base).__module__.rpartition(".")[2])
+    return f"load the base model unquantised{f' ({switch})' if switch else ''}"
 
 
 def check_readable(layers: Iterable[tuple[str, nn.Module]]) -> None:
@@ -118,18 +118,12 @@ def _tensors(base: nn.Module) -> dict[str, Tensor]:
 
 
 def format_of(base: nn.Module) -> str:
-    """Return in words what a base layer's weight is held in; empty where it is plain numbers or bitsandbytes' codes."""
+    """Return in words what a base layer's weight is held in; empty where it can be read."""
     weight, layer = _weight(base), type(base).__name__
-    if type(weight).__name__ in _BITSANDBYTES:
+    if quantised_format(base) is not None:
         return ""
-    if weight is not None:
-        numbers: Tensor = weight.to_local().detach() if isinstance(weight, DTensor) else weight
-        if str(weight.dtype).startswith("torch.float8"):
-            return f"FP8 ({layer}, {_plain(weight.dtype)})"
-        if type(numbers) not in (Tensor, nn.Parameter):
-            return f"a {type(numbers).__name__} of {type(numbers).__module__.partition('.')[0]}"
-        if weight.dtype not in NUMBERS:
-            return f"{_plain(weight.dtype)} codes ({layer})"
+    if weight is not None and (words := codes_of(weight, layer)):
+        return words
     beside = next((name for name in _tensors(base) if name not in _NO_CODES and _BESIDE.search(name)), None)
     if beside is None:
         beside = next((name for name in vars(base) if name == "W_q" or name.startswith("quantization_sch")), None)
@@ -138,6 +132,16 @@ def format_of(base: nn.Module) -> str:
     if _CLASSES.search(layer) and not type(base).__module__.startswith("torch.nn."):
         return f"a quantised format ({layer})"
     return ""
+
+
+def codes_of(tensor: Tensor, layer: str) -> str:
+    """Return in words what a tensor in a layer of some class is of; empty where it is of plain numbers."""
+    numbers: Tensor = tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+    if str(tensor.dtype).startswith("torch.float8"):
+        return f"FP8 ({layer}, {_plain(tensor.dtype)})"
+    if type(numbers) not in (Tensor, nn.Parameter):
+        return f"a {type(numbers).__name__} of {type(numbers).__module__.partition('.')[0]}"
+    return "" if tensor.dtype in NUMBERS else f"{_plain(tensor.dtype)} codes ({layer})"
 
 
 def _no_values(base: nn.Module, weight: Tensor | None) -> str:

@@ -18,10 +18,10 @@ from headstart.layers.core import drop_core, form_of, set_core
 from headstart.layers.experts import stacks_in
 from headstart.layers.factors import both, by_adapter
 from headstart.layers.find import TargetLayer, lora_layers, set_record, set_residual_owner
-from headstart.layers.formats import quantisation
 from headstart.layers.frozen import freeze_factors, thaw_factors
 from headstart.layers.kinds import is_dora
 from headstart.layers.mark import PLAIN, make_mark
+from headstart.layers.quantised import quantisation
 from headstart.layers.stacks import product_of_stack
 from headstart.layers.watch import watch
 from headstart.layers.weights import (
@@ -144,12 +144,12 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
             f"layer {target.name!r} holds adapter {others[0]!r} as well, which residual weights would change; use "
             'form="anchored".'
         )
-    weight = getattr(module.get_base_layer(), adapted_parameter(module))
     if kind := quantisation(module.get_base_layer()):
         raise LayerError(
             f"layer {target.name!r} is quantised ({kind}), and nothing can be subtracted from its weight; use "
             'form="anchored", which leaves it alone.'
         )
+    weight = getattr(module.get_base_layer(), adapted_parameter(module))
     if isinstance(weight, DTensor):
         raise LayerError(
             f"layer {target.name!r} is sharded over processes, and residual weights have to be made before that; "

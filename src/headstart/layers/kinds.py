@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import LayerError
-from headstart.layers.formats import NUMBERS, format_of
+from headstart.layers.formats import codes_of, format_of, how_to_load
+from headstart.layers.quantised import FORMATS, quantised_format, rounds_inputs
 from headstart.names import in_base
 
 if TYPE_CHECKING:
@@ -47,19 +48,28 @@ def check_kind(target: TargetLayer) -> None:
 
 
 def _check_linear(target: TargetLayer, base: Any) -> None:
-    """Refuse a layer that is no linear one either, or held in codes that can't be read."""
-    # PEFT's layers on bitsandbytes' can't be imported where that isn't installed.
-    supported = isinstance(target.module, Linear) or type(target.module).__module__ == "peft.tuners.lora.bnb"
-    if supported and isinstance(base, (nn.Linear, Conv1D)):
+    """Refuse a layer that is no linear one either, or held in codes that can't be read or trained through."""
+    if tensor := rounds_inputs(base):
+        raise LayerError(
+            f"layer {target.name!r} rounds its inputs as it runs (torchao's {tensor}), so no gradient comes to the "
+            "layers before it: quantise the weights alone (Int8WeightOnlyConfig), or load the base model unquantised."
+        )
+    quantised = quantised_format(base)
+    # PEFT's layers on quantised ones can't all be imported where their packages aren't installed.
+    supported = isinstance(target.module, Linear) or (
+        quantised is not None and type(target.module).__module__ == quantised.peft
+    )
+    if supported and (quantised is not None or isinstance(base, (nn.Linear, Conv1D))):
         return
+    readable = ", ".join(candidate.title for candidate in FORMATS)
     if words := format_of(base):
         raise LayerError(
-            f"layer {target.name!r} holds its weight in {words}: only nn.Linear, Conv1D and bitsandbytes layers "
-            "can be initialised; load the base model unquantised, or in bitsandbytes' 4 or 8 bits."
+            f"layer {target.name!r} holds its weight in {words}: {how_to_load(base)}, or in a format that can be read "
+            f"({readable})."
         )
     raise LayerError(
         f"layer {target.name!r} is {_article(type(base).__name__)}: only nn.Linear, Conv1D, convolutions, "
-        "nn.Embedding and bitsandbytes layers can be initialised; leave it out of target_modules."
+        f"nn.Embedding and quantised layers ({readable}) can be initialised; leave it out of target_modules."
     )
 
 
@@ -76,8 +86,8 @@ def _check_convolution(target: TargetLayer, base: Any) -> None:
         raise LayerError(f"layer {target.name!r} is a convolution that uses DoRA; set use_dora=False, or leave it out.")
     if words := format_of(base):
         raise LayerError(
-            f"layer {target.name!r} holds its kernels in {words}: only plain numbers can be initialised; load the base "
-            "model unquantised."
+            f"layer {target.name!r} holds its kernels in {words}: only plain numbers can be initialised; "
+            f"{how_to_load(base)}."
         )
 
 
@@ -111,13 +121,11 @@ def _check_embedding(target: TargetLayer, base: Any) -> None:
 def _check_stack(target: TargetLayer, module: ParamWrapper) -> None:
     """Refuse a parameter (of experts, of a router) that is none of plain numbers."""
     base, name = module.get_base_layer(), module.parameter_name
-    words, parameter = format_of(base), module.get_param()
-    if not words and parameter.dtype not in NUMBERS:
-        words = f"{str(parameter.dtype).removeprefix('torch.')} codes"
-    if words:
+    parameter = module.get_param()
+    if words := format_of(base) or codes_of(parameter, type(base).__name__):
         raise LayerError(
-            f"layer {in_base(target.name)!r} holds its parameter {name!r} in {words}: only plain "
-            "numbers can be initialised; load the base model unquantised."
+            f"layer {in_base(target.name)!r} holds its parameter {name!r} in {words}: only plain numbers can be "
+            f"initialised; {how_to_load(base)}."
         )
     if isinstance(parameter, DTensor) or parameter.device.type == "meta":
         where = "is sharded over processes" if isinstance(parameter, DTensor) else "has no values here (meta device)"

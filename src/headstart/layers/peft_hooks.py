@@ -60,7 +60,9 @@ class FromConfig(Formed):
             form = marked_form(mark, name)
         A, B = both(module, adapter_name)
         if form == "core":
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+            with torch.no_grad():
+                # On FP8 weights, PEFT's factors are FP8 for this moment, which nothing can be drawn in.
+                B.copy_(nn.init.kaiming_uniform_(torch.empty_like(B, dtype=torch.float32), a=math.sqrt(5)))
             set_core(module, adapter_name, A.new_zeros(len(A), len(A)))
         elif form is not None:
             set_anchors(module, adapter_name, torch.zeros_like(A), torch.zeros_like(B), form)

@@ -39,7 +39,7 @@ def left_out(model: nn.Module, layers: Sequence[TargetLayer]) -> LeftOut:
                 continue
             counted.add(id(parameter))
             # A quantised weight holds fewer numbers than it stands for.
-            whole = name == "weight" and isinstance(module, nn.Linear)
+            whole = name == "W_q" or (name == "weight" and isinstance(module, nn.Linear))
             size = module.in_features * module.out_features if whole else parameter.numel()
             total += size
             if id(parameter) in reached or parameter.requires_grad:

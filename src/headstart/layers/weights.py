@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 from headstart.errors import LayerError
 from headstart.layers.factors import FACTORS, attribute_of, is_embedding
-from headstart.layers.formats import home, quantisation, unreadable
+from headstart.layers.formats import home, unreadable
+from headstart.layers.quantised import quantised_format
 from headstart.linalg import precision
 
 # Rows are hashed in parts of about this size, on as many threads as torch has. Part of every digest: a change of it
@@ -56,9 +56,7 @@ def adapted_parameter(layer: LoraLayer) -> str:
 def dense(base: nn.Module, parameter: str = "weight") -> Tensor:
     """Return a base layer's weight, detached and in its own storage order; whole, and dequantised where it has to be.
 
-    One that accelerate keeps elsewhere is brought in for the moment. bitsandbytes' 4-bit layers are reordered for
-    inference when they run on a CPU in evaluation mode; saving the state is what puts them back in the order that can
-    be dequantised.
+    One that accelerate keeps elsewhere is brought in for the moment.
 
     Raises:
         LayerError: it can't be read (see :func:`headstart.layers.formats.unreadable`, whose caller knows the layer).
@@ -66,17 +64,9 @@ def dense(base: nn.Module, parameter: str = "weight") -> Tensor:
     if why := unreadable(base):
         raise LayerError(f"a layer {why}")
     with align_module_device(base):
-        return _dense(base) if parameter == "weight" else whole(base.get_parameter(parameter).detach())
-
-
-def _dense(base: nn.Module) -> Tensor:
-    weight = base.get_parameter("weight")
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        base.state_dict()
-    if quantisation(base) == "8-bit":
-        # PEFT's function for modules would also put a new weight there, and lose what the next forward pass needs.
-        return dequantize_bnb_weight(weight, state=base.state).detach()
-    return whole(dequantize_module_weight(base).detach())
+        quantised = quantised_format(base) if parameter == "weight" else None
+        held_in = base.get_parameter(parameter) if quantised is None else quantised.dequantise(base)
+        return whole(held_in.detach())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -152,9 +142,10 @@ def fitted(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:
-    """Return (d_out, d_in) of an nn.Linear, a Conv1D, an embedding, or a convolution whose kernels are rows."""
-    if isinstance(base, nn.Linear):
-        return base.out_features, base.in_features  # a quantised weight has another shape
+    """Return (d_out, d_in) of a linear layer, a Conv1D, an embedding, or a convolution whose kernels are rows."""
+    if isinstance(base, nn.Linear) or quantised_format(base) is not None:
+        shape: Any = base
+        return shape.out_features, shape.in_features  # a quantised weight has another shape, or isn't there
     rows, columns = base.get_parameter("weight").flatten(1).shape
     return (columns, rows) if isinstance(base, Conv1D | nn.Embedding) else (rows, columns)
 

@@ -159,7 +159,7 @@ class Layer:
             such as one of a mixture's experts; "convolution" for a convolution's kernels as rows; "embedding" for
             an embedding, which reads tokens as vectors of zeros and one 1.
         shows_inputs: what reaches the layer can be read.
-        quantised: "4-bit" or "8-bit" where bitsandbytes holds the weight, else None.
+        quantised: what a quantised weight is held in, such as "4-bit" (bitsandbytes') or "FP8"; None for plain numbers.
         seed: the user's seed; :meth:`generator` derives the layer's own stream from it and the name.
         training: what is known of the fine-tuning to come.
         weight: W (d_out, d_in) in float32; dequantised where it has to be.

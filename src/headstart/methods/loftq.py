@@ -23,7 +23,7 @@ _ANOTHER = 0.5
 class LoftQ(Method):
     """LoftQ: with W - Q = U S V', B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r'; kept.
 
-    W is the weight before bitsandbytes quantised it, read from the model's safetensors files, and Q what it stands for
+    W is the weight before it was quantised, read from the model's safetensors files, and Q what it stands for
     now. As Q stays as it is, this is the best start of rank r: W - Q - s B A is no larger for any other. (The paper's
     further steps also quantise anew, to W - s B A, which needs a base that isn't quantised yet.)
 
