@@ -22,10 +22,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import headstart as hs
 from conftest import ARCHITECTURES, tiny_llama, token_batch
+from embedded import MODELS
+from embedded import base_of as base_with_rows
 from mixtures import EXPERTS, batch, moe
+from quantised_bases import WAYS, WIDE
 
 PAGE = Path(__file__).parents[1] / "docs" / "supported.md"
 BEGIN, END = "<!-- The table of tests/supported.py. -->\n", "<!-- Its end. -->\n"
+
+# Those that can be made here without a kernel that wants a GPU.
+FORMATS = ("torchao int8", "torchao int4", "torchao float8", "HQQ 4")
 
 FAMILIES = {
     "shapes, kept: `init-ab-plus`": ("init-ab-plus", "anchored"),
@@ -67,16 +73,31 @@ def _mixture(name: str, parameters: list[str]) -> Row:
     return Row(make, batch, {"target_modules": [], "target_parameters": parameters})
 
 
-def _quantised(needs: str, config: Callable[[], Any]) -> Row:
+def _quantised(needs: str, load: Callable[[str, torch.dtype], nn.Module]) -> Row:
     """A Llama whose linear layers a library quantises while they are loaded."""
 
     def make() -> nn.Module:
         with tempfile.TemporaryDirectory() as folder:
-            tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
-            place = {"device_map": {"": "cpu"}, "dtype": torch.float32}
-            return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config(), **place)
+            tiny_llama(**WIDE).save_pretrained(folder)
+            return load(folder, torch.float32)
 
-    return Row(make, token_batch, {"target_modules": "all-linear"}, needs)
+    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    return Row(make, token_batch, {"target_modules": targets}, needs)
+
+
+def _by_bitsandbytes(**bits: bool) -> Row:
+    def load(folder: str, dtype: torch.dtype) -> nn.Module:
+        config = BitsAndBytesConfig(**bits)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, device_map={"": "cpu"}, dtype=dtype
+        )
+
+    return _quantised("bitsandbytes", load)
+
+
+def _embeddings(name: str) -> Row:
+    _, batch_of, targets = MODELS[name]
+    return Row(lambda: base_with_rows(name), batch_of, {"target_modules": targets})
 
 
 ROWS = {
@@ -86,6 +107,10 @@ ROWS = {
     "BERT, `nn.Linear`": _usual("bert"),
     "ViT, `nn.Linear`": _usual("vit"),
     "ViT, `nn.Conv2d`": Row(*ARCHITECTURES["vit"][:2], {"target_modules": ["projection"]}),
+    "Llama, `nn.Embedding`": _embeddings("llama"),
+    "Llama, `nn.Embedding`, tied": _embeddings("tied"),
+    "Gemma, `nn.Embedding`, scaled": _embeddings("gemma"),
+    "BERT, `nn.Embedding`": _embeddings("bert"),
     "Mixtral, experts": _mixture("mixtral", EXPERTS),
     "Mixtral, routers": _mixture("mixtral", ["gate.weight"]),
     "Qwen3-MoE, experts": _mixture("qwen3-moe", EXPERTS),
@@ -93,8 +118,9 @@ ROWS = {
     "DeepSeek-V3, experts": _mixture("deepseek-v3", EXPERTS),
     "gpt-oss, experts": _mixture("gpt-oss", EXPERTS),
     "Llama 4, experts": _mixture("llama4", EXPERTS),
-    "Llama, bitsandbytes 4-bit": _quantised("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True)),
-    "Llama, bitsandbytes 8-bit": _quantised("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
+    "Llama, bitsandbytes 4-bit": _by_bitsandbytes(load_in_4bit=True),
+    "Llama, bitsandbytes 8-bit": _by_bitsandbytes(load_in_8bit=True),
+    **{f"Llama, {name}": _quantised(WAYS[name].package, WAYS[name].make) for name in FORMATS},
 }
 
 
