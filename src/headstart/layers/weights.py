@@ -57,8 +57,8 @@ def dense(base: nn.Module, parameter: str = "weight") -> Tensor:
     """Return a base layer's weight, detached and in its own storage order; whole, and dequantised where it has to be.
 
     One that DeepSpeed's ZeRO-3 has split is gathered, and copied: all processes must call. One that accelerate keeps
-    elsewhere is brought in for the moment. bitsandbytes' 4-bit layers are reordered for inference when they run on a CPU
-    in evaluation mode; saving the state is what puts them back in the order that can be dequantised.
+    elsewhere is brought in for the moment. bitsandbytes' 4-bit layers are reordered for inference when they run on a
+    CPU in evaluation mode; saving the state is what puts them back in the order that can be dequantised.
 
     Raises:
         LayerError: it can't be read (see :func:`headstart.layers.formats.unreadable`, whose caller knows the layer).
