@@ -409,3 +409,16 @@ def test_what_was_loaded_for_inference_trains_when_it_is_loaded_for_training(met
     assert not any(each.requires_grad for each in model.parameters())
     hs.load_checkpoint(model, tmp_path / "c")
     assert {name for name, each in model.named_parameters() if each.requires_grad} == trained
+
+
+@pytest.mark.parametrize(("method", "words"), [("pissa", "lacks the start of layer"), ("lora-xs", "lacks A, B")])
+def test_a_checkpoint_without_what_does_not_train_is_refused(method, words, tmp_path):
+    """So a Trainer under DeepSpeed's ZeRO-3 writes them."""
+    model = started(tiny_llama(), method)
+    hs.save_checkpoint(model, tmp_path / "run")
+    frozen = {name.replace(".default", "") for name, value in model.named_parameters() if not value.requires_grad}
+    path = tmp_path / "run" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if name not in frozen}, path)
+    (tmp_path / "run" / "headstart.json").unlink()
+    with pytest.raises(hs.CheckpointError, match=words):
+        hs.load_checkpoint(tiny_llama(), tmp_path / "run")

@@ -257,7 +257,7 @@ def check_unsharded(model: nn.Module) -> None:
     ):
         raise LayerError(
             "the model is sharded by FSDP1 or DeepSpeed, whose parts can't be read layer by layer: initialise it "
-            "before that, or use FSDP2."
+            "before that, load what headstart init wrote, or use FSDP2."
         )
 
 

@@ -167,8 +167,8 @@ def digest(batch: Mapping[str, Any]) -> str:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether parameters are sharded over processes (FSDP2), so that all of them must run in step."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Return whether parameters are sharded over processes (FSDP2, ZeRO-3), so that all of them must run in step."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def in_step(items: Sequence[T], rounds: int, spare: T) -> Iterator[tuple[T, bool]]:

@@ -45,7 +45,7 @@ from headstart.layers.find import (
 )
 from headstart.layers.frozen import freeze_factors, frozen_factors, thaw_factors
 from headstart.layers.install import mark_config, subtract_product
-from headstart.layers.mark import StackOf, marked_stacks
+from headstart.layers.mark import StackOf, marked_form, marked_stacks
 from headstart.layers.quantised import quantisation
 from headstart.layers.told import stacks_told_by
 from headstart.layers.unwrap import looks_through, plain_name
@@ -260,11 +260,18 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     folder = Path(path)
     record = _read_record(folder)
     tensors = {plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
-    config, stacks = _read_config(folder)
-    known = stacks | _recorded_stacks(record)
+    config, mark = _read_config(folder)
+    known = marked_stacks(mark) | _recorded_stacks(record)
     layers, other_tensors = split(tensors, config, stacks_told_by(config, tensors, known))
     if not layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no LoRA layer.")
+    for name, layer in layers.items():
+        if layer.kind == "lora" and (form := marked_form(mark, name)):
+            raise CheckpointError(
+                f"{folder / WEIGHTS} lacks the start of layer {name!r}, which is {form}: what wrote it leaves out what "
+                "doesn't train, as a Trainer under DeepSpeed's ZeRO-3 does; save with headstart.save_checkpoint, or a "
+                "plain adapter with headstart.save_lora."
+            )
     return AdapterFolder(folder, tensors, layers, other_tensors, config, record)
 
 
@@ -308,16 +315,16 @@ def _recorded_stacks(record: dict[str, Any]) -> dict[str, StackOf]:
     return {name: StackOf(int(stack[0]), str(stack[1])) for name, stack in told.items() if stack}
 
 
-def _read_config(folder: Path) -> tuple[LoraConfig, dict[str, StackOf]]:
-    """Read the adapter's config, and what its mark says of stacks."""
+def _read_config(folder: Path) -> tuple[LoraConfig, object]:
+    """Read the adapter's config, made plain, and the mark that it may have had."""
     content = read_json(folder / CONFIG)
     if content.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder / CONFIG} has peft_type {content.get('peft_type')!r}; headstart reads LORA.")
     config = plainly_named(LoraConfig.from_pretrained(str(folder)))
-    stacks = marked_stacks(config.init_lora_weights)
+    mark = config.init_lora_weights
     # What it holds says that unaware programs must not load it; here the layers are made plain and then anchored.
     config.init_lora_weights = True
-    return config, stacks
+    return config, mark
 
 
 def _check_targets(targets: dict[str, TargetLayer], layers: dict[str, AdapterLayer], folder: Path) -> None:

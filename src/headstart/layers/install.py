@@ -33,6 +33,7 @@ from headstart.layers.weights import (
     give_values,
     oriented,
     product,
+    split_by_deepspeed,
     whole,
 )
 from headstart.methods.base import Factors, Method
@@ -150,10 +151,10 @@ def subtract_product(target: TargetLayer, undo: ExitStack) -> None:
             'form="anchored", which leaves it alone.'
         )
     weight = getattr(module.get_base_layer(), adapted_parameter(module))
-    if isinstance(weight, DTensor):
+    if isinstance(weight, DTensor) or split_by_deepspeed(weight):
         raise LayerError(
             f"layer {target.name!r} is sharded over processes, and residual weights have to be made before that; "
-            'initialise before fully_shard, or use form="anchored".'
+            'initialise before fully_shard or DeepSpeed, or use form="anchored".'
         )
     if weight.device.type == "meta":
         raise LayerError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -56,22 +57,43 @@ def adapted_parameter(layer: LoraLayer) -> str:
 def dense(base: nn.Module, parameter: str = "weight") -> Tensor:
     """Return a base layer's weight, detached and in its own storage order; whole, and dequantised where it has to be.
 
-    One that accelerate keeps elsewhere is brought in for the moment.
+    One that DeepSpeed's ZeRO-3 has split is gathered, and copied: all processes must call. One that accelerate keeps
+    elsewhere is brought in for the moment.
 
     Raises:
         LayerError: it can't be read (see :func:`headstart.layers.formats.unreadable`, whose caller knows the layer).
     """
     if why := unreadable(base):
         raise LayerError(f"a layer {why}")
-    with align_module_device(base):
+    split = any(map(split_by_deepspeed, base.parameters(recurse=False)))
+    with align_module_device(base), gathered(base.parameters(recurse=False)):
         quantised = quantised_format(base) if parameter == "weight" else None
         held_in = base.get_parameter(parameter) if quantised is None else quantised.dequantise(base)
-        return whole(held_in.detach())
+        weight = whole(held_in.detach())
+        return weight.clone() if split else weight  # what is gathered is given back at the block's end
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor that FSDP2 has sharded, gathered from all processes (all must call); any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def split_by_deepspeed(parameter: Tensor) -> bool:
+    """Return whether DeepSpeed's ZeRO-3 holds a parameter, of which no process sees the whole unless it is gathered."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hold those parameters whole within the block that DeepSpeed's ZeRO-3 has split; all processes must enter it."""
+    split = [parameter for parameter in parameters if split_by_deepspeed(parameter)]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split):
+        yield
 
 
 @torch.no_grad()
@@ -146,7 +168,9 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
     if isinstance(base, nn.Linear) or quantised_format(base) is not None:
         shape: Any = base
         return shape.out_features, shape.in_features  # a quantised weight has another shape, or isn't there
-    rows, columns = base.get_parameter("weight").flatten(1).shape
+    weight: Any = base.get_parameter("weight")
+    rows, *others = getattr(weight, "ds_shape", weight.shape)
+    columns = math.prod(others)
     return (columns, rows) if isinstance(base, Conv1D | nn.Embedding) else (rows, columns)
 
 
