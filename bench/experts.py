@@ -1,4 +1,4 @@
-"""Starts of a mixture's experts: one layer of Qwen3-30B-A3B's shapes, by how many experts it has, and a step on it."""
+"""Starts of experts: layers of Qwen3-30B-A3B's shapes, by how many experts and layers there are; and a step on one."""
 
 from __future__ import annotations
 
@@ -21,25 +21,32 @@ from headstart.linalg.svd import truncated_svd
 RANK, ROUNDS = 8, 5
 PLAIN = "PEFT's LoRA"
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
-STARTS = {"pissa": (32, 64, 128), "lora-one": (32, 64, 128), "lora-da": (8, 16, 32)}
+# By start, how many experts in how many layers; the last of each is about what 24 GiB and a few minutes allow.
+STARTS = {
+    "pissa": ((32, 1), (64, 1), (128, 1), (128, 8)),
+    "lora-one": ((32, 1), (64, 1), (128, 1), (128, 4)),
+    "lora-da": ((8, 1), (16, 1), (32, 1), (32, 2)),
+}
 Batch = dict[str, torch.Tensor]
 
 
-def build(experts: int, hidden: int, inner: int) -> Any:
-    """Return a random model of one layer in bfloat16, whose experts have the true shapes."""
+def build(experts: int, hidden: int, inner: int, layers: int = 1) -> Any:
+    """Return a random model in bfloat16, whose experts have the true shapes."""
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)  # in float32 many layers would not fit while they are made
     config = Qwen3MoeConfig(
         hidden_size=hidden,
         moe_intermediate_size=inner,
         num_experts=experts,
         num_experts_per_tok=8,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=4,
         vocab_size=1024,
         max_position_embeddings=1024,
     )
-    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
+    model = Qwen3MoeForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 3:  # Transformers leaves them as they were allocated
             torch.nn.init.normal_(parameter, std=0.02)
@@ -88,8 +95,9 @@ def main() -> None:
     data = batches(8, 256)
     rows = []
     for method, counts in STARTS.items():
-        for count in (max(8, int(count * chosen.share)) for count in counts):
-            model = wrapped(build(count, chosen.hidden, chosen.inner))
+        for experts, layers in counts:
+            count = max(8, int(experts * chosen.share))
+            model = wrapped(build(count, chosen.hidden, chosen.inner, layers))
             reads = method != "pissa"
             name = f"{method}:samples=8" if reads else method
             given = hs.TrainingData(data, training=hs.Training(100_000)) if reads else None
@@ -98,7 +106,8 @@ def main() -> None:
             seconds = time.perf_counter() - began
             steps = ", ".join(f"{step} {spent:.1f}" for step, spent in report.seconds_by_step.items() if spent > 0.05)
             peak = f"{memory.peak() / 2**30:.1f}"
-            rows.append([method, str(count), f"{seconds:.1f}", f"{1e3 * seconds / count:.0f}", peak, steps])
+            each = f"{1e3 * seconds / (count * layers):.0f}"
+            rows.append([method, str(count), str(layers), f"{seconds:.1f}", each, peak, steps])
             print(rows[-1], flush=True)
             del model, report
             gc.collect()
@@ -121,16 +130,16 @@ def main() -> None:
         "Starts of a mixture's experts",
         [
             *paragraph(
-                f"One layer of Qwen3-30B-A3B's shapes (hidden {chosen.hidden}, experts' inner size {chosen.inner}, 8 "
+                f"Layers of Qwen3-30B-A3B's shapes (hidden {chosen.hidden}, experts' inner size {chosen.inner}, 8 "
                 f"experts a token), random weights in bfloat16, both parameters of the experts adapted at rank {RANK}; "
                 "8 samples of 256 tokens for starts that read data. Once each, in one process: peak memory is the "
                 "resident set's highest growth so far, and says something of a row only where it rises."
             ),
             "",
-            *table(["start", "experts", "seconds", "ms an expert", "peak GiB", "seconds by step"], rows),
+            *table(["start", "experts", "layers", "seconds", "ms an expert", "peak GiB", "seconds by step"], rows),
             "",
             *paragraph(
-                f"{count} experts, median and range of {ROUNDS} interleaved rounds: pissa takes "
+                f"One layer of {count} experts, median and range of {ROUNDS} interleaved rounds: pissa takes "
                 f"{decomposed['headstart pissa']}, and one matrix after another {decomposed['one after another']} "
                 f"(without what is installed and reported), "
                 f"{1 / paired_ratio(decomposed, 'headstart pissa', 'one after another'):.2f} times as long. A training "
