@@ -24,7 +24,7 @@ PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 # By start, how many experts in how many layers; the last of each is about what 24 GiB and a few minutes allow.
 STARTS = {
     "pissa": ((32, 1), (64, 1), (128, 1), (128, 8)),
-    "lora-one": ((32, 1), (64, 1), (128, 1), (128, 4)),
+    "lora-one": ((32, 1), (64, 1), (128, 1), (128, 3)),
     "lora-da": ((8, 1), (16, 1), (32, 1), (32, 2)),
 }
 Batch = dict[str, torch.Tensor]

@@ -40,8 +40,7 @@ def measured(values):
     return values.mean(0), values.std(0) / math.sqrt(len(values))
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("damping", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("damping", "full"), [(0.0, True), (0.1, False), (1.0, True)])
 def test_the_guidance_matrix_is_unbiased(damping, full):
     """Its truth is what the noiseless gradient gives, with the variance of training on N samples."""
     Z, Y, mean = known(full)
@@ -58,8 +57,7 @@ def test_the_guidance_matrix_is_unbiased(damping, full):
     assert bool((low > 5 * errors["tokens"].diagonal()).all())
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("preset", ["scale-free", "published"])
+@pytest.mark.parametrize(("preset", "full"), [("scale-free", True), ("published", False)])
 def test_the_methods_own_trace_is_unbiased(preset, full):
     """Of all directions together the objective is the trace of Omega."""
     Z, Y, mean = known(full)
@@ -123,8 +121,7 @@ def test_a_signal_that_lies_elsewhere_than_the_noise_is_seen_better_without_bias
     assert gain > 3 * error
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("preset", ["scale-free", "published"])
+@pytest.mark.parametrize(("preset", "full"), [("scale-free", False), ("published", True)])
 def test_the_share_of_noise_that_is_reported(preset, full):
     Z, Y, mean = known(full)
     given_Y = Y if full else Y.diagonal()

@@ -164,15 +164,19 @@ def test_what_can_not_be_asked_is_said_before_training(model, data, tmp_path, mo
 
 
 def test_the_best_of_the_epochs_is_kept(model, data, tmp_path):
-    run = small_run(
-        model,
-        data,
-        evaluation={"every": "epoch", "keep": "best"},
-        schedule={"steps": None, "epochs": 4, "kind": "constant"},
-        optimizer={"lr": 0.5},
-    )
-    result = execute(run, tmp_path / "run")
-    steps, measured = zip(*result.series["held-out loss"], strict=True)
+    # At such rates the loss goes up and down, on each processor elsewhere: until the last epoch is not the best.
+    for lr in (0.5, 0.7, 1.0, 1.5, 2.0):
+        run = small_run(
+            model,
+            data,
+            evaluation={"every": "epoch", "keep": "best"},
+            schedule={"steps": None, "epochs": 4, "kind": "constant"},
+            optimizer={"lr": lr},
+        )
+        result = execute(run, tmp_path / f"run-{lr}")
+        steps, measured = zip(*result.series["held-out loss"], strict=True)
+        if min(measured) < measured[-1] - 2e-3:
+            break
     assert steps == (14, 28, 42, 56) and min(measured) < measured[-1] - 2e-3
     assert result.metrics["loss/end"].value == pytest.approx(min(measured), rel=2e-4)
 

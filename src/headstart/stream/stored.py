@@ -194,7 +194,7 @@ class StoredStack:
 
     def _drawn(self, count: int) -> dict[str, list[Tensor]]:
         """Return random bytes in the place of the tensors of ``count`` matrices, by pattern."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
 
         def draw(shape: tuple[int, ...]) -> Tensor:
             return torch.randint(256, shape, generator=generator, dtype=torch.uint8, device="cpu")
@@ -234,7 +234,7 @@ class ModelAsked:
 
     def get_parameter(self, name: str) -> Tensor:
         """Return a parameter of the right shape, without values."""
-        return torch.empty(self._shapes[name], device="meta")
+        return torch.empty(self._shapes[name], dtype=torch.float32, device="meta")
 
     def __getattr__(self, name: str) -> Any:
         """Return whatever else is asked for from the model itself."""
