@@ -30,13 +30,14 @@ STARTS = {
 Batch = dict[str, torch.Tensor]
 
 
-def build(experts: int, hidden: int, inner: int, layers: int = 1) -> Any:
-    """Return a random model in bfloat16, whose experts have the true shapes."""
+def build(experts: int, chosen: argparse.Namespace, layers: int = 1) -> Any:
+    """Return a random model whose experts have the true shapes."""
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)  # in float32 many layers would not fit while they are made
+    # From the first, as many layers would not fit in float32 while they are made.
+    torch.set_default_dtype(getattr(torch, chosen.precision))
     config = Qwen3MoeConfig(
-        hidden_size=hidden,
-        moe_intermediate_size=inner,
+        hidden_size=chosen.hidden,
+        moe_intermediate_size=chosen.inner,
         num_experts=experts,
         num_experts_per_tok=8,
         num_hidden_layers=layers,
@@ -91,13 +92,16 @@ def main() -> None:
     add("--hidden", type=int, default=2048)
     add("--inner", type=int, default=768)
     add("--share", type=float, default=1.0, help="of the numbers of experts, to try it")
+    add("--starts", nargs="*", default=list(STARTS))
+    add("--precision", default="bfloat16", help="float32 where a processor has no arithmetic in bfloat16")
+    add("--page", default="experts")
     chosen = parser.parse_args()
     data = batches(8, 256)
     rows = []
-    for method, counts in STARTS.items():
-        for experts, layers in counts:
+    for method in chosen.starts:
+        for experts, layers in STARTS[method]:
             count = max(8, int(experts * chosen.share))
-            model = wrapped(build(count, chosen.hidden, chosen.inner, layers))
+            model = wrapped(build(count, chosen, layers))
             reads = method != "pissa"
             name = f"{method}:samples=8" if reads else method
             given = hs.TrainingData(data, training=hs.Training(100_000)) if reads else None
@@ -112,7 +116,7 @@ def main() -> None:
             del model, report
             gc.collect()
     count = max(8, int(32 * chosen.share))
-    base = build(count, chosen.hidden, chosen.inner)
+    base = build(count, chosen)
     by_loop: dict[str, Side] = {
         "one after another": (lambda: wrapped(base), loop),
         "headstart pissa": (
@@ -126,12 +130,13 @@ def main() -> None:
     sides = {PLAIN: stepping(wrapped(base), data[0]), "anchored": stepping(anchored, data[0])}
     steps_taken = interleave(sides, ROUNDS, warm=True)
     write(
-        "experts",
+        chosen.page,
         "Starts of a mixture's experts",
         [
             *paragraph(
                 f"Layers of Qwen3-30B-A3B's shapes (hidden {chosen.hidden}, experts' inner size {chosen.inner}, 8 "
-                f"experts a token), random weights in bfloat16, both parameters of the experts adapted at rank {RANK}; "
+                f"experts a token), random weights in {chosen.precision}, both parameters of the experts adapted "
+                f"at rank {RANK}; "
                 "8 samples of 256 tokens for starts that read data. Once each, in one process: peak memory is the "
                 "resident set's highest growth so far, and says something of a row only where it rises."
             ),
@@ -148,7 +153,7 @@ def main() -> None:
                 f"{paired_ratio(steps_taken, 'anchored', PLAIN):.3f} times."
             ),
         ],
-        precision="bfloat16",
+        precision=chosen.precision,
     )
 
 
