@@ -110,8 +110,8 @@ def main() -> None:
             seconds = time.perf_counter() - began
             steps = ", ".join(f"{step} {spent:.1f}" for step, spent in report.seconds_by_step.items() if spent > 0.05)
             peak = f"{memory.peak() / 2**30:.1f}"
-            each = f"{1e3 * seconds / (count * layers):.0f}"
-            rows.append([method, str(count), str(layers), f"{seconds:.1f}", each, peak, steps])
+            per_expert = f"{1e3 * seconds / (count * layers):.0f}"
+            rows.append([method, str(count), str(layers), f"{seconds:.1f}", per_expert, peak, steps])
             print(rows[-1], flush=True)
             del model, report
             gc.collect()
