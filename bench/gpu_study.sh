@@ -2,7 +2,7 @@
 # Starts on GSM8K on a machine with one GPU and no network: rates by a sweep, then seeds with graded answers.
 # What is done within LIMIT seconds (default 440) is kept: $OUT/gpu_study.tar.gz holds the settings, results, graded
 # answers and pages of both studies, of which `headstart report` makes the pages anew.
-#   MODEL=/tmp/smollm2.gguf DATA=.gpu/data OUT=results bench/gpu_study.sh --workers 8
+#   MODEL=smollm2.gguf DATA=.gpu/data OUT=results bench/gpu_study.sh --workers 8
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

@@ -61,9 +61,10 @@ def main() -> None:
         r=run.adapter.r, lora_alpha=run.adapter.alpha, use_rslora=run.adapter.rslora, target_modules="all-linear"
     )
     lines = []
-    for method in grid.starts:
+    methods = {cell.start: cell.run.start.method for cell in grid.cells()}
+    for start, method in methods.items():
         row = measured(base, method, config, data, data)
-        lines.append([method, f"{row['seconds']:.1f}", f"{row['bytes'] / 2**20:.0f}", f"{row['trainable']:,}"])
+        lines.append([start, f"{row['seconds']:.1f}", f"{row['bytes'] / 2**20:.0f}", f"{row['trainable']:,}"])
         print(lines[-1], flush=True)
     write(
         chosen.page,
