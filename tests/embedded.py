@@ -28,7 +28,7 @@ def tied_llama():
     return tiny_llama(tie_word_embeddings=True)
 
 
-# By name: how the model is made, its batch, the embeddings that are adapted, and others layers beside them.
+# By name: how the model is made, its batch, and the embeddings that are adapted; then a layer beside them.
 MODELS = {
     "llama": (tiny_llama, token_batch, ["embed_tokens"]),
     "tied": (tied_llama, token_batch, ["embed_tokens"]),

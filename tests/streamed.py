@@ -40,6 +40,35 @@ def start_and_stop(folder, out, count, **options):
         start(folder, out, **options)
 
 
+def top_files(folder):
+    """The files of a folder by name, without those of folders in it."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def comparable(report):
+    """What a report says, without what it took."""
+    lines = report.to_dict()
+    for field in ("seconds", "seconds_by_step", "peak_memory"):
+        del lines[field]
+    for layer in lines["layers"]:
+        del layer["seconds"]
+    return lines
+
+
+def checkpoints(tmp_path_factory, make):
+    """A function of a model's name, type and shards' size that returns its checkpoint, made once by ``make``."""
+    made = {}
+
+    def get(name, dtype=torch.float32, shard_size="1GB"):
+        key = (name, dtype, shard_size)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("checkpoints") / f"{name}-{len(made)}"
+            make(name, dtype).save_pretrained(made[key], max_shard_size=shard_size)
+        return made[key]
+
+    return get
+
+
 def contents(out):
     return {str(each.relative_to(out)): each.read_bytes() for each in sorted(out.rglob("*")) if each.is_file()}
 

@@ -332,6 +332,16 @@ def test_a_checkpoint_of_a_quantised_base_goes_on_the_other_one_with_a_warning_a
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_the_report_counts_what_the_codes_stand_for(folder, name):
+    targets = ["q_proj", "v_proj"]
+    counts = [
+        hs.initialize_(wrapped(base, target_modules=targets), "lora", progress=False).left_out
+        for base in (quantised(folder, name), plain(folder, name))
+    ]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_another_base_is_refused_quantised_or_not(folder, name, tmp_path):
     model = wrapped(quantised(folder, name), target_modules=["q_proj", "v_proj"])
     hs.save_checkpoint(model, tmp_path / "c")

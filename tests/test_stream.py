@@ -37,6 +37,7 @@ from headstart.methods import ANY_LAYER, method_class
 from headstart.stream import load_residual, stream_start
 from headstart.stream.run import _own_device
 from headstart.stream.tensors import Planned, TensorFile, write_file
+from streamed import checkpoints, comparable, top_files
 
 METHODS = [quick(name) for name in ANY_BASE if not method_class(name)().wants(ANY_LAYER).data]
 METHODS += ["init-ab:beta=2", "inilora:solver=svd"]
@@ -55,16 +56,7 @@ MODELS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Make a checkpoint once: ``folders(model, dtype, shards)``."""
-    made = {}
-
-    def get(name, dtype=torch.float32, shard_size="1GB"):
-        key = (name, dtype, shard_size)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("checkpoints") / f"{name}-{len(made)}"
-            MODELS[name][0]().to(dtype).save_pretrained(made[key], max_shard_size=shard_size)
-        return made[key]
-
-    return get
+    return checkpoints(tmp_path_factory, lambda name, dtype: MODELS[name][0]().to(dtype))
 
 
 def config_for(name, **changes):
@@ -82,26 +74,13 @@ def in_memory(folder, name, method, out, form="anchored", seed=0, **changes):
     return model, report
 
 
-def contents(folder):
-    return {each.name: each.read_bytes() for each in folder.iterdir() if each.is_file()}
-
-
-def comparable(report):
-    found = report.to_dict()
-    for field in ("seconds", "seconds_by_step", "peak_memory"):
-        del found[field]
-    for layer in found["layers"]:
-        del layer["seconds"]
-    return found
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_streamed_is_in_memory_byte_for_byte(folders, tmp_path, method):
     folder = folders("llama", torch.bfloat16, "20KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     _, expected = in_memory(folder, "llama", method, tmp_path / "memory", seed=3)
     report = stream_start(folder, method, config_for("llama"), tmp_path / "stream", seed=3, progress=False)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
     assert comparable(report) == comparable(expected)
     assert not list(tmp_path.glob(".*"))
 
@@ -112,7 +91,7 @@ def test_every_architecture(folders, tmp_path, name, method):
     folder = folders(name)
     in_memory(folder, name, method, tmp_path / "memory")
     stream_start(folder, method, config_for(name), tmp_path / "stream", progress=False)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -124,7 +103,7 @@ def test_more_threads_change_no_bit_of_a_batched_method(folders, tmp_path, threa
         stream_start(folder, "pissa", config_for("llama"), tmp_path / "stream", progress=False)
     finally:
         torch.set_num_threads(1)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
 
 
 def test_triplets_depend_neither_on_company_nor_on_threads():
@@ -157,7 +136,7 @@ def test_peft_resolves_the_config(folders, tmp_path, changes):
     folder = folders("llama", torch.bfloat16)
     in_memory(folder, "llama", "init-ab", tmp_path / "memory", **changes)
     stream_start(folder, "init-ab", config_for("llama", **changes), tmp_path / "stream", progress=False)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
 
 
 def test_a_tied_head_trains_beside_the_layers_from_the_embeddings_that_it_shares(folders, tmp_path):
@@ -165,14 +144,14 @@ def test_a_tied_head_trains_beside_the_layers_from_the_embeddings_that_it_shares
     assert not any("lm_head" in name for name in load_file(folder / "model.safetensors"))
     in_memory(folder, "tied", "pissa", tmp_path / "memory", **changes)
     stream_start(folder, "pissa", config_for("tied", **changes), tmp_path / "stream", progress=False)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
 
 
 def test_dora_gets_its_magnitudes(folders, tmp_path):
     folder = folders("llama")
     in_memory(folder, "llama", "init-ab-plus", tmp_path / "memory", use_dora=True)
     stream_start(folder, "init-ab-plus", config_for("llama", use_dora=True), tmp_path / "stream", progress=False)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
 
 
 @pytest.mark.parametrize("method", ["pissa", "init-ab-plus", "lora-xs"])
@@ -194,7 +173,7 @@ def test_residual_shards_are_the_weights_in_memory(folders, tmp_path, name, meth
     expected, _ = in_memory(folder, name, method, tmp_path / "memory", form="residual")
     out = tmp_path / "stream"
     stream_start(folder, method, config_for(name), out, form="residual", progress=False)
-    assert contents(out) == contents(tmp_path / "memory")
+    assert top_files(out) == top_files(tmp_path / "memory")
     untouched = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
     residual = {file.name: load_file(file) for file in (out / "base").glob("*.safetensors")}
     assert {name: set(held) for name, held in residual.items()} == {name: set(held) for name, held in untouched.items()}
@@ -242,7 +221,7 @@ def test_weights_are_found_under_other_prefixes(tmp_path):
         (tmp_path / "bare" / file).write_bytes((tmp_path / "whole" / file).read_bytes())
     stream_start(tmp_path / "whole", "pissa", config_for("bert"), tmp_path / "a", name="bert", progress=False)
     stream_start(tmp_path / "bare", "pissa", config_for("bert"), tmp_path / "b", name="bert", progress=False)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert top_files(tmp_path / "a") == top_files(tmp_path / "b")
     trained = config_for("bert", task_type="SEQ_CLS")
     with pytest.raises(CheckpointError, match=r"'classifier.*drawn at random"):
         stream_start(tmp_path / "bare", "pissa", trained, tmp_path / "c", progress=False)
@@ -252,7 +231,7 @@ def test_heads_that_are_trained_whole_come_from_the_checkpoint(folders, tmp_path
     folder = folders("bert")
     expected, _ = in_memory(folder, "bert", "pissa", tmp_path / "memory", task_type="SEQ_CLS")
     stream_start(folder, "pissa", config_for("bert", task_type="SEQ_CLS"), tmp_path / "stream", progress=False)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
     assert torch.isfinite(logits(expected, class_batch())).all()
 
 
@@ -329,7 +308,7 @@ def test_the_command_writes_what_it_writes_without_stream(tmp_path, folders):
     model = get_peft_model(model, config)
     hs.initialize_(model, "pissa", progress=False)
     hs.save_checkpoint(model, tmp_path / "memory")
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
     main(["export", str(tmp_path / "stream"), "--out", str(tmp_path / "plain")])
     assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["r"] == 8
 
@@ -338,7 +317,7 @@ def test_nothing_subtracted_is_no_residual_model(folders, tmp_path):
     folder, out = folders("llama"), tmp_path / "stream"
     stream_start(folder, "lora-xs", config_for("llama"), out, form="residual", progress=False)
     in_memory(folder, "llama", "lora-xs", tmp_path / "memory", form="residual")
-    assert contents(out) == contents(tmp_path / "memory") and not (out / "base").exists()
+    assert top_files(out) == top_files(tmp_path / "memory") and not (out / "base").exists()
 
 
 def test_a_residual_model_is_told_from_the_one_it_was_made_of(folders, tmp_path):
@@ -416,7 +395,7 @@ def test_processes_share_the_layers(folders, tmp_path):
     assert len(re.findall("^wrote ", done.stdout, re.MULTILINE)) == 1
     config = dict(lora_alpha=16, task_type="CAUSAL_LM")
     in_one, _ = in_memory(folder, "llama", "inilora:solver=svd", tmp_path / "memory", "residual", **config)
-    mine, theirs = contents(out), contents(tmp_path / "memory")
+    mine, theirs = top_files(out), top_files(tmp_path / "memory")
     settings, expected = (json.loads(each.pop("adapter_config.json")) for each in (mine, theirs))
     assert mine == theirs
     # PEFT writes a set, whose order is each process's own.

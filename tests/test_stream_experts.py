@@ -17,6 +17,7 @@ from headstart.stream import load_residual, stream_start
 from headstart.stream.tensors import TensorFile
 from headstart.stream.work import Work
 from mixtures import CONFIGS, EXPERTS, batch, moe, trained, wrapped
+from streamed import checkpoints, comparable, top_files
 
 # o_proj is a linear layer of all of them.
 DEFAULTS = {"r": 4, "target_modules": ["o_proj"]}
@@ -29,16 +30,7 @@ ROUTERS = {"gpt-oss": "router.weight", "llama4": None}  # a linear layer in Llam
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Make a checkpoint once: ``folders(kind, dtype, shards)``."""
-    made = {}
-
-    def get(kind, dtype=torch.float32, shard_size="1GB"):
-        key = (kind, dtype, shard_size)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("checkpoints") / f"{kind}-{len(made)}"
-            moe(kind, dtype).save_pretrained(made[key], max_shard_size=shard_size)
-        return made[key]
-
-    return get
+    return checkpoints(tmp_path_factory, moe)
 
 
 def config_for(**changes):
@@ -57,19 +49,6 @@ def streamed(folder, method, out, form="anchored", seed=0, **changes):
     return stream_start(folder, method, config_for(**changes), out, form=form, seed=seed, progress=False, cache=False)
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def comparable(report):
-    lines = report.to_dict()
-    for field in ("seconds", "seconds_by_step", "peak_memory"):
-        del lines[field]
-    for layer in lines["layers"]:
-        del layer["seconds"]
-    return lines
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_streamed_is_in_memory_byte_for_byte(folders, tmp_path, method):
     folder = folders("qwen3-moe", torch.bfloat16, "20KB")
@@ -77,7 +56,7 @@ def test_streamed_is_in_memory_byte_for_byte(folders, tmp_path, method):
     assert any(".experts.3.up_proj." in name for file in folder.glob("*.safetensors") for name in load_file(file))
     _, expected = in_memory(folder, method, tmp_path / "memory", seed=3)
     report = streamed(folder, method, tmp_path / "stream", seed=3)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
     assert comparable(report) == comparable(expected)
     assert len([layer for layer in report.layers if ".experts.3." in layer.name]) == 4
     assert not list(tmp_path.glob(".*"))
@@ -91,7 +70,7 @@ def test_every_mixture(folders, tmp_path, kind, method):
     changes = {"target_parameters": [*EXPERTS, *([router] if router else [])]}
     model, expected = in_memory(folder, method, tmp_path / "memory", **changes)
     report = streamed(folder, method, tmp_path / "stream", **changes)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
     assert comparable(report) == comparable(expected)
     assert any(layer.name.endswith(("mlp.gate", "mlp.router")) for layer in report.layers) == bool(router)
     again = hs.load_checkpoint(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "stream")
@@ -105,7 +84,7 @@ def test_residual_shards_hold_the_weights_in_memory_in_the_checkpoints_layout(fo
     folder, out = folders(kind, dtype, "20KB"), tmp_path / "stream"
     expected, _ = in_memory(folder, "pissa", tmp_path / "memory", form="residual")
     streamed(folder, "pissa", out, form="residual")
-    assert contents(out) == contents(tmp_path / "memory")
+    assert top_files(out) == top_files(tmp_path / "memory")
     untouched = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
     residual = {file.name: load_file(file) for file in (out / "base").glob("*.safetensors")}
     shapes = [
@@ -135,7 +114,7 @@ def test_more_threads_change_no_bit(folders, tmp_path, threads):
         streamed(folder, "pissa", tmp_path / "stream")
     finally:
         torch.set_num_threads(1)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +130,7 @@ def test_peft_resolves_the_config(folders, tmp_path, changes):
     folder = folders("mixtral", torch.bfloat16)
     _, expected = in_memory(folder, "pissa", tmp_path / "memory", **changes)
     report = streamed(folder, "pissa", tmp_path / "stream", **changes)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
     assert comparable(report) == comparable(expected)
 
 
@@ -161,7 +140,7 @@ def test_experts_of_one_parameter_may_have_several_methods(folders, tmp_path, fo
     method = hs.PerLayer({r"experts\.[02]\.\w+": hs.PiSSA(), "experts.*": hs.OLoRA(), "*": hs.LoRA()})
     _, expected = in_memory(folder, method, tmp_path / "memory", form=form)
     report = streamed(folder, method, tmp_path / "stream", form=form)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
     assert comparable(report) == comparable(expected)
 
 
@@ -174,7 +153,7 @@ def test_an_expert_that_starts_otherwise_than_asked_for_has_its_note(tmp_path):
         _, expected = in_memory(tmp_path / "model", "pissa", tmp_path / "memory")
     with pytest.warns(hs.errors.HeadstartWarning, match=r"experts\.2\.down_proj: .*zero"):
         report = streamed(tmp_path / "model", "pissa", tmp_path / "stream")
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
     assert report.trainable == expected.trainable
 
 
@@ -186,7 +165,7 @@ def test_the_cache_serves_a_start_in_memory(folders, tmp_path, monkeypatch):
     report = hs.initialize_(model, "mica", progress=False, cache=cache)
     assert report.cached == len(report.layers) == 2 + 16
     hs.save_checkpoint(model, tmp_path / "memory")
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
@@ -224,7 +203,7 @@ def test_what_is_finished_is_not_made_again(folders, tmp_path, count):
             assert not out.exists()
         streamed(folder, "pissa", out, form="residual")
     assert len(put) == len(set(put)) == 2 + 16 + 1
-    assert contents(out) == contents(tmp_path / "memory")
+    assert top_files(out) == top_files(tmp_path / "memory")
     assert not list(tmp_path.glob(".*"))
 
 

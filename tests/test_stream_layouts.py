@@ -18,14 +18,15 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
-import headstart as hs
+import test_stream_experts
 from headstart.errors import CheckpointError
 from headstart.names import in_base
-from headstart.stream import FOLDER, stream_start
+from headstart.stream import FOLDER
 from headstart.stream.source import Source
 from headstart.stream.tensors import TensorFile
-from mixtures import COMMON, wrapped
-from test_stream_experts import config_for, contents
+from mixtures import COMMON
+from streamed import top_files
+from test_stream_experts import in_memory
 
 IN, OUT = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
@@ -81,11 +82,9 @@ def rewritten(folder, change):
 
 
 def compared(folder, tmp_path, form="anchored"):
-    model = wrapped(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), target_modules=[], r=4)
-    hs.initialize_(model, "pissa", form=form, progress=False, cache=False)
-    hs.save_checkpoint(model, tmp_path / "memory")
+    model, _ = in_memory(folder, "pissa", tmp_path / "memory", form, target_modules=[])
     streamed(folder, tmp_path, form)
-    assert contents(tmp_path / "stream") == contents(tmp_path / "memory")
+    assert top_files(tmp_path / "stream") == top_files(tmp_path / "memory")
     if form == "residual":
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "stream" / FOLDER, dtype="auto").state_dict()
         in_place = {name: value for name, value in model.base_model.model.state_dict().items() if ".lora_" not in name}
@@ -94,8 +93,7 @@ def compared(folder, tmp_path, form="anchored"):
 
 
 def streamed(folder, tmp_path, form="anchored"):
-    config = config_for(target_modules=[])
-    return stream_start(folder, "pissa", config, tmp_path / "stream", form=form, progress=False, cache=False)
+    return test_stream_experts.streamed(folder, "pissa", tmp_path / "stream", form, target_modules=[])
 
 
 @pytest.mark.parametrize("form", ["anchored", "residual"])
@@ -110,16 +108,13 @@ def test_as_the_model_holds_them(folder, tmp_path, form):
 def test_stacked_and_transposed(folder, tmp_path, mapped, form, checks):
     """A conversion that looks at the parameter's shape is shown one of as many experts as it is given."""
     mapped(*(WeightConverter(name, name, [Transpose(1, 2, check_dims=checks)]) for name in (IN, OUT)))
+    turned = IN if checks else "experts"
+    rewritten(folder, lambda name, tensor: {name: tensor.mT if turned in name else tensor})
     if checks and form == "residual":
-        rewritten(folder, lambda name, tensor: {name: tensor.mT if name.endswith(IN) else tensor})
         # Transformers itself leaves what it saves in the model's order then.
         with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts\.gate_up_proj'.*doesn't turn it back"):
             streamed(folder, tmp_path, form)
         return
-    if checks:
-        rewritten(folder, lambda name, tensor: {name: tensor.mT if name.endswith(IN) else tensor})
-    else:
-        rewritten(folder, lambda name, tensor: {name: tensor.mT if "experts" in name else tensor})
     compared(folder, tmp_path, form)
 
 

@@ -18,7 +18,7 @@ from headstart.context import Context, Memory, shown
 from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.adapters import find
 from headstart.layers.experts import lower_ranks
-from headstart.layers.find import SUBTRACTED_TIED, check_untied
+from headstart.layers.find import check_untied
 from headstart.layers.install import Subtracting, check_form
 from headstart.layers.parts import Part, by_layer, check_stacks, divide
 from headstart.layers.reach import left_out
@@ -26,7 +26,7 @@ from headstart.layers.unwrap import looked_through, looks_through
 from headstart.layers.weights import model_device
 from headstart.methods.base import Factors, Method
 from headstart.methods.registry import parse_method
-from headstart.processes import Processes, is_sharded
+from headstart.processes import Processes, is_sharded, split_by_deepspeed
 from headstart.progress import Show
 from headstart.report import Report, Searched
 from headstart.reporting import fallbacks, layer_reports
@@ -41,6 +41,12 @@ from headstart.statistics.training import TrainingData
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+
+_SUBTRACTED_TIED = (
+    'residual weights would change both; use form="anchored", which leaves the weight alone, or leave the layer out of '
+    "target_modules."
+)
 
 
 @looks_through
@@ -134,7 +140,7 @@ def initialize_(
             check_early(model, parts)
             check_stacks(parts, form)
             subtracted = [layer for part in parts if part.form(form) == "residual" for layer in part.layers]
-            check_untied(model, subtracted, SUBTRACTED_TIED)
+            check_untied(model, subtracted, _SUBTRACTED_TIED)
             memory = Memory(model_device(model))
             source = source_of(data, parts, collator, batch_size, loss, context)
             source, to_search = source.twice()
@@ -253,7 +259,7 @@ def _reads(part: Part) -> bool:
 def check_unsharded(model: nn.Module) -> None:
     """Raise LayerError where layers can't be read."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
-        hasattr(parameter, "ds_id") for parameter in model.parameters()
+        map(split_by_deepspeed, model.parameters())
     ):
         raise LayerError(
             "the model is sharded by FSDP1 or DeepSpeed, whose parts can't be read layer by layer: initialise it "

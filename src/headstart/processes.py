@@ -168,7 +168,12 @@ def digest(batch: Mapping[str, Any]) -> str:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether parameters are sharded over processes (FSDP2, ZeRO-3), so that all of them must run in step."""
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(isinstance(parameter, DTensor) or split_by_deepspeed(parameter) for parameter in model.parameters())
+
+
+def split_by_deepspeed(parameter: Tensor) -> bool:
+    """Return whether DeepSpeed's ZeRO-3 holds a parameter, of which no process sees the whole unless it is gathered."""
+    return hasattr(parameter, "ds_id")
 
 
 def in_step(items: Sequence[T], rounds: int, spare: T) -> Iterator[tuple[T, bool]]:

@@ -80,7 +80,7 @@ def settled(method: Method, layers: Sequence[TargetLayer], starts: Mapping[str, 
     """
     final = method.settle(starts, {layer.name: layer.r for layer in layers})
     for layer in layers:
-        factors = final[layer.name] = layer.fitted(final[layer.name])
+        factors = final[layer.name] = layer.without_padding(final[layer.name])
         rank = len(factors.A) if method.shares_ranks else layer.r
         check_factors(layer, factors, method.form, rank)
         if rank > min(layer.d_out, layer.d_in):

@@ -112,16 +112,18 @@ def split(
     for kind, (name_A, name_B) in START_NAMES.items():
         roles |= {f"{name_A}.weight": f"{kind} A0", f"{name_B}.weight": f"{kind} B0"}
     for key, tensor in renewed(tensors).items():
-        role = next((role for ending, role in roles.items() if key.endswith(f".{ending}")), None)
-        if role is None:
+        ending = next((ending for ending in roles if key.endswith(f".{ending}")), None)
+        if ending is None:
             other_tensors[key] = tensor
             continue
-        ending = next(ending for ending in roles if key.endswith(f".{ending}"))
         name = key.removesuffix(f".{ending}").removeprefix(BASE_PREFIX)
-        parts.setdefault(name, {})[role] = tensor
-        embeddings |= {name} if ending in _ENDINGS[True] else set()
-    layers = {name: _layer(name, by_role, config, (stacks or {}).get(name)) for name, by_role in parts.items()}
-    return {name: replace(layer, embedding=name in embeddings) for name, layer in layers.items()}, other_tensors
+        parts.setdefault(name, {})[roles[ending]] = tensor
+        if ending in _ENDINGS[True]:
+            embeddings.add(name)
+    return {
+        name: _layer(name, by_role, config, (stacks or {}).get(name), name in embeddings)
+        for name, by_role in parts.items()
+    }, other_tensors
 
 
 # How earlier versions named anchors and cores, which were parameters and not modules.
@@ -155,7 +157,9 @@ def renewed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return new
 
 
-def _layer(name: str, by_role: dict[str, Tensor], config: LoraConfig, stack: StackOf | None) -> AdapterLayer:
+def _layer(
+    name: str, by_role: dict[str, Tensor], config: LoraConfig, stack: StackOf | None, embedding: bool
+) -> AdapterLayer:
     kind = next((kind for kind in START_NAMES if any(role.startswith(kind) for role in by_role)), "lora")
     roles = ["A", "B"] if kind == "lora" else ["A", "B", f"{kind} A0", f"{kind} B0"]
     if kind == "lora" and "core" in by_role:
@@ -173,7 +177,7 @@ def _layer(name: str, by_role: dict[str, Tensor], config: LoraConfig, stack: Sta
         raise CheckpointError(f"the adapter's layer {name!r} has tensors whose shapes don't fit together.")
     if stack is not None and A.shape[0] % stack.experts:
         raise CheckpointError(f"the adapter's layer {name!r} has tensors that don't fit {stack.experts} experts.")
-    layer = AdapterLayer(A, B, A0, B0, 1.0, kind, core, stack)
+    layer = AdapterLayer(A, B, A0, B0, 1.0, kind, core, stack, embedding)
     pattern_key = get_pattern_key(list(config.alpha_pattern), key_of(name, stack))
     alpha = config.alpha_pattern.get(pattern_key, config.lora_alpha)
     scaling = alpha / layer.r**0.5 if config.use_rslora else alpha / layer.r

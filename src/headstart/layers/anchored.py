@@ -190,7 +190,7 @@ def _scaled_as_base(module: Any, added: Tensor) -> Tensor:
     return added if scale is None else added * scale.to(added.dtype)
 
 
-# Of linear layers and convolutions, and of embeddings.
+# Of embeddings the second, of all others the first.
 VARIANTS: dict[str, tuple[type[Formed], type[Formed]]] = {
     "anchored": (AnchoredVariant, AnchoredEmbeddingVariant),
     "residual": (ResidualVariant, ResidualEmbeddingVariant),

@@ -136,10 +136,10 @@ def load_checkpoint(
         for name, layer in layers.items():
             check_form(targets[name], layer)
         residual = [targets[name] for name, layer in layers.items() if layer.kind == "residual"]
-        for name, other in tied_layers(wrapped, residual).items():
+        for target, other in tied_layers(wrapped, residual):
             raise CheckpointError(
-                f"{folder} belongs to another base model: layer {name!r} is residual there, and here its weight, which "
-                f"that would change, is that of {other!r} as well."
+                f"{folder} belongs to another base model: layer {target.name!r} is residual there, and here its "
+                f"weight, which that would change, is that of {other!r} as well."
             )
         for name, layer in layers.items():
             _prepare_layer(targets[name], layer, undo)

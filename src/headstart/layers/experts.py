@@ -48,13 +48,6 @@ class ExpertLayer(TargetLayer):
         """The name by which PEFT's patterns know the parameter."""
         return key_of(self.stack.name, stack_of(self.stack))
 
-    @property
-    def trainable(self) -> int:
-        """The numbers of A_e and B_e that train."""
-        sides = {"lora_A": self.d_in, "lora_B": self.d_out}
-        frozen = self.module.frozen_peft_weight_names.get(self.adapter, ())
-        return self.r * sum(side for name, side in sides.items() if name not in frozen)
-
     def facts(self) -> Layer:
         """Return what a method may know of the matrix before anything is read."""
         return replace(super().facts(), held_as="stack", shows_inputs=self.shows_inputs)
@@ -113,11 +106,10 @@ def lower_ranks(layers: Sequence[TargetLayer]) -> dict[str, int]:
     """
     pattern: dict[str, int] = {}
     for layer in layers:
-        if isinstance(layer, ExpertLayer) and layer.module.num_experts > 1:
+        if isinstance(layer, ExpertLayer):
             lower = max(1, layer.r // layer.module.num_experts)
             if lower < layer.r:
-                holder = layer.pattern_key.rsplit(".", 2)[-2:]
-                pattern[".".join(holder)] = lower
+                pattern[".".join(layer.pattern_key.split(".")[-2:])] = lower
     return pattern
 
 

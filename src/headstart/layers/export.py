@@ -28,7 +28,7 @@ from headstart.layers.files import (
 )
 from headstart.layers.find import MERGED_TIED, base_of, check_untied, lora_layers, resolve_adapter
 from headstart.layers.unwrap import looks_through, plain_name
-from headstart.layers.weights import gathered, product, split_by_deepspeed, whole
+from headstart.layers.weights import gathered, product, whole
 from headstart.processes import Processes, is_sharded, together
 
 
@@ -156,11 +156,11 @@ def adapter_tensors(model: nn.Module, adapter: str, save_embedding_layers: SaveE
         for name, parameter in model.named_parameters()
         if save_embedding_layers or parameter.requires_grad or adapter in name.split(".")
     ]
-    with gathered(written):
+    with gathered(written) as split:
         tensors: dict[str, Tensor] = get_peft_model_state_dict(
             model, adapter_name=adapter, save_embedding_layers=save_embedding_layers
         )
-        if any(map(split_by_deepspeed, written)):
+        if split:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     # In a model that holds adapters of its own, without PEFT's model around it, names lack what that would put before.
     return {f"{BASE_PREFIX}{name.removeprefix(BASE_PREFIX)}": whole(tensor) for name, tensor in tensors.items()}

@@ -37,10 +37,6 @@ MERGED_TIED = (
     "merged, its adapter would change both; keep the adapter beside the model, or give each a weight of its own before "
     "merging (tie_word_embeddings=False)."
 )
-SUBTRACTED_TIED = (
-    'residual weights would change both; use form="anchored", which leaves the weight alone, or leave the layer out of '
-    "target_modules."
-)
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class TargetLayer:
 
     @property
     def transposed(self) -> bool:
-        """Whether the weight is stored as (d_in, d_out), as GPT-2's Conv1D does."""
+        """Whether the weight is stored as (d_in, d_out), as GPT-2's Conv1D and embeddings do."""
         return is_transposed(self.module)
 
     @property
@@ -145,7 +141,7 @@ class TargetLayer:
         B = factors.B if factors.core is None else factors.B @ factors.core
         return self.scaling * product_norm(B, factors.A)
 
-    def fitted(self, factors: Factors) -> Factors:
+    def without_padding(self, factors: Factors) -> Factors:
         """Return a start as the layer can take it: as it is, but for embeddings with a padding token."""
         return factors
 
@@ -289,26 +285,24 @@ def _residual_note(module: LoraLayer) -> str:
     return _RESIDUAL if parameter == "weight" else f"{_RESIDUAL}_{parameter}"
 
 
-def tied_layers(model: nn.Module, targets: Iterable[TargetLayer]) -> dict[str, str]:
-    """Return by layer, for those whose weight is another's too, the name of the other, or of the first of them."""
+def tied_layers(model: nn.Module, targets: Iterable[TargetLayer]) -> Iterator[tuple[TargetLayer, str]]:
+    """Yield the layers whose weight is another's too, with the name of the other, or of the first of them."""
     holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             holders[id(parameter)].append((module, in_base(plain_name(path).removeprefix(BASE_PREFIX))))
-    tied: dict[str, str] = {}
     for target in targets:
         base = target.module.get_base_layer()
         weight = getattr(base, adapted_parameter(target.module), None)  # some quantisers' have none
         others = [name for module, name in holders.get(id(weight), ()) if module is not base]
-        tied |= {target.name: others[0]} if others else {}
-    return tied
+        if others:
+            yield target, others[0]
 
 
 def check_untied(model: nn.Module, targets: Iterable[TargetLayer], why: str) -> None:
     """Raise LayerError, which goes on with ``why``, where a layer shares its weight with another part of the model."""
-    by_name = {target.name: target for target in targets}
-    for name, other in tied_layers(model, by_name.values()).items():
-        raise LayerError(f"layer {shown(by_name[name])!r} shares its weight with {other!r} (tied weights): {why}")
+    for target, other in tied_layers(model, targets):
+        raise LayerError(f"layer {shown(target)!r} shares its weight with {other!r} (tied weights): {why}")
 
 
 def _check_tied(model: Any, targets: Sequence[TargetLayer]) -> None:

@@ -33,10 +33,10 @@ from headstart.layers.weights import (
     give_values,
     oriented,
     product,
-    split_by_deepspeed,
     whole,
 )
 from headstart.methods.base import Factors, Method
+from headstart.processes import split_by_deepspeed
 
 # What "anchored" methods may be given: the frozen weight untouched, or with the start subtracted.
 Subtracting = Literal["anchored", "residual"]

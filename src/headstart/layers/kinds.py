@@ -113,8 +113,8 @@ def _check_embedding(target: TargetLayer, base: Any) -> None:
         raise LayerError(f"layer {target.name!r} is an embedding that uses DoRA; set use_dora=False, or leave it out.")
     if words := format_of(base):
         raise LayerError(
-            f"layer {target.name!r} holds its rows in {words}: only plain numbers can be initialised; load the base "
-            "model unquantised."
+            f"layer {target.name!r} holds its rows in {words}: only plain numbers can be initialised; "
+            f"{how_to_load(base)}."
         )
 
 

@@ -42,15 +42,15 @@ class EmbeddingLayer(TargetLayer):
 
     def stored(self) -> Tensor:
         """Return the rows of all tokens, detached; zeros for the padding token's."""
-        rows, padding = super().stored(), lookup_of(self.module).padding
+        rows, padding = super().stored(), self.module.get_base_layer().padding_idx
         if padding is not None:
             rows = rows.clone()
             rows[padding] = 0
         return rows
 
-    def fitted(self, factors: Factors) -> Factors:
+    def without_padding(self, factors: Factors) -> Factors:
         """Return a start without the padding token's."""
-        padding = lookup_of(self.module).padding
+        padding = self.module.get_base_layer().padding_idx
         if padding is None:
             return factors
         A = factors.A.clone()

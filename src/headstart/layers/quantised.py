@@ -41,8 +41,7 @@ def quantised_format(base: Any) -> QuantisedFormat | None:
 
 def quantisation(base: Any) -> str | None:
     """Return what a base layer's weight is held in, such as "4-bit"; None where that is no format that is read."""
-    quantised = quantised_format(base)
-    return None if quantised is None else quantised.recognise(base)
+    return next((words for candidate in FORMATS if (words := candidate.recognise(base))), None)
 
 
 def rounds_inputs(base: Any) -> str | None:

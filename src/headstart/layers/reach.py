@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -11,6 +12,7 @@ from torch import nn
 
 from headstart.errors import BASE_PREFIX
 from headstart.layers.find import TargetLayer
+from headstart.layers.quantised import quantised_format
 from headstart.names import in_base, kind_of
 from headstart.report import LeftOut
 
@@ -26,7 +28,9 @@ def left_out(model: nn.Module, layers: Sequence[TargetLayer]) -> LeftOut:
     """
     added = {id(parameter) for module in model.modules() for parameter in _added(module)}
     # Where a method shares ranks out, a layer may be left without any, and so without the adapter.
-    reached = {id(parameter) for layer in layers if layer.trainable for parameter in layer.parameters()}
+    adapted = [layer for layer in layers if layer.trainable]
+    reached = {id(parameter) for layer in adapted for parameter in layer.parameters()}
+    reached |= {id(layer.module.get_base_layer()) for layer in adapted}
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             reached |= {id(parameter) for parameter in module.original_module.parameters()}
@@ -34,23 +38,37 @@ def left_out(model: nn.Module, layers: Sequence[TargetLayer]) -> LeftOut:
     experts, routers = dict[str, int](), dict[str, int]()
     counted: set[int] = set()
     for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in added or id(parameter) in counted:
+        for holder, size, trains in _numbers(module):
+            if id(holder) in added or id(holder) in counted:
                 continue
-            counted.add(id(parameter))
-            # A quantised weight holds fewer numbers than it stands for.
-            whole = name == "W_q" or (name == "weight" and isinstance(module, nn.Linear))
-            size = module.in_features * module.out_features if whole else parameter.numel()
+            counted.add(id(holder))
             total += size
-            if id(parameter) in reached or parameter.requires_grad:
+            if id(holder) in reached or trains:
                 continue
             missed += size
-            if holder := _experts(path.removeprefix(BASE_PREFIX), module):
-                experts[holder] = experts.get(holder, 0) + size
+            if kind := _experts(path.removeprefix(BASE_PREFIX), module):
+                experts[kind] = experts.get(kind, 0) + size
             elif "Router" in type(module).__name__:
                 kind = kind_of(in_base(path.removeprefix(BASE_PREFIX)))
                 routers[kind] = routers.get(kind, 0) + size
     return LeftOut(missed, total, experts, routers)
+
+
+def _numbers(module: Any) -> Iterator[tuple[object, int, bool]]:
+    """Yield a module's own parameters, how many numbers each stands for, and whether it trains.
+
+    A quantised weight holds fewer numbers than it stands for; where it is no parameter, the module stands for it.
+    Scales and the like beside it are none of the model's.
+    """
+    own: dict[str, nn.Parameter] = dict(module.named_parameters(recurse=False))
+    quantised = not isinstance(module, BaseTunerLayer) and quantised_format(module) is not None
+    weights = {"weight", "W_q"} if quantised or isinstance(module, nn.Linear) else set[str]()
+    whole = module.in_features * module.out_features if weights else 0
+    for name, parameter in own.items():
+        if not quantised or name in weights | {"bias"}:
+            yield parameter, whole if name in weights else parameter.numel(), parameter.requires_grad
+    if quantised and not own.keys() & weights:
+        yield module, whole, False
 
 
 def _added(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -22,6 +22,7 @@ from headstart.layers.factors import FACTORS, attribute_of, is_embedding
 from headstart.layers.formats import home, unreadable
 from headstart.layers.quantised import quantised_format
 from headstart.linalg import precision
+from headstart.processes import split_by_deepspeed
 
 # Rows are hashed in parts of about this size, on as many threads as torch has. Part of every digest: a change of it
 # makes new digests.
@@ -65,8 +66,7 @@ def dense(base: nn.Module, parameter: str = "weight") -> Tensor:
     """
     if why := unreadable(base):
         raise LayerError(f"a layer {why}")
-    split = any(map(split_by_deepspeed, base.parameters(recurse=False)))
-    with align_module_device(base), gathered(base.parameters(recurse=False)):
+    with align_module_device(base), gathered(base.parameters(recurse=False)) as split:
         quantised = quantised_format(base) if parameter == "weight" else None
         held_in = base.get_parameter(parameter) if quantised is None else quantised.dequantise(base)
         weight = whole(held_in.detach())
@@ -78,22 +78,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def split_by_deepspeed(parameter: Tensor) -> bool:
-    """Return whether DeepSpeed's ZeRO-3 holds a parameter, of which no process sees the whole unless it is gathered."""
-    return hasattr(parameter, "ds_id")
-
-
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Hold those parameters whole within the block that DeepSpeed's ZeRO-3 has split; all processes must enter it."""
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[bool]:
+    """Hold those parameters whole within the block that DeepSpeed's ZeRO-3 has split; all processes must enter it.
+
+    The block is told whether there are any: what it keeps of them it has to copy.
+    """
     split = [parameter for parameter in parameters if split_by_deepspeed(parameter)]
     if not split:
-        yield
+        yield False
         return
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(split):
-        yield
+        yield True
 
 
 @torch.no_grad()

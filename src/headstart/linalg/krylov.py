@@ -78,9 +78,10 @@ def leading_right_vectors(
         residuals = ((triangle @ vectors[..., -block:, :]).norm(dim=-2) / values).amax(-1)
         # The rounding of W'W alone hides the smallest wanted value of these.
         hidden = values[..., 0] * tol < values[..., -1] * torch.finfo(tall.dtype).eps
-        pending = (~hidden & (residuals > tol)).logical_or(residuals.isnan() & ~hidden)
+        reached = ~hidden & (residuals <= tol)
+        pending = ~hidden & ~reached
         if step == most or not bool(pending.any()):
-            return vectors.mT @ basis, ~hidden & (residuals <= tol), step
+            return vectors.mT @ basis, reached, step
         logarithm = math.log(float(residuals[pending].max()))
         rate = (last[1] - logarithm) / (step - last[0]) if last[0] else 0.0
         ahead = math.ceil((logarithm - math.log(tol)) / rate) if rate > 0 else _FIRST_CHECK // 3

@@ -51,7 +51,7 @@ class LoftQ(Method):
         if layer.quantised is None:
             raise LayerError(
                 f"layer {layer.name!r} is not quantised, so there is nothing for method 'loftq' to give back: load the "
-                "model in 4 bits (BitsAndBytesConfig), or leave the layer out of target_modules."
+                "model quantised (as by BitsAndBytesConfig), or leave the layer out of target_modules."
             )
 
     def factors(self, layer: Layer) -> Factors:

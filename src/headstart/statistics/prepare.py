@@ -85,15 +85,15 @@ def prepare(
         experts: of these, the layers whose inputs are wanted, see :func:`headstart.statistics.routed.routed_layers`.
 
     Raises:
-        LayerError: the model is sharded, and a layer is no linear one.
+        LayerError: the model is sharded, and a layer is an expert's, a router's or a convolution.
         DataError: the data are empty, a sample has no label, the model gives no loss, or the loss is not finite.
     """
     processes = processes or Processes()
     lockstep = processes.several and is_sharded(model)
     if lockstep and stacks:
         raise LayerError(
-            f"layer {stacks[0].names[0]!r}: the model is sharded over processes, and the gradient of what is no linear "
-            "layer is read whole: initialise before fully_shard, or use a method without gradients."
+            f"layer {stacks[0].names[0]!r}: the model is sharded over processes, and the gradient of such a parameter "
+            "is read whole: initialise before fully_shard, or use a method without gradients."
         )
     device = model_device(model)
     sizes = {name: (int(layer.out_features), int(layer.in_features)) for name, layer in layers.items()}

@@ -1,4 +1,4 @@
-"""All that is looked at while data are read: linear layers, the experts of mixtures, and parameters that stack them."""
+"""All that is looked at while data are read: linear layers, embeddings, experts, and parameters that stack matrices."""
 
 from __future__ import annotations
 

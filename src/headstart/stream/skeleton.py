@@ -125,11 +125,11 @@ def build(source: Source, lora: LoraConfig, name: str | None = None) -> Skeleton
     for target in lora_layers(model, ADAPTER):
         _check_streamed(target)
         # What find_layers looks at: B is zero, a stack of matrices has values, and one number holds either.
-        if ADAPTER in target.module.lora_B:
-            _set_zero(target.module.lora_B, ADAPTER)
+        B = target.module.lora_B[ADAPTER]
+        B.weight = _zero(B.weight)
         if is_stack(target.module):
-            base = target.module.get_base_layer()
-            setattr(base, adapted_parameter(target.module), _zero(base.get_parameter(adapted_parameter(target.module))))
+            holder, parameter = target.module.get_base_layer(), adapted_parameter(target.module)
+            setattr(holder, parameter, _zero(holder.get_parameter(parameter)))
     targets = find_layers(model, ADAPTER)
     check_untied(model, targets, "it is not streamed; leave it out of target_modules, or start the loaded model.")
     keys: dict[str, str] = {}
@@ -168,8 +168,8 @@ def _stack(name: str, shape: tuple[int, ...], names: Names, source: Source, mode
 
 
 def _check_streamed(target: TargetLayer) -> None:
-    other = {"a convolution": is_convolution(target.module), "an embedding": is_embedding(target.module)}
-    for what in (what for what, is_it in other.items() if is_it):
+    if is_convolution(target.module) or is_embedding(target.module):
+        what = "a convolution" if is_convolution(target.module) else "an embedding"
         raise LayerError(
             f"layer {target.name!r} is {what}, which is not streamed: leave it out of target_modules, or start the "
             "loaded model."
@@ -221,15 +221,6 @@ def _wrapped(base: Any, lora: LoraConfig) -> Any:
     if targets is None:
         return get_peft_model(base, dataclasses.replace(lora))
     return wrap_lora(base, targets if isinstance(targets, str) else sorted(targets), **settings)
-
-
-def _set_zero(by_adapter: Any, adapter: str) -> None:
-    part = by_adapter[adapter]
-    like: torch.Tensor = part.get_parameter("weight") if isinstance(part, nn.Module) else part
-    if isinstance(part, nn.Module):
-        part.weight = _zero(like)
-    else:
-        by_adapter[adapter] = _zero(like)
 
 
 def _zero(like: torch.Tensor) -> nn.Parameter:

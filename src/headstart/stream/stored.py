@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -101,7 +102,7 @@ class StoredStack:
         """E."""
         return self.shape[0]
 
-    @property
+    @cached_property
     def separate(self) -> bool:
         """Whether each matrix has tensors of its own."""
         return all(len(self.source.entry(name).shape) == 2 for names in self.group.tensors.values() for name in names)
@@ -114,10 +115,13 @@ class StoredStack:
 
     def read(self, place: int) -> Tensor:
         """Return one matrix as the parameter holds it, (1, rows, columns), in memory of its own."""
-        tensors = self.group.tensors
-        if self.separate:
-            return self.together({pattern: [self.source.read(names[place])] for pattern, names in tensors.items()})
-        return self.together({pattern: [self.source.read(names[0], place)] for pattern, names in tensors.items()})
+        read = self.source.read
+        return self.together(
+            {
+                pattern: [read(names[place]) if self.separate else read(names[0], place)]
+                for pattern, names in self.group.tensors.items()
+            }
+        )
 
     def together(self, parts: Mapping[str, list[Tensor]], count: int = 1) -> Tensor:
         """Return ``count`` matrices of the parameter from their parts, by pattern."""

@@ -55,20 +55,16 @@ class Snapshot(Results):
     """The results of one moment: a cell has what it had when it was first asked for, whatever is written meanwhile.
 
     What is chosen by results and what is said of the choices must be of the same results.
-
-    Args:
-        results: what is known already; what is final in them is not read again.
     """
 
-    def __init__(self, results: Results) -> None:
-        super().__init__(results.folder)
-        self._results = results
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         self._seen: dict[str, Result | None] = {}
 
     def of(self, cell: Cell) -> Result | None:
         """Return a cell's result as it was at the first call; see :meth:`Results.of`."""
         if cell.folder not in self._seen:
-            self._seen[cell.folder] = self._results.of(cell)
+            self._seen[cell.folder] = super().of(cell)
         return self._seen[cell.folder]
 
 

@@ -168,7 +168,6 @@ def summarised(
     folder: Path,
     *,
     refine: bool = True,
-    results: Results | None = None,
     first: str | None = None,
     against: str | None = None,
 ) -> Summary:
@@ -178,7 +177,6 @@ def summarised(
         grid: the study.
         folder: its folder.
         refine: count the cells beyond a grid's edge, where there are such with results.
-        results: what is known of the cells; read where it is None.
         first: the reported figure that rankings and charts go by; the study's first one by default.
         against: see :class:`Summary`.
 
@@ -186,7 +184,7 @@ def summarised(
         CheckpointError: a result is damaged.
         RunError: there is no such figure, or no such start.
     """
-    results = Snapshot(results or Results(folder))
+    results = Snapshot(folder)
     if against is not None and against not in grid.starts:
         raise RunError(
             f"the study has no start {against!r}.{nearest(against, grid.starts)} It has: {', '.join(grid.starts)}."
