@@ -1,7 +1,7 @@
 # swift sft, started inside it by headstart's verb: HEADSTART=pissa bash verb.sh
 swift sft \
   --model run/model --model_type llama --template chatml \
-  --tuner_type lora --target_modules all-linear --lora_rank 4 --lora_alpha 8 \
+  --tuner_type lora --target_modules all-linear --lora_rank 8 --lora_alpha 16 \
   --external_plugins headstart_plugin.py --callbacks headstart \
   --dataset run/data.jsonl --split_dataset_ratio 0 --max_length 512 \
   --output_dir run/out --add_version false \
