@@ -69,6 +69,30 @@ def test_other_losses_of_tokens_are_none_of_ours(loss_of, other):
     assert found(lambda logits, labels: loss_of(logits, labels, **other), *tokens()) is None
 
 
+def summed_in_lanes(logits, labels):
+    """The next token's cross entropy by one running float32 sum a lane, as narrow vector units compute it."""
+    rows = logits[:, :-1].flatten(0, 1)
+    powers = (rows - rows.detach().amax(1, keepdim=True)).exp()
+    # One after another: what a sum along the last axis does is its own affair.
+    lanes = powers.unflatten(1, (-1, 8)).unbind(1)
+    totals = sum(lanes[1:], start=lanes[0]).sum(1).log() + rows.detach().amax(1)
+    return (totals - rows.gather(1, labels[:, 1:].reshape(-1, 1))[:, 0]).mean()
+
+
+@pytest.mark.parametrize("classes", [8192, 49152])
+def test_a_loss_that_sums_many_classes_roughly_is_known(classes):
+    """Beside a likely class, terms below float32's last place are lost: no share of the loss, but of the classes."""
+    logits = torch.full((1, 5, classes), -16.4, dtype=torch.float32, device="cpu")
+    logits[..., ::8] = -30.0
+    logits[..., 0] = 0.0
+    logits[..., 1] = logits[..., 2] = 1.0
+    labels = torch.tensor([[3, 1, 2, 1, 2]], dtype=torch.int64, device="cpu")
+    exact = float(functional.cross_entropy(logits[0, :-1].double(), labels[0, 1:]))
+    with torch.no_grad():
+        assert abs(float(summed_in_lanes(logits, labels)) - exact) > 1e-5 * exact
+    assert found(summed_in_lanes, logits, labels) == "next token"
+
+
 def test_a_loss_beside_the_one_of_the_logits_is_noticed():
     """However small: an auxiliary loss has a gradient of its own."""
     aside = torch.tensor(1e-3)
