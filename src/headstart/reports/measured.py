@@ -99,6 +99,7 @@ class Cost:
         start, training, measurement: seconds.
         memory: peak bytes, of the accelerator where there is one.
         cached: the start was found in the cache, at least in part.
+        read_together: its data were read for other starts at the same time.
     """
 
     trainable: int | None
@@ -107,6 +108,7 @@ class Cost:
     measurement: float | None
     memory: float | None
     cached: bool
+    read_together: bool
 
     @property
     def share(self) -> float | None:
@@ -126,6 +128,7 @@ def cost(pairs: Sequence[Pair]) -> Cost:
         _mean(result.seconds.get("measurement") for result in results),
         _mean((result.memory.get("device") or result.memory.get("resident")) for result in results),
         any(result.start.get("cached") for result in results),
+        any(result.start.get("read_for") for result in results),
     )
 
 

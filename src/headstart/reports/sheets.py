@@ -118,14 +118,16 @@ def _difference(row: Comparison) -> str:
 
 def cost_sheet(summary: Summary, part: Part) -> Sheet:
     """Return what each start costs at its best rate."""
-    rows = []
+    rows, together = [], False
     for row in standings(summary, part):
         own = cost(part.at_best(row.start))
+        together |= own.read_together
+        marks = (" (cache)" if own.cached else "") + (" (read together)" if own.read_together else "")
         rows.append(
             (
                 row.start,
                 f"{own.trainable:,}" if own.trainable else NOTHING,
-                seconds_text(own.start) + (" (cache)" if own.cached else ""),
+                seconds_text(own.start) + marks,
                 seconds_text(own.training),
                 seconds_text(own.measurement),
                 NOTHING if own.share is None else f"{100 * own.share:.2g} %",
@@ -148,6 +150,11 @@ def cost_sheet(summary: Summary, part: Part) -> Sheet:
         "What each start costs at its best rate, on average over seeds; the share is of start-up and training. Last, "
         "when it reaches the training loss that the reference ends with, start-up included."
     )
+    if together:
+        caption += (
+            " Data that were read together were read once for all that any of these starts wants; each is charged with "
+            "the whole of it, so that alone it takes no longer."
+        )
     return Sheet(caption, heads, rows)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,13 +14,16 @@ import psutil
 from headstart.files import work_folder
 from headstart.methods import parse_method
 from headstart.progress import Show, silent
-from headstart.runs.result import Result, read_result, write_result
-from headstart.runs.tree import Evaluation, Optimizer, Run, Schedule
+from headstart.runs.result import FILE, Result, read_result, write_result
+from headstart.runs.tree import Evaluation, Optimizer, Run, Schedule, Start
+from headstart.statistics.kept import KeptStatistics
 from headstart.store import Store
 from headstart.training.wrap import accelerator
 
 T = TypeVar("T")
 
+# In the folder of a study's starts.
+STATISTICS = "statistics"
 # A base model is kept in memory where it takes no more than this share of what is free.
 _ROOM = 0.2
 
@@ -28,11 +33,14 @@ class Shared:
 
     Args:
         folder: gets a folder for each start.
+        runs: all that share it, whose starts may be made of the same data.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, runs: Sequence[Run] = ()) -> None:
         self._folder = folder
+        self._runs = runs
         self._kept: dict[str, tuple[str, Any]] = {}
+        self._readings: dict[str, dict[str, Run]] | None = None
 
     def start(self, run: Run, make: Callable[[Path], Result], show: Show = silent) -> tuple[Path, Result, bool]:
         """Return the folder of a run's start, what is known of it, and whether it was made for this run.
@@ -64,6 +72,42 @@ class Shared:
 
         ready = Store(self._folder).make_all([[key]], look_up, made, what="a start", show=show)
         return place, ready[key], is_new
+
+    def statistics(self, run: Run) -> KeptStatistics | None:
+        """Return where what a run's start reads is kept for others; None where no other one is to be made of it."""
+        method = parse_method(run.start.method)
+        if not method.reads_task or method.methods != (method,):
+            return None
+        key, alike = self._alike(run)
+        own, place = start_key(run), self._folder / STATISTICS / key
+        others = [other for other in alike if start_key(other) != own]
+        if not place.is_dir() and all(map(self._is_made, others)):
+            return None
+        return KeptStatistics(place, [parse_method(other.start.method) for other in alike])
+
+    def forget_statistics(self, run: Run) -> None:
+        """Delete what a run's start was made of once no other start is left to be made of it."""
+        key, alike = self._alike(run)
+        if all(map(self._is_made, alike)):
+            shutil.rmtree(self._folder / STATISTICS / key, ignore_errors=True)
+
+    def forget_all_statistics(self) -> None:
+        """Delete what starts were made of, those too that could not be made of it."""
+        shutil.rmtree(self._folder / STATISTICS, ignore_errors=True)
+
+    def _is_made(self, run: Run) -> bool:
+        return (self._folder / start_key(run) / FILE).is_file()
+
+    def _alike(self, run: Run) -> tuple[str, list[Run]]:
+        """Return what runs whose starts read the same have in common, and one run for each such start."""
+        key = _reading_key(run)
+        if self._readings is None:
+            self._readings = defaultdict(dict)
+            for other in self._runs:
+                method = parse_method(other.start.method)
+                if method.reads_task and method.methods == (method,):
+                    self._readings[_reading_key(other)].setdefault(start_key(other), other)
+        return key, list(self._readings[key].values())
 
     def data(self, run: Run, load: Callable[[], T]) -> T:
         """Return what ``load`` returns, the last one's where it read the same."""
@@ -118,3 +162,17 @@ def start_key(run: Run) -> str:
     if not parse_method(run.start.method).reads_rate:
         same |= {"optimizer": Optimizer(), "schedule": Schedule()}
     return run.model_copy(update=same).key
+
+
+def _reading_key(run: Run) -> str:
+    """Return what runs whose starts read the same of the same data have in common: the rank isn't of it."""
+    adapter = run.adapter.model_copy(
+        update={"r": 8, "alpha": 16, "rslora": False, "dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
+    )
+    same = {
+        "adapter": adapter,
+        "start": Start(memory_budget=run.start.memory_budget),
+        "optimizer": Optimizer(),
+        "schedule": Schedule(),
+    }
+    return start_key(run.model_copy(update=same))

@@ -224,9 +224,11 @@ def _begin(
 
             def make(place: Path) -> Result:
                 with clock("start"):
-                    return _started(trainer, method, run, place, show)
+                    return _started(trainer, method, run, shared, place, show)
 
             place, started, is_new = (place, make(place), True) if shared is None else shared.start(run, make, show)
+            if shared is not None:
+                shared.forget_statistics(run)
             if not is_new:
                 take(model, run, place / CHECKPOINT)
             result.start = {**started.start, "shared": not is_new}
@@ -239,8 +241,9 @@ def _begin(
     set_optimizer(trainer, run)
 
 
-def _started(trainer: Any, method: Method, run: Run, place: Path, show: Show) -> Result:
+def _started(trainer: Any, method: Method, run: Run, shared: Shared | None, place: Path, show: Show) -> Result:
     """Make the start of the trainer's model and keep it in a folder; return what is known of it."""
+    trainer.kept_statistics = kept = shared.statistics(run) if shared else None
     report = initialize_(
         trainer.model,
         method,
@@ -266,6 +269,8 @@ def _started(trainer: Any, method: Method, run: Run, place: Path, show: Show) ->
         "cached": report.cached,
         "peak_memory": report.peak_memory,
         "seconds_by_step": dict(report.seconds_by_step),
+        # Which starts the data were read for together; the seconds are those of reading for all of them.
+        "read_for": [str(other) for other in kept.served] if kept else [],
         "searched": {name: asdict(searched) for name, searched in report.searched.items()},
         **_approximated(report),
     }

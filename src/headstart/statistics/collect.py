@@ -145,10 +145,30 @@ class _Passes:
         if shared:
             where = torch.device("cpu") if self._reading.offload == "cpu" else model_device(self._model)
             budget = parse_bytes(budget, where) // 2
-        collector = self._prepared(data, wants, budget)
-        for statistics in collector.passes(self._context.show):
+        for statistics in self._kept_or_read(data, wants, budget):
             self._context.notes += statistics.notes
-            statistics.plan = str(collector.plan)
+            yield statistics
+
+    def _kept_or_read(
+        self, data: TrainingData, wants: Mapping[str, Wants], budget: int | str | None
+    ) -> Iterator[Statistics]:
+        """Yield what is wanted, from where it is kept for several starts if it is."""
+
+        def read(wanted: Mapping[str, Wants]) -> Iterator[Statistics]:
+            collector = self._prepared(data, wanted, budget)
+            for statistics in collector.passes(self._context.show):
+                statistics.plan = str(collector.plan)
+                yield statistics
+
+        layers = {layer.name: layer.facts() for layer in self._part.layers}
+        kept = None if self._context.processes.several else data.kept
+        common = kept and kept.common(self._part.method, list(layers.values()), data.training.population)
+        if not kept or not common:
+            yield from read(wants)
+            return
+        for statistics, seconds in kept.passes(common, wants, layers, read, self._context.show):
+            # A start costs its reading, whichever of them it was read for.
+            self._context.clock.seconds["collect"] = self._context.clock.seconds.get("collect", 0.0) + seconds
             yield statistics
 
     def at_once(self, data: TrainingData, wants: Mapping[str, Wants]) -> Statistics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -39,10 +39,10 @@ class Statistics:
 
     layers: tuple[str, ...] = ()
     owners: dict[str, int] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    halves: dict[str, Half] = field(default_factory=dict)
-    kronecker: dict[str, Kronecker] = field(default_factory=dict)
-    preserved: dict[str, Kronecker] = field(default_factory=dict)
+    gradients: MutableMapping[str, Tensor] = field(default_factory=dict)
+    halves: MutableMapping[str, Half] = field(default_factory=dict)
+    kronecker: MutableMapping[str, Kronecker] = field(default_factory=dict)
+    preserved: MutableMapping[str, Kronecker] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
     samples: int = 0
     tokens: int = 0

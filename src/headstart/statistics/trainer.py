@@ -32,7 +32,8 @@ def from_trainer(trainer: Trainer, samples: int, seed: int) -> TrainingData:
     Samples are drawn from the training set by ``seed``, whatever sampler the trainer has (an iterable data set gives
     its first ones), and go through the trainer's own collator. Where its loss is the model's own, whole batches are
     read; else ``compute_loss`` is called on one sample at a time, as collated, so that a sample is what the trainer
-    takes for one: a pair of answers of DPO's or a reward model's.
+    takes for one: a pair of answers of DPO's or a reward model's. What is read is kept where the trainer's attribute
+    ``kept_statistics`` says so (:class:`headstart.statistics.kept.KeptStatistics`), as those of a study's runs do.
 
     Args:
         trainer: of Transformers or TRL, before it trains. Its metrics are left as they are.
@@ -68,6 +69,7 @@ def from_trainer(trainer: Trainer, samples: int, seed: int) -> TrainingData:
         loss=loss,
         single=loss is not None,
         training=training,
+        kept=getattr(trainer, "kept_statistics", None),
     )
 
 

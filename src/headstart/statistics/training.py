@@ -11,6 +11,7 @@ from headstart.errors import MethodError
 from headstart.methods.base import Training
 from headstart.processes import Processes, digest
 from headstart.statistics.batches import Collator, size_of
+from headstart.statistics.kept import KeptStatistics
 from headstart.statistics.runs import Loss
 
 
@@ -25,6 +26,7 @@ class TrainingData:
         loss: computes a batch's loss, (model, batch) -> a scalar, in place of the model.
         single: each batch is one sample, whatever its tensors hold.
         training: what is known of the fine-tuning to come.
+        kept: where what is read of these data is kept for other starts; None for nowhere.
     """
 
     batches: Iterable[Any] | None = None
@@ -33,6 +35,7 @@ class TrainingData:
     loss: Loss | None = None
     single: bool = False
     training: Training = field(default_factory=Training)
+    kept: KeptStatistics | None = None
 
     def __post_init__(self) -> None:
         if not self.batch_size > 0:

@@ -64,7 +64,7 @@ class Worker:
         begun: Callable[[Cell], None] = lambda cell: None,
         ended: Callable[[Cell], None] = lambda cell: None,
     ) -> None:
-        self._shared = Shared(folder / STARTS)
+        self._shared = Shared(folder / STARTS, [cell.run for cell in grid.cells()])
         self._grid, self._folder, self._terms = grid, folder, terms
         self._show, self._begun, self._ended = show, begun, ended
         self._results = Results(folder)
@@ -80,6 +80,7 @@ class Worker:
             left = [cell for cell in cells if not self._is_final(cell)]
             self._show(BAR, len(cells) - len(left), len(cells))
             if not left:
+                self._shared.forget_all_statistics()
                 return
             if not self._do_one(left):
                 self._show("waiting for cells that others do", len(cells) - len(left), len(cells))
