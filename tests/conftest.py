@@ -256,6 +256,18 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict], lis
 
 # Those that give back what quantisation took need a quantised base.
 ANY_BASE = [name for name in hs.method_names() if not method_class(name)().wants(ANY_LAYER).original]
+
+
+def _kinds():
+    """One of all methods that want the same and give the same: what happens around a method follows from these."""
+    kinds = {}
+    for name in ANY_BASE:
+        method = method_class(name)()
+        kinds.setdefault((str(method.wants(ANY_LAYER)), method.form, method.freezes, method.shares_ranks), name)
+    return list(kinds.values())
+
+
+KINDS = _kinds()
 QUICK = {"inilora": "solver=adam,steps=20", "lora-sb": "samples=4,lr=1e-3"}
 
 

@@ -298,7 +298,7 @@ def test_ctrl_c_keeps_what_is_finished(tiny, sums, tmp_path, capsys):
     out = tmp_path / "c"
     command = [sys.executable, "-c", "from headstart.cli import main; main()"]
     arguments = [str(a) for a in small(tiny, sums, out, "--methods", "lora,pissa")]
-    arguments[arguments.index("--steps") + 1] = "40"
+    arguments[arguments.index("--steps") + 1] = "12"
     # A shell's background jobs, and what they start, ignore the signal unless told otherwise.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -323,7 +323,7 @@ def test_ctrl_c_keeps_what_is_finished(tiny, sums, tmp_path, capsys):
     arguments[arguments.index("lora,pissa")] = "pissa"
     assert run(capsys, *arguments)[0] == 0
     cut, uncut = (results(place)["pissa"] for place in (out, tmp_path / "uncut"))
-    assert len(cut["series"]["loss"]) == 40
+    assert len(cut["series"]["loss"]) == 12
     for key in ("series", "metrics"):
         assert cut[key] == uncut[key], key
 

@@ -11,12 +11,12 @@ from accelerate.utils import has_offloaded_params
 from peft import LoraConfig, VeraConfig, get_peft_model
 
 import headstart as hs
-from conftest import ANY_BASE, listed_factors, logits, perturb, quick, tiny_gpt2, tiny_llama, token_batch, wrap
+from conftest import KINDS, listed_factors, logits, perturb, quick, tiny_gpt2, tiny_llama, token_batch, wrap
 from headstart.errors import LayerError
 from headstart.layers.anchored import start_at
 from headstart.layers.find import lora_layers
 
-METHODS = [quick(name) for name in ANY_BASE]
+METHODS = [quick(name) for name in KINDS]
 
 
 def on_cpu(base, folder):

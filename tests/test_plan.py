@@ -239,9 +239,16 @@ def bytes_of(passed):
     return 4 * sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in held}.values())
 
 
-@pytest.mark.parametrize("outputs", ["diagonal", "full"])
-@pytest.mark.parametrize("budget", [1, "20KB", "40KiB", "80KB"])
-@pytest.mark.parametrize("offload", [None, "cpu"])
+@pytest.mark.parametrize(
+    ("outputs", "budget", "offload"),
+    [
+        ("diagonal", 1, None),
+        ("diagonal", "20KB", "cpu"),
+        ("full", "40KiB", None),
+        ("full", "80KB", None),
+        ("full", 1, "cpu"),
+    ],
+)
 def test_several_passes_find_what_one_does(outputs, budget, offload):
     base = tiny_llama()
     wanted = Wants(gradient=True, outputs=outputs)
@@ -342,9 +349,16 @@ def test_notes_come_once():
 # Through the verb.
 
 
-@pytest.mark.parametrize("settings_", ["", ",fisher=full", ",tokens=labels", ",layers=attention"])
 @pytest.mark.parametrize(
-    "given_", [dict(memory_budget="20KB"), dict(offload="cpu"), dict(memory_budget=1, offload="cpu")]
+    ("settings_", "given_"),
+    [
+        ("", dict(memory_budget="20KB")),
+        ("", dict(offload="cpu")),
+        ("", dict(memory_budget=1, offload="cpu")),
+        (",fisher=full", dict(memory_budget=1, offload="cpu")),
+        (",tokens=labels", dict(memory_budget="20KB")),
+        (",layers=attention", dict(memory_budget="20KB")),
+    ],
 )
 def test_the_verb_in_several_passes(settings_, given_):
     data = [token_batch(5), token_batch(4, 9, 7)]

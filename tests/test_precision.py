@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import headstart as hs
-from conftest import ANY_BASE, listed_factors, quick, tiny_llama, token_batch, wrap
+from conftest import ANY_BASE, KINDS, listed_factors, quick, tiny_llama, token_batch, wrap
 from headstart.linalg.precision import full_precision
 
 # Settings that take other ways through the code than the defaults.
@@ -71,8 +71,10 @@ def start(base, method, setting=contextlib.nullcontext):
     return listed_factors(model), report
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [(method, torch.bfloat16) for method in METHODS] + [(quick(name), torch.float64) for name in KINDS],
+)
 def test_the_default_type_changes_nothing(method, dtype):
     """The model has its own type; what torch takes for new tensors is neither the factors' nor the draws'."""
     base = tiny_llama()
@@ -94,8 +96,11 @@ def test_the_default_device_changes_nothing(method):
         assert torch.equal(own, plain)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("setting", [tf32, deterministic, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [(method, lambda: torch.autocast("cpu", torch.bfloat16)) for method in METHODS]
+    + [(quick(name), setting) for name in KINDS for setting in (tf32, deterministic)],
+)
 def test_what_is_solved_is_solved_in_full_precision(method, setting):
     """The model's own passes may differ, so methods with data get a model that autocast and TF32 leave alone."""
     base = tiny_llama()

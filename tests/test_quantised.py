@@ -10,11 +10,10 @@ from peft import PeftModel
 from torch.nn import functional
 
 import headstart as hs
-from conftest import factors_of, perturb, quick, tiny_llama, token_batch, wrap
+from conftest import KINDS, factors_of, perturb, quick, tiny_llama, token_batch, wrap
 from headstart.errors import HeadstartWarning, LayerError
 from headstart.layers.find import lora_layers
 from headstart.layers.weights import dense
-from headstart.methods import method_names
 
 pytest.importorskip("bitsandbytes")
 
@@ -73,7 +72,7 @@ FAMILIES = ("lora", "init-ab-plus", "pissa", "loftq", "corda", "lora-one", "lora
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [*((name, "4-bit") for name in method_names()), *((name, "8-bit") for name in FAMILIES)]
+    ("name", "bits"), [*((name, "4-bit") for name in ("loftq", *KINDS)), *((name, "8-bit") for name in FAMILIES)]
 )
 def test_every_start_leaves_or_moves_the_quantised_base_as_it_says(folder, bits, name):
     base, batch = quantised(folder, bits), token_batch()

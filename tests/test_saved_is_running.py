@@ -130,7 +130,7 @@ def reloaded(model, inside, cast, way, folder):
 COMBINATIONS = [(cast, form) for cast in CASTS for form in FORMS]
 
 
-@settings(max_examples=14, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.sampled_from(list(WRAPPERS)), st.sampled_from(COMBINATIONS), st.booleans())
 def test_what_is_saved_is_what_runs(tmp_path_factory, wrapper, combination, use_rslora):
     cast, form = combination

@@ -85,8 +85,11 @@ def test_streamed_is_in_memory_byte_for_byte(folders, tmp_path, method):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("method", ["init-ab", "pissa", "geora", "loram", "lora-xs", "inilora:solver=svd"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("llama", method) for method in ("init-ab", "geora", "loram", "inilora:solver=svd")]
+    + [(name, method) for name in MODELS for method in ("pissa", "lora-xs")],
+)
 def test_every_architecture(folders, tmp_path, name, method):
     folder = folders(name)
     in_memory(folder, name, method, tmp_path / "memory")

@@ -57,8 +57,9 @@ def finished(folder):
 
 
 def test_who_does_the_cells_is_killed(study, uncut, tmp_path):
-    draw, (wanted, seconds), kills, folder = random.Random(0), uncut, 0, tmp_path / "0"
+    draw, (wanted, seconds), kills, number = random.Random(0), uncut, 0, 0
     while True:
+        folder = tmp_path / str(number)
         before = finished(folder)
         process = forked(run_study, study, folder)
         if kills < ROUNDS:
@@ -73,7 +74,7 @@ def test_who_does_the_cells_is_killed(study, uncut, tmp_path):
             assert losses(study, folder) == wanted
             if kills >= ROUNDS:
                 return
-            folder = tmp_path / str(kills)
+            number += 1  # also where it ended before it was killed: there is nothing left to kill
 
 
 class Killer(threading.Thread):

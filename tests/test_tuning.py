@@ -14,7 +14,7 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 import headstart as hs
 from conftest import (
-    ANY_BASE,
+    KINDS,
     class_batch,
     logits,
     perturb,
@@ -209,7 +209,7 @@ def test_rslora_scales_every_form_and_leaves_with_it(method, tmp_path):
 # DoRA.
 
 
-@pytest.mark.parametrize("name", ANY_BASE)
+@pytest.mark.parametrize("name", KINDS)
 def test_dora_takes_every_start_that_is_kept_and_refuses_the_rest(name):
     plain = wrap(tiny_llama())
     hs.initialize_(plain, small(name), data=[token_batch()], preserve=[token_batch()], progress=False)

@@ -50,13 +50,6 @@ def compiled_layers(model):
     return model
 
 
-def compiled_projections(model):
-    for layer in model.base_model.model.model.layers:
-        layer.self_attn.q_proj = eager(layer.self_attn.q_proj)
-        layer.mlp.compile(backend="eager")
-    return model
-
-
 def regional(model):
     return compile_regions(model, backend="eager")
 
@@ -75,7 +68,6 @@ WRAPPERS = {
     "model.compile": compiled_in_place,
     "compiled base": compiled_base,
     "compiled layers": compiled_layers,
-    "compiled projections": compiled_projections,
     "regional": regional,
     "DDP": DistributedDataParallel,
     "DataParallel": DataParallel,
@@ -84,7 +76,6 @@ WRAPPERS = {
     "compile(DDP)": lambda model: eager(DistributedDataParallel(model)),
     "DDP(compile)": lambda model: DistributedDataParallel(eager(model)),
     "compile(DDP(compiled layers))": lambda model: eager(DistributedDataParallel(compiled_layers(model))),
-    "regional(DDP)": lambda model: regional(DistributedDataParallel(model)),
 }
 
 
