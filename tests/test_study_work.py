@@ -13,6 +13,7 @@ import pytest
 from headstart.errors import HeadstartError, RunError
 from headstart.runs.result import Result, read_result, write_result
 from headstart.runs.shared import Shared, start_key
+from headstart.runs.stages import execute
 from headstart.study import work as work_module
 from headstart.study.cells import Grid
 from headstart.study.estimate import estimated
@@ -72,6 +73,28 @@ def test_cells_are_those_of_runs_on_their_own_and_share_their_starts(material, t
     run_study(wider, tmp_path / "study")
     assert made == {"lora": 1}  # of the new seed; the old one's is kept
     assert noted_study(tmp_path / "study") == wider
+
+
+@pytest.mark.parametrize("start", ["eva:samples=4,rho=2", "gora:samples=4"])
+def test_ranks_that_a_start_shares_out_are_every_cells_and_of_a_run_that_goes_on(material, tmp_path, start):
+    targets = ["all-linear"]
+    axes = {"start": ["lora", start], "optimizer.lr": [1e-3, 1e-2], "adapter.targets": targets, "adapter.r": [4]}
+    grid = run_study(study(material, axes=axes), tmp_path / "study")
+    assert summarised(grid, tmp_path / "study").counted() == {"done": 4}
+    cells = [cell for cell in grid.cells() if cell.run.start.method == start]
+    results = Results(tmp_path / "study")
+    for cell in cells:
+        alone = execute(cell.run, tmp_path / cell.run.key)
+        assert results.of(cell).series["loss"] == alone.series["loss"]
+        patterns = [adapter_config(place)["rank_pattern"] for place in (results.place(cell), tmp_path / cell.run.key)]
+        assert patterns[0] == patterns[1] and patterns[0]
+        # What is left is measured of what was trained.
+        (tmp_path / cell.run.key / "result.json").unlink()
+        assert execute(cell.run, tmp_path / cell.run.key).metrics == alone.metrics
+
+
+def adapter_config(folder):
+    return json.loads((folder / "trained" / "adapter" / "adapter_config.json").read_text())
 
 
 def test_a_start_that_depends_on_the_rate_is_made_for_each(material):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,8 @@ from headstart.context import Context, shown
 from headstart.errors import LayerError, MethodError
 from headstart.initialize import check_early, check_unsharded, solved, source_of
 from headstart.layers.adapters import find
+from headstart.layers.checkpoint import read_adapter
+from headstart.layers.find import lora_layers
 from headstart.layers.parts import Part, divide
 from headstart.layers.ranks import set_ranks
 from headstart.layers.unwrap import looks_through
@@ -99,4 +103,31 @@ def _install(model: Any, adapter: str, parts: Iterable[Part], starts: dict[str, 
             start = LoRA().factors(replace(layer.facts(), seed=seed))
             layer.module.lora_A[adapter].weight.copy_(start.A)
             layer.module.lora_B[adapter].weight.zero_()
+        undo.pop_all()
+
+
+def take_ranks(model: Any, path: str | Path, adapter: str = "default") -> None:
+    """Give an adapter's layers the ranks that they have in a checkpoint, which is then to be loaded.
+
+    For models that are made anew as they were before a method shared their ranks out. A layer that the checkpoint
+    lacks loses its adapter.
+
+    Args:
+        model: the PEFT model.
+        path: the checkpoint's folder.
+        adapter: the adapter's name.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or incomplete.
+    """
+    saved = read_adapter(Path(path)).layers
+    starts = []
+    for layer in lora_layers(model, adapter):
+        there = saved.get(layer.name)
+        same = there is not None and math.isclose(there.scaling, layer.scaling, rel_tol=1e-6)
+        A = torch.empty(there.r if there else 0, layer.d_in, dtype=torch.float32, device="meta")
+        B = torch.empty(layer.d_out, len(A), dtype=torch.float32, device="meta")
+        starts.append((layer, Factors(A, B, keeps="scaling" if same else "alpha")))
+    with ExitStack() as undo:
+        set_ranks(model, adapter, starts, undo)
         undo.pop_all()

@@ -8,10 +8,12 @@ from typing import Any
 
 from peft import load_peft_weights, set_peft_model_state_dict
 
+from headstart.allocate import take_ranks
 from headstart.errors import CheckpointError, RunError
 from headstart.files import write_json
 from headstart.layers.checkpoint import load_checkpoint, save_checkpoint
 from headstart.layers.export import save_lora
+from headstart.methods import parse_method
 from headstart.processes import Processes, is_sharded, together
 from headstart.runs.result import FILE, Result, read_result, write_result
 from headstart.runs.tree import Run
@@ -92,6 +94,8 @@ def keep(model: Any, run: Run, place: Path) -> None:
 def take(model: Any, run: Run, place: Path) -> None:
     """Give the model's adapter what was kept."""
     if run.adapter.kind == "lora":
+        if any(method.shares_ranks for method in parse_method(run.start.method).methods):
+            take_ranks(model, place)
         load_checkpoint(model, place)
         return
     device = next(model.parameters()).device
