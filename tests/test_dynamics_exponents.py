@@ -44,7 +44,7 @@ from headstart.monitor import quantities
 from headstart.reports.findings import as_markdown, as_page
 
 POWERS = st.floats(-1.5, 0.5)
-QUICK = Settings(widths=(512, 4096, 32768), seeds=6)
+QUICK = Settings(widths=(256, 2048, 16384), seeds=6)
 # The model of one layer has a loss of its own.
 ONE_BY_ONE = pytest.mark.filterwarnings("ignore:the model's loss can't be computed from its logits")
 
