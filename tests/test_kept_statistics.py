@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from types import SimpleNamespace
 
@@ -107,10 +108,10 @@ def test_only_those_that_read_the_same_are_read_for_together(tmp_path):
     assert together(one, one, da, whole) == {one, da}
 
 
-@pytest.mark.parametrize("why", ["full disk", "slow disk"])
+@pytest.mark.parametrize("why", ["little room", "slow disk", "full disk"])
 def test_what_the_disk_can_not_take_is_read_for_each_alone(why, tmp_path, monkeypatch, readings):
     methods = methods_of(["lora-one", "lora-da"])
-    if why == "full disk":
+    if why == "little room":
         monkeypatch.setattr(kept_module, "_SHARE_OF_DISK", 0.0)
     else:
         original, now = kept_module.save_file, [0.0]
@@ -118,6 +119,8 @@ def test_what_the_disk_can_not_take_is_read_for_each_alone(why, tmp_path, monkey
         def slow(*given):
             now[0] += 1.0
             original(*given)
+            if why == "full disk":
+                raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(kept_module, "save_file", slow)
         monkeypatch.setattr(kept_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -128,6 +131,25 @@ def test_what_the_disk_can_not_take_is_read_for_each_alone(why, tmp_path, monkey
         for name, (A, B) in factors(method)[0].items():
             torch.testing.assert_close(together[name][1] @ together[name][0], B @ A)
     assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+def test_files_that_go_while_they_are_read_are_read_to_the_end(tmp_path, monkeypatch):
+    """As those do that another process needs no more."""
+    methods = methods_of(["lora-one", "lora-da"])
+    expected, _ = factors(methods[1])
+    factors(methods[0], KeptStatistics(tmp_path, methods))
+    original = kept_module._read_back
+
+    def reading(*given):
+        for path in tmp_path.glob("*/*"):
+            path.unlink()
+        return original(*given)
+
+    monkeypatch.setattr(kept_module, "_read_back", reading)
+    found, report = factors(methods[1], KeptStatistics(tmp_path, methods))
+    assert "read once" in report.plan
+    for name, (A, B) in expected.items():
+        torch.testing.assert_close(found[name][1] @ found[name][0], B @ A)
 
 
 def test_a_studys_starts_read_their_data_once(tmp_path, readings):

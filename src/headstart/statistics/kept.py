@@ -11,12 +11,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -126,7 +126,13 @@ class KeptStatistics:
             nonlocal is_new
             is_new = True
             with work_folder(self._folder, key) as work:
-                about = _written(read(common.wants), work) if self._fits(common, shapes) else {"passes": None}
+                about: dict[str, Any] = {"passes": []}
+                if self._fits(common, shapes):
+                    with suppress(OSError, SafetensorError):  # a disk that is full after all
+                        about = {"passes": _written(read(common.wants), work)}
+                if not about["passes"]:
+                    for path in work.iterdir():
+                        path.unlink()
                 write_json(about, work / _ABOUT)
                 try:
                     work.rename(place)
@@ -136,14 +142,22 @@ class KeptStatistics:
             return {key: about}
 
         about = Store(self._folder).make_all([[key]], look_up, make, what="statistics", show=show)[key]
-        if about["passes"] is None:
-            yield from ((statistics, 0.0) for statistics in read(wants))
-            return
-        self.served = common.methods
-        together = " and ".join(map(str, common.methods))
-        for number, facts in enumerate(about["passes"]):
-            with ExitStack() as stack:
-                statistics = _read_back(place / _TENSORS.format(number), facts, wants, stack)
+        with ExitStack() as stack:
+            try:
+                # All of them now: once open they can be read, even if no other start needs them any more and they go.
+                files = [
+                    stack.enter_context(safe_open(place / _TENSORS.format(number), "pt"))
+                    for number in range(len(about["passes"]))
+                ]
+            except (OSError, SafetensorError):
+                files = []
+            if not files:
+                yield from ((statistics, 0.0) for statistics in read(wants))
+                return
+            self.served = common.methods
+            together = " and ".join(map(str, common.methods))
+            for file, facts in zip(files, about["passes"], strict=True):
+                statistics = _read_back(file, facts, wants)
                 statistics.plan += f", read once for {together}"
                 if statistics.layers:
                     yield statistics, 0.0 if is_new else facts["seconds"]
@@ -183,8 +197,8 @@ def _all_of(wants: Sequence[Wants], tokens: Tokens) -> Wants:
     )
 
 
-def _written(passes: Iterator[Statistics], folder: Path) -> dict[str, Any]:
-    """Write what the passes find; return what there is to know of it, and of none where writing is the slower way."""
+def _written(passes: Iterator[Statistics], folder: Path) -> list[dict[str, Any]]:
+    """Write what the passes find; return what there is to know of each, or none where writing is the slower way."""
     facts: list[dict[str, Any]] = []
     began = time.perf_counter()
     reading = writing = 0.0
@@ -210,11 +224,7 @@ def _written(passes: Iterator[Statistics], folder: Path) -> dict[str, Any]:
         # Freed before the next pass begins.
         del statistics
         began = time.perf_counter()
-    if writing > reading:
-        for number in range(len(facts)):
-            (folder / _TENSORS.format(number)).unlink()
-        return {"passes": None}
-    return {"passes": facts}
+    return facts if writing <= reading else []
 
 
 def _tensors(statistics: Statistics) -> dict[str, Tensor]:
@@ -229,9 +239,8 @@ def _tensors(statistics: Statistics) -> dict[str, Tensor]:
     return {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
-def _read_back(path: Path, facts: Mapping[str, Any], wants: Mapping[str, Wants], stack: ExitStack) -> Statistics:
-    """Return what one start wants of a pass; tensors are read when they are asked for."""
-    file = stack.enter_context(safe_open(path, "pt"))
+def _read_back(file: Any, facts: Mapping[str, Any], wants: Mapping[str, Wants]) -> Statistics:
+    """Return what one start wants of a pass; tensors are read from the open file when they are asked for."""
     there = set(file.keys())
     names = [name for name in facts["layers"] if name in wants]
     last: tuple[int, Tensor] | None = None
