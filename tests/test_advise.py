@@ -13,11 +13,14 @@ from torch import nn
 
 from headstart.advise.costs import Machine, predicted
 from headstart.advise.probe import probe
+from headstart.advise.sweep import sweep
 from headstart.cli import main
 from headstart.methods import parse_method
+from headstart.runs.stages import execute
+from headstart.runs.tree import Optimizer, Schedule
 from headstart.study.cells import Grid
 from headstart.study.tree import validated_study
-from running import llama_folder, sums
+from running import llama_folder, small_run, sums
 
 
 class Polynomial(nn.Module):
@@ -96,6 +99,33 @@ def test_the_command_prints_a_study_that_would_decide(tmp_path, capsys):
     assert rows["pissa"]["published"] == pytest.approx(0.1) and rows["lora-one:samples=4"]["published"] is None
     assert all(row["trainable"] == rows["lora"]["trainable"] and row["seconds"] > 0 for row in rows.values())
     assert rows["pissa"]["probe"]["slope"] > 0
+
+
+def test_a_sweep_trains_at_rates_around_the_probed_ones(tmp_path, capsys):
+    model, data = llama_folder(tmp_path / "model"), sums(tmp_path / "sums.jsonl", 90)
+    arguments = ["advise", str(model), "--data", str(data), "--rank", "2", "--max-length", "64", "--batches", "1"]
+    arguments += ["--methods", "pissa,lora-ga:samples=4", "--targets", "q_proj,v_proj", "--lr", "0.004"]
+    main([*arguments, "--sweep", "4", "--json"])
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    for row in rows.values():
+        middle = 0.004 * (row["probed"] if row["probed"] is not None else row["published"])
+        assert row["rate"] == row["swept"] and row["swept"] / middle == pytest.approx(4, rel=0.03)  # all fall on
+    main([*arguments, "--sweep", "4"])
+    printed = capsys.readouterr().out
+    assert "rate swept" in printed and "in the last half of 4 steps" in printed and "Nothing was trained" not in printed
+
+
+def test_the_swept_rate_is_that_of_the_lowest_loss(tmp_path):
+    run = small_run(llama_folder(tmp_path / "model"), sums(tmp_path / "sums.jsonl", 90))
+    rates = {"lora": [1e-3, 3e-2, 1e6], "pissa": [1e6]}
+    found = sweep(run, rates, 6)
+    assert found["lora"] == 3e-2
+    alone = {}
+    for rate in (1e-3, 3e-2):
+        own = run.model_copy(update={"optimizer": Optimizer(lr=rate), "schedule": Schedule(steps=6)})
+        alone[rate] = execute(own, tmp_path / str(rate))
+    last = {rate: sum(loss for step, loss in result.series["loss"] if step > 3) for rate, result in alone.items()}
+    assert last[3e-2] < last[1e-3]
 
 
 def test_a_start_that_cannot_be_made_is_said_and_the_others_stay(tmp_path, capsys):

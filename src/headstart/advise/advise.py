@@ -13,6 +13,7 @@ import torch
 
 from headstart.advise.costs import Cost, Machine, measured, predicted
 from headstart.advise.probe import Probe, probe
+from headstart.advise.sweep import sweep
 from headstart.context import Clock
 from headstart.errors import HeadstartError
 from headstart.initialize import initialize_
@@ -45,7 +46,9 @@ class Advice:
         published: its best rate over plain LoRA's in arXiv 2602.04998; None where it isn't there.
         probe: the curvature along its first step; None where it could not be made.
         probed: from the probe, its rate over plain LoRA's; None where either has none.
-        rate: what to train at: the reference's rate times ``probed``, else times ``published``, else unknown.
+        swept: the rate of the lowest training loss in a short sweep; None without one.
+        rate: what to train at: ``swept``, else the reference's rate times ``probed``, else times ``published``, else
+            unknown.
         reason: why it could not be made; empty where it could.
     """
 
@@ -57,11 +60,12 @@ class Advice:
     published: float | None = None
     probe: Probe | None = None
     probed: float | None = None
+    swept: float | None = None
     rate: float | None = None
     reason: str = ""
 
 
-def advise(run: Run, methods: Sequence[str], *, batches: int = 4, show: Show = silent) -> list[Advice]:
+def advise(run: Run, methods: Sequence[str], *, batches: int = 4, steps: int = 0, show: Show = silent) -> list[Advice]:
     """Make each start once on the run's model and data, time it, and probe its curvature; plain LoRA comes first.
 
     Args:
@@ -69,6 +73,8 @@ def advise(run: Run, methods: Sequence[str], *, batches: int = 4, show: Show = s
             from which the others' follow.
         methods: names with settings; plain LoRA is added where it is missing.
         batches: that the probe reads, of the run's batch size.
+        steps: of a sweep of rates around those that the probe gives, or the reference's where it gives none; 0 for
+            none.
         show: draws progress.
 
     Raises:
@@ -92,7 +98,19 @@ def advise(run: Run, methods: Sequence[str], *, batches: int = 4, show: Show = s
             machine = machine or measured(model, _batches(trainer, 1))
             rows.append(_advised(own, trainer, machine, batches))
     show("probing starts", len(names), len(names))
-    return [_rated(row, rows[0], run.optimizer.lr) for row in rows]
+    rated = [_rated(row, rows[0], run.optimizer.lr) for row in rows]
+    if not steps:
+        return rated
+    found = sweep(run, {row.method: around(row, run) for row in rated if not row.reason}, steps, show)
+    return [
+        replace(row, swept=found[row.method], rate=found[row.method]) if row.method in found else row for row in rated
+    ]
+
+
+def around(row: Advice, run: Run) -> list[float]:
+    """Return the rates to try of a start: five, each twice the one before, with what is known of it in the middle."""
+    middle = run.optimizer.lr if row.rate is None else row.rate
+    return [float(f"{middle * factor:.2g}") for factor in (0.25, 0.5, 1, 2, 4)]
 
 
 def _advised(run: Run, trainer: Any, machine: Machine, count: int) -> Advice:

@@ -47,6 +47,9 @@ def advise(
     ] = 2e-4,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     batches: Annotated[int, typer.Option("--batches", min=1, help="That the probe reads.")] = 4,
+    steps: Annotated[
+        int, typer.Option("--sweep", min=0, help="Train each start for so many steps at five rates; 0 for not.")
+    ] = 0,
     rank: Rank = 8,
     alpha: Alpha = 16,
     rslora: RsLora = False,
@@ -56,7 +59,10 @@ def advise(
     max_length: MaxLength = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
-    """Make each start once, time it, and probe how sharp the loss is along its first step; train nothing."""
+    """Make each start once, time it, and probe how sharp the loss is along its first step; train nothing.
+
+    But with --sweep, which tells rates better and takes as long as the trainings that it does.
+    """
     from headstart.advise.advise import advise as probe_all
     from headstart.runs.read import validated
 
@@ -64,18 +70,18 @@ def advise(
     settings["data"]["held_out_examples"] = 0
     run = validated({**settings, "optimizer": {"lr": lr}, "seed": seed}, "the options")
     with progress_bars(console) as show:
-        rows = probe_all(run, split_methods(methods), batches=batches, show=show)
+        rows = probe_all(run, split_methods(methods), batches=batches, steps=steps, show=show)
     if as_json:
         output.print(json.dumps([asdict(row) for row in rows], indent=1), markup=False, highlight=False, soft_wrap=True)
         return
-    output.print(_table(rows))
-    for sentence in sentences(rows, run, batches):
+    output.print(_table(rows, swept=steps > 0))
+    for sentence in sentences(rows, run, batches, steps):
         output.print(sentence, markup=False, highlight=False, soft_wrap=True)
     output.print("A study's file that decides it (`headstart compare study.yaml`):", markup=False, highlight=False)
     output.print(_study(run, rows), markup=False, highlight=False, soft_wrap=True)
 
 
-def sentences(rows: list[Advice], run: Run, batches: int) -> list[str]:
+def sentences(rows: list[Advice], run: Run, batches: int, steps: int) -> list[str]:
     """Return what the table says, on what it rests, and what would change it."""
     said = [f"{row.method} can't be made here: {row.reason}" for row in rows if row.reason]
     sharp = [row for row in rows if row.probed is not None and row.probed < 0.7]
@@ -87,9 +93,16 @@ def sentences(rows: list[Advice], run: Run, batches: int) -> list[str]:
     if sharp:
         names = ", ".join(row.method for row in sharp)
         said.append(f"At lora's own rate these would be judged beyond their best: {names}.")
-    said.append(
-        "Nothing was trained, so nothing here says which start is best: the comparison does, each at its own rate."
-    )
+    if steps:
+        said.append(
+            f"Rate swept is the one of five with the lowest training loss in the last half of {steps} steps, of one "
+            "seed; no more is said of which start is best: the comparison does, each at its own rate."
+        )
+    else:
+        said.append(
+            "Nothing was trained, so nothing here says which start is best: the comparison does, each at its own rate. "
+            "A sweep tells rates better than the probe and takes longer: --sweep 15."
+        )
     said.append(
         "What would change it: a higher rank or more data lower good rates (there by 6 from rank 8 to 256, by 3 from "
         "5,000 to 395,000 examples), larger batches raise them, and few steps leave more to the start."
@@ -103,7 +116,7 @@ def sentences(rows: list[Advice], run: Run, batches: int) -> list[str]:
     return said
 
 
-def _table(rows: list[Advice]) -> Table:
+def _table(rows: list[Advice], *, swept: bool) -> Table:
     table = Table(box=None, pad_edge=False)
     heads = [
         "start",
@@ -113,6 +126,7 @@ def _table(rows: list[Advice]) -> Table:
         "peak memory",
         "rate published",
         "rate probed",
+        *(["rate swept"] if swept else []),
         "train at",
     ]
     for head in heads:
@@ -126,9 +140,14 @@ def _table(rows: list[Advice]) -> Table:
             f"{row.memory / 2**20:,.0f} MiB" if row.memory else "-",
             _factor(row.published),
             _factor(row.probed),
-            "-" if row.rate is None else f"{row.rate:.2g}",
+            *([_rate(row.swept)] if swept else []),
+            _rate(row.rate),
         )
     return table
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
 
 
 def _factor(value: float | None) -> str:
@@ -137,6 +156,7 @@ def _factor(value: float | None) -> str:
 
 def _study(run: Run, rows: list[Advice]) -> str:
     """Return the study that would decide, as its file, with grids around these rates."""
+    from headstart.advise.advise import around
     from headstart.study.tree import RATE, START
 
     # The settings that the options gave, and none that they didn't.
@@ -145,7 +165,6 @@ def _study(run: Run, rows: list[Advice]) -> str:
     grids: dict[str, Any] = {}
     for row in rows:
         if not row.reason:
-            middle = run.optimizer.lr if row.rate is None else row.rate
-            grids[row.method] = [float(f"{middle * factor:.2g}") for factor in (0.25, 0.5, 1, 2, 4)]
+            grids[row.method] = around(row, run)
     study = {"base": base, "axes": {START: list(grids), RATE: grids}, "seeds": 3}
     return yaml.safe_dump(study, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120).rstrip()
