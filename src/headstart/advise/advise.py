@@ -101,9 +101,9 @@ def advise(run: Run, methods: Sequence[str], *, batches: int = 4, steps: int = 0
     rated = [_rated(row, rows[0], run.optimizer.lr) for row in rows]
     if not steps:
         return rated
-    found = sweep(run, {row.method: around(row, run) for row in rated if not row.reason}, steps, show)
+    rates = sweep(run, {row.method: around(row, run) for row in rated if not row.reason}, steps, show)
     return [
-        replace(row, swept=found[row.method], rate=found[row.method]) if row.method in found else row for row in rated
+        replace(row, swept=rates[row.method], rate=rates[row.method]) if row.method in rates else row for row in rated
     ]
 
 
