@@ -99,6 +99,8 @@ def test_only_those_that_read_the_same_are_read_for_together(tmp_path):
 
     assert together(one, one, da, other) == {one, da} == together(da, one, da, other)
     assert together(other, one, da, other) is None and together(one, one) is None
+    # Of other ranks or rates the same method has further starts.
+    assert together(other, one, da, other, other) == {other}
     # Means over other tokens are other means; a method without inputs goes with the first that has some.
     assert together(da, one, da, labels) == {one, da} == together(one, one, da, labels)
     assert together(labels, one, da, labels) is None
@@ -131,6 +133,34 @@ def test_what_the_disk_can_not_take_is_read_for_each_alone(why, tmp_path, monkey
         for name, (A, B) in factors(method)[0].items():
             torch.testing.assert_close(together[name][1] @ together[name][0], B @ A)
     assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+def test_nothing_is_read_that_is_not_asked_for(tmp_path, monkeypatch):
+    methods = methods_of(["lora-one", "lora-da"])
+    factors(methods[1], KeptStatistics(tmp_path, methods))
+    read, original = [], kept_module.safe_open
+
+    class Watched:
+        def __init__(self, *given):
+            self._file = original(*given)
+
+        def __enter__(self):
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *given):
+            self._file.__exit__(*given)
+
+        def keys(self):
+            return self._file.keys()
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self._file.get_tensor(name)
+
+    monkeypatch.setattr(kept_module, "safe_open", Watched)
+    found, _ = factors(methods[0], KeptStatistics(tmp_path, methods))
+    assert sorted(read) == sorted(f"gradient/{name}" for name in found)
 
 
 def test_files_that_go_while_they_are_read_are_read_to_the_end(tmp_path, monkeypatch):
@@ -166,6 +196,10 @@ def test_a_studys_starts_read_their_data_once(tmp_path, readings):
     assert len(readings) == 1
     assert not (tmp_path / "study" / STARTS / STATISTICS).exists()
     results = Results(tmp_path / "study")
+    ranks = {**settings, "axes": {"start": ["lora-one:samples=4"], "adapter.r": [2, 3, 4]}}
+    readings.clear()
+    run_study(validated_study(ranks, "study"), tmp_path / "of ranks")
+    assert len(readings) == 1
     for cell in grid.cells():
         alone = stages.execute(cell.run, tmp_path / cell.run.key)
         shared = results.of(cell)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +40,8 @@ class Shared:
         self._folder = folder
         self._runs = runs
         self._kept: dict[str, tuple[str, Any]] = {}
-        self._readings: dict[str, dict[str, Run]] | None = None
+        # By seed, by what is read.
+        self._readings: dict[int, Mapping[str, dict[str, Run]]] = {}
 
     def start(self, run: Run, make: Callable[[Path], Result], show: Show = silent) -> tuple[Path, Result, bool]:
         """Return the folder of a run's start, what is known of it, and whether it was made for this run.
@@ -71,43 +72,45 @@ class Shared:
             return {key: result}
 
         ready = Store(self._folder).make_all([[key]], look_up, made, what="a start", show=show)
+        if is_new:
+            self._forget_statistics_of(run)
         return place, ready[key], is_new
 
     def statistics(self, run: Run) -> KeptStatistics | None:
         """Return where what a run's start reads is kept for others; None where no other one is to be made of it."""
-        method = parse_method(run.start.method)
-        if not method.reads_task or method.methods != (method,):
+        if not _reads_data(run):
             return None
         key, alike = self._alike(run)
-        own, place = start_key(run), self._folder / STATISTICS / key
-        others = [other for other in alike if start_key(other) != own]
-        if not place.is_dir() and all(map(self._is_made, others)):
+        place = self._folder / STATISTICS / key
+        if not place.is_dir() and all(self._is_made(start) for start in alike if start != start_key(run)):
             return None
-        return KeptStatistics(place, [parse_method(other.start.method) for other in alike])
+        return KeptStatistics(place, [parse_method(other.start.method) for other in alike.values()])
 
-    def forget_statistics(self, run: Run) -> None:
-        """Delete what a run's start was made of once no other start is left to be made of it."""
-        key, alike = self._alike(run)
-        if all(map(self._is_made, alike)):
-            shutil.rmtree(self._folder / STATISTICS / key, ignore_errors=True)
-
-    def forget_all_statistics(self) -> None:
-        """Delete what starts were made of, those too that could not be made of it."""
+    def forget_statistics(self) -> None:
+        """Delete what starts were made of."""
         shutil.rmtree(self._folder / STATISTICS, ignore_errors=True)
 
-    def _is_made(self, run: Run) -> bool:
-        return (self._folder / start_key(run) / FILE).is_file()
+    def _forget_statistics_of(self, run: Run) -> None:
+        """Delete what a run's start was made of where no other start is left to be made of it."""
+        if _reads_data(run):
+            key, alike = self._alike(run)
+            if all(map(self._is_made, alike)):
+                shutil.rmtree(self._folder / STATISTICS / key, ignore_errors=True)
 
-    def _alike(self, run: Run) -> tuple[str, list[Run]]:
-        """Return what runs whose starts read the same have in common, and one run for each such start."""
+    def _is_made(self, key: str) -> bool:
+        return (self._folder / key / FILE).is_file()
+
+    def _alike(self, run: Run) -> tuple[str, dict[str, Run]]:
+        """Return what runs whose starts read the same have in common, and by its key each such start with one run."""
+        if run.seed not in self._readings:
+            readings: dict[str, dict[str, Run]] = defaultdict(dict)
+            # Thousands of runs may have few starts, and a key takes a millisecond.
+            starts = {repr(_of_start(other)): other for other in self._runs if other.seed == run.seed}
+            for other in filter(_reads_data, starts.values()):
+                readings[_reading_key(other)][start_key(other)] = other
+            self._readings[run.seed] = readings
         key = _reading_key(run)
-        if self._readings is None:
-            self._readings = defaultdict(dict)
-            for other in self._runs:
-                method = parse_method(other.start.method)
-                if method.reads_task and method.methods == (method,):
-                    self._readings[_reading_key(other)].setdefault(start_key(other), other)
-        return key, list(self._readings[key].values())
+        return key, self._readings[run.seed].get(key, {})
 
     def data(self, run: Run, load: Callable[[], T]) -> T:
         """Return what ``load`` returns, the last one's where it read the same."""
@@ -153,6 +156,11 @@ def start_key(run: Run) -> str:
 
     The examples that are graded stay: of a single file they are cut off from those that are learned.
     """
+    return _of_start(run).key
+
+
+def _of_start(run: Run) -> Run:
+    """Return a run's settings with those alone that its start depends on."""
     same: dict[str, Any] = {
         "evaluation": Evaluation(graded_examples=run.evaluation.graded_examples),
         "monitor": 0,
@@ -161,7 +169,13 @@ def start_key(run: Run) -> str:
     }
     if not parse_method(run.start.method).reads_rate:
         same |= {"optimizer": Optimizer(), "schedule": Schedule()}
-    return run.model_copy(update=same).key
+    return run.model_copy(update=same)
+
+
+def _reads_data(run: Run) -> bool:
+    """Return whether one method starts all layers and reads the data to learn."""
+    method = parse_method(run.start.method)
+    return method.reads_task and method.methods == (method,)
 
 
 def _reading_key(run: Run) -> str:

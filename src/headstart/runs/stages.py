@@ -227,8 +227,6 @@ def _begin(
                     return _started(trainer, method, run, shared, place, show)
 
             place, started, is_new = (place, make(place), True) if shared is None else shared.start(run, make, show)
-            if shared is not None:
-                shared.forget_statistics(run)
             if not is_new:
                 take(model, run, place / CHECKPOINT)
             result.start = {**started.start, "shared": not is_new}

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -53,10 +54,10 @@ class Statistics:
 
     def drop(self, name: str) -> None:
         """Free what is held of a layer."""
-        self.gradients.pop(name, None)
-        self.halves.pop(name, None)
-        self.kronecker.pop(name, None)
-        self.preserved.pop(name, None)
+        by_layer: tuple[MutableMapping[str, Any], ...] = (self.gradients, self.halves, self.kronecker, self.preserved)
+        for held_of in by_layer:
+            if name in held_of:  # to pop it would read what lies in a file
+                del held_of[name]
 
 
 def finest(partitions: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -53,7 +53,7 @@ class KeptStatistics:
 
     Args:
         folder: of all that is kept of these data.
-        methods: those whose starts are made of them.
+        methods: those whose starts are made of them, each as often as there are starts of it (of other ranks or rates).
 
     Attributes:
         served: the methods that what was asked for last was read for; empty where it was read for one alone.
@@ -61,11 +61,11 @@ class KeptStatistics:
 
     def __init__(self, folder: Path, methods: Iterable[Method]) -> None:
         self._folder = folder
-        self._methods = tuple(dict.fromkeys(methods))
+        self._methods = tuple(methods)
         self.served: tuple[Method, ...] = ()
 
     def common(self, method: Method, layers: Sequence[Layer], population: int | None) -> Common | None:
-        """Return what a method wants together with others, None where no other one reads the same.
+        """Return what a method wants together with other starts, None where no other one reads the same.
 
         Those read the same that read as many samples, and mean inputs over the same tokens. Methods that don't look at
         inputs go with the first that do.
@@ -87,8 +87,9 @@ class KeptStatistics:
         alike = [other for other in alike if (tokens[other] or first) == own]
         if len(alike) == 1:
             return None
-        together = {layer.name: _all_of([wanted[other][layer.name] for other in alike], own) for layer in layers}
-        return Common(tuple(alike), {name: wants for name, wants in together.items() if wants.task})
+        methods = tuple(dict.fromkeys(alike))
+        together = {layer.name: _all_of([wanted[other][layer.name] for other in methods], own) for layer in layers}
+        return Common(methods, {name: wants for name, wants in together.items() if wants.task})
 
     def passes(
         self,
@@ -293,6 +294,9 @@ class _Lazy(MutableMapping[str, T]):
 
     def __init__(self, names: Iterable[str], load: Callable[[str], T]) -> None:
         self._names, self._load = dict.fromkeys(names), load
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __getitem__(self, name: str) -> T:
         if name not in self._names:

@@ -80,7 +80,7 @@ class Worker:
             left = [cell for cell in cells if not self._is_final(cell)]
             self._show(BAR, len(cells) - len(left), len(cells))
             if not left:
-                self._shared.forget_all_statistics()
+                self._shared.forget_statistics()
                 return
             if not self._do_one(left):
                 self._show("waiting for cells that others do", len(cells) - len(left), len(cells))
