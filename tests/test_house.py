@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def test_the_start_on_the_page_works():
         assert report.form == "kept" and float(model(**batch).loss) < before
     finally:
         registry._METHODS.pop("steepest-rows-of-the-page")
+
+
+def test_the_demo_installs_all_that_it_uses():
+    """It is tried in a new folder before the tests are, which install everything."""
+    root = DOCS.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    rule = (root / "Makefile").read_text(encoding="utf-8").split("$(VENV)/.demo:")[1].split("\n\n")[0]
+    (named,) = re.findall(r'-e "\.\[(.*?)\]"', rule)
+    packages = {re.match(r"[\w-]+", entry)[0] for extra in named.split(",") for entry in extras[extra]}
+    # The model's file, the trainer and its data, statistics and the page of the comparison.
+    assert {"gguf", "trl", "datasets", "scipy", "plotly"} <= packages
 
 
 def test_names_say_what_a_thing_holds():
