@@ -105,6 +105,16 @@ def test_every_value_of_every_axis_meets_every_other_and_every_seed():
         assert type(cell.run).model_validate(cell.run.model_dump()) == cell.run
 
 
+def test_without_an_axis_of_rates_a_start_may_have_its_own():
+    own = {"start": "pissa", "optimizer.lr": [1e-4, "lora × 1/2"]}
+    cells = grid(base={"optimizer": {"lr": 1e-3}}, axes={"start": ["lora", own]}).cells()
+    assert {(cell.start, cell.rate, cell.run.optimizer.lr) for cell in cells} == {
+        ("lora", 1e-3, 1e-3),
+        ("pissa", 1e-4, 1e-4),
+        ("pissa", 5e-4, 5e-4),
+    }
+
+
 def test_starts_by_layers_are_one_value():
     cells = grid(axes={"start": ["lora", {"q_proj": "pissa", "*": "lora"}]}).cells()
     assert [cell.run.start.method for cell in cells] == ["lora", 'per-layer:{"q_proj": "pissa", "*": "lora"}']
@@ -138,6 +148,27 @@ def test_the_picture_fills_evenly():
         ({"axes": {"variant": [{"adapter.r": 4}]}}, "axes.variant: there is no setting 'variant'"),
         ({"axes": {"optimizer.lr": {"pissa": [1e-4]}}}, "no start 'pissa' in the study"),
         ({"axes": {"start": ["lora", "pissa"], "optimizer.lr": {"pissa": [1e-4]}}}, "start 'lora' has no rates"),
+        (
+            {"axes": {"start": ["lora", {"start": "pissa", "optimizer.lr": 1e-5}], "optimizer.lr": [1e-4]}},
+            "axes.start: 'pissa' sets optimizer.lr, which axes.optimizer.lr sets too",
+        ),
+        (
+            {"axes": {"start": [{"start": "pissa", "adapter.r": 4}], "adapter.r": [8, 16]}},
+            "axes.adapter.r: '8' sets adapter.r, which axes.start sets too",
+        ),
+        (
+            {"axes": {"one": [{"label": "a", "adapter": {"r": 4}}], "adapter.r": [8]}},
+            "axes.adapter.r: '8' sets adapter.r, which axes.one sets too",
+        ),
+        (
+            {"axes": {"start": [{"start": "pissa", "seed": 4}]}},
+            "axes.start: 'pissa seed=4' sets seed, which seeds sets",
+        ),
+        ({"axes": {"one": [{"label": "a", "start": "pissa"}]}}, "axes.one: 'a' sets start, which axes.start sets too"),
+        (
+            {"axes": {"one": [{"label": "a", "optimizer": {"lr": 1.0}}]}},
+            "rates are each start's own, in axes.optimizer.lr",
+        ),
         ({"reference": "pisa", "axes": {"start": ["lora", "pissa"]}}, "Did you mean 'pissa'"),
         ({"seeds": 0}, "neither how many seeds nor which"),
         ({"seeds": [1, 1]}, "a seed is given twice"),

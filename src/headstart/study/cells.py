@@ -60,7 +60,7 @@ class Grid:
         rates: each start's, in ascending order.
 
     Raises:
-        RunError: a value is none of a run's, or two are called the same.
+        RunError: a value is none of a run's, two are called the same, or two axes set the same.
         MethodError: a start is no method.
     """
 
@@ -77,6 +77,7 @@ class Grid:
         self._others = {
             axis: _labelled(axis, values) for axis, values in study.axes.items() if axis not in (START, RATE)
         }
+        self._check_settings()
         self.rates = self._rates(study.axes.get(RATE, [self.base.optimizer.lr]))
         self._runs: dict[Any, Run] = {}
         self._cells: dict[Any, list[Cell]] = {}
@@ -132,6 +133,23 @@ class Grid:
             parse_method(run.start.method)
         return run
 
+    def _check_settings(self) -> None:
+        """Refuse what two places of a study set, of which one would be passed over."""
+        setters = {RATE: f"axes.{RATE}"} if RATE in self.study.axes else {}
+        setters["seed"] = "seeds"
+        for axis, values in {START: self._starts, **self._others}.items():
+            for label, changes in values.items():
+                for key in changes:
+                    if taken := next((other for other in setters if _overlap(key, other)), None):
+                        raise RunError(
+                            f"axes.{axis}: {label!r} sets {key}, which {setters[taken]} sets too: leave one out."
+                        )
+                    if axis != START and _overlap(key, RATE):
+                        raise RunError(
+                            f"axes.{axis}: {label!r} sets {key}: rates are each start's own, in axes.{RATE}."
+                        )
+            setters |= {key: f"axes.{axis}" for changes in values.values() for key in changes}
+
     def _rates(self, values: Any) -> dict[str, tuple[float, ...]]:
         by_start = values if isinstance(values, Mapping) else {OTHERS: values}
         if unknown := next((start for start in by_start if start != OTHERS and start not in self._starts), None):
@@ -139,9 +157,11 @@ class Grid:
         if missing := next((start for start in self.starts if start not in by_start and OTHERS not in by_start), None):
             raise RunError(f'axes.{RATE}: start {missing!r} has no rates; "*" gives those of all that are not named.')
         base = self.base.optimizer.lr
-        return {
-            start: rates_of(by_start.get(start, by_start.get(OTHERS)), base, self.reference) for start in self.starts
-        }
+        rates = {}
+        for start, changes in self._starts.items():
+            own = changes.get(RATE, by_start.get(start, by_start.get(OTHERS)))
+            rates[start] = rates_of(own, base, self.reference)
+        return rates
 
 
 def _labelled(axis: str, values: Iterable[Any]) -> dict[str, dict[str, Any]]:
@@ -153,6 +173,11 @@ def _labelled(axis: str, values: Iterable[Any]) -> dict[str, dict[str, Any]]:
             raise RunError(f"axes.{axis}: {label!r} is there twice: leave one out, or give them labels.")
         labelled[label] = changes
     return labelled
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Return whether two dotted keys are one, or one is a branch that holds the other."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _levels(count: int) -> list[int]:

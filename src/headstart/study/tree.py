@@ -37,7 +37,8 @@ class Study(Node):
         axes: by setting of a run, the values that it takes: ``start: [lora, pissa]``, ``adapter.r: [4, 16]``. A value
             that changes several settings is a mapping of these, with a ``label`` if need be:
             ``{start: lora-sb, adapter.r: 64}``. The rates, ``optimizer.lr``, are numbers or multiples of the base
-            run's (``lora × {1/16 … 2}``), or a mapping of either by start, "*" for all others.
+            run's (``lora × {1/16 … 2}``), or a mapping of either by start, "*" for all others; where there is no such
+            axis, a start may have its own: ``{start: pissa, optimizer.lr: 1e-4}``.
         seeds: how many (0, 1, …), or which.
         reference: the start that the others are compared with; by default the first.
         chosen_by: the figure of the validation data by which a rate is chosen: "loss", or a metric of a classifier;
@@ -108,8 +109,8 @@ def changes_of(axis: str, value: Any) -> tuple[str, dict[str, Any]]:
         if label is None:
             raise RunError(f"axes.{axis}: {dict(value)!r} needs a label to be called by.")
         if LABEL not in value and len(changes) > 1:
-            further = " ".join(f"{key.rpartition('.')[2]}={part}" for key, part in changes.items() if key != axis)
-            label = f"{label} {further}"
+            further = [f"{key.rpartition('.')[2]}={part}" for key, part in changes.items() if key not in (axis, RATE)]
+            label = " ".join([str(label), *further])
         return str(label), changes
     # A start by layers is a mapping, too, which its branch would take for settings of its own.
     return _spelled(value), {"start.method" if axis == START else axis: value}
