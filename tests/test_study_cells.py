@@ -115,6 +115,25 @@ def test_without_an_axis_of_rates_a_start_may_have_its_own():
     }
 
 
+def test_settings_are_judged_together_and_uneven_seeds_are_said(tmp_path):
+    """Each setting alone would tell pissa apart (p 0.03); of two settings' four comparisons it isn't (p 0.1)."""
+    losses = {"lora": (1.0, 1.1, 1.2), "pissa": (0.9, 0.97, 1.12), "olora": (1.0, 1.11, 1.19)}
+
+    def truth(cell):
+        return losses[cell.start][cell.seed] if (cell.start, cell.seed) not in missing else None
+
+    missing = set()
+    axes = {"start": list(losses), "adapter.r": [4, 8]}
+    summary = fake_study(tmp_path / "whole", truth, axes, seeds=3)
+    rows = [row for part in summary.parts for row in part.compared["loss"] if row.start == "pissa"]
+    raw = [row.decisive.p for row in rows]
+    assert max(raw) < 0.05 and [row.p for row in rows] == pytest.approx([4 * raw[0]] * 2)
+    assert "in 2 settings each" in summary.sentences()[0]
+    assert not any("every seed" in said for said in summary.sentences())
+    missing = {("olora", 2)}
+    assert any("every seed" in said for said in fake_study(tmp_path / "part", truth, axes, seeds=3).sentences())
+
+
 def test_starts_by_layers_are_one_value():
     cells = grid(axes={"start": ["lora", {"q_proj": "pissa", "*": "lora"}]}).cells()
     assert [cell.run.start.method for cell in cells] == ["lora", 'per-layer:{"q_proj": "pissa", "*": "lora"}']

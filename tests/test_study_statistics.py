@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from headstart.errors import DataError
-from headstart.study.statistics import (
-    Choice,
-    Outcome,
-    best_rates,
-    compared,
-    false_alarms,
-    holm,
-    robustness,
-    to_reach,
-)
+from headstart.study.differences import Outcome
+from headstart.study.statistics import Choice, best_rates, compared, false_alarms, holm, judged, robustness, to_reach
 
 INF, NAN = math.inf, math.nan
 STEADY = settings(derandomize=True, deadline=None, max_examples=40)
@@ -107,19 +99,58 @@ def test_a_best_rate_at_an_end_of_the_grid_says_so(figures, rate, edge):
     assert (choice.rate, choice.edge, len(choice.curve)) == (rate, edge, len(figures))
 
 
-def test_rates_that_diverged_or_lack_seeds_are_not_chosen_where_others_are():
-    good, lucky = cells("a", [5.0, 5.0, 5.0], 1.0), cells("a", [1.0, 1.0], 2.0)
+def test_a_rate_that_diverged_is_not_chosen_where_another_is_there():
+    good, few = cells("a", [5.0, 5.0, 5.0], 1.0), cells("a", [6.0, 6.0], 2.0)
     for lost in (INF, -INF, NAN):
         diverged = cells("a", [0.0, 0.0, lost], 4.0)
-        choice = best_rates(good + lucky + diverged, False)["a"]
+        choice = best_rates(good + few + diverged, False)["a"]
         assert choice.rate == 1.0 and choice.curve[2] == (4.0, INF, 2)
-        # What finished with fewer seeds goes before what diverged, whose seeds that finished are no fewer.
-        assert best_rates(lucky + diverged, False)["a"].rate == 2.0
+        assert best_rates(few + diverged, False)["a"].rate == 2.0
     assert best_rates(diverged, True)["a"].curve == ((4.0, -INF, 2),)
     worse = cells("a", [1.0, INF, INF], 8.0)
     assert best_rates(worse + diverged, False)["a"].rate == 4.0  # more finished
     nothing = cells("a", [INF, INF], 2.0) + cells("a", [NAN, NAN], 1.0)
     assert best_rates(nothing, False)["a"].rate == 1.0
+
+
+def at(start, rate, figures):
+    """Return outcomes of the seeds that figures are given of."""
+    return [Outcome(start, rate, seed, figure, figure) for seed, figure in figures.items()]
+
+
+def test_rates_are_judged_by_the_seeds_that_all_of_them_have():
+    # Seed 1 is a hard one: what lacks it only looks better.
+    hard = at("a", 1.0, {0: 1.2, 1: 2.4, 2: 1.2}) + at("a", 2.0, {0: 1.0, 1: 2.0, 2: 1.0})
+    assert best_rates(hard + at("a", 4.0, {0: 1.1, 2: 1.1}), False)["a"].rate == 2.0
+    # A study cut off in its second seed: the middle rates, which are done first, gain nothing by it.
+    first = [outcome for rate, loss in ((1.0, 1.4), (2.0, 1.0), (4.0, 1.1)) for outcome in at("a", rate, {0: loss})]
+    choice = best_rates(first + at("a", 4.0, {1: 2.0}), False)["a"]
+    assert choice.rate == 2.0 and {seeds for _, _, seeds in choice.curve} == {1}
+    # Without a seed at all rates, those of the seed that the most have are judged.
+    choice = best_rates(at("a", 1.0, {0: 0.1}) + at("a", 2.0, {1: 1.0}) + at("a", 4.0, {1: 2.0}), False)["a"]
+    assert choice.rate == 2.0 and [rate for rate, _, _ in choice.curve] == [2.0, 4.0]
+
+
+def test_starts_are_ranked_by_the_seeds_that_all_of_them_have():
+    runs = at("lora", 1.0, {0: 1.0, 1: 3.0, 2: 1.0}) + at("pissa", 1.0, {0: 1.05, 2: 1.05})
+    rows = compared(runs, "lora", False)
+    assert [(row.start, row.mean, row.seeds) for row in rows] == [("lora", 1.0, 2), ("pissa", 1.05, 2)]
+    # Pairs are of all seeds that two have, whatever a third lacks.
+    rows = compared(runs + at("eva", 1.0, {0: 1.5, 1: 3.5, 2: 1.5}), "lora", False)
+    assert {row.start: row.over_seeds.count for row in rows if row.over_seeds} == {"pissa": 2, "eva": 3}
+    assert {row.seeds for row in rows} == {2}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_the_best_on_every_seed_is_chosen_whatever_is_missing(data):
+    """Where one rate is the best of every seed, and seeds differ by more than rates, missing runs hide nothing."""
+    rates = [2.0**place for place in range(data.draw(st.integers(2, 5)))]
+    best = data.draw(st.sampled_from(rates))
+    done = data.draw(st.sets(st.tuples(st.sampled_from(rates), st.integers(0, 3)), min_size=1))
+    kept = sorted(done | {(best, seed) for _, seed in done})
+    runs = [Outcome("a", rate, seed, *[10.0 * seed + abs(math.log2(rate / best))] * 2) for rate, seed in kept]
+    assert best_rates(runs, False)["a"].rate == best
 
 
 def test_a_run_that_is_there_twice_or_a_rate_of_zero_is_refused():
@@ -147,10 +178,10 @@ def test_the_paired_t_is_scipys():
 def test_only_common_seeds_are_paired():
     ours = [replace(cell, seed=cell.seed + 1) for cell in cells("b", [1.0, 2.0, 9.0])]
     row = row_of(ours + cells("a", [50.0, 1.5, 1.0]))
-    assert row.over_seeds.count == 2 and row.over_seeds.value == 0.25 and row.mean == 4.0
+    assert row.over_seeds.count == 2 and row.over_seeds.value == 0.25 and (row.mean, row.seeds) == (1.5, 2)
     far = [replace(cell, seed=cell.seed + 9) for cell in ours]
     row = row_of(far + cells("a", [50.0, 1.5, 1.0]))
-    assert (row.over_seeds, row.p, row.verdict) == (None, None, "not compared")
+    assert (row.over_seeds, row.p, row.verdict, row.apart) == (None, None, "not compared", True)
 
 
 def test_one_seed_has_a_difference_and_no_verdict():
@@ -326,11 +357,26 @@ def test_holm_keeps_the_order_lowers_nothing_and_knows_no_places(p_values, shuff
 
 def test_false_alarms_are_told_in_words():
     text = false_alarms(12)
-    assert (
-        "12 starts" in text and " 0.6 of them" in text and "Holm" in text and text.endswith("at most 5 % of studies.")
-    )
-    assert " 1.2 of them" in false_alarms(12, 0.9) and "10 %" in false_alarms(12, 0.9)
+    assert "12 starts" in text and " 0.6 of these 12" in text and "Holm" in text
+    assert text.endswith("at most 5 % of studies.")
+    assert " 1.2 of these 12" in false_alarms(12, confidence=0.9) and "10 %" in false_alarms(12, confidence=0.9)
     assert false_alarms(1).startswith("One start is") and "5 %" in false_alarms(1) and "Holm" not in false_alarms(1)
+    assert "3 starts" in false_alarms(3, 5) and "in 5 settings each" in false_alarms(3, 5)
+    assert "0.75 of these 15" in false_alarms(3, 5)
+
+
+def test_equal_starts_in_several_settings_seem_different_in_five_per_cent_of_studies_at_most():
+    rng, studies, alarms, alone = np.random.default_rng(5), 300, 0, 0
+    for _ in range(studies):
+        settings_of = []
+        for _ in range(5):
+            runs = [run for start in "abcd" for run in cells(start, rng.normal(0, 1, 5))]
+            settings_of.append(compared(runs, "a", False))
+        alone += any(row.verdict in ("better", "worse") for rows in settings_of for row in rows)
+        together = judged(settings_of, False)
+        alarms += any(row.verdict in ("better", "worse") for rows in together for row in rows)
+    bound = 0.05 * studies + 3 * math.sqrt(0.05 * 0.95 * studies)
+    assert alarms <= bound < alone
 
 
 # Robustness against the rate.

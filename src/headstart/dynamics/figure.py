@@ -16,7 +16,7 @@ from headstart.reports.colours import DIVERGING, SEQUENTIAL, look
 from headstart.reports.findings import Findings
 from headstart.reports.sheets import Sheet
 from headstart.reports.words import counted, number, rate_text, with_interval
-from headstart.study.statistics import Difference, paired_over_seeds
+from headstart.study.differences import Difference, paired_over_seeds
 
 ZERO, BOTH = STARTS
 TITLE = "The toy model of non-zero initialisation"

@@ -14,8 +14,9 @@ from headstart.errors import HeadstartError
 from headstart.methods import parse_method
 from headstart.runs.result import Result
 from headstart.study.cells import Cell
+from headstart.study.differences import Interval
 from headstart.study.results import figure_of, value
-from headstart.study.statistics import Comparison, Interval
+from headstart.study.statistics import Comparison
 from headstart.study.summary import Part, Summary
 
 Pair = tuple[Cell, Result]
@@ -76,7 +77,7 @@ def standings(summary: Summary, part: Part, figure: str | None = None) -> list[C
                 verdict = "not compared" if math.isfinite(point.mean) else "diverged"
                 rows.append(Comparison(start, part.choices[start].rate, point.mean, point.count, verdict=verdict))
     higher = summary.better.get(figure, False)
-    return sorted(rows, key=lambda row: -row.mean if higher else row.mean)
+    return sorted(rows, key=lambda row: (row.apart, -row.mean if higher else row.mean))
 
 
 def own_interval(summary: Summary, part: Part, row: Comparison, figure: str) -> Interval | None:

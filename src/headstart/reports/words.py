@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from headstart.study.statistics import Difference, Interval
+from headstart.study.differences import Difference, Interval
 
 NOTHING = "-"
 

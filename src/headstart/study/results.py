@@ -12,8 +12,9 @@ from headstart.runs.folder import SETTINGS
 from headstart.runs.result import FILE, Result, read_result
 from headstart.runs.stages import VALIDATION
 from headstart.study.cells import Cell, Grid
+from headstart.study.differences import Outcome
 from headstart.study.rates import beyond
-from headstart.study.statistics import Choice, Outcome, best_rates
+from headstart.study.statistics import Choice, best_rates
 from headstart.tasks.registry import parse_task
 
 CELLS, STARTS = "cells", "starts"

@@ -12,44 +12,24 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
-from statistics import fmean, stdev
+from itertools import accumulate
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from headstart.errors import DataError
 from headstart.evaluation.intervals import CONFIDENCE
+from headstart.study.differences import (
+    Array,
+    Difference,
+    Interval,
+    Outcome,
+    paired_over_items,
+    paired_over_seeds,
+)
 
-Interval = tuple[float, float]
-Array = np.ndarray[Any, Any]
 Point = tuple[float, float, int]  # rate, mean figure (the worst infinity where a seed diverged), seeds that finished
-# Of the bootstrap over items. No p is less than 2 in so many, which a correction for a hundred starts leaves under 5 %.
-_RESAMPLES = 4000
-# Differences that differ by less, relative to the figures that they are of, are equal but for rounding.
-_ROUNDING = 1e-12
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one run of a study came to.
-
-    Attributes:
-        start, rate, seed: the label of its start, its peak learning rate, its seed.
-        validation: the figure that the rate is chosen on; not finite where the run diverged or was pruned.
-        test: the figure that is reported; not finite likewise.
-        items: what the test figure is of, such as answers (0 or 1) or summed losses, the same items in the same order
-            in all runs; empty where unknown. The figure is their sum over the sum of the weights.
-        weights: of the items, such as tokens; empty where each has the weight 1.
-    """
-
-    start: str
-    rate: float
-    seed: int
-    validation: float
-    test: float
-    items: tuple[float, ...] = ()
-    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +38,7 @@ class Choice:
 
     Attributes:
         start, rate: its label and the best rate.
-        curve: the validation figure at every rate, ascending; see :data:`Point`.
+        curve: the validation figure at every rate that was judged, ascending, over the same seeds; see :data:`Point`.
         edge: "low" or "high" where the best is the first or last of several rates, so that a better one may lie beyond;
             else empty.
     """
@@ -70,37 +50,20 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A start's test figure minus the reference's.
-
-    Attributes:
-        value: the mean difference, in the figure's units.
-        count: of the pairs, seeds or items, that it is the mean of.
-        method: what interval and p are from: "t", "sign", "McNemar", "bootstrap"; empty where there is neither.
-        interval: of the difference, at 95 %; None where it can't be had.
-        p: two-sided, of no difference, not corrected; None where it can't be had.
-    """
-
-    value: float
-    count: int
-    method: str = ""
-    interval: Interval | None = None
-    p: float | None = None
-
-
-@dataclass(frozen=True)
 class Comparison:
     """A start at its chosen rate, and what tells it from the reference.
 
     Attributes:
         start, rate: its label and its chosen rate.
-        mean, seeds: of the test figure over the seeds that finished; the worst infinity where one diverged.
+        mean, seeds: of the test figure over the seeds that all starts have, and how many of them finished; the worst
+            infinity where one diverged.
         interval: Student's of that mean, at 95 %; None of one seed, or of seeds that are all the same.
         over_seeds: the difference to the reference seed by seed; None without a common seed.
         over_items: the difference item by item, averaged over common seeds first; None where items are unknown.
-        p: of ``decisive``, corrected by :func:`holm` for all starts that have one.
+        p: of ``decisive``, corrected by :func:`holm` for all starts, and settings, that are judged together.
         verdict: "better", "worse", "not told apart", "diverged" (at every rate a seed did), "reference", or
             "not compared" (no p can be had).
+        apart: it has none of the seeds that the others are judged by, so that its mean, over its own, ranks nowhere.
     """
 
     start: str
@@ -112,6 +75,7 @@ class Comparison:
     over_items: Difference | None = None
     p: float | None = None
     verdict: str = "diverged"
+    apart: bool = False
 
     @property
     def decisive(self) -> Difference | None:
@@ -145,17 +109,17 @@ class Robustness:
 
 
 def best_rates(outcomes: Sequence[Outcome], higher_is_better: bool) -> dict[str, Choice]:
-    """Return each start's rate with the best mean validation figure over seeds.
+    """Return each start's rate with the best mean validation figure over the seeds that all its rates have.
 
-    Rates at which no seed diverged go before others, then those at which the most seeds finished, so that none wins by
-    what it was spared. Of equals the smallest is taken.
+    A run that diverged counts as one of its seed's, so none wins by what it was spared. Where no seed has all rates,
+    the rates of the seed that has the most of them are judged. Of equals the smallest is taken.
 
     Raises:
         DataError: a run is there twice, or a rate is not positive.
     """
     choices = {}
     for start, runs in _by_start(outcomes).items():
-        curve = _curve(runs, lambda run: run.validation, higher_is_better)
+        curve = _curve(_alike(runs, lambda run: run.rate), lambda run: run.validation, higher_is_better)
         best = min(curve, key=lambda at: (math.isinf(at[1]), -at[2], _loss(at[1], higher_is_better), at[0]))
         edge = "low" if best is curve[0] else "high" if best is curve[-1] else ""
         choices[start] = Choice(start, best[0], curve, edge if len(curve) > 1 else "")
@@ -166,6 +130,9 @@ def compared(
     outcomes: Sequence[Outcome], reference: str, higher_is_better: bool, choices: Mapping[str, Choice] | None = None
 ) -> list[Comparison]:
     """Return one row a start at its chosen rate, the best mean test figure first, those that diverged last.
+
+    Means are over the seeds that all starts have, where there are such, so that an easy seed ranks no start that alone
+    has it; differences are over all seeds that a start and the reference have.
 
     Over seeds, Student's paired t takes seeds for independent and their differences for roughly normal, which few seeds
     can't show. Where all differences are equal there is no spread to judge by: no interval, and p is that of so many
@@ -188,23 +155,35 @@ def compared(
     chosen = _chosen(outcomes, higher_is_better, choices)
     if reference not in chosen:
         raise DataError(f"no outcome of the reference {reference!r}: the starts are {', '.join(sorted(chosen))}.")
-    points = {start: _curve(runs, lambda run: run.test, higher_is_better)[0] for start, runs in chosen.items()}
+    alike = _by_start(_alike([run for runs in chosen.values() for run in runs], lambda run: run.start))
+    counted = {start: alike.get(start, runs) for start, runs in chosen.items()}
+    points = {start: _curve(runs, lambda run: run.test, higher_is_better)[0] for start, runs in counted.items()}
     rows = []
     for start, (rate, mean, seeds) in points.items():
-        row = Comparison(start, rate, mean, seeds)
+        row = Comparison(start, rate, mean, seeds, apart=start not in alike)
         if math.isfinite(mean):
-            interval = paired_over_seeds([(run.test, 0.0) for run in chosen[start]]).interval
+            interval = paired_over_seeds([(run.test, 0.0) for run in counted[start]]).interval
             row = replace(row, interval=interval, verdict="reference" if start == reference else "not compared")
             if start != reference and math.isfinite(points[reference][1]):
                 row = _against(row, chosen[start], chosen[reference])
         rows.append(row)
-    corrected = iter(holm([row.p for row in rows if row.p is not None]))
-    for place, row in enumerate(rows):
-        if row.p is not None and row.decisive is not None:
-            loss, p = _loss(row.decisive.value, higher_is_better), next(corrected)
-            verdict = "not told apart" if p > 1 - CONFIDENCE else "better" if loss < 0 else "worse"
-            rows[place] = replace(row, p=p, verdict=verdict)
-    return sorted(rows, key=lambda row: (_loss(row.mean, higher_is_better), row.start))
+    rows = judged([rows], higher_is_better)[0]
+    return sorted(rows, key=lambda row: (row.apart, _loss(row.mean, higher_is_better), row.start))
+
+
+def judged(settings: Sequence[Sequence[Comparison]], higher_is_better: bool) -> list[list[Comparison]]:
+    """Return the rows of several settings with p corrected for all of them together, and the verdicts by that."""
+    raw = [row.decisive.p for rows in settings for row in rows if row.decisive and row.decisive.p is not None]
+    corrected = iter(holm(raw))
+
+    def of(row: Comparison) -> Comparison:
+        if row.decisive is None or row.decisive.p is None:
+            return row
+        loss, p = _loss(row.decisive.value, higher_is_better), next(corrected)
+        verdict = "not told apart" if p > 1 - CONFIDENCE else "better" if loss < 0 else "worse"
+        return replace(row, p=p, verdict=verdict)
+
+    return [[of(row) for row in rows] for rows in settings]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -219,15 +198,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [adjusted[place] for place in range(len(order))]
 
 
-def false_alarms(count: int, confidence: float = CONFIDENCE) -> str:
-    """Return a sentence on what chance alone would show among one or more starts compared with the reference."""
-    chance = f"{100 * (1 - confidence):.3g} %"
+def false_alarms(starts: int, settings: int = 1, confidence: float = CONFIDENCE) -> str:
+    """Return a sentence on what chance alone would show among starts compared with the reference, in each setting."""
+    chance, count = f"{100 * (1 - confidence):.3g} %", starts * settings
     if count == 1:
         return f"One start is compared with the reference: were they equal, {chance} of studies would tell them apart."
+    said = f"{starts} starts are" if starts > 1 else "One start is"
+    within = f", in {settings} settings each" if settings > 1 else ""
     return (
-        f"{count} starts are compared with the reference: were all equal, {count * (1 - confidence):.2g} of them would "
-        "be expected to seem different by chance alone if each were judged by itself; Holm's correction raises their "
-        f"p-values so that even one does in at most {chance} of studies."
+        f"{said} compared with the reference{within}: were all equal, {count * (1 - confidence):.2g} of these {count} "
+        "comparisons would be expected to show a difference by chance alone if each were judged by itself; Holm's "
+        f"correction raises their p-values so that even one does in at most {chance} of studies."
     )
 
 
@@ -243,8 +224,8 @@ def robustness(
     chosen = _chosen(outcomes, higher_is_better, choices)
     rows, curves, losses = {}, {}, {}
     for start, runs in _by_start(outcomes).items():
-        rate = chosen[start][0].rate
-        rows[start], curve = Robustness(start, rate), _curve(runs, lambda run: run.test, higher_is_better)
+        rate, alike = chosen[start][0].rate, _alike(runs, lambda run: run.rate, chosen[start][0].rate)
+        rows[start], curve = Robustness(start, rate), _curve(alike, lambda run: run.test, higher_is_better)
         logs = np.log([point[0] / rate for point in curve])
         heights = np.array([_loss(point[1], higher_is_better) for point in curve])
         if np.isfinite(heights[logs == 0]).all():
@@ -290,6 +271,26 @@ def _by_start(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     return {start: [run for run in outcomes if run.start == start] for start in sorted({run.start for run in outcomes})}
 
 
+def _alike(runs: Sequence[Outcome], group: Callable[[Outcome], Any], among: Any = None) -> list[Outcome]:
+    """Return the runs of the seeds that all groups of runs have, so that their means are of the same seeds.
+
+    Where no seed is in all groups, those groups are left that have the seed that the most have; with ``among`` a seed
+    that this group has. Runs that diverged are left in any case: what is known of a rate is that it may.
+    """
+    groups: dict[Any, set[int]] = {}
+    for run in runs:
+        groups.setdefault(group(run), set()).add(run.seed)
+    counts = Counter(seed for seeds in groups.values() for seed in seeds)
+    known = counts.keys() if among is None else groups[among]
+    first = min(known, key=lambda seed: (-counts[seed], seed))
+    common = set.intersection(*(seeds for seeds in groups.values() if first in seeds))
+    return [
+        run
+        for run in runs
+        if (first in groups[group(run)] and run.seed in common) or not math.isfinite(run.test + run.validation)
+    ]
+
+
 def _curve(runs: Sequence[Outcome], figure: Callable[[Outcome], float], higher_is_better: bool) -> tuple[Point, ...]:
     points = []
     for rate in sorted({run.rate for run in runs}):
@@ -319,68 +320,9 @@ def _against(row: Comparison, runs: Sequence[Outcome], others: Sequence[Outcome]
     by_seed = {run.seed: run for run in others}
     pairs = [(run, by_seed[run.seed]) for run in sorted(runs, key=lambda run: run.seed) if run.seed in by_seed]
     over_seeds = paired_over_seeds([(run.test, other.test) for run, other in pairs]) if pairs else None
-    over_items = _over_items([pair for pair in pairs if pair[0].items and pair[1].items])
+    over_items = paired_over_items([pair for pair in pairs if pair[0].items and pair[1].items])
     row = replace(row, over_seeds=over_seeds, over_items=over_items)
     return row if row.decisive is None else replace(row, p=row.decisive.p)
-
-
-def paired_over_seeds(pairs: Sequence[tuple[float, float]]) -> Difference:
-    """Return the mean difference within pairs, one a seed: by t, or by sign where all differences are the same."""
-    from scipy.stats import t
-
-    differences = [figure - other for figure, other in pairs]
-    count, value = len(pairs), fmean(differences)
-    if count < 2:
-        return Difference(value, count)
-    rounding = _ROUNDING * max(abs(figure) for pair in pairs for figure in pair)
-    if max(differences) - min(differences) <= rounding:
-        return Difference(value, count, "sign", p=1.0 if abs(value) <= rounding else 2.0 ** (1 - count))
-    error = stdev(differences) / math.sqrt(count)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
-    p = float(2 * t.sf(abs(value) / error, count - 1))
-    return Difference(value, count, "t", (value - half, value + half), p)
-
-
-def _over_items(pairs: Sequence[tuple[Outcome, Outcome]]) -> Difference | None:
-    from scipy.stats import binomtest
-
-    runs = [run for pair in pairs for run in pair]
-    if not runs:
-        return None
-    weights = np.array(runs[0].weights or [1.0] * len(runs[0].items))
-    alike = all(run.weights == runs[0].weights and len(run.items) == len(weights) for run in runs)
-    if not alike or min(weights) <= 0 or not all(map(math.isfinite, chain(*(run.items for run in runs)))):
-        names = f"{runs[0].start!r} and {runs[1].start!r}"
-        raise DataError(f"{names} need the same finite items, with the same positive weights: test them alike.")
-    own, others = (np.array([pair[side].items for pair in pairs], dtype=float) for side in (0, 1))
-    if len(pairs) > 1 or not np.isin([own, others], (0, 1)).all() or (weights != 1).any():
-        return _bootstrap(own.mean(axis=0) - others.mean(axis=0), weights)
-    count, alone, differing = len(weights), int((own > others).sum()), int((own != others).sum())
-    if not differing:
-        return Difference(0.0, count, "McNemar", p=1.0)
-    test = binomtest(alone, differing)
-    share = test.proportion_ci(CONFIDENCE, method="exact")
-    value, low, high = (differing * (2 * of - 1) / count for of in (alone / differing, share.low, share.high))
-    return Difference(value, count, "McNemar", (low, high), float(test.pvalue))
-
-
-def _bootstrap(differences: Array, weights: Array) -> Difference:
-    """Return the ratio of sums; its p is the least level at which the percentile interval leaves out 0."""
-    from scipy.stats import bootstrap
-
-    count, value = len(differences), float(differences.sum() / weights.sum())
-    if count < 2:
-        return Difference(value, count)
-    drawn = bootstrap(
-        (differences, weights),
-        lambda changes, of, axis: changes.sum(axis=axis) / of.sum(axis=axis),
-        **dict(paired=True, vectorized=True, method="percentile", confidence_level=CONFIDENCE),
-        **dict(n_resamples=_RESAMPLES, batch=max(1, 100_000 // count), random_state=np.random.default_rng(0)),
-    )
-    values, (low, high) = drawn.bootstrap_distribution, drawn.confidence_interval
-    least = min(int((values <= 0).sum()), int((values >= 0).sum()))
-    p = min(1.0, 2 * (least + 1) / (_RESAMPLES + 1))
-    return Difference(value, count, "bootstrap", (float(low), float(high)), p)
 
 
 def _around(logs: Array, good: Array) -> slice:

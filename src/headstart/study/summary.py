@@ -15,15 +15,16 @@ from headstart.errors import RunError, nearest
 from headstart.runs.folder import ITEMS, LOSSES
 from headstart.runs.result import Result
 from headstart.study.cells import Cell, Grid
+from headstart.study.differences import Outcome
 from headstart.study.results import Results, Snapshot, all_cells, chosen_by, higher_is_better, outcomes
 from headstart.study.statistics import (
     Choice,
     Comparison,
-    Outcome,
     Robustness,
     best_rates,
     compared,
     false_alarms,
+    judged,
     robustness,
     to_reach,
 )
@@ -56,6 +57,15 @@ class Part:
     def name(self) -> str:
         """The setting in words; empty where there is one only."""
         return ", ".join(f"{axis.rpartition('.')[2]} {label}" for axis, label in self.setting)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the rates of a start, or the starts at their best rates, are of different seeds."""
+        seeds: dict[tuple[str, float], set[int]] = {}
+        for cell, result in self.cells:
+            if result is not None and result.status != "failed":
+                seeds.setdefault((cell.start, cell.rate), set()).add(cell.seed)
+        return len(set(map(frozenset, seeds.values()))) > 1
 
     def to_reach(self, start: str, reference: str) -> tuple[float, float] | None:
         """Return the steps and seconds, start-up included, to the training loss that the reference ends with.
@@ -146,7 +156,12 @@ class Summary:
 
     def sentences(self) -> list[str]:
         """Return what is to be known for reading the figures, in words."""
-        said = [false_alarms(others)] if (others := len(self.grid.starts) - 1) else []
+        said = [false_alarms(others, len(self.parts))] if (others := len(self.grid.starts) - 1) else []
+        if any(part.uneven for part in self.parts):
+            said.append(
+                "Not every rate has every seed yet: a start's best rate is chosen by the seeds that all its rates "
+                "have, and starts are ranked by those that all of them have."
+            )
         if self.rates > 1 and not self.validated:
             said.append(
                 "Rates are chosen on the very data that are reported, which flatters each start, and those with more "
@@ -203,6 +218,11 @@ def summarised(
     for setting in dict.fromkeys(cell.setting for cell in cells):
         within = [cell for cell in cells if cell.setting == setting]
         parts.append(_part(setting, within, results, chosen, reported, better, grid.reference))
+    for figure in reported:
+        having = [part for part in parts if figure in part.compared]
+        rows = judged([part.compared[figure] for part in having], better[figure])
+        for part, corrected in zip(having, rows, strict=True):
+            part.compared[figure] = corrected
     return Summary(grid, folder, parts, chosen, reported, better, against)
 
 

@@ -8,7 +8,8 @@ from headstart.reports.charts.chart import Chart, Row, axis, label, layout
 from headstart.reports.colours import INK, MUTED, SERIES
 from headstart.reports.measured import own_interval, standings
 from headstart.reports.words import counted
-from headstart.study.statistics import Comparison, Interval
+from headstart.study.differences import Interval
+from headstart.study.statistics import Comparison
 from headstart.study.summary import Part, Summary
 
 # Rows that a chart has room for, and the pixels of one.
