@@ -232,7 +232,7 @@ def test_the_card_is_one_that_a_hub_accepts(model, data, tmp_path):
     execute(small_run(model, data, start={"method": "pissa"}), tmp_path / "run")
     card = ModelCard.load(tmp_path / "run" / "trained" / "adapter" / "README.md")
     assert card.data.library_name == "peft" and card.data.base_model == str(model)
-    assert {result.metric_name for result in card.data.eval_results} == {"loss/start", "loss/end"}
+    assert {result.metric_name for result in card.data.eval_results} == {"loss"}
     assert "start `pissa`" in card.text and "95 % interval" in card.text
 
 

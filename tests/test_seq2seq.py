@@ -299,7 +299,7 @@ def test_what_is_too_long_is_counted_on_either_side(model, tmp_path):
     place.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = t5_run(model, place, data={"task": "text", "held_out_examples": 3}, batch={"max_length": 9})
     result = execute(run, tmp_path / "run")
-    assert result.warnings == ["training: 2 of 13 lost what is beyond 9 tokens"]
+    assert result.warnings == ["training: 2 of 13 lost what is beyond 9 tokens (batch.max_length)"]
 
 
 def test_check_counts_without_weights(model, data):

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from headstart._version import __version__
 from headstart.evaluation.figures import Figure
 from headstart.files import write_whole
+from headstart.runs.read import tasks_of
 from headstart.runs.result import Result
 from headstart.runs.tree import Run
 
@@ -24,7 +25,7 @@ def card(run: Run, result: Result) -> str:
     """Return the card's text, its head in the hub's own form."""
     name = f"{run.model.name.rstrip('/').rpartition('/')[2]}-{run.started_as.partition(':')[0]}"
     adapter = run.trains in ("adapter", "lora-fa")
-    measured = run.data.held_out_task or run.data.task
+    text = tasks_of(run)[0].kind == "text"
     data = ModelCardData(
         base_model=run.model.name,
         library_name="peft" if adapter else "transformers",
@@ -32,14 +33,14 @@ def card(run: Run, result: Result) -> str:
         model_name=name,
         eval_results=[
             EvalResult(
-                task_type="text-generation",
-                dataset_type=measured.partition(":")[0],
-                dataset_name=measured,
-                metric_type=metric.partition("/")[0],
+                task_type="text-generation" if text else "text-classification",
+                dataset_type=task.partition(":")[0],
+                dataset_name=task,
+                metric_type=metric,
                 metric_name=metric,
                 metric_value=round(figure.value, 6),
             )
-            for metric, figure in result.metrics.items()
+            for (task, metric), figure in _of_the_trained(run, result).items()
         ]
         or None,
     )
@@ -72,6 +73,20 @@ def card(run: Run, result: Result) -> str:
         *(f"- {warning}" for warning in result.warnings),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _of_the_trained(run: Run, result: Result) -> dict[tuple[str, str], Figure]:
+    """Return by task and metric what the trained model is reported by: not what chose it, nor what it began with."""
+    own, figures = run.data.held_out_task or run.data.task, {}
+    for name, figure in result.metrics.items():
+        task, _, metric = name.rpartition("/")
+        if metric == "end":
+            figures[own, task] = figure
+        elif not task and metric != "forgetting":
+            figures[own, metric] = figure
+        elif task in run.evaluation.tasks:
+            figures[task, metric] = figure
+    return figures
 
 
 def interval(figure: Figure) -> str:

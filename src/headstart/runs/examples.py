@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from headstart.errors import DataError
-from headstart.runs.trainers import truncated
+from headstart.errors import DataError, RunError
+from headstart.runs.trainers import too_long
 from headstart.runs.tree import Run
 from headstart.tasks.base import Example, Task
 from headstart.tasks.rows import Rows, read
+
+# What sentences call the parts, and the setting that says where each is from.
+_WORDS = {"train": "training", "validation": "validation", "held_out": "held out"}
+_SOURCE = {"train": "train", "validation": "train", "held_out": "held_out"}
 
 
 @dataclass(frozen=True)
@@ -29,28 +35,73 @@ class Examples:
     validation: Rows
     held_out: Rows
 
+    @property
+    def parts(self) -> dict[str, Rows]:
+        """The rows by part."""
+        return {"train": self.train, "validation": self.validation, "held_out": self.held_out}
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the examples of each part, in their order."""
+        return {
+            name: hashlib.sha256(json.dumps([asdict(example) for example in rows.examples]).encode()).hexdigest()
+            for name, rows in self.parts.items()
+        }
+
+    def check_unchanged(self, noted: Mapping[str, str], whose: str) -> None:
+        """Raise RunError where the examples of a part are others than what has been done was done with.
+
+        Args:
+            noted: their digests then, of the parts that are known.
+            whose: what was begun, for the message.
+        """
+        for name, digest in self.digests.items():
+            if noted.get(name, digest) != digest:
+                raise RunError(
+                    f"{whose} was begun with other {_WORDS[name]} data than are there now (data.{_SOURCE[name]}: "
+                    f"{self.parts[name].where or 'none'}): put the data back, or give another --out."
+                )
+
     def by_name(self) -> dict[str, list[Example]]:
         """Return the examples of the parts that there are, in the order of the attributes."""
-        parts = {"train": self.train, "validation": self.validation, "held_out": self.held_out}
-        return {name: list(rows.examples) for name, rows in parts.items() if rows.examples}
+        return {name: list(rows.examples) for name, rows in self.parts.items() if rows.examples}
 
     def about(self, run: Run, tokenizer: Any, model: Any) -> tuple[dict[str, Any], list[str]]:
         """Return counts and digests by part, and sentences about what was left out or cut."""
-        parts = {"train": self.train, "validation": self.validation, "held_out": self.held_out}
-        words = {"train": "training", "validation": "validation", "held_out": "held out"}
-        sentences = []
-        for name, rows in parts.items():
+        noted: dict[str, Any] = {
+            name: {"where": rows.where, "examples": len(rows.examples), "bad": len(rows.bad), "sha256": digest}
+            for (name, rows), digest in zip(self.parts.items(), self.digests.values(), strict=True)
+        }
+        sentences = list(self._unlike())
+        for name, rows in self.parts.items():
             total = len(rows.examples) + len(rows.bad)
             if rows.bad:
                 sentences.append(
-                    f"{words[name]}: {len(rows.bad)} of {total} rows were left out, the first: {rows.bad[0]}"
+                    f"{_WORDS[name]}: {len(rows.bad)} of {total} rows were left out, the first: {rows.bad[0]}"
                 )
-            if rows.examples and (lost := truncated(rows.examples, tokenizer, model, run.batch.max_length)):
-                lost_end = (
-                    f"{words[name]}: {lost} of {len(rows.examples)} lost what is beyond {run.batch.max_length} tokens"
+            cut, dropped = too_long(rows.examples, tokenizer, model, run) if rows.examples else (0, 0)
+            beyond = f"{run.batch.max_length} tokens (batch.max_length)"
+            if cut:
+                sentences.append(f"{_WORDS[name]}: {cut} of {len(rows.examples)} lost what is beyond {beyond}")
+            if dropped:
+                sentences.append(
+                    f"{_WORDS[name]}: {dropped} of {len(rows.examples)} were left out, as their prompts alone take "
+                    f"{beyond}"
                 )
-                sentences.append(lost_end)
-        return {name: _about(rows) for name, rows in parts.items()}, sentences
+                noted[name] |= {"examples": len(rows.examples) - dropped, "dropped": dropped}
+        return noted, sentences
+
+    def _unlike(self) -> Iterator[str]:
+        """Yield a sentence on each part that lacks a label which another has, as of a file that is sorted by label."""
+        labels = {name: {example.label for example in rows.examples} for name, rows in self.parts.items()}
+        known = {label for some in labels.values() for label in some if isinstance(label, int)}
+        for name, own in labels.items():
+            if own and own <= known and (lacking := sorted(known - own)):
+                yield (
+                    f"{_WORDS[name]}: none of {len(self.parts[name].examples)} examples has the label "
+                    f"{', '.join(map(str, lacking))}, which others have: parts are cut from a file as it lies, so "
+                    "shuffle its rows."
+                )
 
 
 def load_examples(run: Run, task: Task, asked: Task) -> Examples:
@@ -82,8 +133,3 @@ def load_examples(run: Run, task: Task, asked: Task) -> Examples:
     learned = train.examples[first:][: data.train_examples]
     validation = replace(train, examples=train.examples[:first], bad=[])
     return Examples(replace(train, examples=learned), validation, held_out)
-
-
-def _about(rows: Rows) -> dict[str, Any]:
-    digest = hashlib.sha256(json.dumps([asdict(example) for example in rows.examples]).encode()).hexdigest()
-    return {"where": rows.where, "examples": len(rows.examples), "bad": len(rows.bad), "sha256": digest}

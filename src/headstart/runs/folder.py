@@ -106,8 +106,13 @@ def take_trained(model: Any, run: Run, place: Path) -> None:
     """Give the model what ``save_trained`` wrote."""
     if run.trains in ("adapter", "lora-fa"):
         take(model, run, place / CHECKPOINT)
-    else:
-        model.load_state_dict(_tensors(place / "model"), strict=False)
+        return
+    # By Transformers, which saves some models (mixtures) under other names than their parameters have.
+    place /= "model"
+    saved, said = type(model).from_pretrained(place, dtype=model.dtype, output_loading_info=True)
+    if wrong := sorted(name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in said[kind]):
+        raise CheckpointError(f"{place} doesn't hold the model that was trained ({wrong[0]}): remove {place.parent}.")
+    model.load_state_dict(saved.state_dict())
 
 
 def check_count(folder: Path, count: int) -> None:
@@ -136,9 +141,3 @@ def last_save(output: Path) -> str | None:
         if state["global_step"] < state["max_steps"]:
             return str(path)
     return None
-
-
-def _tensors(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

@@ -23,7 +23,7 @@ from headstart.runs.result import Result, read_result
 from headstart.runs.tree import Run
 from headstart.tasks.instructed import Instructed
 
-_STATUS = {"done": "success", "diverged": "failed", "failed": "failed"}
+_STATUS = {"done": "success", "diverged": "failed", "failed": "failed", "pruned": "canceled"}
 _STEPS = 250  # over which method_comparison takes the mean of the last losses, as often as it measures
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +13,10 @@ from typing import Any, TypeVar
 
 import psutil
 
-from headstart.files import work_folder
+from headstart.files import work_folder, write_json
 from headstart.methods import parse_method
 from headstart.progress import Show, silent
+from headstart.runs.examples import Examples
 from headstart.runs.result import FILE, Result, read_result, write_result
 from headstart.runs.tree import Evaluation, Optimizer, Run, Schedule, Start
 from headstart.statistics.kept import KeptStatistics
@@ -23,7 +26,7 @@ from headstart.training.wrap import accelerator
 T = TypeVar("T")
 
 # In the folder of a study's starts.
-STATISTICS = "statistics"
+STATISTICS, DATA = "statistics", "data"
 # A base model is kept in memory where it takes no more than this share of what is free.
 _ROOM = 0.2
 
@@ -116,6 +119,16 @@ class Shared:
         """Return what ``load`` returns, the last one's where it read the same."""
         asked = run.evaluation.graded_examples
         return self._last("data", repr((run.data, asked)), load)
+
+    def check_data(self, run: Run, examples: Examples) -> None:
+        """Raise RunError where the study has read other examples from where a run's come from."""
+        digest = hashlib.sha256(repr((run.data, run.evaluation.graded_examples)).encode()).hexdigest()
+        path = self._folder / DATA / f"{digest[:16]}.json"
+        if path.is_file():
+            noted = json.loads(path.read_text(encoding="utf-8"))
+            examples.check_unchanged(noted, f"the study in {self._folder.parent}")
+        else:
+            write_json(examples.digests, path)
 
     def base(self, run: Run, load: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
         """Return a base model that is the caller's to change, and its tokenizer.

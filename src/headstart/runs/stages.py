@@ -51,7 +51,7 @@ from headstart.runs.preserved import check_preserved, preserved_data
 from headstart.runs.read import tasks_of
 from headstart.runs.result import Result, read_result, write_result
 from headstart.runs.shared import Shared
-from headstart.runs.trainers import check_launcher, make_trainer, set_optimizer
+from headstart.runs.trainers import check_launcher, check_optimizer, make_trainer, set_optimizer
 from headstart.runs.tree import Run
 from headstart.runs.watch import Judge, Watch, reserved, windows
 from headstart.store.claims import alone_in
@@ -123,8 +123,11 @@ def _executed(run: Run, folder: Path, shared: Shared | None, judge: Judge | None
     method = parse_method(run.start.method) if run.trains in ("adapter", "lora-fa") else None
     if method is not None:
         check_preserved(method, run.start.preserve, "start.preserve")
+        check_optimizer(run, method)
     with clock("data"):
         examples = _loaded(run, task, asked, shared)
+        if shared:
+            shared.check_data(run, examples)
         to_grade = _to_grade(run, asked, examples.held_out.examples)
         further = asked_by(run, task, folder)
     with clock("model"):
@@ -149,6 +152,13 @@ def _executed(run: Run, folder: Path, shared: Shared | None, judge: Judge | None
     if not result.data:
         result.data, result.warnings = examples.about(run, tokenizer, model)
         result.warnings += further.notes
+        if run.evaluation.keep == "best" and not run.data.validation_examples:
+            result.warnings.append(
+                "evaluation.keep=best chose among the states by the held-out data that are reported, which flatters "
+                "the figures: set data.validation_examples"
+            )
+    else:
+        examples.check_unchanged({name: part.get("sha256") for name, part in result.data.items()}, str(folder))
     if trained is None:
         result.processes = processes.count
         _begin(trainer, method, run, folder, shared, result, clock, show)
@@ -172,9 +182,10 @@ def _executed(run: Run, folder: Path, shared: Shared | None, judge: Judge | None
     if result.status == "begun":
         with clock("measurement"), _noting(result.warnings):
             result.metrics |= _measured_at_the_end(trainer, data, task, folder, main, show)
-            if to_grade:
+            _note_lost(result)
+            if to_grade and result.status == "begun":
                 result.metrics |= _graded(trainer.model, tokenizer, run, asked, to_grade, folder, show)
-            if further.jobs:
+            if further.jobs and result.status == "begun":
                 with together(processes):
                     result.metrics |= further.trained(trainer.model, tokenizer, show) if main else {}
     for stage, seconds in clock.seconds.items():
@@ -333,6 +344,13 @@ def _measured_at_the_end(
     if main and items:
         write_json(items, folder / LOSSES)
     return figures
+
+
+def _note_lost(result: Result) -> None:
+    """Note that a run diverged whose last step made the weights no numbers: no training loss has seen them."""
+    for name in (f"loss/{VALIDATION}", "loss/end"):
+        if name in result.metrics and not math.isfinite(result.metrics[name].value):
+            result.status, result.reason = "diverged", f"{name} is no number after the last step"
 
 
 def _predicted(measured: HeldOut, task: Task) -> list[float]:

@@ -20,11 +20,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from headstart.errors import DataError, RunError
 from headstart.evaluation.answers import prompt_ids
+from headstart.methods import Method
 from headstart.monitor import Monitor
 from headstart.runs.tree import Run
 from headstart.runs.watch import Watch
 from headstart.statistics.batches import IGNORED
 from headstart.tasks.base import Example, Task
+from headstart.training.data import token_ids
 from headstart.training.wrap import accelerator
 
 # Tokens, more than any example has.
@@ -120,39 +122,67 @@ def check_launcher() -> None:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
+def check_optimizer(run: Run, method: Method) -> None:
+    """Raise RunError where an optimizer's setting would do nothing."""
+    if run.optimizer.lora_plus is not None and all(one.form == "core" for one in method.methods):
+        raise RunError(
+            f"optimizer.lora_plus: {run.start.method} trains a matrix between A and B, and neither of the two: leave "
+            "it out."
+        )
+
+
 def set_optimizer(trainer: Any, run: Run) -> None:
-    """Give a trainer the optimizer that its arguments can't say: LoRA+'s, of two rates; once the start is made."""
+    """Give a trainer the optimizer that its arguments can't say: LoRA+'s, of two rates; once the start is made.
+
+    B learns at ``lora_plus`` times the rate and all else at the rate itself (Hayou, Ghosh and Yu, 2024). PEFT's own
+    function raises heads' biases and DoRA's magnitudes as well, and gives embeddings a rate of its own.
+    """
     if run.optimizer.lora_plus is None:
         return
-    from peft.optimizers import create_loraplus_optimizer
+    raised = {
+        id(parameter)
+        for name, parameter in trainer.model.named_parameters()
+        if ".lora_B." in name or ".lora_embedding_B." in name
+    }
+    optimizer = trainer.create_optimizer()
+    for group in list(optimizer.param_groups):
+        parts = [[one for one in group["params"] if (id(one) in raised) == is_raised] for is_raised in (False, True)]
+        group["params"] = parts[0]
+        if parts[1]:
+            optimizer.add_param_group({**group, "params": parts[1], "lr": run.optimizer.lr * run.optimizer.lora_plus})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
-    settings = run.optimizer
-    trainer.optimizer = create_loraplus_optimizer(
-        model=trainer.model,
-        optimizer_cls=torch.optim.AdamW,
-        lr=settings.lr,
-        loraplus_lr_ratio=settings.lora_plus,
-        loraplus_weight_decay=settings.weight_decay,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-    )
 
+def too_long(examples: Sequence[Example], tokenizer: Any, model: Any, run: Run) -> tuple[int, int]:
+    """Return how many examples lose their end, being longer than ``batch.max_length`` tokens, and how many are dropped.
 
-def truncated(examples: Sequence[Example], tokenizer: Any, model: Any, max_length: int) -> int:
-    """Return how many examples are longer than ``max_length`` tokens, of an encoder-decoder on either side."""
+    Of an encoder-decoder either side counts. A text is dropped where nothing of its completion is left; packed ones go
+    on in the next row.
+    """
+    limit = run.batch.max_length
     if model.config.is_encoder_decoder and examples[0].completion:
         sides = [(prompt_ids(one, tokenizer, encoder=_ALL), _target_ids(one, tokenizer)) for one in examples]
-        return sum(max(map(len, both)) > max_length for both in sides)
-    chats = [example for example in examples if example.messages is not None]
-    plain = [example for example in examples if example.messages is None]
-    lengths = [len(tokenizer.apply_chat_template(example.chat, tokenize=True)["input_ids"]) for example in chats]
-    if plain:
-        texts = [example.prompt + example.completion for example in plain]
-        pairs = [example.pair for example in plain] if plain[0].pair is not None else None
-        ids = tokenizer(texts, pairs, add_special_tokens=True)["input_ids"]
-        # The end of the sequence is a token, too.
-        lengths += [len(row) + bool(example.completion) for row, example in zip(ids, plain, strict=True)]
-    return sum(length > max_length for length in lengths)
+        return sum(max(map(len, both)) > limit for both in sides), 0
+    # Of each: the tokens before what is learned, and all of them.
+    lengths = []
+    texts = [example for example in examples if example.messages is not None or example.completion]
+    for example in texts:
+        if example.messages is None:
+            prompt, completion = token_ids(example, tokenizer)
+            lengths.append((len(prompt), len(prompt) + len(completion)))
+        else:
+            parts = [(example.chat[:-1], True), (example.chat, False)]
+            before, whole = (
+                len(tokenizer.apply_chat_template(part, tokenize=True, add_generation_prompt=asks)["input_ids"])
+                for part, asks in parts
+            )
+            lengths.append((before, whole))
+    if labelled := [example for example in examples if example.messages is None and not example.completion]:
+        pairs = [example.pair for example in labelled] if labelled[0].pair is not None else None
+        ids = tokenizer([example.prompt for example in labelled], pairs, add_special_tokens=True)["input_ids"]
+        lengths += [(0, len(row)) for row in ids]
+    dropped = 0 if run.batch.packing else sum(before >= limit for before, _ in lengths)
+    return sum(whole > limit for _, whole in lengths) - dropped, dropped
 
 
 class WeightedTrainer(Trainer):
@@ -208,7 +238,7 @@ def _text_trainer(
         dataset_kwargs={"skip_prepare_dataset": True} if known else None,
     )
     data = dict(known) or {
-        name: Dataset.from_list([_text_row(example) for example in part]) for name, part in examples.items()
+        name: Dataset.from_list([_text_row(example, tokenizer) for example in part]) for name, part in examples.items()
     }
     train = data.pop("train")
     bars = are_progress_bars_disabled()
@@ -236,9 +266,15 @@ def _text_trainer(
     return trainer, data
 
 
-def _text_row(example: Example) -> dict[str, Any]:
+def _text_row(example: Example, tokenizer: Any) -> dict[str, Any]:
+    """Return a row as TRL takes it: a chat in its messages, all else in tokens.
+
+    TRL tokenises prompt and completion as one text, where tokens may merge across the border, and learns to go on from
+    less than the prompt that is asked later.
+    """
     if example.messages is None:
-        return {"prompt": example.prompt, "completion": example.completion}
+        prompt, completion = token_ids(example, tokenizer)
+        return {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
     return {"prompt": example.chat[:-1], "completion": example.chat[-1:]}
 
 

@@ -14,6 +14,7 @@ from headstart.files import write_json
 from headstart.progress import Show, silent
 from headstart.runs.folder import ITEMS, LOSSES, SAVES, SETTINGS, START, TRAINED
 from headstart.runs.result import FILE
+from headstart.store.claims import alone_in
 from headstart.study.cells import Cell, Grid
 from headstart.study.results import CELLS, STARTS, check_folder, chosen_by, noted_cells
 from headstart.study.tree import Study, validated_study
@@ -100,10 +101,14 @@ def start_over(folder: Path) -> None:
     """Delete what a study wrote in a folder: cells, starts and pages; all else in it stays.
 
     Raises:
-        RunError: it holds something else than a study.
+        RunError: it holds something else than a study, or a living process is at one of its cells.
     """
     check_folder(folder)
-    for place in noted_cells(folder):
+    places = noted_cells(folder)
+    for place in places:
+        with alone_in(place):  # else what it trains would be taken from under it
+            pass
+    for place in places:
         for name in (START, TRAINED, SAVES):
             shutil.rmtree(place / name, ignore_errors=True)
         # The settings last: a folder that a kill leaves is still known to be a run's.
