@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from decimal import Decimal
 
 import pytest
@@ -236,6 +237,12 @@ BUILT = st.recursive(
 def test_an_answer_equals_itself_behind_every_mark(answer, mark):
     text = f"2 and 5.\n{mark.format(answer)}"
     assert same_answer(answer_in(text), answer) and equal(text, answer)
+
+
+@pytest.mark.parametrize("answer", ["9" * 5000, "18" + " " * 20000 + "!", "18 " + "ab " * 5000 + "!", "1," * 5000])
+def test_endless_answers_are_graded_as_soon_as_others(answer):
+    started = time.monotonic()
+    assert not same_answer(answer, "18") and time.monotonic() - started < 2
 
 
 def test_of_answers_that_are_no_numbers_the_last_number_is_none():

@@ -34,6 +34,7 @@ _NUMBER = re.compile(r"(?<![\w.)])(?:-\s?)?[$€£]?\s?(?:\d{1,3}(?:,\d{3})+(?!\
 _LETTER = re.compile(r"(?<![A-Za-z])[A-E](?![A-Za-z])")
 _CHOICE = re.compile(r"\(?([A-E])\)?")
 _SLACK = 1e-3  # LLM-Adapters' evaluate.py
+_DIGITS = 1000  # more are no number: Python refuses to read them from some thousands on
 _SECONDS = 5  # for math-verify to parse one answer, and to compare two
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
@@ -137,11 +138,11 @@ def _number(text: str, *, alone: bool = False) -> Fraction | None:
     *steps, text = re.split(r"(?<![<>!\\])=|\\approx|≈", text)
     if any(re.search(r"[;]|,(?!\d{3})|\b(?:or|and)\b", step) for step in steps):
         return None
-    text = text.strip()
+    text = " ".join(text.split())
     before = _BEFORE.match(text)
     place = before.end() if before else 0
     value = _VALUE.match(text, place)
-    if value is None:
+    if value is None or len(value[0]) > _DIGITS:
         return None
     rest = text[value.end() :]
     if alone and (place or not re.fullmatch(r"\s*%?\.?\s*", rest)):
@@ -150,13 +151,9 @@ def _number(text: str, *, alone: bool = False) -> Fraction | None:
     if not fits or _COUNTING.search(text[:place]) or _COUNTING.search(fits[0]):
         return None
     sign, top, digit, bottom, low, decimal, divisor = value.groups()
-    if decimal is None:
-        above, below = int(top or digit), int(bottom or low)
-    else:
-        above, below = Fraction(decimal.replace(",", "")), int(divisor or 1)
-    if not below:
-        return None
-    return Fraction(above) / below * (-1 if sign == "-" else 1)
+    above = Fraction(decimal.replace(",", "") if decimal else int(top or digit))
+    below = int(divisor or 1) if decimal else int(bottom or low)
+    return above / below * (-1 if sign == "-" else 1) if below else None
 
 
 def _written(number: Fraction, text: str) -> str:
