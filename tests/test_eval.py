@@ -351,13 +351,27 @@ def test_two_commands_do_not_work_in_one_folder(model, data, tmp_path):
         own_way(model, data, tmp_path / "out")
 
 
-def test_other_weights_in_the_same_place_are_another_evaluation(model, data, tmp_path):
+def other_tensors(place):
+    content = bytearray((place / "adapter_model.safetensors").read_bytes())
+    content[-2000:] = bytes(2000)
+    (place / "adapter_model.safetensors").write_bytes(content)
+
+
+def other_alpha(place):
+    config = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 4000}))
+
+
+def other_template(place):
+    (place / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+
+@pytest.mark.parametrize("change", [other_tensors, other_alpha, other_template])
+def test_another_adapter_in_the_same_place_is_another_evaluation(change, model, data, tmp_path):
     place = adapter_folder(tmp_path / "adapter", model)
     own_way(place, data, tmp_path / "out")
-    tensors = place / "adapter_model.safetensors"
-    content = bytearray(tensors.read_bytes())
-    content[-2000:] = bytes(2000)
-    tensors.write_bytes(content)
+    own_way(place, data, tmp_path / "out")
+    change(place)
     with pytest.raises(RunError, match=r"other settings or data \(target.weights\)"):
         own_way(place, data, tmp_path / "out")
 

@@ -141,6 +141,16 @@ def run(program):
         ("alpaca", "def root(x):\n    return x ** 0.5", True),
         ("alpaca", "```\ndef root(x):\n    return x ** 0.5", True),
         ("alpaca", "It is x ** 0.5.", False),
+        ("alpaca", " def root(x):\n    return x ** 0.5", True),
+        ("alpaca-cot", " def root(x):\n    return x ** 0.5", True),
+        ("alpaca", "\ndef root(x):\n    return x ** 0.5", True),
+        ("alpaca", "    return x ** 0.5", True),
+        ("alpaca", "```python\n    return x ** 0.5\n```", True),
+        ("alpaca", "Use:\n```python\nprint(root(4))\n```\n```python\ndef root(x):\n    return x ** 0.5\n```", True),
+        ("alpaca", "```\ndef rooted(x):\n    return 3\n```\n```\ndef root(x):\n    return x ** 0.5\n```\n", True),
+        ("alpaca", "```\ndef root(x):\n    return x ** 0.5\n```\nNot:\n```\ndef root(x):\n    return x\n```", True),
+        ("alpaca", "```sh\nrun\n```\n```python\n    y = x ** 0.5\n    return y\n```", True),
+        ("alpaca", "```\n```\n```\ndef root(x):\n    return x ** 0.5\n```", True),
     ],
 )
 def test_programs(prompt, output, passes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from decimal import Decimal
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from headstart.errors import DataError
 from headstart.tasks import parse_task
-from headstart.tasks.mathematics import _NUMBER, answer_in, same_answer
+from headstart.tasks.mathematics import _NUMBER, answer_in, equal, same_answer
 
 GSM8K = parse_task("gsm8k")
 
@@ -106,7 +107,7 @@ def test_gsm8k(output, verified, exact, last):
     ("solution", "reference", "output", "verified", "exact"),
     [
         ("So $x = \\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}", "The answer is: $\\dfrac{1}{2}$.", 1, 1),
-        ("So $x = \\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}", "The answer is: 0.5", 1, 0),
+        ("So $x = \\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}", "The answer is: 0.5", 1, 1),
         ("First \\boxed{1}, then \\boxed{\\left(3, \\frac{\\pi}{2}\\right)}.", "\\left(3, \\frac{\\pi}{2}\\right)",
          "it is $\\boxed{(3,\\frac{\\pi}{2})}$", 1, 1),
         ("\\boxed{x^2+2x+1}", "x^2+2x+1", "The answer is: $(x+1)^2$", 1, 0),
@@ -121,6 +122,127 @@ def test_math(solution, reference, output, verified, exact):
     assert example.reference == reference
     marks = task.grade(example, output)
     assert (marks["math_verify"], marks["exact_match"]) == (verified, exact)
+
+
+SAYS = {  # by reference, answers that are it, with | between them
+    "18": r"18.|18\%|18%|\$18|$18$|18 dollars|18 \text{ dollars}|18^\circ|18cm|18 cm^2|18 miles/hour|18-year|US$18"
+    r"|x = 18|10 + 8 = 18|20 - 2 = 18 apples|18, at last|18 apples. There are 5 left.|about 18 years, or 3 less|18.0",
+    "1234.5": r"$1,234.50|1234.500|1{,}234.5|1,\!234.5",
+    "-5": "-5|\N{MINUS SIGN}5|-$5|x = -5",
+    "0.5": r"1/2|\frac{1}{2}|\frac12|\dfrac{1}{2}|.5|1/2 cup",
+    "-0.75": r"-\frac{3}{4}|-3/4|\frac{-3}{4}",
+    "7": r"**7**|**7** days|7.0|Tom has 7 apples",
+    r"\frac{1}{2}": r"1/2|0.5|\tfrac{1}{2}",
+    r"90^\circ": "90|90^{\\circ}|90\N{DEGREE SIGN}",
+    r"\text{Monday}": r"Monday|\text{Monday}|\mathrm{Monday}",
+    r"\text{(A)}": r"A|(A)|\text{A}",
+    "x+1": r"x + 1|$x+1$",
+}
+SAYS_NOT = {
+    "3": r"\frac{3}{4}|3/4|3\sqrt{2}|3x+1|3x|3\pi|x\in[3,5]|3:2|-3|3!|3 - 5|3 x|3 million|3 1/2|3 or 4|3, 4|x=3 or x=4"
+    r"|3\ldots 5",
+    "2": r"(2, 5)|2 hours 30 minutes|2.5|120_2|x^2|2^{10}",
+    "10": r"10^5|10!|x \le 10|10(3)|10 + 1",
+    "1": r"\frac{1}{2}|x_1|seventy-one",
+    "6": r"x=5, y=6|x=5 or x=6",
+    "12": "12!|120",
+    r"\text{June 20}": r"20|July 20",
+    r"\text{(A)}": r"B|(C)",
+}
+MARKS = ("The answer is: {}", "The answer is: ${}$.", "#### {}", "So it is $\\boxed{{{}}}$.")
+
+
+def listed(table):
+    return [(reference, answer) for reference, answers in table.items() for answer in answers.split("|")]
+
+
+@pytest.mark.parametrize(("reference", "answer"), listed(SAYS))
+def test_an_answer_that_says_the_reference_is_right_by_both_metrics(reference, answer):
+    assert same_answer(answer, reference)
+    assert equal(f"The answer is: {answer}", reference) and equal(f"So \\boxed{{{answer}}}.", reference)
+
+
+@pytest.mark.parametrize(("reference", "answer"), listed(SAYS_NOT))
+def test_a_number_in_an_expression_is_not_the_answer(reference, answer):
+    assert not same_answer(answer, reference)
+    assert not equal(f"The answer is: {answer}", reference)
+
+
+EQUAL = {
+    r"3\sqrt{2}": r"3 \sqrt 2|\sqrt{18}",
+    r"\frac{\pi}{2}": r"\pi/2|0.5\pi",
+    "(2,5)": r"(2, 5)|\left(2,5\right)",
+    "[2,5)": r"[2, 5)|x\in[2,5)|the interval $[2,5)$",
+    r"(-\infty,5]": r"(-\infty, 5]",
+    r"(2,5)\cup(7,9)": r"(7,9)\cup(2,5)",
+    r"\{1,2,3\}": r"\{3, 2, 1\}",
+    "3,4,5": "5, 4, 3|3, 4, and 5",
+    "x+1": "1+x",
+    "x^2+2x+1": "(x+1)^2",
+    "2^{10}": "1024|2^10",
+    r"10\%": r"10%|0.1|10|\frac{1}{10}",
+    "5": "x=5|25/5|2+3",
+    r"3\text{ inches}": r"3 inches|3|3 \text{ inches}",
+    r"\text{Monday}": "monday",
+    r"\$32,348": r"32348|\$32,348 dollars",
+    r"\begin{pmatrix}1\\2\end{pmatrix}": r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+    r"\sin x": r"\sin(x)",
+    "2+3i": "3i + 2",
+    "120_8": "120_{8}",
+    r"\frac{\sqrt{3}}{2}": r"\sqrt{3}/2|\sqrt{\frac{3}{4}}",
+}
+UNEQUAL = {
+    r"3\sqrt{2}": r"3|\sqrt{2}|3\sqrt{3}",
+    "(2,5)": "[2,5]|2|(5,2)",
+    "x+1": "x|x-1",
+    r"\{1,2\}": r"\{1,2,3\}|1",
+    r"\text{even}": r"odd|\text{odd}",
+    r"\text{seat}": r"\text{east}|seta",
+    "120_8": "120_9|120",
+    "3": r"3\sqrt{2}|3x+1|\frac{3}{4}",
+    r"10\%": r"20\%|0.2",
+}
+
+
+@pytest.mark.parametrize(("reference", "answer"), listed(EQUAL))
+def test_what_is_equal_as_mathematics(reference, answer):
+    assert equal(f"We find 7.\nThe answer is: {answer}", reference) and equal(f"\\boxed{{{answer}}}", reference)
+
+
+@pytest.mark.parametrize(("reference", "answer"), listed(UNEQUAL))
+def test_what_is_not_equal_as_mathematics(reference, answer):
+    assert not equal(f"It is {reference}, no:\nThe answer is: {answer}", reference)
+    assert not equal(f"\\boxed{{{answer}}}", reference)
+
+
+ATOMS = st.one_of(
+    st.integers(-999, 9999).map(str),
+    st.sampled_from([r"\pi", "x", r"\sqrt{2}", r"\infty", r"\text{Monday}", "east", "0.25", r"1{,}000", "i"]),
+)
+BUILT = st.recursive(
+    ATOMS,
+    lambda parts: st.one_of(
+        *(
+            st.builds(shape.format, parts, parts)
+            for shape in (r"\frac{{{}}}{{{}}}", "({}, {})", "[{},{})", r"\{{{},{}\}}", "{}+{}", "{}^{{{}}}", "{} = {}")
+        ),
+        *(st.builds(shape.format, parts) for shape in (r"3\sqrt{{{}}}", r"{}\%", "{} cm", r"\left({}\right)")),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(BUILT, st.sampled_from(MARKS))
+def test_an_answer_equals_itself_behind_every_mark(answer, mark):
+    text = f"2 and 5.\n{mark.format(answer)}"
+    assert same_answer(answer_in(text), answer) and equal(text, answer)
+
+
+@pytest.mark.parametrize("answer", ["9" * 5000, "18" + " " * 20000 + "!", "18 " + "ab " * 5000 + "!", "1," * 5000])
+def test_endless_answers_are_graded_as_soon_as_others(answer):
+    started = time.monotonic()
+    assert not same_answer(answer, "18") and time.monotonic() - started < 2
 
 
 def test_of_answers_that_are_no_numbers_the_last_number_is_none():

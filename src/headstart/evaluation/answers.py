@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from headstart.errors import HeadstartWarning
 from headstart.progress import Show, silent
@@ -42,7 +42,8 @@ def answered(
         max_new_tokens: at most, for each.
         encoder: see :func:`prompt_ids`.
         stop: an answer ends before any of these.
-        temperature: draw each token from the whole distribution at it; None (default) takes the likeliest.
+        temperature: draw each token from the whole distribution at it; None (default) takes the likeliest. What the
+            model's own generation settings would change of either doesn't act.
         seed: of the draws.
         batch_size: prompts at a time.
         path: a file of JSON lines, one an answer; what is in it is not asked again.
@@ -50,9 +51,11 @@ def answered(
     """
     prompts = [prompt_ids(example, tokenizer, encoder=encoder) for example in examples]
     device = next(model.parameters()).device
-    drawing: dict[str, Any] = {"do_sample": False}
+    drawing: dict[str, Any] = {"do_sample": False, "num_beams": 1}
     if temperature is not None:
-        drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        drawing |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    config = _plain_generation(model, tokenizer, max_new_tokens=max_new_tokens, **drawing)
+    ends = set(config.eos_token_id or ())
 
     criteria = _stops(tokenizer, stop)
 
@@ -64,17 +67,14 @@ def answered(
             written = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                generation_config=config,
                 stopping_criteria=criteria,
-                **drawing,
             )
         # A decoder begins with one token of its own, where a causal model goes on from the prompt.
         answers = written[:, ids.shape[1] if encoder is None else 1 :]
         texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
         cut = [_cut(text, stop) for text in texts]
-        ended = [(tokens == tokenizer.eos_token_id).any() for tokens in answers]
+        ended = [not ends.isdisjoint(tokens.tolist()) for tokens in answers]
         short = answers.shape[1] < max_new_tokens
         return [
             (part, not (short or end or len(part) < len(text)))
@@ -82,7 +82,7 @@ def answered(
         ]
 
     lengths = [len(prompt) for prompt in prompts]
-    with evaluating(model):
+    with evaluating(model), _generating(model, config):
         made = asked(lengths, answer, batch_size=batch_size, path=path, progress=progress)
     if lost := sum(unfinished for _, unfinished in made):
         text = f"{lost} of {len(made)} answers were cut off after {max_new_tokens} tokens (max_new_tokens)."
@@ -137,6 +137,34 @@ def prompt_ids(example: Example, tokenizer: Any, *, encoder: int | None = None) 
     if encoder is None and ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()  # some tokenizers end every text, but this one goes on
     return ids
+
+
+def _plain_generation(model: Any, tokenizer: Any, **settings: Any) -> GenerationConfig:
+    """Return generation by these settings alone; of the model's own only the tokens that begin and end a text."""
+    own = getattr(model, "generation_config", None)
+    kept = {name: getattr(own, name, None) for name in ("bos_token_id", "decoder_start_token_id")}
+    ends = [getattr(own, "eos_token_id", None), tokenizer.eos_token_id]
+    flat = [end for some in ends if some is not None for end in (some if isinstance(some, Sequence) else [some])]
+    return GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=list(dict.fromkeys(map(int, flat))) or None,
+        **kept,
+        **settings,
+    )
+
+
+@contextmanager
+def _generating(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Put a configuration in place of the model's own, from which Transformers fills what another leaves open."""
+    owners = [module for module in model.modules() if "generation_config" in vars(module)]
+    before = [module.generation_config for module in owners]
+    try:
+        for module in owners:
+            module.generation_config = config
+        yield
+    finally:
+        for module, own in zip(owners, before, strict=True):
+            module.generation_config = own
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from headstart.processes import Processes, together
 from headstart.progress import Show, silent
 from headstart.statistics.batches import IGNORED
 from headstart.statistics.losses import predicted
+from headstart.statistics.packing import unpacked
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def held_out(
     step: str = "held-out loss",
 ) -> HeldOut:
     """Measure a trainer's model on data that the trainer has prepared, through the trainer's own collator.
+
+    Samples that the collator puts into one row are measured one by one.
 
     Processes that train together share the batches, and all get what all of them found.
 
@@ -120,4 +123,6 @@ def _batches(trainer: Any, dataset: Any, processes: Processes) -> Iterator[dict[
     rows = trainer._remove_unused_columns(dataset, description="evaluation")
     size = trainer.args.per_device_eval_batch_size
     for start in processes.share(range(0, len(rows), size)):
-        yield dict(trainer.data_collator([rows[place] for place in range(start, min(start + size, len(rows)))]))
+        batch = dict(trainer.data_collator([rows[place] for place in range(start, min(start + size, len(rows)))]))
+        # A collator for packed training puts all samples of a batch into one row.
+        yield unpacked(batch) or batch

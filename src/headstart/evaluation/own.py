@@ -18,6 +18,7 @@ from headstart.evaluation.sandbox import run_programs
 from headstart.progress import Show
 from headstart.statistics.batches import IGNORED
 from headstart.tasks.base import Example, Run, Task
+from headstart.training.data import following_ids, render
 
 Measured = tuple[list[dict[str, Any]], dict[str, Figure]]
 
@@ -145,9 +146,7 @@ def compared(asker: Asker, task: Task, examples: Sequence[Example]) -> Measured:
     def answer(places: list[int]) -> list[list[float]]:
         rows, counts = [], []
         for place in places:
-            # Nothing precedes what a decoder writes, so no blank does.
-            texts = [choice if asker.encoder is None else choice.lstrip() for choice in examples[place].choices]
-            choices = [_plain_ids(asker, text) for text in texts]
+            choices = [_choice_ids(asker, examples[place], choice) for choice in examples[place].choices]
             rows += [(prompts[place] + choice, len(prompts[place])) for choice in choices]
             counts.append(len(choices))
         sums = iter(nats_of(asker, rows))
@@ -222,8 +221,12 @@ def nats_of(asker: Asker, rows: Sequence[tuple[list[int], int]]) -> list[float]:
     return sums
 
 
-def _plain_ids(asker: Asker, text: str) -> list[int]:
-    return list(asker.tokenizer(text, add_special_tokens=False)["input_ids"])
+def _choice_ids(asker: Asker, example: Example, choice: str) -> list[int]:
+    """Return a choice's tokens where it is written: after the prompt, or by a decoder, which no blank precedes."""
+    if asker.encoder is not None:
+        return following_ids(choice.lstrip(), "", asker.tokenizer)
+    prompt = example.prompt if example.messages is None else render(example, asker.tokenizer)[0]
+    return following_ids(choice, prompt, asker.tokenizer)
 
 
 def _best(scores: Sequence[float]) -> int:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headstart.errors import CheckpointError, ModelError
+from headstart.files import sha256
 from headstart.layers.files import CONFIG, RECORD, read_json
 from headstart.tasks.registry import parse_task
 
-_WEIGHTS = ("*.safetensors", "*.gguf")
+_WEIGHTS = ("*.safetensors", "*.gguf", "*.bin")
+# What says how weights are used and texts become tokens: settings, a tokenizer's files, chat templates, programs.
+_BESIDE = ("*.json", "*.jinja", "*/*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py")
 _SAMPLES, _SAMPLE_BYTES = 64, 1024
 
 
@@ -44,12 +47,17 @@ class Target:
     seed: int = 0
 
     def digest(self) -> str:
-        """Return a digest of local weights: their files' sizes and samples of their bytes, which training changes."""
+        """Return a digest of local weights and of what lies beside them that says how they are used.
+
+        Of weights it is that of their files' sizes and of samples of their bytes, which training changes.
+        """
         digest = hashlib.sha256()
         for place in (Path(self.base).expanduser(), self.adapter):
             files = [place] if place and place.is_file() else []
             if place and place.is_dir():
                 files = sorted(file for pattern in _WEIGHTS for file in place.glob(pattern))
+                for file in sorted(file for pattern in _BESIDE for file in place.glob(pattern) if file.is_file()):
+                    digest.update(f"{file.relative_to(place)} {sha256(file)} ".encode())
             for file in files:
                 size = file.stat().st_size
                 digest.update(f"{file.name} {size} ".encode())

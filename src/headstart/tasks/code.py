@@ -13,7 +13,7 @@ from headstart.tasks.base import Example, Row, Run, reference_of, text_of
 from headstart.tasks.instructed import Instructed, Prompt
 from headstart.tasks.registry import register, variant
 
-_FENCE = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _WHOLE = "Complete the following Python function. Answer with the whole function.\n\n"
 _KS = (1, 10)
 
@@ -69,8 +69,7 @@ class HumanEval(Instructed):
         """
         reference, answer = reference_of(example), self.cut(output)
         if self.prompt != "plain":
-            fenced = _FENCE.search(answer)
-            answer = "\n" + (fenced[1] if fenced else answer)
+            answer = "\n" + _code_in(answer, reference["entry_point"])
         return f"{reference['head']}{answer}\n{reference['test']}\ncheck({reference['entry_point']})\n"
 
     def grade_samples(self, example: Example, outputs: Sequence[str], run: Run | None = None) -> dict[str, float]:
@@ -79,6 +78,16 @@ class HumanEval(Instructed):
             raise TaskError(f"task {self.name!r} grades programs by running them: give it something that does.")
         passed = sum(run(self.program(example, output)) for output in outputs)
         return {f"pass@{k}": pass_at_k(len(outputs), passed, k) for k in _KS if k <= len(outputs)}
+
+
+def _code_in(answer: str, function: str) -> str:
+    """Return an answer's code: the first fenced block that defines the function, else the longest; all without fences.
+
+    One blank before what else begins at the margin is the prompt's, after which an answer goes on.
+    """
+    blocks = [re.sub(r"\A (?=\S)", "", block) for block in _FENCE.findall(answer) or [answer]]
+    head = re.compile(rf"^(?:async[ \t]+)?def[ \t]+{re.escape(function)}\b", re.MULTILINE)
+    return next((block for block in blocks if head.search(block)), max(blocks, key=len))
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

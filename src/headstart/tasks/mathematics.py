@@ -2,10 +2,12 @@
 
 An answer stands after the last "The answer is", ``####`` or in the last ``\\boxed{}`` of a worked text. Three metrics:
 
-- ``math_verify``: the answer equals the reference as mathematics, by Hugging Face's math-verify.
+- ``math_verify``: the answer equals the reference as mathematics, by Hugging Face's math-verify; where nothing is
+  marked, what it finds in the whole text.
 - ``exact_match``: what stands after the last of the three marks is the reference, as MetaMath's, PiSSA's and IniLoRA's
-  scripts grade after "The answer is: "; no mark, no point. Numbers are compared as numbers, the letter of a choice as
-  that, other answers as text without blanks.
+  scripts grade after "The answer is: "; no mark, no point. Numbers, fractions too, are compared as numbers, the letter
+  of a choice as that, other answers as text without blanks. A number counts beside words, a unit, a currency or %, and
+  after =; as a part of an expression it doesn't.
 - ``last_number``: the last number anywhere is the reference, within 0.001: as LLM-Adapters' script grades its sets.
 """
 
@@ -15,6 +17,7 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -23,18 +26,94 @@ from headstart.tasks.base import Example, Row, reference_of, text_of
 from headstart.tasks.instructed import Instructed, instruction_of
 from headstart.tasks.registry import register, variant
 from headstart.tasks.text import without_annotations
-from headstart.tasks.word_problems import final_number, same_number
+from headstart.tasks.word_problems import final_number
 
 _MARK = re.compile(r"####|[Tt]he answer is:?|\\boxed\s*(?=\{)|\\boxed\s+(?=\w)")
 # A minus after a digit, a letter or a bracket takes away; a comma belongs to a number before three digits alone.
 _NUMBER = re.compile(r"(?<![\w.)])(?:-\s?)?[$€£]?\s?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+")
 _LETTER = re.compile(r"(?<![A-Za-z])[A-E](?![A-Za-z])")
+_CHOICE = re.compile(r"\(?([A-E])\)?")
 _SLACK = 1e-3  # LLM-Adapters' evaluate.py
+_DIGITS = 1000  # more are no number: Python refuses to read them from some thousands on
 _SECONDS = 5  # for math-verify to parse one answer, and to compare two
+
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_VALUE = re.compile(
+    rf"([-+]?)\s*(?:\\[dt]?frac\s*(?:{{\s*(-?\d+)\s*}}|(\d))\s*(?:{{\s*(\d+)\s*}}|(\d))|({_DECIMAL})(?:\s*/\s*(\d+))?)"
+)
+_WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+# Words that make another number of the one beside them.
+_COUNTING = re.compile(
+    r"\b(?:hundred|thousand|[mb]illion|trillion|dozen|squared|cubed|factorial|half|halves|minus|negative|plus|times|over"
+    r"|mod|pi|sqrt|sin|cos|tan|log|ln|exp|theta|alpha)\b",
+    re.IGNORECASE,
+)
+# One letter is a variable, unless it is a unit or an article apart from the number.
+_POWER = r"(?:\^?\{?[23]\}?|[²³])?"
+_UNIT = rf"(?:[A-Za-z][A-Za-z']+|[aAgmshlLCFJKNVW]){_POWER}"
+_BESIDE = rf"(?:[A-Za-z']{{3,}}|[cmk]m|[mk]g|[cm][lL]|lbs?|oz|ft|in|hr|mi|yd|[ap]m|st|nd|rd|th){_POWER}"
+_BEFORE = re.compile(r"(?:(?:[A-Za-z][A-Za-z']+\.?|[aAI])[\s,:]+)*")
+_AFTER = re.compile(
+    rf"\s*%?(?:{_BESIDE}|(?:\s+|-){_UNIT})?(?:(?:\s+|-|\s*/\s*){_UNIT})*\s*"
+    r"(?:$|[.;](?!\d)|\s\(\s*[A-Za-z]{2}|,\s*(?!or\b|and\b)[A-Za-z])"
+)
+_UNITED = re.compile(r"\s*%?\s+[A-Za-z']{3,}(?:\s+[A-Za-z']+)*,")  # after which a new clause may say anything
+_SIGNS = {0x2212: "-", 0x2019: "'"}  # minus and apostrophe as printers have them
+_BASE = re.compile(r"\d\s*_")  # of a number written to another base, which math-verify passes over
+_FUNCTIONS = re.compile(r"\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|max|min|gcd|and|lcm|mod|arc\w+|inf\w*)\b")
 
 
 def answer_in(text: str) -> str | None:
     """Return what stands after the last mark of an answer, on its line or in its box; None where there is no mark."""
+    rest = _marked(text)
+    return rest if rest is None else rest.lstrip(" $").rstrip(" .$")
+
+
+def same_answer(answer: str | None, reference: str) -> bool:
+    """Tell whether an answer is the reference: the same text, the same number, or the same letter of a choice."""
+    if answer is None:
+        return False
+    if _tidy(answer) == _tidy(reference):
+        return True
+    if choice := _CHOICE.fullmatch(_tidy(reference)):
+        return next(iter(_LETTER.findall(answer)), None) == choice[1]
+    number = _number(reference, alone=True)
+    return number is not None and _number(answer) == number
+
+
+def equal(output: str, reference: str) -> bool:
+    """Tell by math-verify whether a worked answer comes to the reference."""
+    from math_verify import parse, verify
+
+    rest = _marked(output)
+    # One line that says nothing but mathematics is an answer without a mark.
+    line = output.strip()
+    answer = answer_in(output) or (line if "\n" not in line and not _is_worded(line) else "")
+    if answer and (same_answer(answer, reference) or _folded(answer) == _folded(reference)):
+        return True
+    # It keeps its time by a signal, which only the main thread may set.
+    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
+
+    def parsed(text: str) -> list[Any]:
+        return list(parse(text, parsing_timeout=seconds))
+
+    if _BASE.search(answer + reference):
+        return False
+    number = _number(answer) if answer else None
+    if number is not None:
+        said = parsed(_written(number, answer))
+    elif answer and (_is_worded(answer) or _is_worded(reference)):
+        # Letters of words aren't factors; mathematics among them is between dollars.
+        said = parsed(rest) if rest and "$" in rest and not _is_worded(reference) else []
+    else:
+        said = parsed(f"${answer}$" if answer else output)
+    gold = _number(reference, alone=True)
+    wanted = f"${reference}$" if gold is None else _written(gold, reference)
+    return bool(verify(parsed(wanted), said, timeout_seconds=seconds))
+
+
+def _marked(text: str) -> str | None:
+    """Return what stands after the last mark, as it stands."""
     marks = list(_MARK.finditer(text))
     if not marks:
         return None
@@ -42,34 +121,62 @@ def answer_in(text: str) -> str | None:
     if rest.startswith("{"):
         depths = list(accumulate((sign == "{") - (sign == "}") for sign in rest))
         return rest[1 : depths.index(0)].strip() if 0 in depths else None
-    line, _, _ = rest.partition("\n")
-    return line.lstrip(" $").rstrip(" .$")
+    return rest.partition("\n")[0]
 
 
-def same_answer(answer: str | None, reference: str) -> bool:
-    """Tell whether an answer is the reference: the same number, the same letter of a choice, or the same text."""
-    if answer is None:
-        return False
-    if _NUMBER.fullmatch(reference):
-        return same_number(next(iter(_NUMBER.findall(answer)), None), reference)
-    if _LETTER.fullmatch(reference):
-        return next(iter(_LETTER.findall(answer)), None) == reference
-    return _tidy(answer) == _tidy(reference)
+def _number(text: str, *, alone: bool = False) -> Fraction | None:
+    """Return the one number that a text says, after its last =; None where it says another thing.
+
+    Args:
+        text: of an answer.
+        alone: no word may stand beside the number.
+    """
+    text = _WRAPPED.sub(r" \1", text.translate(_SIGNS))
+    text = re.sub(r"\*\*(.+?)\*\*", r"\1", text)  # bold in Markdown
+    text = re.sub(r"\\!|\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\(?=[%$])|(?<=\d)\{(?=,\})|(?<=,)\}", "", text)
+    text = re.sub(r"\\[()\[\],;: ]|[$€£~]", " ", text)
+    *steps, text = re.split(r"(?<![<>!\\])=|\\approx|≈", text)
+    if any(re.search(r"[;]|,(?!\d{3})|\b(?:or|and)\b", step) for step in steps):
+        return None
+    text = " ".join(text.split())
+    before = _BEFORE.match(text)
+    place = before.end() if before else 0
+    value = _VALUE.match(text, place)
+    if value is None or len(value[0]) > _DIGITS:
+        return None
+    rest = text[value.end() :]
+    if alone and (place or not re.fullmatch(r"\s*%?\.?\s*", rest)):
+        return None
+    fits = _AFTER.match(rest) or _UNITED.match(rest)
+    if not fits or _COUNTING.search(text[:place]) or _COUNTING.search(fits[0]):
+        return None
+    sign, top, digit, bottom, low, decimal, divisor = value.groups()
+    above = Fraction(decimal.replace(",", "") if decimal else int(top or digit))
+    below = int(divisor or 1) if decimal else int(bottom or low)
+    return above / below * (-1 if sign == "-" else 1) if below else None
 
 
-def equal(output: str, reference: str) -> bool:
-    """Tell by math-verify whether a worked answer comes to the reference."""
-    from math_verify import parse, verify
-
-    # It keeps its time by a signal, which only the main thread may set.
-    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
-    gold = parse(f"${reference}$", parsing_timeout=seconds)
-    return bool(verify(gold, parse(output, parsing_timeout=seconds), timeout_seconds=seconds))
+def _written(number: Fraction, text: str) -> str:
+    """Return a text's number in LaTeX, divided where the text says per cent."""
+    sign, size = "-" if number < 0 else "", abs(number) / (100 if "%" in text else 1)
+    return rf"${sign}\frac{{{size.numerator}}}{{{size.denominator}}}$"
 
 
 def _tidy(latex: str) -> str:
-    """Return LaTeX without blanks, and with the one spelling of fractions and brackets."""
-    return re.sub(r"\\left|\\right|\\!|\\,|\s|\$", "", re.sub(r"\\[dt]frac", r"\\frac", latex))
+    """Return LaTeX without blanks, and with the one spelling of fractions, brackets and words."""
+    latex = _WRAPPED.sub(r"\1", re.sub(r"\\[dt]frac", r"\\frac", latex))
+    latex = re.sub(r"([_^])\{(\w)\}", r"\1\2", latex)
+    return re.sub(r"\\left|\\right|\\!|\\,|\\(?=%)|\s|\$", "", latex)
+
+
+def _folded(latex: str) -> str:
+    """Return tidy LaTeX, of which words are in small letters."""
+    return _tidy(latex).casefold() if _is_worded(latex) else _tidy(latex)
+
+
+def _is_worded(latex: str) -> bool:
+    """Tell whether an answer says something in words, of three letters or in text of LaTeX."""
+    return bool(_WRAPPED.search(latex) or re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", _FUNCTIONS.sub("", latex)))
 
 
 def _near(output: str, reference: str) -> bool:

@@ -1,8 +1,8 @@
 """Examples to learn from: tokenised and put into batches.
 
-Prompt and completion are tokenised apart from each other, so the model trains after exactly the tokens that
-it is given when it generates. TRL tokenises the two as one text instead and masks the common prefix; the
-tokens are the same unless a tokenizer merges across the border.
+The prompt is tokenised by itself, so the model trains after exactly the tokens that it is given when it
+generates; the completion's tokens are those that it has after the prompt. TRL tokenises the two as one text
+and masks the common prefix; the tokens are the same unless a tokenizer merges across the border.
 """
 
 from __future__ import annotations
@@ -106,8 +106,25 @@ def token_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     prompt = list(tokenizer(prompt_text, add_special_tokens=example.messages is None)["input_ids"])
     if example.messages is None and prompt and prompt[-1] == tokenizer.eos_token_id:
         prompt.pop()  # some tokenizers end every text, but this one goes on
-    completion = list(tokenizer(completion_text, add_special_tokens=False)["input_ids"])
+    completion = following_ids(completion_text, prompt_text, tokenizer)
     return prompt, [*completion, tokenizer.eos_token_id]
+
+
+def following_ids(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a text where it follows a prompt: those of both less the prompt's.
+
+    Some tokenizers begin every text as if a blank stood before it, which isn't there after a prompt. Where a token
+    reaches across the border, it is the text's tokens after a line break, which begin at the border all the same.
+    """
+
+    def plain(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    for before in (prompt, "\n"):
+        first, both = plain(before), plain(before + text)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+    return plain(text)
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> dict[str, Tensor]:
