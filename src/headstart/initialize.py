@@ -233,10 +233,10 @@ def source_of(
             "made."
         )
     reading = [part.method for part in parts if _reads(part)]
-    population = known_training(data).population
+    population = known_training(data, rate=False).population
     counts = [(method.sample_count(population), method.searches_scale) for method in reading]
     samples = max((count + (samples_for(count) if searches else 0) for count, searches in counts), default=0)
-    return from_trainer(data, samples, context.seed)
+    return from_trainer(data, samples, context.seed, rate=any(part.method.reads_rate for part in parts))
 
 
 def _searched(
