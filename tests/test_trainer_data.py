@@ -279,10 +279,10 @@ def test_starts_without_data_need_none_of_it(tmp_path):
 def test_its_own_collator_and_loss_are_not_mixed_with_others(tmp_path):
     model = wrap(tiny_llama())
     trainer = plain_trainer(tmp_path, model)
-    for given in (dict(collator=padded), dict(loss=lambda model, batch: model(**batch).loss)):
+    for more in (dict(collator=padded), dict(loss=lambda model, batch: model(**batch).loss)):
         for data in (trainer, hs.TrainingData([padded(rows()[:2])])):
             with pytest.raises(hs.DataError, match="its own collator and loss"):
-                hs.initialize_(model, "lora-one:samples=2", data=data, progress=False, **given)
+                hs.initialize_(model, "lora-one:samples=2", data=data, progress=False, **more)
 
 
 @pytest.mark.parametrize("given", [float, lambda loss: {"loss": loss}])
