@@ -143,7 +143,8 @@ def initialize_(
             check_untied(model, subtracted, _SUBTRACTED_TIED)
             memory = Memory(model_device(model))
             source = source_of(data, parts, collator, batch_size, loss, context)
-            source, to_search = source.twice()
+            searches = any(part.method.searches_scale for part in parts)
+            source, to_search = source.twice() if searches else (source, source)
             for part in parts:
                 check(part.method, part.layers, source.training)
                 check_weights(part.method, part.layers, form)
