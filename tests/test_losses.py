@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from conftest import tiny_llama, tiny_mixtral, token_batch, wrap
+from conftest import VOCABULARY, tiny_llama, tiny_mixtral, token_batch, wrap
+from headstart.statistics.confirmed import unmodelled
 from headstart.statistics.losses import OwnLoss, find_own_loss, predicts_next
-from oracles import exact_factors
-from passes import assert_exact, collect, lora, uneven_batch
+from oracles import exact_factors, relative
+from passes import Tokens, assert_exact, collect, lora, singles, uneven_batch
 
 
 def found(loss_of, logits, labels):
@@ -198,6 +199,144 @@ def test_models_that_change_their_logits_or_their_loss(name):
     result = collect(model, [batch])
     assert_exact(result, exact_factors(base, [batch], list(result.kronecker)))
     assert [("one at a time" in note) for note in result.notes] == [True] * apart
+
+
+class Weighted(Tokens):
+    """Its loss has more to it than the labels that are not -100, as a short sample of ``batches`` doesn't show."""
+
+    def __init__(self, ignored=-100, classes=None, by_mask=False):
+        super().__init__(nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh()))
+        self.ignored, self.by_mask = ignored, by_mask
+        if classes is not None:
+            self.head = nn.Linear(6, len(classes))
+        self.register_buffer("classes", classes)
+
+    def forward(self, input_ids, labels=None, attention_mask=None, loss_mask=None, loss_weights=None):
+        logits = self.head(self.body(self.embed(input_ids)))
+        if labels is None:
+            return {"logits": logits}
+        weight = torch.ones_like(logits[..., 0]) if loss_weights is None else loss_weights[: len(labels)]
+        weight = weight * (1 if loss_mask is None else loss_mask)
+        if self.by_mask:
+            weight = weight * attention_mask
+        weight = weight * (labels != self.ignored)
+        if self.classes is not None:
+            weight = weight * self.classes[labels.clamp_min(0)]
+        losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=self.ignored)
+        return {"loss": (losses * weight).sum() / (weight != 0).sum(), "logits": logits}
+
+
+def labelled(size=4, length=10, seed=0, classes=VOCABULARY, padding=0, lengths=(10, 4, 3, 6)):
+    """Every token has a label, above 0; padding has ``padding``."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (size, length), generator=generator)
+    labels = torch.randint(1, classes, (size, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, until in enumerate(lengths[:size]):
+        ids[row, until:], labels[row, until:], mask[row, until:] = 0, padding, 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def with_mask():
+    batch = labelled(length=80, lengths=())
+    hidden = torch.ones_like(batch["labels"])
+    hidden[:, :40] = 0
+    return [batch | {"loss_mask": hidden}]
+
+
+def with_weights():
+    batch = labelled(lengths=())
+    weights = torch.ones(4, 10)
+    weights[1:] = torch.tensor([0.0625, 3.0, 0.1])[:, None]
+    return [batch | {"loss_weights": weights}]
+
+
+def some_zeros():
+    batch = labelled(lengths=(), seed=1)
+    batch["labels"][2:, 3:6] = 0
+    return [labelled(lengths=()), batch]
+
+
+def classes_apart():
+    """Labels of classes that weigh the same come first."""
+    return [labelled(lengths=(), classes=3), labelled(lengths=(), classes=6, seed=1)]
+
+
+# A model, and batches of which the first sample shows plain cross entropy.
+HIDDEN = {
+    "a mask": (Weighted, with_mask),
+    "weights": (Weighted, with_weights),
+    "a mask that comes later": (Weighted, lambda: [labelled(lengths=(), padding=-100), *with_mask()]),
+    "padding with another label": (lambda: Weighted(0), lambda: [labelled()]),
+    "padding that comes later": (lambda: Weighted(by_mask=True), lambda: [labelled(lengths=(), seed=1), labelled()]),
+    "padding in a long sample": (lambda: Weighted(by_mask=True), lambda: [labelled(length=90, lengths=(90, 50))]),
+    "another label that is ignored": (lambda: Weighted(0), some_zeros),
+    "classes that weigh otherwise": (
+        lambda: Weighted(classes=torch.tensor([1.0, 1.0, 1.0, 0.5, 2.0, 4.0])),
+        classes_apart,
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [None, 1])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_a_short_sample_does_not_show_of_the_loss_is_noticed(monkeypatch, name, size):
+    """Also where it only shows once other batches were read: against each sample's own loss, in float64."""
+    monkeypatch.setattr("headstart.statistics.confirmed._MOST_LOGITS", 40 * VOCABULARY)
+    make, batches = HIDDEN[name]
+    base, data = make(), batches()
+    if size == 1:
+        data = [one for batch in data for one in singles(batch)]
+    result = collect(lora(base, ["body.0"]), data, outputs=None)
+    expected = exact_factors(base, data, ["body.0"])["body.0"].gradient
+    assert relative(result.gradients["body.0"], expected) < 1e-5
+    assert result.samples == sum(len(batch["labels"]) for batch in data)
+    if size is None:
+        assert [note for note in result.notes if "one at a time" in note]
+
+
+def test_a_token_classifier_that_masks_its_labels_by_attention():
+    from transformers import BioGptConfig, BioGptForTokenClassification
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    base = BioGptForTokenClassification(BioGptConfig(vocab_size=VOCABULARY, num_labels=5, pad_token_id=0, **sizes))
+    data = [labelled(lengths=(), classes=5), labelled(classes=5)]
+    names = [name for name, _ in base.named_modules() if name.endswith("fc1")]
+    result = collect(lora(base, ["fc1"]), data, outputs=None)
+    expected = exact_factors(base, data, names)
+    assert relative(result.gradients[names[0]], expected[names[0]].gradient) < 1e-5
+
+
+def test_plain_losses_stay_those_of_batches_and_cost_one_more_sample_a_kind(monkeypatch):
+    """Neither padding without labels nor labels at padding that the model counts is a reason to read samples alone."""
+    sizes = []
+
+    class Counted(Weighted):
+        def forward(self, input_ids, labels=None, **given):
+            if labels is not None:
+                sizes.append(tuple(input_ids.shape))
+            return super().forward(input_ids, labels, **given)
+
+    for padding in (-100, 5):
+        sizes.clear()
+        base, data = Counted(), [labelled(padding=padding, seed=seed) for seed in range(4)] + [labelled(lengths=())]
+        result = collect(lora(base, ["body.0"]), data, outputs=None)
+        assert not result.notes
+        # Found out on one sample, with other labels on it, and once with padding and once without.
+        assert len(sizes) <= 6 and all(size == 1 for size, _ in sizes)
+        if padding == -100:
+            expected = exact_factors(base, data, ["body.0"])["body.0"].gradient
+            assert relative(result.gradients["body.0"], expected) < 1e-5
+
+
+def test_what_may_weigh_a_loss_is_told_by_name_and_size():
+    batch = token_batch(2, 6) | {"position_ids": torch.zeros(2, 6), "pixel_values": torch.zeros(2, 2)}
+    plain = {"patches": torch.zeros(2, 7, 3), "output_attentions": True, "names": ["a", "b"], "return_dict": None}
+    assert unmodelled(batch | plain) is None
+    assert unmodelled({"pairs": torch.zeros(2)}) is None  # without labels none of our losses
+    for value in (torch.ones(2, 6), torch.ones(2, 1), torch.tensor(2), 2, [0.5, 1.0], {"by": torch.ones(2)}):
+        assert unmodelled(batch | plain | {"loss_weights": value}) == "loss_weights"
 
 
 @pytest.mark.parametrize("cells", [1, 12, 20])

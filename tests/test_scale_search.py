@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 import headstart as hs
 from conftest import all_factors, started, tiny_llama, token_batch, wrap
 from headstart.errors import DataError, HeadstartWarning
 from headstart.methods.base import Factors
+from headstart.statistics.batches import iterate_samples
 from headstart.statistics.search import least, samples_for, scaled
 from test_resume import arguments
 
@@ -100,6 +102,72 @@ def test_the_verb_searches_on_samples_that_were_not_read(method):
             continue
         torch.testing.assert_close(B @ A, searched.multiple * (B0 @ A0), rtol=1e-4, atol=1e-7)
     assert "times the published scale, by a search on 8 samples" in str(report)
+
+
+def marked_rows():
+    """Samples that can be told by their second token."""
+    return [{key: value[0] for key, value in token_batch(1, 8, seed=row, padded=False).items()} for row in range(60)]
+
+
+def stacked(rows):
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def perturbed(rows):
+    """Replace a token by chance, as a collator does that masks some."""
+    batch = stacked(rows)
+    batch["input_ids"][:, -1] = torch.randint(1, 60, (len(rows),))
+    return batch
+
+
+def loader(**settings):
+    return DataLoader(marked_rows(), batch_size=4, **{"collate_fn": stacked, **settings})
+
+
+LOADERS = {
+    "shuffled": lambda: dict(data=loader(shuffle=True)),
+    "with a generator of its own": lambda: dict(data=loader(shuffle=True, generator=torch.Generator().manual_seed(3))),
+    "in workers": lambda: dict(data=loader(shuffle=True, num_workers=1)),
+    "collated at random": lambda: dict(data=loader(shuffle=True, collate_fn=perturbed)),
+    "samples collated at random": lambda: dict(data=marked_rows(), collator=perturbed, batch_size=4),
+    "an iterator": lambda: dict(data=iter(loader(shuffle=True))),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_search_goes_on_where_the_start_stopped_in_the_same_draw(monkeypatch, name):
+    """Whatever the data draw by chance, and whatever the chance outside: what was read isn't searched on."""
+    places = {tuple(row["labels"].tolist()): place for place, row in enumerate(marked_rows())}
+    drawn = []
+
+    def reading(module, kept):
+        def iterate(*args, **settings):
+            for samples in iterate_samples(*args, **settings):
+                kept.append((samples.indices, samples.batch))
+                yield samples
+
+        monkeypatch.setattr(f"headstart.statistics.{module}.iterate_samples", iterate)
+
+    read, searched = [], []
+    reading("prepare", read)
+    reading("search", searched)
+    for outside in (0, 1) if name != "an iterator" else (0,):
+        read.clear(), searched.clear()
+        model = wrap(tiny_llama())
+        torch.manual_seed(outside)
+        given = LOADERS[name]()
+        before = torch.get_rng_state()
+        report = hs.initialize_(model, "lora-one:samples=12,scale=search", **given, progress=False)
+        assert torch.equal(torch.get_rng_state(), before)
+        for (indices, batch), (again, theirs) in zip(read, searched, strict=False):
+            assert indices == again
+            assert all(torch.equal(batch[key], theirs[key]) for key in batch)
+        order = [places[tuple(labels.tolist())] for _, batch in searched for labels in batch["labels"]]
+        assert len(read) == 3 and len(set(order)) == len(order) == 20
+        ((_, result),) = report.searched.items()
+        assert result.samples == 8
+        drawn.append((order, result.losses))
+    assert all(each == drawn[0] for each in drawn)
 
 
 def test_a_published_scale_is_left_alone_and_reads_no_more_data():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import headstart as hs
 from conftest import tiny_llama, wrap
@@ -157,7 +160,8 @@ def test_the_verb_takes_it_and_leaves_the_trainer_as_it_was(tmp_path):
     [
         (dict(max_steps=50, learning_rate=2e-3), 2e-3),
         (dict(max_steps=50, learning_rate=2e-3, warmup_steps=5), 4e-4),
-        (dict(num_train_epochs=10, learning_rate=1e-3, warmup_steps=0.5), 1e-3 / 10),
+        # Three batches of the eleven rows an epoch.
+        (dict(num_train_epochs=10, learning_rate=1e-3, warmup_steps=0.5), 1e-3 / 15),
     ],
 )
 def test_the_first_rate_of_its_schedule(tmp_path, changes, expected):
@@ -167,6 +171,95 @@ def test_the_first_rate_of_its_schedule(tmp_path, changes, expected):
     trainer = plain_trainer(tmp_path, model, **changes)
     report = hs.initialize_(model, "lora-sb:samples=4", data=trainer, progress=False)
     assert all(math.isclose(layer.info["lr"], expected) for layer in report.layers)
+
+
+class Line(torch.nn.Module):
+    """A model that trains in no time."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return {"loss": self.weight * x.mean()}
+
+
+class FirstRate(TrainerCallback):
+    """Notes the first rate above 0 that an optimizer steps at, and ends the training there."""
+
+    rate = None
+
+    def on_step_begin(self, args, state, control, optimizer=None, **_):
+        self.rate = optimizer.param_groups[0]["lr"]
+        control.should_training_stop = self.rate > 0
+
+
+SCHEDULES = {
+    "linear": {},
+    "cosine": {},
+    "constant": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {},
+    "polynomial": {"power": 2.0},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2},
+    "warmup_stable_decay": {"num_decay_steps": 1},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 70),
+    batch=st.integers(1, 9),
+    accumulation=st.integers(1, 5),
+    epochs=st.sampled_from([1, 2.5, 7]),
+    steps=st.sampled_from([-1, -1, 12]),
+    warmup=st.sampled_from([0, 0.06, 0.3, 2, 9]),
+    drop_last=st.booleans(),
+)
+def test_the_first_rate_is_the_one_that_training_begins_with(
+    schedule, rows, batch, accumulation, epochs, steps, warmup, drop_last
+):
+    """Whatever the sizes and the schedule: against the optimizer's own rate as the trainer trains."""
+    rate = FirstRate()
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = arguments(
+            folder,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            num_train_epochs=epochs,
+            max_steps=steps,
+            warmup_steps=warmup,
+            dataloader_drop_last=drop_last,
+            learning_rate=1e-3,
+            lr_scheduler_type=schedule,
+            lr_scheduler_kwargs=SCHEDULES[schedule],
+            save_strategy="no",
+        )
+        data = [{"x": torch.ones(1)} for _ in range(max(rows, batch if drop_last else 1))]
+        trainer = Trainer(Line(), chosen, train_dataset=data, callbacks=[rate])
+        before = torch.get_rng_state(), dict(vars(trainer)), list(trainer.accelerator._dataloaders)
+        known = known_training(trainer)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert vars(trainer) == before[1] and trainer.accelerator._dataloaders == before[2]
+        trainer.train()
+    if rate.rate > 0:
+        assert known.first_lr == pytest.approx(rate.rate, rel=1e-12)
+    else:  # it ended within its warm-up
+        assert known.first_lr is None
+
+
+def test_a_schedule_of_unknown_length_has_no_first_rate(tmp_path):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from ()
+
+    trainer = Trainer(Line(), arguments(tmp_path, max_steps=4), train_dataset=Endless())
+    assert known_training(trainer).first_lr == trainer.args.learning_rate
+    trainer.args.max_steps = -1
+    assert known_training(trainer).first_lr is None
 
 
 def test_a_share_of_its_training_set(tmp_path):
@@ -186,10 +279,10 @@ def test_starts_without_data_need_none_of_it(tmp_path):
 def test_its_own_collator_and_loss_are_not_mixed_with_others(tmp_path):
     model = wrap(tiny_llama())
     trainer = plain_trainer(tmp_path, model)
-    for given in (dict(collator=padded), dict(loss=lambda model, batch: model(**batch).loss)):
+    for more in (dict(collator=padded), dict(loss=lambda model, batch: model(**batch).loss)):
         for data in (trainer, hs.TrainingData([padded(rows()[:2])])):
             with pytest.raises(hs.DataError, match="its own collator and loss"):
-                hs.initialize_(model, "lora-one:samples=2", data=data, progress=False, **given)
+                hs.initialize_(model, "lora-one:samples=2", data=data, progress=False, **more)
 
 
 @pytest.mark.parametrize("given", [float, lambda loss: {"loss": loss}])

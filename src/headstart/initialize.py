@@ -143,7 +143,8 @@ def initialize_(
             check_untied(model, subtracted, _SUBTRACTED_TIED)
             memory = Memory(model_device(model))
             source = source_of(data, parts, collator, batch_size, loss, context)
-            source, to_search = source.twice()
+            searches = any(part.method.searches_scale for part in parts)
+            source, to_search = source.twice() if searches else (source, source)
             for part in parts:
                 check(part.method, part.layers, source.training)
                 check_weights(part.method, part.layers, form)
@@ -233,10 +234,10 @@ def source_of(
             "made."
         )
     reading = [part.method for part in parts if _reads(part)]
-    population = known_training(data).population
+    population = known_training(data, rate=False).population
     counts = [(method.sample_count(population), method.searches_scale) for method in reading]
     samples = max((count + (samples_for(count) if searches else 0) for count, searches in counts), default=0)
-    return from_trainer(data, samples, context.seed)
+    return from_trainer(data, samples, context.seed, rate=any(part.method.reads_rate for part in parts))
 
 
 def _searched(

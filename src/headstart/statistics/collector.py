@@ -10,13 +10,13 @@ from torch import nn
 from headstart.errors import DataError
 from headstart.processes import Processes, in_step, together
 from headstart.statistics.batches import Samples
-from headstart.statistics.forward import ForwardReader, Restart
+from headstart.statistics.forward import ForwardReader
 from headstart.statistics.gather import Statistics, gathered
 from headstart.statistics.masks import Layout, Tokens
 from headstart.statistics.plan import Plan
 from headstart.statistics.quiet import quiet
 from headstart.statistics.reader import Reader
-from headstart.statistics.sums import Shape, Sums
+from headstart.statistics.sums import Restart, Shape, Sums
 
 Progress = Callable[[str, int, int], None]
 

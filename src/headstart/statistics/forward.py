@@ -15,15 +15,11 @@ from headstart.statistics.batches import Samples, is_padded, most_padded, moved,
 from headstart.statistics.masks import Tokens, Unmatched
 from headstart.statistics.reader import Reader
 from headstart.statistics.routed import routed
-from headstart.statistics.sums import Regroup, Sums
+from headstart.statistics.sums import Regroup, Restart, Sums
 
 # In a batch, a sample's inputs differ by rounding from those that it has alone; more than this is padding that leaks.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_TOLERANCE = 5e-2
-
-
-class Restart(Exception):  # noqa: N818 - not an error: it is answered
-    """Something was found out that spoils what was summed so far: the pass has to begin anew."""
 
 
 class ForwardReader:

@@ -128,6 +128,15 @@ class OwnLoss:
             losses.index_add_(0, owners, terms * weights[owners])
         return losses, gradient.view_as(states)
 
+    def is_of(self, loss: Tensor, logits: Tensor, labels: Tensor) -> bool:
+        """Return whether a batch's loss is the mean of this one over its labels, or over its samples."""
+        for together in (True, False)[: len(logits)]:
+            values, _ = self.gradient(logits, labels, 1.0, together=together)
+            value = values.sum() if self.of_tokens and together else values.mean()
+            if _same_value(value, loss, logits.shape[-1]):
+                return True
+        return False
+
     def _rows(self, logits: Tensor, labels: Tensor, scale: float, *, together: bool) -> tuple[Tensor, Tensor]:
         count = len(logits)
         given = logits.detach().float().reshape(count, -1).requires_grad_(True)
@@ -185,14 +194,18 @@ def _possible(logits: Tensor, labels: Tensor) -> tuple[Kind, ...]:
 
 
 def _same(value: Tensor, slope: Tensor, loss: Tensor, gradient: Tensor) -> bool:
-    # A loss that the model itself rounds to half precision agrees to that precision only. What a sum over all classes
-    # loses is no share of the loss: terms below half a unit in the last place of 1 vanish beside a likely class's.
-    tolerance = max(_SAME_LOSS, 2 * torch.finfo(loss.dtype).eps) * float(loss.float().abs())
-    tolerance += slope.shape[-1] / _LANES * torch.finfo(torch.float32).eps / 2
-    if not float((value - loss.float()).abs()) <= tolerance + 1e-7:
+    if not _same_value(value, loss, slope.shape[-1]):
         return False
     gradient = gradient.float()
     return float((slope.float() - gradient).norm()) <= _SAME_GRADIENT * float(gradient.norm())
+
+
+def _same_value(value: Tensor, loss: Tensor, classes: int) -> bool:
+    # A loss that the model itself rounds to half precision agrees to that precision only. What a sum over all classes
+    # loses is no share of the loss: terms below half a unit in the last place of 1 vanish beside a likely class's.
+    tolerance = max(_SAME_LOSS, 2 * torch.finfo(loss.dtype).eps) * float(loss.float().abs())
+    tolerance += classes / _LANES * torch.finfo(torch.float32).eps / 2
+    return float((value - loss.float()).abs()) <= tolerance + 1e-7
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,19 +18,18 @@ from headstart.statistics.batches import (
     IGNORED,
     Batch,
     Samples,
-    is_padded,
     label_counts,
-    most_padded,
     moved,
     single_sample,
     token_width,
 )
+from headstart.statistics.confirmed import Confirmed
 from headstart.statistics.halves import by_half, divided, half_of
 from headstart.statistics.losses import infinite_loss, loss_of, only_first_label
 from headstart.statistics.masks import TokenMasks, Tokens, Unmatched
 from headstart.statistics.quiet import drawn_from
 from headstart.statistics.runs import Loss, Runs
-from headstart.statistics.sums import Regroup, Sums
+from headstart.statistics.sums import Regroup, Restart, Sums
 from headstart.statistics.tap import LossScale
 from headstart.statistics.trial import Run, Seen, cut_to_window, rounding, tried
 from headstart.statistics.watched import Watched
@@ -88,8 +87,7 @@ class Reader:
         self._scale = LossScale()
         self._way: Way | None = None
         self._why = "the loss of the first sample is not finite"
-        # Whether a batch, and a padded one, was found to give its samples' outputs.
-        self._agreed = {False: False, True: False}
+        self._confirmed = Confirmed(self._runs, model, seed, self.device)
         self.notes: list[str] = []
 
     @property
@@ -103,11 +101,16 @@ class Reader:
         return self._whole or self._loss is not None
 
     def read(self, samples: Samples, sums: Sums) -> None:
-        """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses."""
+        """Run forward and backward, so that the sums see the gradient of the sum of the samples' own losses.
+
+        Raises:
+            Restart: the sums have to be cleared, and all batches read again.
+        """
         samples = Samples(moved(samples.batch, self.device), samples.indices, samples.cut)
         self.learn(samples)
+        self._confirm(samples)
         for part in self._parts(samples, halves=sums.by_half):
-            expected = self._expected(part)
+            expected = self._confirmed.outputs_alone(part) if self._way == "own" else None
             draws = drawn_from(self._seed + 7919 * part.first, self.device)
             with draws, self.watched.into(sums, self._scale):
                 self._accumulate(part, sums, expected)
@@ -169,7 +172,10 @@ class Reader:
         if self._any(not math.isfinite(first.loss)):
             return  # reading the sample will say so
         if self._way is None:
-            self._choose(samples, first)
+            doubt = self._confirmed.doubt(samples, sample)
+            if doubt is not None:
+                self._runs.forget()
+            self._choose(samples, first, doubt)
         tolerance = math.sqrt(rounding(self._model, self.device))
         if self._way == "own" and not samples.cut:
             # The batch's own loss weighs its samples otherwise.
@@ -184,6 +190,18 @@ class Reader:
             if first.is_like(second, tolerance):
                 return
         self._random(first, second, samples)
+
+    def _confirm(self, samples: Samples) -> None:
+        """Read otherwise, and all again, where the loss that was found isn't the model's on a batch like this one."""
+        doubt = self._confirmed.doubt(samples) if self._way == "own" else None
+        if doubt is None:
+            return
+        self._runs.forget()
+        if samples.cut:
+            self._read_apart(doubt)
+        else:
+            self._read_whole(doubt)
+        raise Restart
 
     def _tried_without_labels(self, sample: Batch, first: Seen, tolerance: float) -> Seen | None:
         """Read without labels, so that the model doesn't compute its own loss as well; None where that won't do."""
@@ -207,7 +225,7 @@ class Reader:
             )
         self.note(f"the loss is random ({losses}): its draws follow from the seed")
 
-    def _choose(self, samples: Samples, first: Seen) -> None:
+    def _choose(self, samples: Samples, first: Seen, doubt: str | None) -> None:
         if self._whole or not samples.cut:
             if self._runs.own is not None and not self._whole:
                 self._way = "own"
@@ -227,7 +245,7 @@ class Reader:
         elif not first.flat or samples.size > 1:
             # A batch of one may yet be followed by larger ones that have a gradient.
             self._way = "apart"
-            given = "loss= was given" if self._loss else "the model's loss can't be computed from its logits"
+            given = "loss= was given" if self._loss else doubt or "the model's loss can't be computed from its logits"
             self._why = "its parameters are sharded" if self._in_step_with else given
 
     def _compares_samples(self, samples: Samples, first: Seen) -> bool:
@@ -293,7 +311,7 @@ class Reader:
             self._read_apart("some layers see other rows than the batch's tokens, among which padding can't be found")
             self._accumulate(samples, sums)
             return
-        if expected is not None and not self._agrees(run, batch, samples, expected):
+        if expected is not None and not self._confirmed.has_outputs(expected, run, batch, samples):
             self._read_apart("a sample's outputs depend on the batch or the padding around it")
             self._accumulate(samples, sums)
             return
@@ -330,26 +348,6 @@ class Reader:
             return gradient
 
         self._scale.backward(run.tensor, gradient_at, self._most)
-
-    # Whether a batch gives its samples' own outputs.
-
-    def _expected(self, samples: Samples) -> Tensor | None:
-        """Return the outputs of the most padded sample alone, where a batch like this one wasn't compared yet."""
-        if self._way != "own" or samples.size == 1 or not samples.cut:
-            return None
-        padded = is_padded(samples.batch)
-        if self._agreed[padded]:
-            return None
-        self._agreed[padded] = True
-        batch = self._runs.given(self.alone(samples.batch, most_padded(samples.batch)))
-        with torch.no_grad():
-            return self._runs.compared(self._runs.states(batch), batch, 0)
-
-    def _agrees(self, run: Run, batch: Batch, samples: Samples, expected: Tensor) -> bool:
-        with torch.no_grad():
-            given = self._runs.compared(run.tensor.detach(), batch, most_padded(samples.batch))
-        allowed = math.sqrt(rounding(self._model, self.device)) * float(expected.norm())
-        return given.shape == expected.shape and float((given - expected).norm()) <= allowed
 
     # Failures.
 

@@ -35,6 +35,7 @@ class Runs:
 
     Attributes:
         own: how samples' own losses follow from the logits; None where they don't, for all that is known.
+        classes: how many there are where each token has a label.
         shifted: whether positions predict the label of the next token; None where that can't be told.
         with_labels: whether the model is given its labels where only its outputs are asked for.
         encoder_decoder: whether labels lie along a decoder.
@@ -49,6 +50,7 @@ class Runs:
         self._longest = getattr(config, "max_position_embeddings", None) or math.inf
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self.own: OwnLoss | None = None
+        self.classes = 0
         self.shifted: bool | None = None
         self.with_labels = True
 
@@ -87,12 +89,27 @@ class Runs:
         (gradient,) = torch.autograd.grad(loss, [logits], retain_graph=True, allow_unused=True)
         if gradient is not None:
             self.own = find_own_loss(loss.detach(), logits.detach(), gradient, labels)
+            self.classes = logits.shape[-1]
             if tokens is not None:
                 self._notice_shift(gradient, tokens)
         if self.own is None or not self.own.of_tokens or not _makes(self._head, call, logits, labels):
             self._head = None
         self.with_labels = self.encoder_decoder or self.own is None
         return _of_loss(loss, 1)
+
+    def agrees(self, batch: Batch) -> bool:
+        """Return whether the model's loss of a batch is the one that was found, of the same logits."""
+        batch = self.given(batch)
+        with torch.no_grad():
+            outputs = self._model(**batch)
+        logits = logits_of(outputs)
+        return (
+            self.own is not None and logits is not None and self.own.is_of(loss_of(outputs, 0), logits, batch["labels"])
+        )
+
+    def forget(self) -> None:
+        """Take the model's loss as unknown."""
+        self.own, self.with_labels = None, True
 
     def apart(self, batch: Batch, size: int) -> Run:
         """Run for the sum of the own losses of a batch's ``size`` samples."""

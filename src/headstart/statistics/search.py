@@ -21,6 +21,7 @@ from headstart.errors import DataError
 from headstart.layers.find import TargetLayer
 from headstart.layers.weights import model_device
 from headstart.methods.base import Factors
+from headstart.processes import together
 from headstart.report import Searched
 from headstart.statistics.batches import Samples, iterate_samples, moved, take
 from headstart.statistics.quiet import drawn_from, quiet
@@ -57,16 +58,18 @@ def search_scale(
         model: the PEFT model, whose adapters are off in the search.
         starts: by layer.
         layers: the layers, by name.
-        data: of the task.
+        data: of the task: those that the start has read, from their beginning (:meth:`TrainingData.twice`).
         read: how many samples the start has read.
         context: of the start.
 
     Raises:
         DataError: a loss is not finite, or the model gives none.
     """
-    chunks, count = _chunks(data, read, context)
-    runs = Runs(model, {}, loss=data.loss, in_step=True)
     device = model_device(model)
+    # Drawn as the start's own were: what comes first is what it has read.
+    with together(context.processes), drawn_from(context.seed, device):
+        chunks, count = _chunks(data, read, context)
+    runs = Runs(model, {}, loss=data.loss, in_step=True)
     # In step: processes may share the model's parameters.
     rounds = min(context.processes.gather(len(chunks)))
     evaluations = 0

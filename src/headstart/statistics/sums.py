@@ -60,6 +60,10 @@ class Regroup(Exception):  # noqa: N818 - not an error: it is answered
         self.group = group
 
 
+class Restart(Exception):  # noqa: N818 - not an error: it is answered
+    """Something was found out that spoils what was summed so far: the pass has to begin anew."""
+
+
 @dataclass
 class _Shared:
     """One input tensor on its way: which layers have read it, whether it has been summed."""

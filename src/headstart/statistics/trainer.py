@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -17,6 +16,7 @@ from transformers import Trainer
 
 from headstart.errors import DataError
 from headstart.methods.base import Training
+from headstart.statistics.quiet import drawn_from
 from headstart.statistics.runs import Loss
 from headstart.statistics.training import TrainingData
 
@@ -26,7 +26,7 @@ _KNOWN = ("transformers", "trl")
 _PLAIN_LOSSES = ("nll", "chunked_nll")
 
 
-def from_trainer(trainer: Trainer, samples: int, seed: int) -> TrainingData:
+def from_trainer(trainer: Trainer, samples: int, seed: int, *, rate: bool = True) -> TrainingData:
     """Return what a trainer trains on, as a start reads it.
 
     Samples are drawn from the training set by ``seed``, whatever sampler the trainer has (an iterable data set gives
@@ -39,12 +39,13 @@ def from_trainer(trainer: Trainer, samples: int, seed: int) -> TrainingData:
         trainer: of Transformers or TRL, before it trains. Its metrics are left as they are.
         samples: how many the method reads; 0 for none.
         seed: see above.
+        rate: whether the first rate of its schedule is asked for.
 
     Raises:
         DataError: it has no training data, makes its data while it trains, or makes its batches in a way of its own.
     """
     dataset: Any = trainer.train_dataset
-    training = known_training(trainer)
+    training = known_training(trainer, rate=rate)
     if samples == 0:
         return TrainingData(training=training)
     if hasattr(trainer, "_generate_and_score_completions"):
@@ -73,21 +74,57 @@ def from_trainer(trainer: Trainer, samples: int, seed: int) -> TrainingData:
     )
 
 
-def known_training(trainer: Any) -> Training:
+def known_training(trainer: Any, *, rate: bool = True) -> Training:
     """Return what a trainer tells of its training: the size of its data set, and the first rate of its schedule.
 
-    Of a warm-up that is the peak over its steps: the rate of the very first step is 0 there.
+    Of a warm-up that is the first rate above 0: that of the very first step is 0 there.
+
+    Args:
+        trainer: as :func:`from_trainer` takes it; stays as it is.
+        rate: ask for the rate, for which the trainer makes a data loader.
     """
     dataset: Any = trainer.train_dataset
     size = len(dataset) if isinstance(dataset, Sized) else None
-    args = trainer.args
-    steps = args.max_steps
-    if steps <= 0 and size is not None:
-        a_step = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
-        steps = math.ceil(args.num_train_epochs * max(1, size // a_step))
-    return Training(
-        _population(trainer, size), float(args.learning_rate) / max(1, args.get_warmup_steps(max(steps, 1)))
-    )
+    return Training(_population(trainer, size), _first_rate(trainer) if rate and dataset is not None else None)
+
+
+def _first_rate(trainer: Any) -> float | None:
+    """Return the first rate above 0 that the trainer's own scheduler will give; None where the length isn't known."""
+    # What these functions note of themselves, they note on the copy.
+    trainer = copy.copy(trainer)
+    try:
+        steps = _steps(trainer)
+    except ValueError:  # Transformers' own for a data set without a length, of which it must be told the steps
+        return None
+    weight = nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))
+    optimizer = torch.optim.SGD([weight], lr=float(trainer.args.learning_rate))
+    trainer.lr_scheduler = None
+    scheduler = trainer.create_scheduler(steps, optimizer=optimizer)
+    for _ in range(max(1, steps)):
+        first = float(optimizer.param_groups[0]["lr"])
+        if first > 0:
+            return first
+        optimizer.step()
+        scheduler.step()
+    return None
+
+
+def _steps(trainer: Any) -> int:
+    """Return how many steps the trainer will take, as it counts them itself.
+
+    Raises:
+        ValueError: neither its arguments nor its data tell.
+    """
+    kept = getattr(trainer.accelerator, "_dataloaders", None)
+    before = list(kept or ())
+    try:
+        with drawn_from(0):
+            loader = trainer.get_train_dataloader()
+    finally:
+        if kept is not None:  # those that training will prepare are all that the accelerator is to know of
+            kept[:] = before
+    steps: int = trainer.set_initial_training_values(trainer.args, loader)[-1]
+    return steps
 
 
 def _population(trainer: Any, rows: int | None) -> int | None:

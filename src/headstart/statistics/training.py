@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
-from itertools import tee
+from itertools import count as counted_up
 from typing import Any
 
 from headstart.errors import MethodError
@@ -57,10 +57,13 @@ class TrainingData:
         return cls(batches, collator, batch_size, loss, training=training)
 
     def copies(self, count: int) -> list[TrainingData]:
-        """Return so many of itself, each of which reads all of the data, even where they can be iterated once only."""
-        if count == 1 or not isinstance(self.batches, Iterator):
+        """Return so many of itself, each of which reads the same data from the beginning.
+
+        Also where they can be iterated once only, or come in another order each time, as a loader's that shuffles.
+        """
+        if count == 1 or self.batches is None or isinstance(self.batches, list | tuple | _Replayed):
             return [self] * count
-        return [replace(self, batches=batches) for batches in tee(self.batches, count)]
+        return [replace(self, batches=_Replayed(self.batches))] * count
 
     def twice(self) -> tuple[TrainingData, TrainingData]:
         """Return two of itself: one to keep, one to read."""
@@ -79,3 +82,24 @@ def _known_length(data: Iterable[Any] | None, collator: object, processes: Proce
     # The length of a loader itself is a number of batches; the data set of one that is divided is whole.
     counted = data if collator is not None else getattr(data, "dataset", None)
     return len(counted) if isinstance(counted, Sized) else None
+
+
+class _Replayed:
+    """Data that are iterated once, as far as any reader gets: what one has read, others read again from memory."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+        self._rest: Iterator[Any] | None = None
+        self._items: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for place in counted_up():
+            if place == len(self._items):
+                if self._rest is None:
+                    self._rest = iter(self._data)
+                try:
+                    item = next(self._rest)
+                except StopIteration:
+                    return
+                self._items.append(item)
+            yield self._items[place]

@@ -117,11 +117,36 @@ def rounding(model: nn.Module, device: torch.device) -> float:
 
 def cut_to_window(sample: Batch) -> Batch:
     """Return one sample cut to a window of tokens that ends with its last label; as it is where it has more to it."""
+    return _cut(sample, _last_label(sample) - _WINDOW, _last_label(sample))
+
+
+def cut_at_padding(sample: Batch, most: int) -> Batch:
+    """Return one sample cut to at most so many tokens, where its padding begins or ends; as :func:`cut_to_window` does.
+
+    Where it has no padding, or no label beside it, the window ends with its last label.
+    """
+    labels, mask = sample["labels"], sample.get("attention_mask")
+    if labels.shape[1] <= most:
+        return sample
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:
+        edges = (mask[0] != 0).diff().nonzero().flatten()
+        low = max(0, min(int(edges[0]) + 1 - most // 2, labels.shape[1] - most)) if len(edges) else 0
+        if len(edges) and bool((labels[0, low + 1 : low + most] != IGNORED).any()):
+            return _cut(sample, low, low + most)
+    return _cut(sample, _last_label(sample) - most, _last_label(sample))
+
+
+def _last_label(sample: Batch) -> int:
+    """Return where a sample's last label ends; 0 where it has none."""
+    places = (sample["labels"][0] != IGNORED).nonzero()
+    return int(places[-1]) + 1 if len(places) else 0
+
+
+def _cut(sample: Batch, low: int, high: int) -> Batch:
     labels, values = sample["labels"], sample.values()
     if any(isinstance(value, Tensor) and value.shape != labels.shape for value in values):
         return sample
     if not all(isinstance(value, Tensor | bool | int | float | str | None) for value in values):
         return sample
-    end = int((labels[0] != IGNORED).nonzero()[-1]) + 1
-    low = max(0, end - _WINDOW)
-    return {key: value[:, low:end] if isinstance(value, Tensor) else value for key, value in sample.items()}
+    low = max(0, low)
+    return {key: value[:, low:high] if isinstance(value, Tensor) else value for key, value in sample.items()}
