@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import PeftModel
 
 import headstart as hs
 from conftest import logits, tiny_llama, token_batch, wrap
-from headstart.errors import DataError, LayerError, MethodError
+from headstart.errors import DataError, HeadstartWarning, LayerError, MethodError
 from headstart.layers.find import lora_layers
 
 DATA = [token_batch(seed=seed) for seed in range(2)]
@@ -51,6 +53,22 @@ def test_any_start_may_follow_and_is_saved_right(start, tmp_path):
     hs.save_lora(model, tmp_path / "adapter")
     plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
     torch.testing.assert_close(logits(plain, DATA[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["eva:samples=256", "eva:samples=1,rho=4", "gora:samples=256", "astra:samples=256"])
+def test_what_was_not_as_asked_for_is_said_as_by_the_verb(method):
+    one_token = {name: value[:1, :4] for name, value in token_batch(padded=False).items()}
+    data = [one_token] if "samples=1," in method else DATA
+    asked = "astra:samples=256,ranks=chosen" if method.startswith("astra") else method
+    said = []
+    for verb, text in ((hs.initialize_, asked), (hs.allocate_ranks_, method)):
+        model = wrap(tiny_llama())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            verb(model, text, data=data, progress=False)
+        said.append([str(one.message) for one in caught if one.category is HeadstartWarning])
+        assert {one.filename for one in caught if one.category is HeadstartWarning} <= {__file__}
+    assert said[0] and said[1] == said[0]
 
 
 def test_what_shares_no_ranks_is_refused_before_data_are_read():

@@ -80,7 +80,8 @@ def test_the_loss_falls(ranks, rslora):
 def test_end_to_end_from_one_sample_at_a_time(ranks):
     model, batch = wrap(tiny_llama().double()), token_batch()
     scaling = {name: target.scaling for name, target in targets_of(model).items()}
-    hs.initialize_(model, hs.GoRA(samples=4, ranks=ranks), data=[batch])
+    report = hs.initialize_(model, hs.GoRA(samples=4, ranks=ranks), data=[batch])
+    shares = {line.name: line.info["share"] for line in report.layers}
     found = targets_of(model)
     exact = exact_gradients(tiny_llama().double(), [batch], list(found))
     if ranks == "chosen":
@@ -99,6 +100,8 @@ def test_end_to_end_from_one_sample_at_a_time(ranks):
         assert len(A) == target.r and target.scaling == pytest.approx(scaling[name])
         expected = -0.05 * math.sqrt(target.d_in / target.r) * exact[name] @ projector(A)
         assert relative(target.scaling * B.double() @ A.double(), expected) < 1e-4, name
+        inside = float((exact[name] @ projector(A)).square().sum() / exact[name].square().sum())
+        assert shares[name] == pytest.approx(inside, rel=1e-4), name
 
 
 def shared(importances, ranks, d_out=40, d_in=30, **method):

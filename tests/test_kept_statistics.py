@@ -135,6 +135,22 @@ def test_what_the_disk_can_not_take_is_read_for_each_alone(why, tmp_path, monkey
     assert not list(tmp_path.glob("*/*.safetensors"))
 
 
+def test_data_that_can_not_be_read_are_no_full_disk(tmp_path):
+    began = []
+
+    class Broken:
+        def __iter__(self):
+            began.append(1)
+            raise OSError(errno.EIO, "Input/output error")
+
+    methods = methods_of(["lora-one", "lora-da"])
+    data = TrainingData(Broken(), training=Training(100, 1e-3), kept=KeptStatistics(tmp_path, methods))
+    with pytest.raises(OSError, match="Input/output error"):
+        hs.initialize_(wrap(tiny_llama(), r=2), methods[0], data=data, progress=False)
+    assert len(began) == 1
+    assert not list(tmp_path.glob("*/about.json"))
+
+
 def test_nothing_is_read_that_is_not_asked_for(tmp_path, monkeypatch):
     methods = methods_of(["lora-one", "lora-da"])
     factors(methods[1], KeptStatistics(tmp_path, methods))

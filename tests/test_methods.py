@@ -8,10 +8,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 import headstart as hs
+from headstart.errors import HeadstartWarning
+from headstart.layers.core import core_of
 from headstart.methods import method_class, parse_method
-from headstart.methods.base import ANY_LAYER
+from headstart.methods.alive import revived
+from headstart.methods.base import ANY_LAYER, Factors
 from inputs import NAME
 from known_layers import DRAWN, everything, layer, normal
 
@@ -152,3 +157,143 @@ def test_any_two_streams_differ(seed, other_seed, name, other_name):
     one = method.factors(layer(6, 8, 2, seed=seed, name=name))
     other = method.factors(layer(6, 8, 2, seed=other_seed, name=other_name))
     assert torch.equal(one.A, other.A) == ((seed, name) == (other_seed, other_name))
+
+
+SIDE = 32
+# The weight of the layer "poor", as shares of the rows of a drawn one that are there: none, half of them, and two.
+POOR = {"zero": 0, "half": SIDE // 2, "rank 2": 2}
+# Both ends of a spectrum, both solvers, and every scale that follows the weight.
+AT_LIMITS = (
+    *(name for name in OWN if name != "inilora"),
+    "inilora:solver=svd",
+    "inilora:solver=svd,gauge=balanced",
+    "inilora:solver=adam,steps=50",
+    "lora-xs:scale=input",
+    "corda:mode=kpm",
+    "astra:mode=kpm",
+    "astra:ranks=chosen",
+    "lora-null:version=v2",
+    "lora-ga:scale=weight",
+    "lora-ga:convention=peft,scale=weight",
+    "lora-ga:norm_clip=true",
+    "gora:ranks=given",
+    "eva:whiten=true",
+)
+# What a core needs, or a quantised weight, is not there.
+REFUSED = {"lora-xs": ("zero", "rank 2"), "lora-xs:scale=input": ("zero", "rank 2"), "loftq": tuple(POOR)}
+
+
+class Poor(nn.Module):
+    """Two layers, the second of which has few directions or none, but a gradient of full rank."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.config = {"model_type": "poor"}
+        self.rich, self.poor = nn.Linear(SIDE, SIDE, bias=False), nn.Linear(SIDE, SIDE, bias=False)
+        with torch.no_grad():
+            self.rich.weight.copy_(normal(SIDE, SIDE, seed=1, std=0.2))
+            self.poor.weight.copy_(normal(SIDE, SIDE, seed=2, std=0.2)).mul_((torch.arange(SIDE) < rows)[:, None])
+
+    def forward(self, x, labels):
+        y = self.poor(torch.tanh(self.rich(x))) + x
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+def poorly_started(text, rows):
+    """The model, its layer, the report and a batch."""
+    name, _, rest = text.partition(":")
+    fields = {field.name for field in dataclasses.fields(method_class(name))}
+    given_settings = [rest, "samples=32" if "samples" in fields else "", "lr=1e-3" if name == "lora-sb" else ""]
+    method = parse_method(f"{name}:{','.join(filter(None, given_settings))}".rstrip(":"))
+    data = [{"x": normal(4, SIDE, seed=3 + k), "labels": normal(4, SIDE, seed=50 + k)} for k in range(8)]
+    model = get_peft_model(Poor(rows), LoraConfig(r=4, lora_alpha=6, target_modules=["rich", "poor"]))
+    report = hs.initialize_(model, method, data=data, preserve=data, cache=False, progress=False)
+    return model, model.base_model.model.poor, report, data[0]
+
+
+@pytest.mark.filterwarnings("ignore::headstart.errors.HeadstartWarning")
+@pytest.mark.parametrize("kind", POOR)
+@pytest.mark.parametrize("text", AT_LIMITS)
+def test_every_direction_trains_whatever_the_weight_lacks(text, kind, monkeypatch):
+    changes = []
+
+    def watched(method, given_layer, before):
+        after = revived(method, given_layer, before)
+        changes.append((given_layer, before, after))
+        return after
+
+    monkeypatch.setattr("headstart.solve.revived", watched)
+    if kind in REFUSED.get(text, ()):
+        with pytest.raises(hs.LayerError, match=r"layer '(poor|rich)'"):
+            poorly_started(text, POOR[kind])
+        return
+    model, module, report, batch = poorly_started(text, POOR[kind])
+    (line,) = (line for line in report.layers if line.name == "poor")
+    assert not any(value != value for value in line.info.values()), line.info
+    # The product is the method's own, to rounding.
+    for given_layer, before, after in changes:
+        own, now = ((start.B.double() @ start.A.double()) for start in (before, after))
+        size = 1.0 if given_layer.weight is None else float(given_layer.weight.norm())
+        assert float((now - own).norm()) <= 1e-12 * size
+    gradients = []
+
+    def seen(_, x, y):
+        y.register_hook(lambda g: gradients.append((x[0].detach(), g)))
+
+    module.register_forward_hook(seen)
+    loss = model(**batch)["loss"]
+    if method_class(text.partition(":")[0]).form == "anchored":
+        assert loss.item() == pytest.approx(Poor(POOR[kind])(**batch)["loss"].item(), rel=1e-6)
+    loss.backward()
+    ((x, g),) = gradients
+    whole = 1.5 * float((g.T @ x).norm())
+    core = core_of(module, "default")
+    if core is not None:
+        assert float(min(core.grad.norm(dim=0).min(), core.grad.norm(dim=1).min())) > 1e-6 * whole
+        return
+    moved = torch.zeros(line.r)
+    for factor, dim in ((module.lora_A["default"].weight, 1), (module.lora_B["default"].weight, 0)):
+        if factor.requires_grad:
+            moved = torch.maximum(moved, factor.grad.norm(dim=dim))
+    assert float(moved.min()) > 1e-6 * whole, moved
+
+
+@pytest.mark.parametrize("text", ["pissa", "milora", "geora", "loram", "inilora", "corda", "corda:mode=kpm"])
+def test_a_weight_of_zeros_starts_as_plain_lora_with_a_warning(text):
+    with pytest.warns(HeadstartWarning, match="poor: .*it starts as 'lora' does"):
+        _, module, report, _ = poorly_started(text, 0)
+    with pytest.warns(HeadstartWarning, match="poor: .*it starts as 'lora' does"):
+        _, other, _, _ = poorly_started("pissa", 0)
+    start = "lora_start_A" if report.form == "anchored" else "lora_A"
+    assert torch.equal(*(getattr(own, start)["default"].weight for own in (module, other)))
+    assert not module.lora_start_B["default"].weight.count_nonzero()
+
+
+def test_some_directions_start_as_plain_loras_and_the_others_stay():
+    with pytest.warns(HeadstartWarning, match="poor: 2 of its 4 directions would be zero in A and B, and never train"):
+        _, module, _, _ = poorly_started("pissa", 2)
+    A, B = (getattr(module, f"lora_start_{name}")["default"].weight.double() for name in "AB")
+    W = Poor(2).poor.weight.detach().double()
+    assert float((1.5 * B @ A - W).norm() / W.norm()) < 1e-6
+    assert float(A[2:].norm(dim=1).min()) > 0.3
+    assert not B[:, 2:].count_nonzero()
+
+
+def test_directions_that_frozen_factors_keep_from_training_are_refused():
+    zeros, eye = torch.zeros(2, 6), torch.eye(5, 2)
+    given_layer = layer(5, 6, 2, frozen=("lora_A",))
+    # A column of B without a row of A trains A alone, which LoRA-FA has frozen.
+    start = revived(hs.Astra(), given_layer, Factors(zeros, eye))
+    assert start.A.count_nonzero() and not start.B.count_nonzero() and "lora" in start.note
+    with pytest.raises(hs.LayerError, match="lora_B is frozen, so that they would never train"):
+        revived(hs.MiCA(), layer(5, 6, 2), Factors(zeros, 0 * eye, frozen=("lora_B",)))
+    assert revived(hs.MiCA(), layer(5, 6, 2), Factors(zeros, eye, frozen=("lora_B",))).note == ""
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_small_directions_are_left_as_they_are(scale):
+    W = scale * normal(24, 20, seed=5)
+    for name in ("milora", "pissa", "inilora", "corda"):
+        given_layer = dataclasses.replace(everything(), weight=W)
+        start = parse_method(name).factors(given_layer)
+        assert revived(parse_method(name), given_layer, start) is start

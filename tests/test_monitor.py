@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import headstart as hs
-from conftest import started, tiny_gpt2, tiny_llama, token_batch, wrap
+from conftest import started, tiny_gpt2, tiny_llama, tiny_t5, token_batch, wrap
 from headstart.errors import HeadstartWarning, LayerError
 from headstart.layers.anchored import anchors, current_factors
 from headstart.layers.find import lora_layers
@@ -112,13 +114,15 @@ def test_a_real_layer_is_measured_as_densely(method):
             B = B @ target.module.lora_core["default"].weight.detach().double()
         return A, B
 
+    shown = token_batch()["attention_mask"].bool()
+    assert not shown.all()
     start = anchors(target.module, "default")
     start = factors() if start is None else tuple(part.clone().double() for part in start)
     inputs, gradients = [], []
 
     def seen(module, given, output):
-        inputs.append(given[0].detach().reshape(-1, target.d_in).double())
-        output.register_hook(lambda grad: gradients.append(grad.detach().reshape(-1, target.d_out).double()))
+        inputs.append(given[0].detach()[shown].double())
+        output.register_hook(lambda grad: gradients.append(grad.detach()[shown].double()))
 
     target.module.register_forward_hook(seen)
     before = factors()
@@ -200,6 +204,102 @@ def test_gradient_checkpointing_reads_the_pass_that_has_gradients():
         assert row["layer"] == other["layer"]
         for key in ("z_a", "z_b", "delta1", "delta2", "gradient_overlap", "update"):
             assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-6), key
+
+
+def padded(batch, pads, side="right"):
+    """A batch with so many tokens of padding in each row, or packed into one row where that is None."""
+    if pads is None:
+        positions = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+        flat = {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": positions}
+        return {name: value.reshape(1, -1) for name, value in flat.items()}
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    width = (pads, 0) if side == "left" else (0, pads)
+    return {name: nn.functional.pad(batch[name], width, value=value) for name, value in fill.items()}
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("tokens", [10, 10_000])
+def test_padding_is_not_read(build, tokens):
+    batch = token_batch(padded=False)
+    rows = {}
+    for pads, side in ((0, "right"), (20, "right"), (20, "left")):
+        model = started(build(), "init-ab").eval()
+        monitor = hs.Monitor(model, every=1, tokens=tokens)
+        trained(model, monitor, 2, batch=padded(batch, pads, side))
+        rows[pads, side] = monitor.rows()
+    for other in ((20, "right"), (20, "left")) if build is tiny_llama else ((20, "right"),):
+        for row, expected in zip(rows[other], rows[0, "right"], strict=True):
+            for name, value in expected.items():
+                # Angles are as uncertain as the root of what cosines are.
+                near = {"abs": 0.1} if name.endswith("angle") else {"rel": 1e-4, "abs": 1e-6}
+                assert row[name] == (value if isinstance(value, str) else pytest.approx(value, **near)), (row, name)
+
+
+@pytest.mark.parametrize("form", ["positional", "packed", "bare"])
+def test_masks_come_in_every_way_that_a_model_is_called(form):
+    batch = padded(token_batch(padded=False), 20)
+    model = started(tiny_llama(), "init-ab")
+    with hs.Monitor(model, every=1, layers=1, tokens=10_000) as monitor:
+        (watched,) = monitor._layers
+        if form == "positional":
+            model(batch["input_ids"], batch["attention_mask"])
+        elif form == "packed":
+            model(**padded(token_batch(padded=False), None))
+        else:
+            model(batch["input_ids"])
+        assert len(watched._inputs) == {"positional": 48, "packed": 48, "bare": 4 * 32}[form]
+    assert not model._forward_pre_hooks
+
+
+def test_an_encoder_and_its_decoder_have_masks_of_their_own():
+    model = wrap(tiny_t5())
+    source, target = torch.ones(2, 7, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
+    mask, labels = torch.ones_like(source), target.clone()
+    mask[0, 3:] = 0
+    labels[1, 2:] = -100
+    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]
+    with hs.Monitor(model, every=1, layers=names, tokens=10_000) as monitor:
+        model(input_ids=source, attention_mask=mask, labels=labels)
+        counts = [len(layer._inputs) for layer in monitor._layers]
+    assert counts == [10, 7]
+
+
+def test_steps_of_anchored_factors_in_half_precision_are_measured_whole():
+    """A0 + dA in bfloat16 would round the step away."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["up_proj", "q_proj"])
+    model = get_peft_model(tiny_llama().to(torch.bfloat16), config, autocast_adapter_dtype=False)
+    hs.initialize_(model, "inilora-alpha", progress=False)
+    name = "model.layers.1.mlp.up_proj"
+    (target,) = (layer for layer in lora_layers(model, "default") if layer.name == name)
+    module, s = target.module, target.scaling
+    assert module.lora_A["default"].weight.dtype == torch.bfloat16
+    inputs, batch = [], token_batch(padded=False)
+    module.register_forward_hook(lambda _, x, y: inputs.append(x[0].detach().double().reshape(-1, target.d_in)))
+
+    def differences():
+        return [getattr(module, part)["default"].weight.detach().double().clone() for part in ("lora_A", "lora_B")]
+
+    A0, B0 = (part.detach().double() for part in anchors(module, "default"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
+    with hs.Monitor(model, every=1, layers=[name], tokens=10_000) as monitor:
+        for _ in range(3):
+            dA, dB = differences()
+            model(**batch).loss.backward()
+            optimizer.step()
+            monitor.step()
+            optimizer.zero_grad()
+    stepped_A, stepped_B = (now - before for now, before in zip(differences(), (dA, dB), strict=True))
+    z = inputs[-1]
+    measured = monitor.records[-1].quantities
+    near = {"rel": 2e-3}
+    assert measured.delta1 == pytest.approx(size(s * z @ stepped_A.T @ (B0 + dB).T), **near)
+    assert measured.delta2 == pytest.approx(size(s * z @ (A0 + dA).T @ stepped_B.T), **near)
+    assert measured.delta3 == pytest.approx(size(s * z @ stepped_A.T @ stepped_B.T), **near)
+    dA, dB = differences()
+    assert measured.update == pytest.approx(float((s * (dB @ (A0 + dA) + B0 @ dA)).norm()), **near)
+    A, B = current_factors(module, "default")
+    assert A.dtype == B.dtype == torch.float32
+    torch.testing.assert_close(A.double(), A0 + dA, rtol=1e-6, atol=0)
 
 
 def test_layers_are_sampled_over_kinds_and_depths():

@@ -98,6 +98,28 @@ def test_pieces_of_other_settings_are_not_used(folder, tmp_path, change):
     assert contents(out) == contents(alone)
 
 
+def test_pieces_of_other_arithmetic_are_not_used(folder, expected, tmp_path, monkeypatch):
+    """The release stays while its source changes, and the cache of factors tells such a change."""
+    plain, put = Work.put, []
+
+    def counting(self, name, *rest):
+        plain(self, name, *rest)
+        put.append(name)
+
+    monkeypatch.setattr(Work, "put", counting)
+    for number, arithmetic in enumerate([None, lambda: "changed"]):
+        out = tmp_path / str(number) / "out"
+        out.parent.mkdir()
+        start_and_stop(folder, out, LAYERS + 4)
+        if arithmetic:
+            monkeypatch.setattr("headstart.cache.keys._source_digest", arithmetic)
+        put.clear()
+        start(folder, out)
+        layers = [name for name in put if name.startswith("layer-")]
+        assert len(layers) == (LAYERS if arithmetic else LAYERS - 4)
+        assert contents(out) == expected
+
+
 def test_pieces_of_another_checkpoint_are_not_used(folder, tmp_path):
     out, other = tmp_path / "out", tmp_path / "model"
     shutil.copytree(folder, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from headstart.context import Context, shown
-from headstart.errors import LayerError, MethodError
+from headstart.errors import HeadstartWarning, LayerError, MethodError
 from headstart.initialize import check_early, check_unsharded, solved, source_of
 from headstart.layers.adapters import find
 from headstart.layers.checkpoint import read_adapter
@@ -27,6 +28,7 @@ from headstart.methods.sc_lora import Astra
 from headstart.methods.zero import LoRA
 from headstart.processes import Processes
 from headstart.progress import Show
+from headstart.reporting import fallbacks
 from headstart.solve import check, check_weights
 from headstart.statistics.batches import Collator
 from headstart.statistics.collect import Reading
@@ -90,7 +92,10 @@ def allocate_ranks_(
             check_weights(part.method, part.layers, "kept")
         nothing = TrainingData.of(None, None, batch_size, None, context.processes)
         starts, _ = solved(model, parts, source, nothing, Reading(memory_budget), context)
+    notes = [*fallbacks(starts, strict=False), *context.notes]
     _install(model, target.name, parts, starts, seed)
+    for sentence in notes:
+        warnings.warn(sentence, HeadstartWarning, stacklevel=3)  # over looks_through
     return {layer.name: len(starts[layer.name].A) for layer in target.layers}
 
 

@@ -18,6 +18,7 @@ from headstart.errors import LayerError
 from headstart.layers.find import TargetLayer
 from headstart.layers.formats import check_readable
 from headstart.layers.weights import full_precision
+from headstart.methods.alive import revived
 from headstart.methods.base import Factors, Form, Kronecker, Layer, Method, Training
 from headstart.processes import together
 from headstart.statistics.gather import Statistics
@@ -128,6 +129,10 @@ class _Solver:
                     factors_of_group = self._method.factors_batch(inputs, self._context.show)
                 for layer, factors in zip(own, factors_of_group, strict=True):
                     check_factors(layer, factors, self._method.form)
+                factors_of_group = [
+                    revived(self._method, layer, factors)
+                    for layer, factors in zip(inputs, factors_of_group, strict=True)
+                ]
             except Exception:
                 # Other processes go on gathering sharded weights, and wait for this one's parts.
                 for layer in filter(self._gathers, chain.from_iterable(groups[place + 1 :])):

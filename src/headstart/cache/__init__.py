@@ -2,10 +2,11 @@
 
 from headstart.cache.factors import FactorCache, open_cache
 from headstart.cache.folder import cache_folder, factors_folder, size_limit
-from headstart.cache.keys import cacheable, description, layer_key
+from headstart.cache.keys import arithmetic, cacheable, description, layer_key
 
 __all__ = [
     "FactorCache",
+    "arithmetic",
     "cache_folder",
     "cacheable",
     "description",

@@ -57,7 +57,7 @@ def layer_key(
     """
     cls = type(method)
     parts: dict[str, Any] = {
-        "arithmetic": [ARITHMETIC_VERSION, _source_digest(), getattr(method, "arithmetic_version", None)],
+        "arithmetic": arithmetic(method),
         # What a program allows its model (TF32, autocast) doesn't count: nothing is solved under it.
         "torch": [torch.__version__.partition("+")[0], str(torch.get_default_dtype())],
         "device": torch.device(device).type,
@@ -71,6 +71,11 @@ def layer_key(
     if layer.moments is not None:
         parts["moments"] = [layer.moments.mean, layer.moments.std]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def arithmetic(method: Method) -> list[Any]:
+    """Return what tells the arithmetic of a method's factors from that of any other time, as plain types."""
+    return [ARITHMETIC_VERSION, _source_digest(), getattr(method, "arithmetic_version", None)]
 
 
 def description(method: Method, layer: Layer) -> dict[str, Any]:

@@ -216,12 +216,16 @@ def anchors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
 
 @torch.no_grad()
 def current_factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return (A, B) as they are now, detached: what the layer holds, or in an anchored one A0 + dA and B0 + dB."""
+    """Return (A, B) as they are now, detached: what the layer holds, or in an anchored one A0 + dA and B0 + dB.
+
+    These sums are float32 at least: half precision has not the digits of both.
+    """
     A, B = (part.detach() for part in both(module, adapter))
     if anchor_kind(module, adapter) != "anchored":
         return A, B
     A0, B0 = (module.lora_start_A[adapter].weight.detach(), module.lora_start_B[adapter].weight.detach())
-    return whole(A) + A0, whole(B) + B0
+    A, B, A0, B0 = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (whole(A), whole(B), A0, B0))
+    return A0 + A, B0 + B
 
 
 @torch.no_grad()

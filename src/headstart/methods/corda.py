@@ -11,6 +11,7 @@ from torch import Tensor
 from headstart.errors import MethodError
 from headstart.linalg.precision import double
 from headstart.linalg.svd import truncated_svd
+from headstart.methods.alive import rounding
 from headstart.methods.base import Factors, Layer, Method, Wants, check_positive
 from headstart.methods.registry import register
 from headstart.methods.zero import as_lora
@@ -74,11 +75,13 @@ class CorDA(Method):
         Zf.diagonal().add_(damping)
         product = W @ _power(Zf, self.exponent)
         U, S = self._left_triplets(product, layer.r)
-        # A triplet that isn't there (S = 0) is zero in both factors, as its product is.
+        whole = float(product.norm())
+        # A triplet that isn't there is zero in both factors, as its product is: its root would enlarge rounding errors.
+        S = torch.where(rounding(layer) * whole < S, S, 0.0)
         inverse_root = torch.where(S > 0, (S * layer.scaling).rsqrt(), 0.0)
         A = inverse_root[:, None] * (U.mT @ W)
         B = U * (S / layer.scaling).sqrt()
-        share = float(S.square().sum() / product.square().sum())
+        share = float(S.norm() / whole) ** 2 if whole > 0 else 0.0
         info = {"largest_A": float(A.abs().max()), "damping": damping, "share": share}
         return Factors(A.float(), B.float(), info=info)
 

@@ -134,9 +134,10 @@ class EVA(Method):
         B = start.B.new_zeros(len(start.B), rank)
         info = {**start.info, "explained": math.fsum(start.worth[:rank])}
         varying = int(info.pop("varying"))
-        note = ""
+        note = start.note
         if varying < rank:
-            note = f"its inputs vary in {varying} directions, fewer than its rank, so that A's other rows are arbitrary"
+            few = f"its inputs vary in {varying} directions, fewer than its rank, so that A's other rows are arbitrary"
+            note = "; ".join(filter(None, (note, few)))
         return replace(start, A=A, B=B, spare=None, worth=(), info=info, note=note)
 
 

@@ -89,11 +89,13 @@ class GoRA(GradientMethod):
         # The step in the coordinates of A's rows: those of the first k rows are its first k columns, whatever k.
         image = -(self.step / layer.scaling) * math.sqrt(layer.d_in / r) * (G @ Q)
         B = _fitted(image[:, :r], triangle)
-        info = {"share": float((G @ Q[:, :r]).square().sum() / G.square().sum())}
+        shares = ((G @ Q).square().sum(0) / G.square().sum()).tolist()
+        info = {"share": math.fsum(shares[:r])}
         if not self.shares_ranks:
             return Factors(A, B, info=info)
         info["importance"] = float((double(layer.require_weight()) * G).abs().mean())
-        return Factors(A[:r].clone(), B, info=info, spare=A[r:].clone(), spare_B=image[:, r:].float())
+        spare_B = image[:, r:].float()
+        return Factors(A[:r].clone(), B, info=info, spare=A[r:].clone(), spare_B=spare_B, worth=tuple(shares))
 
     def settle(self, starts: Mapping[str, Factors], ranks: Mapping[str, int]) -> dict[str, Factors]:
         """Give the layers ranks by their importance."""
@@ -118,12 +120,13 @@ class GoRA(GradientMethod):
         before, most = len(start.A), len(start.A) + len(start.spare)
         rank = min(max(rank, 1, math.floor(self.smallest * before)), most)
         if rank == before:
-            return replace(start, spare=None, spare_B=None)
+            return replace(start, spare=None, spare_B=None, worth=())
         A = torch.cat((start.A, start.spare))[:rank]
         _, triangle = _orthonormal(A)
         image = double(start.B) @ _orthonormal(start.A)[1].mT
         image = torch.cat((image, double(start.spare_B)), 1)[:, :rank] * math.sqrt(before / rank)
-        return replace(start, A=A, B=_fitted(image, triangle), spare=None, spare_B=None)
+        info = {**start.info, "share": math.fsum(start.worth[:rank])}
+        return replace(start, A=A, B=_fitted(image, triangle), info=info, spare=None, spare_B=None, worth=())
 
 
 def _orthonormal(A: Tensor) -> tuple[Tensor, Tensor]:

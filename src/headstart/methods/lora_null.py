@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from headstart.linalg.precision import double
+from headstart.methods.alive import rounding
 from headstart.methods.base import Factors, Layer, Wants
 from headstart.methods.inputs import InputsMethod
 from headstart.methods.registry import register
@@ -61,15 +62,21 @@ class LoRANull(InputsMethod):
         values, vectors = torch.linalg.eigh(torch.lerp(Z, Z.mT, 0.5))
         N = vectors[:, : layer.r]
         U, S, Vh = torch.linalg.svd(W @ N, full_matrices=False)
-        root = (S / layer.scaling).sqrt()
-        A, B = root[:, None] * (Vh @ N.mT), U * root
+        # Where W has nothing along N, the rest of N is A's, as large as plain LoRA's rows, and B is zero.
+        there = rounding(layer) * torch.linalg.matrix_norm(W) < S
+        root = torch.where(there, (S / layer.scaling).sqrt(), 0.0)
+        A, B = torch.where(there, root, 1 / math.sqrt(3))[:, None] * (Vh @ N.mT), U * root
+        empty = int((~there).sum())
+        note = f"the weight is zero along {empty} of the {layer.r} directions taken; B starts at zero there"
         rank = int((values > _ROUNDING * values[-1]).sum())
         gap = float(values[layer.r] - values[layer.r - 1]) if layer.r < layer.d_in else float(values[-1])
         info = {"energy": float(values[: layer.r].clamp_min(0.0).sum() / values.sum()), "rank_of_inputs": float(rank)}
         # By how much rounding errors of Z turn the chosen directions.
         info["condition"] = float(values[-1]) / gap if gap > 0 else math.inf
         free = layer.d_in - rank
-        note = ""
+        caution = ""
         if free > layer.r:
-            note = f"inputs to preserve leave {free} directions free, of which {layer.r} are taken arbitrarily"
-        return Factors(A.float(), B.float(), info=info, caution=note, frozen=self.freezes)
+            caution = f"inputs to preserve leave {free} directions free, of which {layer.r} are taken arbitrarily"
+        return Factors(
+            A.float(), B.float(), info=info, note=note if empty else "", caution=caution, frozen=self.freezes
+        )

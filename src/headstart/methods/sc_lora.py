@@ -70,7 +70,7 @@ class Astra(InputsMethod):
             return as_lora(layer, NO_INPUT)
         most = _largest_rank(layer.r, layer.d_out, layer.d_in) if self.shares_ranks else layer.r
         values, Q = _leading(C, most, definite=True) if self.mode == "ipm" else _smallest(C, most)
-        shares = values / C.trace()
+        shares = values / _nonzero(C.trace())
         start = _projector(layer, W, Q[:, : layer.r], {"share": float(shares[: layer.r].sum())})
         if not self.shares_ranks:
             return start
@@ -142,7 +142,8 @@ class SCLoRA(InputsMethod):
         M = (1 - self.beta) * C - self.beta * C_keep
         _, Q = _leading(M, layer.r, definite=self.beta == 0)
         shares = {
-            name: float((Q * (moment @ Q)).sum() / moment.trace()) for name, moment in (("share", C), ("kept", C_keep))
+            name: float((Q * (moment @ Q)).sum() / _nonzero(moment.trace()))
+            for name, moment in (("share", C), ("kept", C_keep))
         }
         return _projector(layer, W, Q, shares)
 
@@ -150,7 +151,7 @@ class SCLoRA(InputsMethod):
 def effective_rank(C: Tensor) -> float:
     """Return exp of the entropy of a symmetric matrix's eigenvalues over their sum, those below zero as zero."""
     values = torch.linalg.eigvalsh(C).clamp_min(0)
-    return math.exp(float(torch.special.entr(values / values.sum()).sum()))
+    return math.exp(float(torch.special.entr(values / _nonzero(values.sum())).sum()))
 
 
 def shared_out(scores: Mapping[str, float], most: Mapping[str, int], budget: int) -> dict[str, int]:
@@ -170,6 +171,11 @@ def shared_out(scores: Mapping[str, float], most: Mapping[str, int], budget: int
         for name in able[: abs(missing)]:
             ranks[name] += step
     return ranks
+
+
+def _nonzero(total: Tensor) -> Tensor:
+    """Return a sum of what is not below zero to divide by: of zeros, whose shares are zero, 1."""
+    return torch.where(total > 0, total, 1.0)
 
 
 def _largest_rank(r: int, d_out: int, d_in: int) -> int:

@@ -25,7 +25,8 @@ from headstart.layers.convolutions import is_convolution
 from headstart.layers.core import core_of
 from headstart.layers.experts import is_stack
 from headstart.layers.find import TargetLayer, lora_layers, resolve_adapter
-from headstart.layers.unwrap import looks_through
+from headstart.layers.unwrap import looks_through, unwrapped
+from headstart.monitor.padding import Padding
 from headstart.monitor.quantities import Pair, Quantities, quantities
 from headstart.processes import is_sharded
 
@@ -77,7 +78,8 @@ class Monitor(TrainerCallback):
         every: steps between records; None for some 50 over a trainer's run, and 10 in a loop of one's own. The first
             step is always recorded.
         layers: how many layers are sampled, over depths and kinds; or their names. None for one of each kind.
-        tokens: how many of a batch's tokens are read, evenly spaced.
+        tokens: how many of a batch's tokens are read, evenly spaced; of padding none, as far as the attention mask that
+            the model is called with fits what a layer reads.
 
     Attributes:
         records: what was measured, by step and layer.
@@ -104,6 +106,7 @@ class Monitor(TrainerCallback):
         self.seconds = 0.0
         self._model, self._adapter, self._every, self._asked, self._tokens = model, adapter, every, layers, tokens
         self._layers: list[_Watched] = []
+        self._padding: Padding | None = None
         self._step = 0
 
     def __enter__(self) -> Monitor:
@@ -180,7 +183,10 @@ class Monitor(TrainerCallback):
                 stacklevel=3,
             )
             return
-        self._layers = [_Watched(target, self._tokens) for target in sampled(model, self._adapter, self._asked)]
+        targets = sampled(model, self._adapter, self._asked)
+        with unwrapped(model) as inside:
+            padding = self._padding = Padding(inside)
+        self._layers = [_Watched(target, self._tokens, padding) for target in targets]
         self._arm()
 
     def _arm(self) -> None:
@@ -206,7 +212,9 @@ class Monitor(TrainerCallback):
     def _end(self) -> None:
         for layer in self._layers:
             layer.remove()
-        self._layers = []
+        if self._padding is not None:
+            self._padding.remove()
+        self._layers, self._padding = [], None
 
 
 @looks_through
@@ -254,9 +262,10 @@ def sampled(model: nn.Module, adapter: str | None, asked: int | Sequence[str] | 
 class _Watched:
     """One layer with its hooks."""
 
-    def __init__(self, target: TargetLayer, tokens: int) -> None:
+    def __init__(self, target: TargetLayer, tokens: int, padding: Padding) -> None:
         self.target = target
         self._tokens = tokens
+        self._padding = padding
         self._armed = False
         self._inputs: Tensor | None = None
         self._gradients: Tensor | None = None
@@ -298,10 +307,15 @@ class _Watched:
         """Read the first batch of a step that is due; under gradient checkpointing its second forward pass."""
         if not self._armed or not isinstance(output, Tensor) or not output.requires_grad:
             return
+        shown = self._padding.shown(inputs[0])
+        if shown.count == 0:
+            return
         self._armed = False
         rows = inputs[0].detach().reshape(-1, self.target.d_in)
-        count = min(self._tokens, len(rows))
-        chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float32, device=rows.device).long()
+        count = min(self._tokens, shown.count)
+        chosen = torch.linspace(0, shown.count - 1, count, dtype=torch.float64, device="cpu").long().to(rows.device)
+        if shown.index is not None:
+            chosen = shown.index.to(rows.device)[chosen]
         self._inputs = rows[chosen].float().cpu()
         self._before = self._copied(self._factors())
 

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -129,8 +129,7 @@ class KeptStatistics:
             with work_folder(self._folder, key) as work:
                 about: dict[str, Any] = {"passes": []}
                 if self._fits(common, shapes):
-                    with suppress(OSError, SafetensorError):  # a disk that is full after all
-                        about = {"passes": _written(read(common.wants), work)}
+                    about = {"passes": _written(read(common.wants), work)}
                 if not about["passes"]:
                     for path in work.iterdir():
                         path.unlink()
@@ -199,14 +198,20 @@ def _all_of(wants: Sequence[Wants], tokens: Tokens) -> Wants:
 
 
 def _written(passes: Iterator[Statistics], folder: Path) -> list[dict[str, Any]]:
-    """Write what the passes find; return what there is to know of each, or none where writing is the slower way."""
+    """Write what the passes find; return what there is to know of each.
+
+    That is none where writing is the slower way, or fails. What goes wrong in reading is raised.
+    """
     facts: list[dict[str, Any]] = []
     began = time.perf_counter()
     reading = writing = 0.0
     for number, statistics in enumerate(passes):
         took = time.perf_counter() - began
         began = time.perf_counter()
-        save_file(_tensors(statistics), folder / _TENSORS.format(number))
+        try:
+            save_file(_tensors(statistics), folder / _TENSORS.format(number))
+        except (OSError, SafetensorError):  # a disk that is full after all
+            return []
         writing += time.perf_counter() - began
         reading += took
         facts.append(

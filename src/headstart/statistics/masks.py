@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,9 @@ Tokens = Literal["attention", "labels"]
 # How a layer's rows lie: (samples, tokens), (tokens, samples), all tokens of all samples in a row, one row a sample, or
 # otherwise, as for the experts of a mixture, which see some tokens each.
 Layout = Literal["tokens", "tokens first", "flat", "samples", "other"]
+
+# Those that a mask's shape can tell, the likeliest first.
+_BY_SHAPE: tuple[Layout, ...] = ("tokens", "tokens first", "flat")
 
 
 class Unmatched(Exception):  # noqa: N818 - not an error: it is answered
@@ -133,6 +137,16 @@ class TokenMasks:
             self.unmatched = True
             return every
         raise Unmatched
+
+    def guessed(self, inputs: Tensor) -> Rows:
+        """Return which rows of a layer's input (..., d_in) count where no sample has shown the layout.
+
+        What fits no mask counts whole.
+        """
+        for layout in _BY_SHAPE:
+            with suppress(Unmatched):
+                return self.match(inputs, layout)
+        return Rows(None, inputs.shape[:-1].numel())
 
     def _turned(self, rows: Rows | None, shape: tuple[int, ...]) -> Rows | None:
         if rows is None or rows.index is None:

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 
 from headstart._version import __version__
-from headstart.cache import open_cache
+from headstart.cache import arithmetic, open_cache
 from headstart.context import Context, Memory, shown
 from headstart.errors import CheckpointError, HeadstartWarning, LayerError, MethodError
 from headstart.files import check_free
@@ -248,6 +248,7 @@ def _settings(maker: Maker) -> dict[str, Any]:
     return {
         "format": 3,
         "versions": [__version__, torch.__version__],
+        "arithmetic": [arithmetic(method) for method in maker.method.methods],
         "method": [maker.method.name, {name: repr(value) for name, value in maker.method.settings().items()}],
         "seed": maker.context.seed,
         "form": list(maker.forms.values()),
