@@ -58,15 +58,27 @@ def revived(method: Method, layer: Layer, factors: Factors) -> Factors:
 def _dead(layer: Layer, factors: Factors) -> Tensor:
     """Return which directions (r,) have no gradient, beyond rounding."""
     of_A, of_B = _norms(factors)
-    largest = float((of_A * of_B).max())
-    if layer.weight is not None:
-        largest = max(largest, math.sqrt(squared_norm(layer.weight)) / layer.scaling)
-    # Of a direction of W that is split evenly, each factor has the root.
-    nothing = math.sqrt(rounding(layer) * largest)
-    frozen = _frozen(layer, factors)
-    moves_A = (of_B > nothing) & ("lora_A" not in frozen)
-    moves_B = (of_A > nothing) & ("lora_B" not in frozen)
-    return ~(moves_A | moves_B)
+    frozen, still = _frozen(layer, factors), torch.zeros_like(of_A)
+    # What moves A is B, and the other way about.
+    moving = torch.maximum(still if "lora_A" in frozen else of_B, still if "lora_B" in frozen else of_A)
+    product = float((of_A * of_B).max())
+    norms = (_bound, _norm) if layer.weight is not None else (lambda _: 0.0,)
+    for norm in norms:  # the bound is read many times as fast, and says all where every direction is alive
+        # Of a direction of W that is split evenly, each factor has the root.
+        dead = moving <= math.sqrt(rounding(layer) * max(product, norm(layer)))
+        if not bool(dead.any()):
+            break
+    return dead
+
+
+def _bound(layer: Layer) -> float:
+    """Return what W's norm over s is at most."""
+    weight = layer.require_weight()
+    return max(map(abs, map(float, torch.aminmax(weight)))) * math.sqrt(weight.numel()) / layer.scaling
+
+
+def _norm(layer: Layer) -> float:
+    return math.sqrt(squared_norm(layer.require_weight())) / layer.scaling
 
 
 def _frozen(layer: Layer, factors: Factors) -> list[str]:
