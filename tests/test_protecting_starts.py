@@ -139,6 +139,23 @@ def test_lora_null_never_meets_inputs_outside_its_space():
     assert hs.LoRANull().factors(layer).frozen == ()
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_lora_null_stays_in_its_space_where_the_weight_has_nothing_there(rank, version):
+    layer, _, _ = case()
+    W = layer.weight * (torch.arange(len(layer.weight)) < rank)[:, None]
+    layer = replace(layer, weight=W)
+    start = hs.LoRANull(version=version).factors(layer)
+    N, A = low(layer.preserved.inputs.double(), layer.r), start.A.double()
+    assert float((A - A @ N @ N.T).norm()) < 1e-5 * float(A.norm())
+    assert float((product(start, layer.scaling) - W.double() @ N @ N.T).norm()) <= 1e-5 * float(W.norm())
+    # As large as plain LoRA's rows, and each its own direction.
+    rest = A[rank:]
+    assert torch.allclose(rest @ rest.T, torch.eye(layer.r - rank, dtype=torch.float64) / 3, atol=1e-6)
+    assert not start.B[:, rank:].count_nonzero()
+    assert start.note.startswith(f"the weight is zero along {layer.r - rank} of the {layer.r} directions taken")
+
+
 def test_lora_null_says_where_its_choice_is_arbitrary():
     W = normal(8, 12, seed=0)
     few = inputs_of(5, 12, seed=1)

@@ -200,7 +200,11 @@ class Method(ABC):
 
     @abstractmethod
     def factors(self, layer: Layer) -> Factors:
-        """Return the start of one layer."""
+        """Return the start of one layer.
+
+        Directions in which both factors are zero would never train: they start as 'lora' does, and a core there is
+        refused (:mod:`headstart.methods.alive`).
+        """
 
     def factors_batch(self, layers: Sequence[Layer], show: Show = silent) -> list[Factors]:
         """Return the starts of several layers; the same as one at a time.

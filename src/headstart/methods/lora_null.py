@@ -31,7 +31,7 @@ class LoRANull(InputsMethod):
     Source: LoRA-Null (arXiv 2503.02659) and its published code, in which each sample's inputs are divided by their
     largest entry first. Its "null space" are the r directions that are excited least: of more tokens than inputs no
     direction is without any. Of fewer tokens, more than r directions are, and which of them are taken is arbitrary: the
-    report has the rank of Z.
+    report has the rank of Z. Where W has nothing along N, A takes the rest of N and B is zero, so that it can train.
 
     Settings:
         version: "v1": both train; "v2": B alone.

@@ -17,6 +17,7 @@ class LoRAXS(Method):
     """LoRA-XS: with W = U S V', y = W x + s B R A x, B = U_r S_r and A = V_r' frozen, R normal; only R (r, r) trains.
 
     Source: Bałazy et al. 2024 (LoRA-XS), section 3. Kept: R is so small that the start is the base model's but for it.
+    A weight of lower rank than r is refused, for a part of R could never train.
 
     Settings:
         std: standard deviation of R, 1e-5 in the paper.
