@@ -308,7 +308,7 @@ def uncut(model, data, tmp_path_factory):
     return run, execute(run, tmp_path_factory.mktemp("uncut") / "whole")
 
 
-@pytest.mark.parametrize("stage", ["_begin", "_train", "save_trained", "_graded", "write_result"])
+@pytest.mark.parametrize("stage", ["_begin", "_train", "save_trained", "graded_answers", "write_result"])
 def test_killed_at_any_stage_the_same_call_goes_on(stage, uncut, tmp_path):
     run, whole = uncut
 

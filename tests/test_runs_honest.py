@@ -58,7 +58,7 @@ def stopped(monkeypatch, stage, run, folder):
 # Data that change.
 
 
-@pytest.mark.parametrize("stage", ["_train", "_measured_at_the_end"])
+@pytest.mark.parametrize("stage", ["_train", "measured_at_the_end"])
 def test_a_run_goes_on_with_the_data_that_it_was_begun_with_alone(stage, model, data, tmp_path, monkeypatch):
     run, kept = small_run(model, data), data.read_text()
     stopped(monkeypatch, stage, run, tmp_path / "run")
@@ -164,7 +164,7 @@ def test_a_trained_mixture_is_measured_as_it_was_trained(data, tmp_path, monkeyp
     words.save_pretrained(tmp_path / "mixtral")
     run = small_run(tmp_path / "mixtral", data, trains="full", adapter=None)
     whole = execute(run, tmp_path / "whole")
-    stopped(monkeypatch, "_measured_at_the_end", run, tmp_path / "cut")
+    stopped(monkeypatch, "measured_at_the_end", run, tmp_path / "cut")
     assert execute(run, tmp_path / "cut").metrics == whole.metrics
 
 

@@ -27,7 +27,7 @@ from headstart.reports.words import (
     seconds_text,
     with_interval,
 )
-from headstart.runs.stages import VALIDATION
+from headstart.runs.measure import VALIDATION
 from headstart.study.statistics import Comparison
 from headstart.study.summary import WITHIN, WITHIN_LOSS, Part, Summary
 

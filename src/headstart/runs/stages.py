@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,11 +16,7 @@ import torch
 
 from headstart.context import Clock, Memory, peak_resident, reset_peak_resident
 from headstart.environment import environment
-from headstart.errors import DataError, HeadstartError, HeadstartWarning
-from headstart.evaluation.figures import Figure, loss_figure, score_figures
-from headstart.evaluation.held_out import HeldOut, held_out
-from headstart.evaluation.own import Asker, Asking, graded, written
-from headstart.files import write_json
+from headstart.errors import HeadstartError, HeadstartWarning
 from headstart.initialize import initialize_
 from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import Method, parse_method
@@ -33,8 +29,6 @@ from headstart.runs.card import write_card
 from headstart.runs.examples import Examples, load_examples
 from headstart.runs.folder import (
     CHECKPOINT,
-    ITEMS,
-    LOSSES,
     SAVES,
     START,
     TRAINED,
@@ -46,6 +40,7 @@ from headstart.runs.folder import (
     take,
     take_trained,
 )
+from headstart.runs.measure import graded_answers, measured, measured_at_the_end, note_lost, to_be_graded
 from headstart.runs.model import load_base, made_ready
 from headstart.runs.preserved import check_preserved, preserved_data
 from headstart.runs.read import tasks_of
@@ -55,7 +50,7 @@ from headstart.runs.trainers import check_launcher, check_optimizer, make_traine
 from headstart.runs.tree import Run
 from headstart.runs.watch import Judge, Watch, reserved, windows
 from headstart.store.claims import alone_in
-from headstart.tasks.base import Example, Task
+from headstart.tasks.base import Task
 
 # What a trainer's history keeps, by what the result calls it.
 SERIES = {
@@ -64,8 +59,6 @@ SERIES = {
     "gradient norm": "grad_norm",
     "held-out loss": "eval_loss",
 }
-# As what figures of the validation data are named.
-VALIDATION = "validation"
 
 
 def execute(
@@ -128,7 +121,7 @@ def _executed(run: Run, folder: Path, shared: Shared | None, judge: Judge | None
         examples = _loaded(run, task, asked, shared)
         if shared:
             shared.check_data(run, examples)
-        to_grade = _to_grade(run, asked, examples.held_out.examples)
+        to_grade = to_be_graded(run, asked, examples.held_out.examples)
         further = asked_by(run, task, folder)
     with clock("model"):
         base, tokenizer = shared.base(run, lambda: load_base(run, task)) if shared else load_base(run, task)
@@ -164,7 +157,7 @@ def _executed(run: Run, folder: Path, shared: Shared | None, judge: Judge | None
         _begin(trainer, method, run, folder, shared, result, clock, show)
         if "held_out" in data and "loss/start" not in result.metrics:
             with clock("measurement"):
-                result.metrics |= _measured(trainer, data["held_out"], task, show, "start")[0]
+                result.metrics |= measured(trainer, data["held_out"], task, show, "start")[0]
         if main:
             write_result(result, folder / START)
         _train(trainer, folder, result)
@@ -181,10 +174,10 @@ def _executed(run: Run, folder: Path, shared: Shared | None, judge: Judge | None
         take_trained(trainer.model, run, folder / TRAINED)
     if result.status == "begun":
         with clock("measurement"), _noting(result.warnings):
-            result.metrics |= _measured_at_the_end(trainer, data, task, folder, main, show)
-            _note_lost(result)
+            result.metrics |= measured_at_the_end(trainer, data, task, folder, main, show)
+            note_lost(result)
             if to_grade and result.status == "begun":
-                result.metrics |= _graded(trainer.model, tokenizer, run, asked, to_grade, folder, show)
+                result.metrics |= graded_answers(trainer.model, tokenizer, run, asked, to_grade, folder, show)
             if further.jobs and result.status == "begun":
                 with together(processes):
                     result.metrics |= further.trained(trainer.model, tokenizer, show) if main else {}
@@ -314,89 +307,6 @@ def _train(trainer: Any, folder: Path, result: Result) -> None:
     result.monitor = [row for entry in trainer.state.log_history for row in entry.get(RECORDS, ())]
     samples = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     result.windows = windows(trainer.state.log_history, samples)
-
-
-def _measured(
-    trainer: Any, dataset: Any, task: Task, show: Show, when: str
-) -> tuple[dict[str, Figure], dict[str, list[float]]]:
-    """Return loss and a classifier's metrics on prepared data, with intervals; and what each item gave."""
-    step = "validation loss" if when == VALIDATION else f"loss at the {when}"
-    measured = held_out(trainer, dataset, regression=task.kind == "regression", progress=show, step=step)
-    items = {"losses": measured.losses.tolist(), "weights": measured.weights.tolist()}
-    figures = {f"loss/{when}": loss_figure(items["losses"], items["weights"])}
-    if task.kind == "text":
-        return figures, items
-    items |= {"predictions": _predicted(measured, task), "labels": [float(label) for label in measured.labels]}
-    scores = score_figures(task, items["predictions"], items["labels"])
-    return figures | {f"{name}/{when}": score for name, score in scores.items()}, items
-
-
-def _measured_at_the_end(
-    trainer: Any, data: Mapping[str, Any], task: Task, folder: Path, main: bool, show: Show
-) -> dict[str, Figure]:
-    """Measure validation and held-out data; keep what each item gave, by which runs are compared in pairs."""
-    figures: dict[str, Figure] = {}
-    items: dict[str, dict[str, list[float]]] = {}
-    for name, when in (("validation", VALIDATION), ("held_out", "end")):
-        if name in data:
-            scores, items[name] = _measured(trainer, data[name], task, show, when)
-            figures |= scores
-    if main and items:
-        write_json(items, folder / LOSSES)
-    return figures
-
-
-def _note_lost(result: Result) -> None:
-    """Note that a run diverged whose last step made the weights no numbers: no training loss has seen them."""
-    for name in (f"loss/{VALIDATION}", "loss/end"):
-        if name in result.metrics and not math.isfinite(result.metrics[name].value):
-            result.status, result.reason = "diverged", f"{name} is no number after the last step"
-
-
-def _predicted(measured: HeldOut, task: Task) -> list[float]:
-    logits = measured.logits
-    outputs = logits.reshape(len(measured.labels)) if task.kind == "regression" else logits.argmax(1)
-    return [float(value) for value in outputs]
-
-
-def _to_grade(run: Run, task: Task, examples: Sequence[Example]) -> list[Example]:
-    """Return the held-out examples that are to be answered; whatever keeps them from it is said before training.
-
-    Raises:
-        TaskError: a package that grades is missing.
-        DataError: no example has an answer to grade by.
-    """
-    asked = run.evaluation.graded_examples
-    if task.kind != "text" or not asked:
-        return []
-    task.check()
-    chosen = [example for example in examples if example.reference is not None or example.label is not None][:asked]
-    if not chosen:
-        raise DataError(
-            f"evaluation.graded_examples={asked}: no held-out example has an answer to grade by; set it to 0."
-        )
-    return chosen
-
-
-def _graded(
-    model: Any, tokenizer: Any, run: Run, task: Task, chosen: Sequence[Example], folder: Path, show: Show
-) -> dict[str, Figure]:
-    """Return the grades of the model's answers, asked as ``headstart eval`` asks; each process asks for its share."""
-    processes, place = Processes.joined(), folder / TRAINED
-    if processes.several:
-        place /= f"answers-{processes.rank}-of-{processes.count}"
-        place.mkdir(exist_ok=True)
-    asking = Asking(max_new_tokens=run.evaluation.max_new_tokens, batch_size=run.answers_at_once)
-    asker = Asker(model, tokenizer, place, asking, run.batch.max_length, show)
-    with together(processes):
-        share = written(asker, task, processes.share(chosen))
-    shares = processes.gather(share)
-    if processes.rank:
-        return {}
-    outputs = [shares[item % processes.count][item // processes.count] for item in range(len(chosen))]
-    records, figures = graded(task, chosen, outputs, show)
-    write_json(records, folder / ITEMS)
-    return figures
 
 
 @contextmanager

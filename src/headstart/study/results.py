@@ -9,8 +9,8 @@ from pathlib import Path
 from headstart.errors import RunError, nearest
 from headstart.evaluation.figures import Figure
 from headstart.runs.folder import SETTINGS
+from headstart.runs.measure import VALIDATION
 from headstart.runs.result import FILE, Result, read_result
-from headstart.runs.stages import VALIDATION
 from headstart.study.cells import Cell, Grid
 from headstart.study.differences import Outcome
 from headstart.study.rates import beyond

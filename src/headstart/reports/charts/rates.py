@@ -9,7 +9,7 @@ from statistics import median
 from headstart.reports.charts.chart import Chart, Row, Trace, axis, band, curve, finite, layout, rate_axis
 from headstart.reports.colours import INK, Look, look
 from headstart.reports.measured import Spread, drawn_starts, ended, figures, left_out, spread
-from headstart.runs.stages import VALIDATION
+from headstart.runs.measure import VALIDATION
 from headstart.study.summary import Part, Summary
 
 # Past this many times the distance from the best to the middle one, a figure is left to the rim of its axis.
