@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,25 @@ def test_compare_ends_in_a_table_and_a_page(tiny, sums, tmp_path, capsys):
     assert hs.load_checkpoint(
         AutoModelForCausalLM.from_pretrained(tiny), cells(out)["pissa"] / "trained" / "checkpoint"
     )
+
+
+def test_compare_takes_prose_and_report_takes_its_cells(tiny, tmp_path, capsys):
+    prose = tmp_path / "prose.jsonl"
+    prose.write_text("".join(json.dumps({"prompt": f"{i}", "completion": " words"}) + "\n" for i in range(40)))
+    out = tmp_path / "study"
+    settings = ["compare", str(tiny), "--data", str(prose), "--methods", "lora", "--steps", "1", "--out", str(out)]
+    code, _, err = run(capsys, *settings)
+    assert code == 0 and "no held-out example has an answer to grade by" in err
+    (written,) = (out / "cells").glob("*/run.json")
+    (out / "cells" / "begun").mkdir()
+    shutil.copy(written, out / "cells" / "begun")
+    code, _, err = run(capsys, "report", str(out), "--peft", str(tmp_path / "peft"))
+    assert code == 0 and "1 of 2 cells" in err and len(list((tmp_path / "peft").iterdir())) == 1
+    # What is asked for is done or refused.
+    code, _, err = run(capsys, *settings, "--graded-examples", "4", "--force")
+    assert code == 1 and "no held-out example has an answer to grade by" in err
+    code, _, err = run(capsys, "compare", str(tiny), "--data", str(tmp_path / "none.jsonl"), "--dry-run")
+    assert code and "none.jsonl" in err
 
 
 def test_compare_goes_on_where_it_was_and_its_grid_may_grow(tiny, sums, tmp_path, capsys):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_mixtral
-from headstart.errors import HeadstartError, RunError
+from headstart.errors import DataError, HeadstartError, RunError
 from headstart.evaluation.answers import prompt_ids
 from headstart.runs import stages
 from headstart.runs.method_comparison import export
@@ -69,6 +69,17 @@ def test_a_run_goes_on_with_the_data_that_it_was_begun_with_alone(stage, model, 
     assert execute(run, tmp_path / "run").status == "done"
 
 
+def test_a_finished_run_is_of_the_data_that_it_was_done_with(model, data, tmp_path):
+    run, kept = small_run(model, data, schedule={"steps": 1}), data.read_text()
+    whole = execute(run, tmp_path / "run")
+    data.write_text(kept.replace("It is.", "It was."))
+    with pytest.raises(RunError, match="begun with other training data"):
+        execute(run, tmp_path / "run")
+    assert read_result(tmp_path / "run") == whole
+    data.unlink()  # what can't be read any more says nothing against it
+    assert execute(run, tmp_path / "run") == whole
+
+
 def test_a_study_goes_on_with_the_data_that_it_was_begun_with_alone(model, data, tmp_path):
     base = small_run(model, data, schedule={"steps": 2}).model_dump(mode="json")
     settings = [
@@ -108,12 +119,50 @@ def test_what_is_cut_and_what_is_left_out_are_counted_apart(model, tmp_path):
     place = tmp_path / "rows.jsonl"
     place.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = small_run(model, place, data={"held_out_examples": 0}, batch={"max_length": 16}, schedule={"steps": 2})
-    result = execute(run, tmp_path / "run")
-    assert result.warnings == [
-        "training: 2 of 17 lost what is beyond 16 tokens (batch.max_length)",
-        "training: 3 of 17 were left out, as their prompts alone take 16 tokens (batch.max_length)",
-    ]
+    told = []
+
+    def tell(sentence):
+        assert not (tmp_path / "run" / "trained").exists()
+        told.append(sentence)
+
+    result = execute(run, tmp_path / "run", tell=tell)
+    assert (
+        told
+        == result.warnings
+        == [
+            "training: 2 of 17 lost what is beyond 16 tokens (batch.max_length)",
+            "training: 3 of 17 were left out, as their prompts alone take 16 tokens (batch.max_length)",
+        ]
+    )
     assert result.data["train"]["examples"] == 14 and result.data["train"]["dropped"] == 3
+
+
+def test_held_out_data_that_are_all_too_long_are_refused_before_training(model, tmp_path, monkeypatch):
+    rows = [{"prompt": "a", "completion": "b"}] * 12 + [{"prompt": "a" * 30, "completion": "b"}] * 3
+    place = tmp_path / "rows.jsonl"
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(stages, "_train", pytest.fail)
+    run = small_run(model, place, data={"held_out_examples": 3}, batch={"max_length": 16})
+    with pytest.raises(DataError, match="nothing is left to measure of the held out data within"):
+        execute(run, tmp_path / "run")
+
+
+def test_fewer_held_out_examples_than_asked_for_are_told(model, data, tmp_path):
+    run = small_run(model, data, data={"held_out_examples": 30}, schedule={"steps": 1})
+    (said,) = execute(run, tmp_path / "run").warnings
+    assert said.startswith("held out: 12 examples in place of 30") and "a fifth" in said
+
+
+def test_a_run_by_epochs_can_go_on_from_a_tenth(model, data, tmp_path, monkeypatch):
+    saved = []
+
+    def noted(self, args, state, control, **_):
+        saved.append(state.global_step)
+
+    monkeypatch.setattr(stages.Watch, "on_save", noted)
+    execute(small_run(model, data, schedule={"steps": None, "epochs": 2}), tmp_path / "run")
+    steps = math.ceil((60 - 6) / 4) * 2
+    assert saved == [*range(math.ceil(steps / 10), steps, math.ceil(steps / 10)), steps]
 
 
 def test_a_file_that_is_sorted_by_label_is_told(encoder, tmp_path):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 # What a study's own file says, and how the work is done, may be said beside it.
 _BESIDE_A_FILE = {"model", "out", "workers", "ray", "refine", "prune", "max_time", "dry_run", "force"}
 _STUDY = "How the work is done"
+_GRADED = 48
 
 
 @app.command()
@@ -82,7 +83,14 @@ def compare(
         ),
     ] = None,
     held_out_examples: Annotated[int, typer.Option("--held-out-examples", min=1)] = 48,
-    graded_examples: Annotated[int, typer.Option("--graded-examples", min=0, help="Answers to grade; 0: none.")] = 48,
+    graded_examples: Annotated[
+        int | None,
+        typer.Option(
+            "--graded-examples",
+            min=0,
+            help="Answers to grade; 0: none. [default: 48; 0 where held-out examples have none to grade by]",
+        ),
+    ] = None,
     max_length: MaxLength = 512,
     max_new_tokens: Annotated[
         int | None,
@@ -140,7 +148,10 @@ def compare(
         settings |= {
             "start": {"form": form.word},
             "schedule": {"steps": steps, "warmup": 0.1},
-            "evaluation": {"graded_examples": graded_examples, "max_new_tokens": max_new_tokens},
+            "evaluation": {
+                "graded_examples": _to_grade(settings) if graded_examples is None else graded_examples,
+                "max_new_tokens": max_new_tokens,
+            },
         }
         study = _from_options(
             settings,
@@ -247,6 +258,23 @@ def _from_options(base: dict[str, Any], methods: tuple[str, ...], rates: list[st
     run = {**base, "optimizer": {"lr": 1e-3}}
     rates_of(rates, 1e-3, methods[0])
     return Study(base=run, axes={START: list(methods), RATE: list(rates)}, seeds=seeds)
+
+
+def _to_grade(settings: dict[str, Any]) -> int:
+    """Return how many answers are graded where nobody said: none where the held-out examples give nothing to grade by.
+
+    Raises:
+        HeadstartError: the data, or a setting, is none.
+    """
+    from headstart.runs.examples import load_examples
+    from headstart.runs.measure import gradeable
+    from headstart.runs.read import tasks_of, validated
+
+    run = validated(settings, "the options")
+    if gradeable(load_examples(run, *tasks_of(run)).held_out.examples):
+        return _GRADED
+    console.print("no held-out example has an answer to grade by, so losses alone are compared", highlight=False)
+    return 0
 
 
 def _check(grid: Grid) -> None:

@@ -15,7 +15,8 @@ from headstart.errors import RunError
 @app.command()
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="A study's folder; with --peft, folders of or with runs.")
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="A study's folder; with --peft, also folders of or with runs."),
     ],
     peft: Annotated[
         Path | None,
@@ -73,7 +74,8 @@ def _of_study(folder: Path, pictures: bool, figure: str | None, base: str | None
 def _in_peft_schema(runs: list[Path], folder: Path) -> None:
     from headstart.runs.method_comparison import export
 
-    for made in export([path.expanduser() for path in runs], folder):
+    places = [place for path in runs for place in _runs_of(path.expanduser())]
+    for made in export(places, folder):
         if made.unknown:
             console.print(
                 f"warning: the run of {made.name} doesn't know {', '.join(made.unknown)}; the table of PEFT's "
@@ -83,6 +85,22 @@ def _in_peft_schema(runs: list[Path], folder: Path) -> None:
                 soft_wrap=True,
             )
         _say(f"wrote {folder / made.name}")
+
+
+def _runs_of(folder: Path) -> list[Path]:
+    """Return the folders of a study's finished runs, and say what is left out; any other folder as it is."""
+    from headstart.runs.result import read_result
+    from headstart.study.results import CELLS, noted_cells
+
+    if not (folder / CELLS).is_dir():
+        return [folder]
+    cells = noted_cells(folder)
+    ended = [place for place in cells if read_result(place) is not None]
+    if not ended:
+        raise RunError(f"{folder} has no finished cell yet, so there is nothing to report.")
+    if left := len(cells) - len(ended):
+        console.print(f"{left} of {len(cells)} cells of {folder} aren't done, and are left out.", highlight=False)
+    return ended
 
 
 def _say(text: str) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from headstart.cli.app import app
-from headstart.cli.console import output
+from headstart.cli.console import console, output
 
 
 @app.command()
@@ -64,9 +64,16 @@ def train(
         _silence()
         execute(run, folder)
         return
-    with progress_bars() as draw:
-        result = execute(run, folder, show=draw)
-    _print_result(result, folder)
+    told: list[str] = []
+
+    def tell(warning: str) -> None:
+        told.append(warning)
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+
+    console.print(f"run: {folder}", markup=False, highlight=False, soft_wrap=True)
+    with progress_bars(console) as draw:
+        result = execute(run, folder, show=draw, tell=tell)
+    _print_result(result, folder, told)
 
 
 @app.command()
@@ -129,8 +136,8 @@ def _check_names(run: Any) -> None:
         raise RunError(str(error)) from error
 
 
-def _print_result(result: Any, folder: Path) -> None:
-    for warning in result.warnings:
+def _print_result(result: Any, folder: Path, told: list[str]) -> None:
+    for warning in (one for one in result.warnings if one not in told):
         output.print(f"warning: {warning}", markup=False, highlight=False)
     table = Table(box=None, pad_edge=False)
     for title in ("metric", "value", "95 % interval", "items"):

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteriaList, StopStringCrite
 
 from headstart.errors import HeadstartWarning
 from headstart.progress import Show, silent
+from headstart.statistics.quiet import attribute
 from headstart.tasks.base import Example
 
 
@@ -157,14 +158,8 @@ def _plain_generation(model: Any, tokenizer: Any, **settings: Any) -> Generation
 def _generating(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     """Put a configuration in place of the model's own, from which Transformers fills what another leaves open."""
     owners = [module for module in model.modules() if "generation_config" in vars(module)]
-    before = [module.generation_config for module in owners]
-    try:
-        for module in owners:
-            module.generation_config = config
+    with attribute(owners, "generation_config", config):
         yield
-    finally:
-        for module, own in zip(owners, before, strict=True):
-            module.generation_config = own
 
 
 @contextmanager

@@ -73,6 +73,13 @@ class Examples:
             for (name, rows), digest in zip(self.parts.items(), self.digests.values(), strict=True)
         }
         sentences = list(self._unlike())
+        wanted = max(run.data.held_out_examples, run.evaluation.graded_examples)
+        if len(self.held_out.examples) < wanted:
+            of_one = self.held_out.where == self.train.where and "; of a single file a fifth at most is held out"
+            sentences.append(
+                f"held out: {len(self.held_out.examples)} examples in place of {wanted} (data.held_out_examples)"
+                f"{of_one or ''}"
+            )
         for name, rows in self.parts.items():
             total = len(rows.examples) + len(rows.bad)
             if rows.bad:

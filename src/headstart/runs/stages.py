@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ import torch
 
 from headstart.context import Clock, Memory, peak_resident, reset_peak_resident
 from headstart.environment import environment
-from headstart.errors import HeadstartError, HeadstartWarning
+from headstart.errors import DataError, HeadstartError, HeadstartWarning
 from headstart.initialize import initialize_
 from headstart.layers.lora_fa import lora_fa_
 from headstart.methods import Method, parse_method
@@ -62,7 +62,13 @@ SERIES = {
 
 
 def execute(
-    run: Run, folder: Path, *, shared: Shared | None = None, judge: Judge | None = None, show: Show = silent
+    run: Run,
+    folder: Path,
+    *,
+    shared: Shared | None = None,
+    judge: Judge | None = None,
+    show: Show = silent,
+    tell: Callable[[str], None] | None = None,
 ) -> Result:
     """Do what is left of a run in its folder; return its result, at once where there is one.
 
@@ -75,9 +81,11 @@ def execute(
         shared: what the runs of a study share; None (default) for a run on its own.
         judge: may end training early; see :class:`headstart.runs.watch.Watch`.
         show: draws progress.
+        tell: called with the result's warnings that are known before training, as soon as they are.
 
     Raises:
-        RunError: the folder is another run's, a living process is at it, or it was begun by other processes, or more.
+        RunError: the folder is another run's, a living process is at it, it was begun by other processes, or more, or
+            its data have changed.
         HeadstartError: the run failed; the result says so, too. The same call tries again.
     """
     check_launcher()
@@ -88,12 +96,15 @@ def execute(
         claim(run, folder)
     check_count(folder, processes.count)
     if result is not None and result.status != "failed":
+        if main:
+            _check_finished(run, folder, result)
         return result
     with alone_in(folder) if main else nullcontext(), warnings.catch_warnings():
         # At every save PEFT looks up a model's config on the hub, which has no GGUF file's and no packaged model's.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.utils\.(save_and_load|other)")
         try:
-            return _executed(run, folder, None if processes.several else shared, judge, show if main else silent)
+            shared, show, tell = (None if processes.several else shared), *((show, tell) if main else (silent, None))
+            return _executed(run, folder, shared, judge, show, tell)
         except Exception as error:
             reason = str(error) or type(error).__name__
             if main:
@@ -110,7 +121,28 @@ def write_failed(run: Run, folder: Path, reason: str) -> None:
     write_result(failed, folder)
 
 
-def _executed(run: Run, folder: Path, shared: Shared | None, judge: Judge | None, show: Show) -> Result:
+def _check_finished(run: Run, folder: Path, result: Result) -> None:
+    """Raise RunError where a finished run's data are others now; where they can't be read, its result stands."""
+    try:
+        examples = load_examples(run, *tasks_of(run))
+    except DataError:
+        return
+    examples.check_unchanged(_digests(result), str(folder))
+
+
+def _digests(result: Result) -> dict[str, str]:
+    """Return the digests of the data that a result is of, by part."""
+    return {name: part["sha256"] for name, part in result.data.items() if "sha256" in part}
+
+
+def _executed(
+    run: Run,
+    folder: Path,
+    shared: Shared | None,
+    judge: Judge | None,
+    show: Show,
+    tell: Callable[[str], None] | None,
+) -> Result:
     (task, asked), clock = tasks_of(run), Clock()
     reset_peak_resident()
     method = parse_method(run.start.method) if run.trains in ("adapter", "lora-fa") else None
@@ -151,7 +183,10 @@ def _executed(run: Run, folder: Path, shared: Shared | None, judge: Judge | None
                 "the figures: set data.validation_examples"
             )
     else:
-        examples.check_unchanged({name: part.get("sha256") for name, part in result.data.items()}, str(folder))
+        examples.check_unchanged(_digests(result), str(folder))
+    if tell is not None and trained is None:
+        for sentence in result.warnings:
+            tell(sentence)
     if trained is None:
         result.processes = processes.count
         _begin(trainer, method, run, folder, shared, result, clock, show)

@@ -256,12 +256,13 @@ def _text_trainer(
     finally:
         if not bars:
             enable_progress_bars()
-    if trainer is None or not len(trainer.train_dataset):
+    data = {"train": trainer.train_dataset, **(trainer.eval_dataset or {})} if trainer is not None else {}
+    if empty := next((name for name in ("train", *examples) if not len(data.get(name, ()))), None):
+        lacks = "to learn" if empty == "train" else f"to measure of the {empty.replace('_', ' ')} data"
         raise DataError(
-            f"nothing is left to learn within batch.max_length={run.batch.max_length} tokens: the prompts alone are "
+            f"nothing is left {lacks} within batch.max_length={run.batch.max_length} tokens: the prompts alone are "
             "longer."
         )
-    data = {"train": trainer.train_dataset, **(trainer.eval_dataset or {})}
     trainer.eval_dataset = _measured(data)
     return trainer, data
 
@@ -311,7 +312,8 @@ def _arguments(run: Run, task: Task, folder: Path) -> dict[str, Any]:
     if schedule.steps is not None:
         length = {"max_steps": schedule.steps}
     measured: dict[str, Any] = {"eval_strategy": "no"}
-    saves: dict[str, Any] = {"save_steps": max(10, math.ceil(schedule.steps / 10)) if schedule.steps else 200}
+    # Of epochs, whose steps the trainer counts later, the share.
+    saves: dict[str, Any] = {"save_steps": max(10, math.ceil(schedule.steps / 10)) if schedule.steps else 0.1}
     if evaluation.every == "epoch":
         measured = {"eval_strategy": "epoch"}
         # The best state can only be told where each that is measured is saved, and Transformers wants no others.

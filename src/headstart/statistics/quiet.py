@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -72,14 +72,21 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Let all of PEFT's layers compute their base layer alone within the block; requires_grad is not touched."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
+    with attribute(layers, "_disable_adapters", True):
+        yield
+
+
+@contextlib.contextmanager
+def attribute(holders: Sequence[object], name: str, value: object) -> Iterator[None]:
+    """Give an attribute of several objects a value within the block."""
+    before = [getattr(holder, name) for holder in holders]
     try:
-        for layer in layers:
-            layer._disable_adapters = True
+        for holder in holders:
+            setattr(holder, name, value)
         yield
     finally:
-        for layer, flag in zip(layers, before, strict=True):
-            layer._disable_adapters = flag
+        for holder, own in zip(holders, before, strict=True):
+            setattr(holder, name, own)
 
 
 def active_beside(model: nn.Module, adapter: str) -> list[str]:
